@@ -1,0 +1,100 @@
+"""RoI pooling over a feature pyramid, with box gradients through every level."""
+
+from collections.abc import Sequence
+from math import log2
+
+import torch
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.boxes import box_area
+from torchvision.ops.poolers import LevelMapper
+
+from detector.crop import affine_crop
+
+
+class MultiScaleAffineCrop(MultiScaleRoIAlign):
+    """``torchvision.ops.MultiScaleRoIAlign`` with gradients to the boxes: its constructor, its call, its values.
+
+    An RoI is cropped from the level that its size maps to (Lin et al., "Feature Pyramid Networks", 2017,
+    equation 1). The level is piecewise constant in the box, so no gradient passes through its choice.
+
+    Args:
+        featmap_names: the feature maps to crop from; others are ignored.
+        output_size: height and width of the crop in bins, or one number for both.
+        sampling_ratio: samples per bin and axis; 0 or less: see :func:`~detector.affine_crop`.
+        canonical_scale: the box size, in image pixels, that maps to ``canonical_level``.
+        canonical_level: the level of a box of that size (equation 1's k0), 4 for stride 16.
+        aligned: as in :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
+    """
+
+    def __init__(
+        self,
+        featmap_names: Sequence[str],
+        output_size: int | Sequence[int],
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+        aligned: bool = False,
+    ) -> None:
+        super().__init__(
+            list(featmap_names),
+            output_size if isinstance(output_size, int) else list(output_size),
+            sampling_ratio,
+            canonical_scale=canonical_scale,
+            canonical_level=canonical_level,
+        )
+        self.aligned = aligned
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Crop RoIs out of a pyramid.
+
+        Args:
+            x: feature maps by name, [N, C, H_level, W_level] each, from the finest level to the coarsest.
+            boxes: (x1, y1, x2, y2) in pixels of the (resized, unpadded) images, one [L, 4] tensor per image.
+            image_shapes: (height, width) of those images, from which the levels' strides are told.
+
+        Returns:
+            [K, C, *output_size] in the features' dtype, the RoIs of all images one after the other. An RoI of
+            negative area belongs to no level and is zero where there are several, as in torchvision.
+
+        Raises:
+            ValueError: no map of ``x`` is in ``featmap_names``, or ``image_shapes`` is empty; and what
+                :func:`~detector.affine_crop` raises.
+        """
+        features = [feature for name, feature in x.items() if name in self.featmap_names]
+        if not features:
+            raise ValueError(f"x has none of the feature maps {self.featmap_names}, only {list(x)}")
+        if not image_shapes:
+            raise ValueError("image_shapes must have the size of at least one image, got none")
+        largest = max(height for height, _ in image_shapes)
+        scales = [2.0 ** round(log2(feature.shape[-2] / largest)) for feature in features]
+        if len(features) == 1:
+            return self._crop(features[0], boxes, scales[0])
+
+        levels = self._levels(boxes, scales).split([len(b) for b in boxes])
+        crops, order, offset = [], [], 0
+        for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+            rois = [torch.where(image_levels == level)[0] for image_levels in levels]
+            crops.append(self._crop(feature, [b[r] for b, r in zip(boxes, rois, strict=True)], scale))
+            offset = 0
+            for image_boxes, image_rois in zip(boxes, rois, strict=True):
+                order.append(image_rois + offset)
+                offset += len(image_boxes)
+        # Autocast may give levels different dtypes; like torchvision, the first one's is the result's.
+        merged = torch.cat([crop.to(features[0].dtype) for crop in crops])
+        return merged.new_zeros(offset, *merged.shape[1:]).index_copy(0, torch.cat(order), merged)
+
+    def _crop(self, feature: Tensor, boxes: list[Tensor], scale: float) -> Tensor:
+        return affine_crop(feature, boxes, self.output_size, scale, self.sampling_ratio, self.aligned)
+
+    def _levels(self, boxes: list[Tensor], scales: list[float]) -> Tensor:
+        """The level of each RoI, [K]; -1 for a negative area, 0 for what is not finite (for the crop to answer)."""
+        mapper = LevelMapper(-int(log2(scales[0])), -int(log2(scales[-1])), self.canonical_scale, self.canonical_level)
+        all_boxes = torch.cat([b.detach().to(torch.promote_types(b.dtype, torch.float32)) for b in boxes])
+        area = box_area(all_boxes)
+        levels = torch.where(area < 0, -1, mapper([all_boxes.nan_to_num()]))
+        return torch.where(torch.isfinite(all_boxes).all(dim=1), levels, 0)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, aligned={self.aligned})"

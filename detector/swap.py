@@ -1,0 +1,104 @@
+"""Put the affine crop into a torchvision R-CNN that exists already, and take it out again."""
+
+from typing import TypeVar
+
+from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import MultiScaleRoIAlign
+
+from detector.box_gradient import BoxGradient
+from detector.pooler import MultiScaleAffineCrop
+from detector.roi_heads import AttachedRoIHeads
+from detector.rpn import AttachedRPN
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> Model:
+    """Make a torchvision R-CNN crop with :class:`~detector.MultiScaleAffineCrop`, in place.
+
+    Its detections stay those of the stock model to float rounding; in training its proposals get gradients. Box,
+    mask and keypoint pools, the RPN and the RoI heads of this one instance change their class; no module is
+    added, no parameter, buffer, hook or state_dict key changes, and weights load before or after. A second call
+    changes the settings.
+
+    Args:
+        model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
+        box_gradient: which losses move the proposals, and how far.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: the model has no RoI pooler (RetinaNet, SSD, FCOS), or parts of a class that cannot be swapped.
+    """
+    rpn, heads, pools = _parts(model)
+    if type(rpn).forward not in (RegionProposalNetwork.forward, AttachedRPN.forward):
+        raise TypeError(f"model.rpn is a {type(rpn).__name__} with a forward of its own, which the swap would replace")
+    for pool in pools:
+        if type(pool) is MultiScaleRoIAlign:
+            pool.__class__ = MultiScaleAffineCrop
+            pool.aligned = False
+    _attach(rpn, AttachedRPN, RegionProposalNetwork)
+    _attach(heads, AttachedRoIHeads, RoIHeads)
+    heads.box_gradient = box_gradient
+    return model
+
+
+def restore_roi_align(model: Model) -> Model:
+    """Undo :func:`swap_crop_head`, in place: the stock model, with the weights it has now.
+
+    Args:
+        model: a swapped R-CNN; a stock one is left as it is.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: as :func:`swap_crop_head`.
+        ValueError: a pool was built with ``aligned=True``, which torchvision's pooler cannot do.
+    """
+    rpn, heads, pools = _parts(model)
+    pools = [pool for pool in pools if isinstance(pool, MultiScaleAffineCrop)]
+    if any(pool.aligned for pool in pools):
+        raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
+    for pool in pools:
+        pool.__class__ = MultiScaleRoIAlign
+        del pool.aligned
+    _detach(rpn, AttachedRPN)
+    _detach(heads, AttachedRoIHeads)
+    heads.__dict__.pop("box_gradient", None)
+    return model
+
+
+def _parts(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[MultiScaleRoIAlign]]:
+    if not isinstance(model, GeneralizedRCNN) or not isinstance(getattr(model, "roi_heads", None), RoIHeads):
+        raise TypeError(
+            f"{type(model).__name__} has no RoI pooler to swap: the model must be a torchvision Faster, Mask or "
+            "Keypoint R-CNN (unwrapped from DataParallel, DistributedDataParallel or torch.compile)"
+        )
+    heads = model.roi_heads
+    pools = [heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool]
+    pools = [pool for pool in dict.fromkeys(pools) if pool is not None]
+    for pool in pools:
+        if type(pool) not in (MultiScaleRoIAlign, MultiScaleAffineCrop):
+            raise TypeError(
+                f"a RoI pool of {type(model).__name__} is a {type(pool).__name__}; only torchvision's "
+                "MultiScaleRoIAlign can be swapped"
+            )
+    return model.rpn, heads, pools
+
+
+def _attach(module: nn.Module, attached: type[nn.Module], stock: type[nn.Module]) -> None:
+    """Change a module's class to ``attached``, in front of a user's own subclass of ``stock`` if it is one."""
+    kind = type(module)
+    if not isinstance(module, attached):
+        module.__class__ = attached if kind is stock else type(f"Attached{kind.__name__}", (attached, kind), {})
+
+
+def _detach(module: nn.Module, attached: type[nn.Module]) -> None:
+    if isinstance(module, attached):
+        classes = type(module).__mro__
+        module.__class__ = classes[classes.index(attached) + 1]
