@@ -196,7 +196,7 @@ def _sum_bins(
     if images * longest > 2 * rois:  # padding would cost more than it saves
         by_image = [
             _sum_bins_batched(input[i : i + 1], y_image[None], x_image[None], bins)[0]
-            for i, (y_image, x_image) in enumerate(zip(y.split(counts), x.split(counts), strict=True))
+            for i, (y_image, x_image) in enumerate(zip(y.split(counts), x.split(counts)))
             if len(y_image)
         ]
         return torch.cat(by_image)
@@ -213,7 +213,7 @@ def _sum_bins_batched(input: Tensor, y: Tensor, x: Tensor, bins: tuple[int, int]
     if not torch.compiler.is_compiling():
         fit = max(MAX_SAMPLED_ELEMENTS // max(images * channels * rows * columns, 1), 1)
         if rois > fit:
-            chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1), strict=True)
+            chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
             return torch.cat([_sum_bins_batched(input, *chunk, bins) for chunk in chunks], dim=1)
     shape = (images, rois, rows, columns)
     grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)

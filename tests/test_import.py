@@ -1,0 +1,35 @@
+import subprocess
+import sys
+
+import pytest
+
+import detector
+
+
+def test_import_detector_imports_neither_lightning_nor_what_training_needs():
+    code = (
+        "import sys, detector\n"
+        "heavy = ('lightning', 'pytorch_lightning', 'jsonargparse', 'tensorboard', 'pycocotools', 'timm', 'sklearn')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AffineCrop",
+        "BoxGradient",
+        "MultiScaleAffineCrop",
+        "affine_crop",
+        "boxes_to_theta",
+        "denormalize_boxes",
+        "normalize_boxes",
+        "restore_roi_align",
+        "swap_crop_head",
+    ],
+)
+def test_public_name(name):
+    assert name in detector.__all__
+    assert getattr(detector, name).__doc__

@@ -1,0 +1,248 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from detector import MultiScaleAffineCrop
+
+STRIDES = {"0": 4, "1": 8, "2": 16, "3": 32}
+# With the default canonical scale every box of a small test image would map to the finest level.
+SMALL = {"canonical_scale": 56, "canonical_level": 4}
+
+
+def pyramid(images, size, channels=2, dtype=torch.float64, strides=STRIDES):
+    """Maps of a batch that is padded to a multiple of 32, as GeneralizedRCNNTransform does."""
+    generator = torch.Generator().manual_seed(sum(size))
+    height, width = (-(-side // 32) * 32 for side in size)
+    return {
+        name: torch.randn(images, channels, height // stride, width // stride, dtype=dtype, generator=generator)
+        for name, stride in strides.items()
+    }
+
+
+def boxes_of_side(sides, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    sides = torch.tensor(sides, dtype=torch.float64)
+    corners = torch.rand(len(sides), 2, generator=generator, dtype=torch.float64) * 60 - 10
+    extents = sides[:, None] * (0.8 + 0.4 * torch.rand(len(sides), 2, generator=generator, dtype=torch.float64))
+    return torch.cat([corners, corners + extents], 1).to(dtype)
+
+
+def both(*args, **kwargs):
+    return MultiScaleAffineCrop(*args, **kwargs), MultiScaleRoIAlign(*args, **kwargs)
+
+
+# Two boxes for each of the four levels, which with SMALL are parted at 28, 56 and 112 pixels.
+LEVEL_SIDES = [18, 40, 80, 170, 22, 38, 84, 300]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(
+    sizes=st.lists(st.tuples(st.integers(33, 300), st.integers(33, 300)), min_size=1, max_size=3),
+    counts=st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    names=st.sampled_from([["0", "1", "2", "3"], ["0", "1"], ["1", "2", "3"], ["2"]]),
+    output_size=st.sampled_from([3, [2, 4], (3, 2)]),
+    ratio=st.sampled_from([-1, 0, 1, 2]),
+    canonical=st.sampled_from([{}, SMALL, {"canonical_scale": 100, "canonical_level": 3}]),
+    seed=st.integers(0, 1000),
+)
+def test_values_equal_multi_scale_roi_align(sizes, counts, names, output_size, ratio, canonical, seed):
+    features = pyramid(len(sizes), tuple(max(side) for side in zip(*sizes, strict=True)))
+    generator = torch.Generator().manual_seed(seed)
+    sides = [(4.0 + 300 * torch.rand(n, generator=generator) ** 2).tolist() for n in counts]
+    boxes = [boxes_of_side(s, seed + i) for i, s in enumerate(sides[: len(sizes)])]
+    ours, theirs = both(names, output_size, ratio, **canonical)
+    result, expected = ours(features, boxes, sizes), theirs(features, boxes, sizes)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("ratio", [-1, 2])
+def test_float32_values_and_feature_gradients_equal_multi_scale_roi_align(ratio):
+    features = {name: f.requires_grad_() for name, f in pyramid(2, (120, 150), dtype=torch.float32).items()}
+    boxes = [boxes_of_side(LEVEL_SIDES, i, torch.float32) for i in range(2)]
+    outputs = [pool(features, boxes, [(120, 150), (100, 130)]) for pool in both(list(STRIDES), 3, ratio, **SMALL)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
+    upstream = torch.randn_like(outputs[0])
+    for ours, theirs in zip(*(torch.autograd.grad(o, list(features.values()), upstream) for o in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+        assert theirs.abs().sum() > 0  # every level was used
+
+
+@pytest.mark.parametrize("side", LEVEL_SIDES[:4])
+def test_levels_without_rois(side):
+    features = {name: f.requires_grad_() for name, f in pyramid(1, (120, 150)).items()}
+    boxes = [boxes_of_side([side] * 3).requires_grad_()]
+    ours, theirs = both(list(STRIDES), 3, 2, **SMALL)
+    result = ours(features, boxes, [(120, 150)])
+    torch.testing.assert_close(result, theirs(features, boxes, [(120, 150)]), rtol=0, atol=1e-10)
+    result.sum().backward()
+    assert sum(bool(f.grad.any()) for f in features.values()) == 1
+    assert (boxes[0].grad.abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2", "3"], ["1"]])
+@pytest.mark.parametrize("images", [1, 2])
+def test_no_rois_at_all(names, images):
+    features = {name: f.requires_grad_() for name, f in pyramid(images, (120, 150), dtype=torch.float32).items()}
+    boxes = [torch.zeros(0, 4, requires_grad=True) for _ in range(images)]
+    result = MultiScaleAffineCrop(names, (3, 2), 2)(features, boxes, [(120, 150)] * images)
+    assert result.shape == (0, 2, 3, 2)
+    result.sum().backward()  # a step whose images are all empty does not raise
+
+
+def test_images_without_rois():
+    features = pyramid(3, (120, 150))
+    boxes = [boxes_of_side([]).reshape(0, 4), boxes_of_side(LEVEL_SIDES), boxes_of_side([]).reshape(0, 4)]
+    ours, theirs = both(list(STRIDES), 3, 2, **SMALL)
+    sizes = [(120, 150)] * 3
+    torch.testing.assert_close(ours(features, boxes, sizes), theirs(features, boxes, sizes), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2", "3"], ["1"]])
+def test_degenerate_boxes(names):
+    """Negative area: on no level, and zero, where there are several; whatever roi_align gives where there is one."""
+    features = pyramid(1, (120, 150))
+    boxes = torch.tensor(
+        [
+            [50.3, 10.1, 20.2, 60.4],  # x inverted
+            [10.2, 60.3, 50.1, 20.4],  # y inverted
+            [90.3, 80.1, 20.2, 30.4],  # both: a positive area
+            [30.3, 20.1, 30.3, 60.4],  # zero
+            [10.3, 20.1, 80.9, 90.4],  # a usual one
+        ],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
+    ours, theirs = both(names, 3, 2, **SMALL)
+    result = ours(features, [boxes], [(120, 150)])
+    torch.testing.assert_close(result, theirs(features, [boxes.detach()], [(120, 150)]), rtol=0, atol=1e-10)
+    if len(names) > 1:
+        assert torch.equal(result[:2], torch.zeros_like(result[:2]))
+    result.sum().backward()
+    assert boxes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sides", [LEVEL_SIDES, [30, 20]])
+@pytest.mark.parametrize(("names", "ratio"), [(["0", "1", "2", "3"], 2), (["0", "1", "2", "3"], -1), (["1"], 2)])
+def test_box_gradients_through_every_level(names, ratio, sides):
+    """Against finite differences of torchvision's own pooler."""
+    features = pyramid(2, (120, 150), channels=3)
+    ours, theirs = both(names, (3, 2), ratio, **SMALL)
+    boxes = [boxes_of_side(sides, seed).requires_grad_() for seed in (3, 4)]
+    sizes = [(120, 150), (110, 90)]
+    result = ours(features, boxes, sizes)
+    upstream = torch.randn_like(result)
+    gradients = torch.autograd.grad(result, boxes, upstream)
+
+    step = 1e-6
+    rows = torch.arange(len(sides))
+    for image, gradient in enumerate(gradients):
+        for side in range(4):
+            values = []
+            for sign in (1, -1):
+                moved = [b.detach().clone() for b in boxes]
+                moved[image][:, side] += sign * step
+                values.append((theirs(features, moved, sizes) * upstream).sum((1, 2, 3)))
+            expected = ((values[0] - values[1]) / (2 * step))[rows + image * len(sides)]
+            torch.testing.assert_close(gradient[:, side], expected, rtol=1e-6, atol=1e-6)
+        assert (gradient.abs().sum(1) > 1e-3).all()  # a gradient for every box, from every level
+
+
+@pytest.mark.parametrize("ratio", [-1, 2])
+def test_aligned(ratio):
+    features = pyramid(1, (120, 150))
+    boxes = [boxes_of_side(LEVEL_SIDES)]
+    aligned = MultiScaleAffineCrop(list(STRIDES), 3, ratio, **SMALL, aligned=True)
+    result = aligned(features, boxes, [(120, 150)])
+    for k, box in enumerate(boxes[0].split(1)):
+        level = str(k % 4)
+        expected = roi_align(features[level], [box], 3, 1 / STRIDES[level], ratio, aligned=True)
+        torch.testing.assert_close(result[k : k + 1], expected, rtol=0, atol=1e-10)
+    by_default = MultiScaleAffineCrop(list(STRIDES), 3, ratio, **SMALL)(features, boxes, [(120, 150)])
+    assert (result - by_default).abs().max() > 0.1
+
+
+def test_unused_maps_are_ignored():
+    features = pyramid(1, (120, 150))
+    boxes, size = [boxes_of_side(LEVEL_SIDES)], [(120, 150)]
+    pool = MultiScaleAffineCrop(["0", "1"], 3, 2, **SMALL)
+    expected = pool({name: features[name] for name in ("0", "1")}, boxes, size)
+    assert torch.equal(pool({**features, "pool": torch.full((1, 2, 1, 1), torch.nan)}, boxes, size), expected)
+
+
+def test_the_scales_are_those_of_the_call():
+    """One pooler, batches of several sizes: torchvision's too, where strides are the powers of two they should be."""
+    ours, theirs = both(list(STRIDES), 3, 2, **SMALL)
+    for size in [(120, 150), (64, 250), (256, 96)]:
+        features, boxes = pyramid(1, size), [boxes_of_side(LEVEL_SIDES)]
+        torch.testing.assert_close(ours(features, boxes, [size]), theirs(features, boxes, [size]), rtol=0, atol=1e-10)
+
+
+def test_feature_dtype_is_kept_and_levels_may_differ():
+    # Autocast can hand over levels of different dtypes; torchvision gives back the first one's.
+    features = pyramid(1, (120, 150), dtype=torch.float32)
+    boxes, size = [boxes_of_side(LEVEL_SIDES, dtype=torch.float32)], [(120, 150)]
+    pool = MultiScaleAffineCrop(list(STRIDES), 3, 2, **SMALL)
+    expected = pool(features, boxes, size)
+    mixed = {name: f.bfloat16() if name in ("0", "2") else f for name, f in features.items()}
+    result = pool(mixed, boxes, size)
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), expected, rtol=0.02, atol=0.05)
+
+
+def test_it_is_a_multi_scale_roi_align():
+    pool = MultiScaleAffineCrop(("0", "1"), (7, 5), 2, canonical_scale=100, canonical_level=3, aligned=True)
+    assert isinstance(pool, MultiScaleRoIAlign)
+    stock = MultiScaleRoIAlign(["0", "1"], (7, 5), 2, canonical_scale=100, canonical_level=3)
+    for name in ("featmap_names", "output_size", "sampling_ratio", "canonical_scale", "canonical_level"):
+        assert getattr(pool, name) == getattr(stock, name)
+    assert not pool.state_dict()
+    assert repr(pool) == (
+        "MultiScaleAffineCrop(featmap_names=['0', '1'], output_size=(7, 5), sampling_ratio=2, aligned=True)"
+    )
+
+
+def test_faster_rcnn_takes_it():
+    backbone = nn.Conv2d(3, 4, 3, stride=16, padding=1)
+    backbone.out_channels = 4
+    pool = MultiScaleAffineCrop(["0"], 3, 2)
+    model = FasterRCNN(
+        backbone,
+        num_classes=3,
+        rpn_anchor_generator=AnchorGenerator(((32,),), ((1.0,),)),
+        box_roi_pool=pool,
+        min_size=64,
+        max_size=64,
+        box_score_thresh=0.0,
+    ).eval()
+    assert model.roi_heads.box_roi_pool is pool
+    with torch.no_grad():
+        (detections,) = model([torch.rand(3, 64, 64)])
+    assert len(detections["boxes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (({"a": torch.zeros(1, 1, 4, 4)}, [torch.zeros(0, 4)], [(8, 8)]), ValueError, r"none of .*\['0'\].*\['a'\]"),
+        (({"0": torch.zeros(1, 1, 4, 4)}, [torch.zeros(0, 4)], []), ValueError, "image_shapes must have .* got none"),
+        (({"0": torch.zeros(1, 1, 4, 4)}, [torch.zeros(1, 5)], [(8, 8)]), ValueError, r"boxes\[0\] .* \[1, 5\]"),
+        (({"0": torch.zeros(1, 1, 4, 4)}, [torch.full((1, 4), torch.nan)], [(8, 8)]), ValueError, "boxes must be fin"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        MultiScaleAffineCrop(["0"], 2, 2)(*arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_box_that_is_not_finite_is_an_error_on_a_pyramid_too(bad):
+    # It maps to no level; it must not be left out in silence, as one of negative area is.
+    boxes = boxes_of_side(LEVEL_SIDES)
+    boxes[3, 2] = bad
+    with pytest.raises(ValueError, match="boxes must be finite, got"):
+        MultiScaleAffineCrop(list(STRIDES), 2, 2)(pyramid(1, (120, 150)), [boxes], [(120, 150)])

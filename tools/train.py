@@ -1,0 +1,12 @@
+"""Train an affine-crop R-CNN on a data set in COCO's format and score it.
+
+python tools/train.py --config configs/quickstart.yaml
+python tools/train.py --config configs/bccd.yaml --data.root FOLDER --trainer.max_epochs 3
+python tools/train.py --config configs/bccd.yaml --ckpt_path runs/bccd/checkpoints/last.ckpt
+python tools/train.py --help
+"""
+
+from detector.training.command_line import train
+
+if __name__ == "__main__":
+    train()
