@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from detector.coco import DataError
 
-SPLITS = {"train": 480, "val": 96}
+SPLITS = {"train": 400, "val": 80}
 SIZES = ((240, 192), (192, 240), (224, 208))  # width, height of the canvases, in pixels
 SOURCE_SCALE = 8  # the 8x8 digits are enlarged by this before they are bent, so that strokes stay smooth
 

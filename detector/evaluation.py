@@ -10,6 +10,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from detector.coco import DataError, index_coco
 
@@ -35,11 +36,12 @@ def to_results(
     """
     results = []
     for detection, image_id in zip(detections, image_ids):
-        boxes = detection["boxes"].detach().cpu().double()
-        boxes[:, 2:] -= boxes[:, :2]
+        boxes = box_convert(detection["boxes"].detach().cpu().double(), "xyxy", "xywh")
         rows = zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist())
         for box, label, score in rows:
-            results.append({"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score})
+            category_id = category_ids[label - 1]
+            if category_id is not None:
+                results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
     return results
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
@@ -37,20 +37,18 @@ def tiny_rcnn(kind="box", fpn=True, seed=0, **settings):
         backbone = nn.Sequential(conv(3, 4), conv(CHANNELS, 2))
         backbone.out_channels = CHANNELS
         names, sizes = ["0"], ((16, 32, 64),)
-    head = TwoMLPHead(CHANNELS * 9, 16)
-    head.forward = None  # set below
-    del head.forward
     parts = {
         "rpn_anchor_generator": AnchorGenerator(sizes, ((0.7, 1.0),) * len(sizes)),
         "box_roi_pool": pool(names),
-        "box_head": head,
+        "box_head": nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * 9, 16), nn.Tanh()),
         "box_predictor": FastRCNNPredictor(16, CLASSES),
         "min_size": SIZE,
         "max_size": SIZE,
         "box_score_thresh": 0.0,
         "box_detections_per_img": 20,
-        "rpn_pre_nms_top_n_train": 100,
-        "rpn_post_nms_top_n_train": 100,
+        "box_batch_size_per_image": 64,
+        "rpn_pre_nms_top_n_train": 600,
+        "rpn_post_nms_top_n_train": 600,
         "rpn_post_nms_top_n_test": 50,
     } | settings
     if kind == "mask":
@@ -64,13 +62,48 @@ def tiny_rcnn(kind="box", fpn=True, seed=0, **settings):
             "keypoint_roi_pool": pool(names, 4),
             "keypoint_head": conv(CHANNELS, 1),
             "keypoint_predictor": KeypointRCNNPredictor(CHANNELS, 2),
-            "num_keypoints": None,
         }
     builder = {"box": FasterRCNN, "mask": MaskRCNN, "keypoint": KeypointRCNN}[kind]
     model = builder(backbone, **parts)
     # At torchvision's initialisation the deltas are next to nothing: the anchors, whose integer coordinates put
     # samples on the kinks of bilinear interpolation, would be the proposals, and the crop path a trickle.
-    for name, parameter in model.named_parameters():
-        if "bbox_pred" in name:
-            nn.init.normal_(parameter, std=0.1)
+    nn.init.normal_(model.rpn.head.bbox_pred.weight, std=0.1)
+    nn.init.normal_(model.roi_heads.box_predictor.bbox_pred.weight, std=0.5)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if name.endswith("weight"):
+                parameter *= 3
     return model
+
+
+def batch(dtype=torch.float32, seed=0):
+    """Two images and their targets: boxes near to an anchor, so that the RPN has positives that are not the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, height, SIZE, dtype=dtype, generator=generator) for height in (SIZE, SIZE - 8)]
+    boxes = [
+        torch.tensor([[18.3, 20.1, 47.2, 50.4], [33.2, 14.7, 47.9, 31.6], [1.2, 2.1, 60.7, 59.4]], dtype=dtype),
+        torch.tensor([[15.1, 16.2, 50.3, 46.7]], dtype=dtype),
+    ]
+    labels = [torch.tensor([1, 2, 1]), torch.tensor([2])]
+    targets = []
+    for image, image_boxes, image_labels in zip(images, boxes, labels):
+        x1, y1, x2, y2 = (side[:, None, None] for side in image_boxes.unbind(1))
+        rows, columns = torch.meshgrid(torch.arange(image.shape[1]), torch.arange(image.shape[2]), indexing="ij")
+        # An ellipse in each box, and two key points.
+        masks = ((columns - (x1 + x2) / 2) / (x2 - x1)) ** 2 + ((rows - (y1 + y2) / 2) / (y2 - y1)) ** 2 < 0.25
+        middle = (image_boxes[:, :2] + image_boxes[:, 2:]) / 2
+        points = torch.stack([middle, middle + (image_boxes[:, 2:] - middle) / 2], 1)
+        targets.append(
+            {
+                "boxes": image_boxes,
+                "labels": image_labels,
+                "masks": masks.to(torch.uint8),
+                "keypoints": torch.cat([points, torch.ones(len(points), 2, 1)], 2).float(),
+            }
+        )
+    return images, targets
+
+
+def copies(targets):
+    """Fresh targets: torchvision's transform changes the dicts that it is given."""
+    return [dict(target) for target in targets]

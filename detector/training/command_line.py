@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -59,11 +59,14 @@ class TrainingCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", str(self.run_dir))
         if given.get("logger") is None:
             kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
+        folder = self.run_dir / "checkpoints"
         callbacks: list[Callback] = [
-            ModelCheckpoint(self.run_dir / "checkpoints", "best", monitor="val/AP", mode="max"),
-            ModelCheckpoint(self.run_dir / "checkpoints", LAST, enable_version_counter=False),
+            ModelCheckpoint(folder, "best", monitor="val/AP", mode="max", enable_version_counter=False),
+            ModelCheckpoint(folder, LAST, enable_version_counter=False),
             LearningRateMonitor("step"),
         ]
+        if given.get("enable_progress_bar") is not False:  # by default it would depend on whether rich is installed
+            callbacks.append(TQDMProgressBar())
         kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]
         return super().instantiate_trainer(**kwargs)
 

@@ -63,7 +63,11 @@ class CocoDataModule(lightning.LightningDataModule):
         self.generate = generate
         # The detector resizes test images by itself, without antialiasing; training images must look the same.
         self.train_transform = v2.Compose(
-            [v2.Resize(min_size, max_size=max_size, antialias=False), v2.RandomHorizontalFlip(flip)]
+            [
+                # Where the longer side always decides, Resize wants to hear of no other.
+                v2.Resize(min_size if min_size < max_size else None, max_size=max_size, antialias=False),
+                v2.RandomHorizontalFlip(flip),
+            ]
         )
 
     def prepare_data(self) -> None:

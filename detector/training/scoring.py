@@ -81,7 +81,7 @@ def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> No
         }
         rows.append([draw(image, target, split.category_names), draw(image, detections, split.category_names)])
     if rows:
-        sheet(rows).save(path)
+        sheet(rows, ["truth", "detections with a score of 0.5 or more"]).save(path)
 
 
 def _write(path: Path, content: Any) -> None:

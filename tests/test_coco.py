@@ -1,0 +1,232 @@
+"""Reading COCO's layout: what is mapped, dropped, turned, refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import v2
+
+from detector.coco import CocoDetection, DataError, read_coco, read_image
+
+
+def dataset(root: Path, *, images=None, annotations=None, categories=None) -> dict:
+    """A small valid set on disk: two images, categories 3 and 7."""
+    (root / "images").mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(root / "images" / name)
+    content = {
+        "images": images
+        or [
+            {"id": 9, "file_name": "b.png", "width": 30, "height": 20},
+            {"id": 4, "file_name": "a.png", "width": 30, "height": 20},
+        ],
+        "annotations": annotations
+        if annotations is not None
+        else [
+            {"id": 1, "image_id": 4, "category_id": 7, "bbox": [1, 2, 10, 5], "area": 50, "iscrowd": 0},
+            {"id": 2, "image_id": 4, "category_id": 3, "bbox": [5, 5, 40, 10], "area": 400, "iscrowd": 0},
+            {"id": 3, "image_id": 4, "category_id": 3, "bbox": [0, 0, 30, 20], "area": 600, "iscrowd": 1},
+            {"id": 5, "image_id": 4, "category_id": 3, "bbox": [3, 3, 0, 4], "area": 0, "iscrowd": 0},
+            {"id": 6, "image_id": 4, "category_id": 3, "bbox": [31, 3, 5, 4], "area": 20, "iscrowd": 0},
+        ],
+        "categories": categories or [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
+    }
+    (root / "annotations.json").write_text(json.dumps(content))
+    return content
+
+
+def load(root: Path, **options) -> CocoDetection:
+    return CocoDetection(root / "images", root / "annotations.json", **options)
+
+
+def test_categories_with_gaps_are_mapped_and_back(tmp_path):
+    dataset(tmp_path)
+    data = load(tmp_path)
+    assert data.category_ids == [3, 7]
+    assert data.category_names == ["dog", "cat"]
+    assert data.image_ids == [4, 9]
+    _, target = data[0]
+    assert target["labels"].tolist() == [2, 1]
+    assert [data.category_ids[label - 1] for label in target["labels"]] == [7, 3]
+
+
+def test_crowds_and_empty_boxes_are_left_out_and_counted(tmp_path):
+    dataset(tmp_path)
+    data = load(tmp_path)
+    _, target = data[0]
+    # The second box reaches beyond the image and is cut there.
+    assert target["boxes"].tolist() == [[1, 2, 11, 7], [5, 5, 30, 15]]
+    assert data.dropped_boxes == 2
+    assert len(data.coco.anns) == 5  # the evaluation sees all of them
+
+
+def test_image_without_objects(tmp_path):
+    dataset(tmp_path)
+    image, target = load(tmp_path)[1]
+    assert image.shape == (3, 20, 30)
+    assert image.dtype == torch.float32
+    assert 0 <= image.min()
+    assert image.max() <= 1
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == (0,)
+    assert target["image_id"] == 9
+    assert type(image) is torch.Tensor
+    assert type(target["boxes"]) is torch.Tensor
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
+    dataset(tmp_path)
+    flip = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.5)])
+    data = load(tmp_path, transform=flip, seed=1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = {(epoch, index): data[epoch, index] for epoch in range(8) for index in range(2)}
+    assert torch.equal(state, torch.get_rng_state())  # the surroundings are left alone
+    torch.manual_seed(5)
+    for key in reversed(list(first)):
+        again = data[key]
+        assert torch.equal(first[key][0], again[0])
+        assert torch.equal(first[key][1]["boxes"], again[1]["boxes"])
+    boxes = {tuple(first[epoch, 0][1]["boxes"][0].tolist()) for epoch in range(8)}
+    assert boxes == {(1.0, 2.0, 11.0, 7.0), (19.0, 2.0, 29.0, 7.0)}  # as it is, and flipped with its box
+    other = load(tmp_path, transform=flip, seed=2)
+    assert any(not torch.equal(first[epoch, 0][0], other[epoch, 0][0]) for epoch in range(8))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1", "I;16"])
+def test_any_mode_is_read_as_rgb(tmp_path, mode):
+    values = np.linspace(0, 255, 48).reshape(6, 8)
+    if mode == "I;16":
+        image = Image.fromarray((values * 257).astype(np.uint16))
+    else:
+        image = Image.fromarray(values.astype(np.uint8)).convert("RGB").convert(mode)
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path)
+    pixels = read_image(path, width=8, height=6)
+    assert pixels.shape == (3, 6, 8)
+    assert pixels.dtype == torch.uint8
+    if mode in ("L", "LA", "RGBA", "I;16"):
+        assert (pixels[0].double() - torch.from_numpy(values)).abs().max() <= 1.01
+
+
+def rotated(path: Path, orientation: int) -> torch.Tensor:
+    """Write a JPEG of 16x8 stored pixels with an EXIF orientation; its pixels as stored."""
+    values = np.zeros((8, 16, 3), dtype=np.uint8)
+    values[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(values).save(path, exif=exif, quality=95)
+    return torch.from_numpy(values).permute(2, 0, 1)
+
+
+def test_annotated_size_decides_about_exif_orientation(tmp_path):
+    path = tmp_path / "image.jpg"
+    stored = rotated(path, 6)  # a viewer turns it by 90 degrees: 8 wide, 16 high
+    as_stored = read_image(path, width=16, height=8)
+    assert (as_stored.int() - stored.int()).abs().max() < 30
+    upright = read_image(path, width=8, height=16)
+    assert (upright.int() - stored.rot90(-1, (1, 2)).int()).abs().max() < 30
+    assert torch.equal(read_image(path), upright)
+    with pytest.raises(DataError, match=r"image\.jpg.*16x8.*says 9x9"):
+        read_image(path, width=9, height=9)
+
+
+def test_broken_images_are_named(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[:700])
+    text = tmp_path / "text.jpg"
+    text.write_text("not an image")
+    for path, reason in ((cut, "cut off"), (text, "cannot be read"), (tmp_path / "none.jpg", "no such image")):
+        with pytest.raises(DataError, match=rf"{path.name}.*{reason}"):
+            read_image(path)
+
+
+IMAGE = {"id": 1, "file_name": "a.png", "width": 30, "height": 20}
+BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [{**IMAGE, "file_name": "gone.png"}], "annotations": []}, r"image 1 .*'gone\.png'"),
+        ({"images": [{**IMAGE, "file_name": "../annotations.json"}], "annotations": []}, "outside"),
+        ({"images": [{**IMAGE, "width": 0}], "annotations": []}, "width 0"),
+        ({"images": [{**IMAGE, "height": "20"}], "annotations": []}, r"images\[0\] \(id 1\): 'height' is '20'"),
+        ({"images": [{"id": 1}], "annotations": []}, r"'file_name' is missing"),
+        ({"images": [IMAGE, IMAGE], "annotations": []}, "id 1 is used twice"),
+        ({"images": [IMAGE], "annotations": [{**BOX, "image_id": 5}]}, "annotation 1 has image_id 5"),
+        ({"images": [IMAGE], "annotations": [{**BOX, "category_id": 5}]}, "annotation 1 has category_id 5"),
+        ({"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3]}]}, r"bbox \[1, 2, 3\]"),
+        ({"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3, float("nan")]}]}, "finite"),
+        ({"images": [IMAGE], "annotations": ["box"]}, r"annotations\[0\] must be a dict, got str"),
+    ],
+)
+def test_faults_name_the_entry_the_field_and_the_value(tmp_path, change, message):
+    dataset(tmp_path, **change)
+    with pytest.raises(DataError, match=message) as error:
+        load(tmp_path)
+    assert "annotations.json" in str(error.value)
+
+
+def test_files_that_are_no_annotations(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(DataError, match=r"a\.json: no such file"):
+        read_coco(path)
+    content = json.dumps(dataset(tmp_path))
+    for text in ("", "[1, 2]", "3", content[: len(content) // 2], '{"images": []}', "\x00\xff"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"a\.json"):
+            read_coco(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"a\.json"):
+        read_coco(path)
+    with pytest.raises(DataError, match="no such image folder"):
+        CocoDetection(tmp_path / "nowhere", tmp_path / "annotations.json")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_holes_in_the_json_never_end_in_a_traceback(tmp_path, data):
+    """One field somewhere is removed or replaced: a right answer, or our own error."""
+    content = dataset(tmp_path)
+    name = data.draw(st.sampled_from(["images", "annotations", "categories"]))
+    entry = data.draw(st.sampled_from(content[name]))
+    field = data.draw(st.sampled_from(sorted(entry)))
+    junk = st.one_of(
+        st.none(), st.booleans(), st.integers(-3, 3), st.text(max_size=3), st.lists(st.floats(), max_size=5)
+    )
+    if data.draw(st.booleans()):
+        del entry[field]
+    else:
+        entry[field] = data.draw(junk)
+    (tmp_path / "annotations.json").write_text(json.dumps(content))
+    try:
+        loaded = load(tmp_path)
+        for index in range(len(loaded)):
+            _, target = loaded[index]
+            assert torch.isfinite(target["boxes"]).all()
+    except DataError:
+        pass
+
+
+def test_real_coco(data_root):
+    """A genuine subset of COCO: ids with gaps, crowds, images without objects."""
+    folder = data_root / "coco-cc"
+    data = CocoDetection(folder / "val2017", folder / "annotations" / "instances_val2017.json")
+    assert len(data.category_ids) == 80
+    assert data.category_ids[-1] == 90
+    crowds = sum(annotation["iscrowd"] for annotation in data.coco.anns.values())
+    assert crowds == 8
+    assert sum(len(labels) for _, labels in data.targets) + crowds + data.dropped_boxes == len(data.coco.anns) == 560
+    for index in (0, len(data) - 1):
+        image, target = data[index]
+        info = data.coco.imgs[int(target["image_id"])]
+        assert image.shape == (3, info["height"], info["width"])

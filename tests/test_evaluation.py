@@ -1,0 +1,137 @@
+"""Scores against pycocotools' own way in, loadRes, and against cases whose answer is known."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detector.coco import DataError, index_coco, read_coco
+from detector.evaluation import SUMMARY, evaluate, predict, to_results
+
+
+def truth(boxes, *, crowd=()):
+    annotations = [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": int(number in crowd),
+        }
+        for number, (image, category, box) in enumerate(boxes, start=1)
+    ]
+    images = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2)]
+    return index_coco({"images": images, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]})
+
+
+def result(image, box, score=0.9):
+    return {"image_id": image, "category_id": 5, "bbox": box, "score": score}
+
+
+def test_perfect_and_nothing_and_no_truth():
+    coco = truth([(1, 5, [10, 10, 40, 40]), (2, 5, [0, 0, 50, 50])])
+    scores, table = evaluate(coco, [result(1, [10, 10, 40, 40]), result(2, [0, 0, 50, 50])])
+    assert scores["AP"] == scores["AP90"] == scores["AR100"] == pytest.approx(1)
+    assert scores["APs"] == -1
+    assert "Average Precision" in table
+    assert set(scores) == {*SUMMARY, "AP90"}
+    scores, _ = evaluate(coco, [])
+    assert scores["AP"] == scores["AP90"] == scores["AR100"] == 0
+    assert evaluate(truth([]), [])[0]["AP"] == -1
+
+
+def test_iou_decides_at_each_threshold():
+    coco = truth([(1, 5, [0, 0, 100, 50])])
+    scores, _ = evaluate(coco, [result(1, [0, 0, 100, 40])])  # IoU 0.8
+    assert scores["AP50"] == scores["AP75"] == pytest.approx(1)
+    assert scores["AP90"] == 0
+    assert scores["AP"] == pytest.approx(0.6 + 0.1)  # .50 to .80
+
+
+def test_detection_on_a_crowd_is_neither_right_nor_wrong():
+    boxes = [(1, 5, [10, 10, 40, 40]), (1, 5, [60, 60, 30, 30])]
+    found = [result(1, [60, 60, 30, 30], 0.99), result(1, [10, 10, 40, 40], 0.5)]
+    assert evaluate(truth(boxes, crowd=(2,)), found)[0]["AP"] == pytest.approx(1)
+    assert evaluate(truth(boxes[:1]), found)[0]["AP"] < 0.6
+
+
+def test_unknown_images_and_categories_are_errors():
+    coco = truth([(1, 5, [10, 10, 40, 40])])
+    with pytest.raises(DataError, match="image_id 7"):
+        evaluate(coco, [result(7, [0, 0, 1, 1])])
+    with pytest.raises(DataError, match="category_id 6"):
+        evaluate(coco, [{**result(1, [0, 0, 1, 1]), "category_id": 6}])
+
+
+def test_only_the_named_images_count():
+    coco = truth([(1, 5, [10, 10, 40, 40]), (2, 5, [0, 0, 50, 50])])
+    found = [result(1, [10, 10, 40, 40])]
+    assert evaluate(coco, found)[0]["AR100"] == pytest.approx(0.5)
+    assert evaluate(coco, found, [1])[0]["AR100"] == pytest.approx(1)
+
+
+def test_results_are_xywh_with_the_data_sets_ids():
+    detections = [
+        {
+            "boxes": torch.tensor([[1.0, 2.0, 11.0, 5.0], [0.0, 0.0, 1.0, 1.0]]),
+            "labels": torch.tensor([2, 1]),
+            "scores": torch.tensor([0.5, 0.25]),
+        }
+    ]
+    assert to_results(detections, [42], [3, 7]) == [
+        {"image_id": 42, "category_id": 7, "bbox": [1, 2, 10, 3], "score": 0.5},
+        {"image_id": 42, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.25},
+    ]
+    assert [r["category_id"] for r in to_results(detections, [42], [None, 7])] == [7]
+
+
+def test_predict_restores_the_mode_and_reports_progress():
+    class Fake(torch.nn.Module):
+        def forward(self, images):
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            return [
+                {"boxes": torch.ones(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)} for _ in images
+            ]
+
+    batches = [([torch.zeros(3, 4, 4)] * 2, [{"image_id": torch.tensor(i)} for i in (1, 2)])]
+    done = []
+    model = Fake().train()
+    found = predict(model, batches, [5], on_batch=done.append)
+    assert [r["image_id"] for r in found] == [1, 2]
+    assert done == [2]
+    assert model.training
+
+
+def test_real_coco_against_load_res(data_root, tmp_path):
+    """The truth, jittered, as detections: all 12 numbers as pycocotools' documented way in gives them."""
+    path = data_root / "coco-cc" / "annotations" / "instances_val2017.json"
+    coco = read_coco(path)
+    found = []
+    for annotation in coco.anns.values():
+        x, y, w, h = annotation["bbox"]
+        shift = torch.randn(4).tolist()
+        box = [x + shift[0] * w / 20, y + shift[1] * h / 20, w * (1 + shift[2] / 20), h * (1 + shift[3] / 20)]
+        found.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": box,
+                "score": float(torch.rand(())),
+            }
+        )
+    scores, _ = evaluate(coco, found)
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    with contextlib.redirect_stdout(io.StringIO()):
+        reference = COCO(str(path))
+        scorer = COCOeval(reference, reference.loadRes(str(tmp_path / "found.json")), "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    assert [scores[name] for name in SUMMARY] == pytest.approx(scorer.stats.tolist(), abs=1e-12)
+    assert 0.2 < scores["AP"] < 0.95

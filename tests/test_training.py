@@ -1,0 +1,289 @@
+"""tools/train.py and tools/eval.py from end to end, on a handful of digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+from detector.coco import CocoDetection, DataError
+from detector.digits import write_digits
+from detector.evaluation import SUMMARY
+from detector.training.command_line import score, train, unused_folder
+from detector.training.data import CocoDataModule, EpochSampler, find_root
+from detector.training.task import OptimizerConfig, load_checkpoint, make_schedule
+
+REPOSITORY = Path(__file__).parent.parent
+TINY = [
+    "--config=configs/quickstart.yaml",
+    "--data.generate=null",
+    "--data.workers=0",
+    "--data.min_size=96",
+    "--model.detector.min_size=96",
+    "--model.detector.weights_backbone=null",
+    "--model.detector.fpn_channels=16",
+    "--model.detector.box_head_size=32",
+    "--model.detector.rois_per_image=16",
+    "--model.detector.score_threshold=0.0",
+    "--model.detector.detections_per_image=10",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root, splits={"train": 8, "val": 4})
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """The folder of a finished run of two epochs."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    os.chdir(REPOSITORY)
+    train([*TINY, f"--data.root={digits}", f"--run_dir={folder}", "--trainer.max_epochs=2"])
+    return folder
+
+
+def test_a_run_leaves_everything_in_its_folder(trained):
+    assert {path.name for path in trained.iterdir()} >= {
+        "checkpoints",
+        "config.yaml",
+        "detections.json",
+        "examples.png",
+        "scores.json",
+    }
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert any(path.name.startswith("events.out.tfevents") for path in trained.iterdir())
+    scores = json.loads((trained / "scores.json").read_text())
+    assert set(scores) == {*SUMMARY, "AP90"}
+    found = json.loads((trained / "detections.json").read_text())
+    assert found
+    assert set(found[0]) == {"image_id", "category_id", "bbox", "score"}
+    with Image.open(trained / "examples.png") as picture:
+        assert picture.size[0] > 300
+
+
+def test_checkpoint_is_plain_and_builds_the_detector_again(trained):
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["epoch"] == 1
+    detector = load_checkpoint(trained / "checkpoints" / "last.ckpt")
+    assert detector.category_names == [str(digit) for digit in range(10)]
+    assert not detector.model.training
+    name, value = next(iter(detector.model.state_dict().items()))
+    assert torch.equal(value, content["state_dict"][f"model.{name}"])
+
+
+def test_eval_tool_gives_the_scores_of_the_run(trained, digits, tmp_path, capsys):
+    output = tmp_path / "eval"
+    score(checkpoint=str(trained / "checkpoints" / "last.ckpt"), root=str(digits), split="val", output=str(output))
+    printed = capsys.readouterr().out
+    assert printed.count("Average Precision") == 7
+    assert str(output) in printed
+    assert json.loads((output / "scores.json").read_text()) == pytest.approx(
+        json.loads((trained / "scores.json").read_text()), abs=1e-6
+    )
+    stock = tmp_path / "stock"
+    checkpoint = str(trained / "checkpoints" / "last.ckpt")
+    score(checkpoint=checkpoint, crop="roi_align", root=str(digits), split="val", output=str(stock))
+    ours, theirs = (json.loads((folder / "detections.json").read_text()) for folder in (output, stock))
+    assert len(ours) == len(theirs) > 0
+    assert [r["score"] for r in ours] == pytest.approx([r["score"] for r in theirs], abs=1e-4)
+
+
+def test_eval_tool_scores_a_torchvision_detector(digits, tmp_path):
+    import torchvision
+
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    for classes in (11, 91):  # the data's own labels, and COCO's ids
+        model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        output = tmp_path / str(classes)
+        score(
+            model=name,
+            weights=str(tmp_path / "weights.pth"),
+            crop="affine",
+            root=str(digits),
+            split="val",
+            output=str(output),
+        )
+        assert "AP" in json.loads((output / "scores.json").read_text())
+
+
+def test_resuming_goes_on_in_the_same_folder(digits, tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = [*TINY, f"--data.root={digits}", f"--run_dir={folder}"]
+    train([*arguments, "--trainer.max_epochs=1"])
+    first = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    train([*arguments, "--trainer.max_epochs=2", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"])
+    second = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    assert second["global_step"] == 2 * first["global_step"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_a_second_run_leaves_the_first_alone(tmp_path):
+    folder = tmp_path / "run"
+    assert unused_folder(folder) == folder
+    folder.mkdir()
+    assert unused_folder(folder) == folder
+    (folder / "scores.json").write_text("{}")
+    assert unused_folder(folder) == tmp_path / "run-2"
+    (tmp_path / "run-2" / "checkpoints").mkdir(parents=True)
+    assert unused_folder(folder) == tmp_path / "run-3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.root=nowhere"], "nowhere/val: no such image folder|nowhere/annotations.*no such file"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
+        (["--ckpt_path=last", "--run_dir=nowhere"], "nowhere/checkpoints/last.ckpt: no such file"),
+        (["--model.detector.name=timm/nothing"], "timm cannot build 'nothing'"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments, message, digits, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *arguments])
+    assert str(stop.value.code).startswith("error: ")
+    assert "\n" not in str(stop.value.code)
+    assert pytest.importorskip("re").search(message, str(stop.value.code))
+
+
+def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):
+    content = json.loads((digits / "annotations" / "instances_val.json").read_text())
+    other = tmp_path / "other"
+    (other / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (other / split).symlink_to(digits / "val")
+    (other / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    (other / "annotations" / "instances_train.json").write_text(json.dumps({**content, "annotations": []}))
+    splits = {"train_split": "train", "val_split": "val"}
+    with pytest.raises(DataError, match="no box in train"):
+        CocoDataModule(str(other), **splits).setup("fit")
+    content["categories"][0]["name"] = "zero"
+    (other / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="zero"):
+        CocoDataModule(str(other), **splits).setup("fit")
+
+
+def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
+    content = json.loads((digits / "annotations" / "instances_val.json").read_text())
+    content["categories"][3]["name"] = "drei"
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    (tmp_path / "val").symlink_to(digits / "val")
+    checkpoint = str(trained / "checkpoints" / "last.ckpt")
+    with pytest.raises(SystemExit, match="drei"):
+        score(checkpoint=checkpoint, root=str(tmp_path), split="val")
+    with pytest.raises(SystemExit, match="give either"):
+        score(root=str(digits), split="val")
+    (tmp_path / "cut.ckpt").write_bytes(Path(checkpoint).read_bytes()[:5000])
+    with pytest.raises(SystemExit, match=r"cut\.ckpt: cannot be read"):
+        score(checkpoint=str(tmp_path / "cut.ckpt"), root=str(digits), split="val")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(SystemExit, match=r"other\.ckpt: not a checkpoint of tools/train\.py"):
+        score(checkpoint=str(tmp_path / "other.ckpt"), root=str(digits), split="val")
+
+
+def test_loss_that_is_not_finite_stops_with_the_images(digits, tmp_path):
+    with pytest.raises(SystemExit, match=r"not finite in step .* on images \["):
+        train(
+            [
+                *TINY,
+                f"--data.root={digits}",
+                f"--run_dir={tmp_path / 'run'}",
+                "--trainer.max_epochs=20",
+                "--model.optimizer.lr=1e12",
+                "--trainer.gradient_clip_val=null",
+            ]
+        )
+
+
+def test_order_is_a_function_of_seed_and_epoch(digits):
+    data = CocoDetection(digits / "train", digits / "annotations" / "instances_train.json")
+
+    def order(seed, epoch):
+        sampler = EpochSampler(data, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 3) == order(0, 3)
+    assert sorted(order(0, 3)) == [(3, index) for index in range(8)]
+    assert [index for _, index in order(0, 3)] != [index for _, index in order(0, 4)]
+    assert order(0, 3) != order(1, 3)
+
+
+def test_data_is_found_by_the_setting(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTOR_DATA", str(tmp_path))
+    assert find_root(None, "bccd") == tmp_path / "bccd"
+    assert find_root("here", "bccd") == Path("here")
+    monkeypatch.delenv("DETECTOR_DATA")
+    with pytest.raises(DataError, match="DETECTOR_DATA"):
+        find_root(None, "bccd")
+    with pytest.raises(DataError, match=r"--data\.root"):
+        find_root(None, None)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep"])
+def test_schedules(schedule):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
+    settings = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=10, milestones=(8, 11))
+    scheduler = make_schedule(optimizer, settings, steps=120, epochs=12)
+    rates = []
+    for _ in range(120):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    peak = int(np.argmax(rates))
+    assert max(rates) == pytest.approx(1)
+    assert np.all(np.diff(rates[:peak]) > 0)
+    assert rates[0] < 0.1
+    if schedule == "multistep":
+        assert rates[79] == pytest.approx(1)
+        assert rates[81] == pytest.approx(0.1)
+        assert rates[111] == pytest.approx(0.01)
+    else:
+        assert rates[-1] < 0.01
+
+
+@pytest.mark.parametrize("tool", ["train.py", "eval.py"])
+def test_help_teaches(tool):
+    done = subprocess.run(
+        [sys.executable, f"tools/{tool}", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert "checkpoint" in done.stdout.lower()
+    if tool == "train.py":
+        for setting in ("--model.box_gradient.crop", "--model.optimizer.lr", "--data.root", "--run_dir", "--ckpt_path"):
+            assert setting in done.stdout
+        assert "scale of the crop path" in done.stdout
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_parse_and_say_how_to_run_them(config):
+    done = subprocess.run(
+        [sys.executable, "tools/train.py", "--config", str(config), "--print_config"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DETECTOR_DATA": "/nowhere"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert config.read_text().startswith("# ")
+    assert f"python tools/train.py --config configs/{config.name}" in config.read_text().split("\nrun_dir")[0]
