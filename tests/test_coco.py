@@ -71,7 +71,7 @@ def test_image_without_objects(tmp_path):
     image, target = load(tmp_path)[1]
     assert image.shape == (3, 20, 30)
     assert image.dtype == torch.float32
-    assert 0 <= image.min()
+    assert image.min() >= 0
     assert image.max() <= 1
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)

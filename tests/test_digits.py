@@ -59,9 +59,9 @@ def test_layout_and_boxes(tmp_path):
 
 def test_box_is_tight_on_the_ink(monkeypatch):
     from PIL import Image
+    from sklearn.datasets import load_digits
 
     from detector.digits import _bend, _paste
-    from sklearn.datasets import load_digits
 
     rng = np.random.default_rng(0)
     for digit in load_digits().images[:20]:
@@ -74,7 +74,6 @@ def test_box_is_tight_on_the_ink(monkeypatch):
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
-    from detector import digits
 
     write_digits(tmp_path / "a", splits=SMALL)
     before = files(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from detector.digits import write_digits
 from detector.evaluation import SUMMARY
 from detector.training.command_line import score, train, unused_folder
 from detector.training.data import CocoDataModule, EpochSampler, find_root
-from detector.training.task import OptimizerConfig, load_checkpoint, make_schedule
+from detector.training.task import DetectionTask, OptimizerConfig, load_checkpoint, make_schedule
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
@@ -39,9 +40,13 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def in_repository(monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
+@pytest.fixture(autouse=True, scope="module")
+def command_line():
+    """In the repository's folder, and without pytest's own arguments, which LightningCLI would warn of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", ["train.py"])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,6 @@ def digits(tmp_path_factory):
 def trained(digits, tmp_path_factory):
     """The folder of a finished run of two epochs."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    os.chdir(REPOSITORY)
     train([*TINY, f"--data.root={digits}", f"--run_dir={folder}", "--trainer.max_epochs=2"])
     return folder
 
@@ -125,17 +129,29 @@ def test_eval_tool_scores_a_torchvision_detector(digits, tmp_path):
         assert "AP" in json.loads((output / "scores.json").read_text())
 
 
-def test_resuming_goes_on_in_the_same_folder(digits, tmp_path, capsys):
+def test_resuming_after_ctrl_c_goes_on_in_the_same_folder(digits, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    arguments = [*TINY, f"--data.root={digits}", f"--run_dir={folder}"]
-    train([*arguments, "--trainer.max_epochs=1"])
-    first = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    train([*arguments, "--trainer.max_epochs=2", f"--ckpt_path={folder / 'checkpoints' / 'last.ckpt'}"])
-    second = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    arguments = [*TINY, f"--data.root={digits}", "--trainer.max_epochs=2"]
+
+    def ctrl_c(task):
+        if task.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectionTask, "on_train_epoch_start", ctrl_c)
+        with pytest.raises(SystemExit):
+            train([*arguments, f"--run_dir={folder}"])
+    assert f"--ckpt_path {last}" in capsys.readouterr().out
+    first = torch.load(last, weights_only=True)
+    train([*arguments, f"--ckpt_path={last}"])
+    second = torch.load(last, weights_only=True)
     assert (first["epoch"], second["epoch"]) == (0, 1)
-    assert second["global_step"] == 2 * first["global_step"]
+    assert second["global_step"] == 2 * first["global_step"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    with pytest.raises(SystemExit, match="schedule was made for 4 steps, this run has 6"):
+        train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
 
 
 def test_a_second_run_leaves_the_first_alone(tmp_path):
@@ -163,7 +179,7 @@ def test_mistakes_end_in_one_sentence(arguments, message, digits, tmp_path):
         train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *arguments])
     assert str(stop.value.code).startswith("error: ")
     assert "\n" not in str(stop.value.code)
-    assert pytest.importorskip("re").search(message, str(stop.value.code))
+    assert re.search(message, str(stop.value.code))
 
 
 def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):

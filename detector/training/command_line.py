@@ -1,6 +1,7 @@
 """The command line of ``tools/train.py``: LightningCLI with a run folder that never overwrites a result."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,8 @@ class TrainingCLI(LightningCLI):
 
 def train(args: list[str] | None = None) -> None:
     """Train as the command line says, then score the val split. Mistakes of the user end in one sentence."""
+    # From inside Lightning, about torch; nothing that a user could act on.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     try:
         cli = TrainingCLI(
             DetectionTask,
@@ -86,12 +89,19 @@ def train(args: list[str] | None = None) -> None:
             load_from_checkpoint_support=False,
             auto_configure_optimizers=False,
         )
-        cli.run_dir.mkdir(parents=True, exist_ok=True)
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C
+            last = cli.run_dir / "checkpoints" / f"{LAST}.ckpt"
+            if last.exists():
+                print(f"Stopped. To go on from the last whole epoch, add to the same command: --ckpt_path {last}")
+            raise
         if cli.trainer.is_global_zero:
             finish(cli)
     except (DataError, ModelError, TrainingError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 def finish(cli: TrainingCLI) -> None:

@@ -134,7 +134,16 @@ class DetectionTask(lightning.LightningModule):
             "crop": self.crop,
             "category_ids": val_set.category_ids,
             "category_names": val_set.category_names,
+            "steps": int(self.trainer.estimated_stepping_batches),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before, now = checkpoint.get(CHECKPOINT_KEY, {}).get("steps"), int(self.trainer.estimated_stepping_batches)
+        if before != now and self.optimizer.schedule != "multistep":
+            raise TrainingError(
+                f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has {now}: "
+                "go on with the same data, batch size and --trainer.max_epochs"
+            )
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerConfig, steps: int, epochs: int) -> LRScheduler:
