@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -216,6 +217,39 @@ def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(SystemExit, match=r"other\.ckpt: not a checkpoint of tools/train\.py"):
         score(checkpoint=str(tmp_path / "other.ckpt"), root=str(digits), split="val")
+
+
+def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    broken = sorted((tmp_path / "digits" / "val").iterdir())[2]
+    broken.write_bytes(broken.read_bytes()[:2000])
+    checkpoint = str(trained / "checkpoints" / "last.ckpt")
+    with pytest.raises(SystemExit) as stop:  # the image is read in another process
+        score(
+            checkpoint=checkpoint, root=str(tmp_path / "digits"), split="val", output=str(tmp_path / "out"), workers=1
+        )
+    assert re.fullmatch(rf"error: .*{broken.name}: cannot be read as an image .*", str(stop.value.code))
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_leaves_the_scores_that_were_there(trained, digits, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "scores.json").write_text("before")
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        score(
+            checkpoint=str(trained / "checkpoints" / "last.ckpt"),
+            root=str(digits),
+            split="val",
+            output=str(output),
+            workers=0,
+        )
+    assert (output / "scores.json").read_text() == "before"
 
 
 def test_loss_that_is_not_finite_stops_with_the_images(digits, tmp_path):

@@ -98,8 +98,8 @@ def train(args: list[str] | None = None) -> None:
             raise
         if cli.trainer.is_global_zero:
             finish(cli)
-    except (DataError, ModelError, TrainingError) as error:
-        sys.exit(f"error: {error}")
+    except (DataError, ModelError, TrainingError, OSError) as error:
+        sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -187,8 +187,16 @@ def score(
             workers=workers,
         )
         print(f"\nscores.json, detections.json and examples.png are in {target}/")
-    except (DataError, ModelError) as error:
-        sys.exit(f"error: {error}")
+    except (DataError, ModelError, OSError) as error:
+        sys.exit(f"error: {sentence(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def sentence(error: Exception) -> str:
+    """What an error says. From a data loader's worker it comes with a traceback before it."""
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
 def match_categories(trained: TrainedDetector, data: CocoDetection) -> Sequence[int]:

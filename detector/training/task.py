@@ -189,5 +189,6 @@ def load_checkpoint(path: str | Path) -> TrainedDetector:
     except ModelError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ModelError(f"{path}: not a checkpoint of tools/train.py, or damaged: {error}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path}: not a checkpoint of tools/train.py, or damaged: {reason}") from None
     return TrainedDetector(model.eval(), category_ids, category_names)
