@@ -46,7 +46,7 @@ class BoxGradient:
                 raise ValueError(f"{name} must be a scale from 0 to 1, got {getattr(self, name)}")
         known = get_args(LossName)
         if isinstance(self.losses, str) or not isinstance(self.losses, Sequence):
-            raise ValueError(f"losses must be a tuple of names, got {self.losses!r}: write ({self.losses!r},)")
+            raise ValueError(f'losses must be a tuple of names, such as ("box",), got {self.losses!r}')
         for loss in self.losses:
             if loss not in known:
                 raise ValueError(f"losses must be of {', '.join(known)}, got {loss!r}")
@@ -64,7 +64,7 @@ class BoxGradient:
 
 
 def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
-    """``tensor``, its value unchanged to the last bit, its gradient times ``scale``."""
+    """``tensor``, its (finite) value unchanged to the last bit, its gradient times ``scale``."""
     if scale == 1:
         return tensor
     constant = tensor.detach()

@@ -113,7 +113,7 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
                     f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, its annotation says "
                     f"{width}x{height} (width x height)"
                 )
-            if upright.mode.startswith("I;16"):  # Pillow would clip it to white
+            if upright.mode.startswith("I"):  # Pillow would clip it to white
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return v2.functional.pil_to_tensor(upright.convert("RGB"))
     except FileNotFoundError:
@@ -194,8 +194,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(state))
                 image, target = self.transform(image, target)
-        image = v2.functional.to_dtype(image, torch.float32, scale=True)
-        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+        image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
+        target = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        # A speck can lose its size to the transform's rounding; torchvision's detectors refuse such a box.
+        kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
+        target["boxes"], target["labels"] = target["boxes"][kept], target["labels"][kept]
+        return image, target
 
     def _boxes(self, image_id: int) -> tuple[Tensor, Tensor, int]:
         """Boxes [L, 4] (x1, y1, x2, y2) within the image, labels [L], and how many boxes of no size were dropped."""

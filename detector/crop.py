@@ -156,7 +156,7 @@ def _adaptive(input: Tensor, y: Axis, x: Axis, index: Tensor, bins: tuple[int, i
         x_positions = x.select(rois).positions(x_samples, x_counts[rois])
         # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
         row_elements = input.shape[1] * prod(bins) * columns
-        slice_rows = max(MAX_SAMPLED_ELEMENTS // row_elements, 1)
+        slice_rows = max(MAX_SAMPLED_ELEMENTS // max(row_elements, 1), 1)
         total = input.new_zeros(())
         for rows_of_slice in torch.arange(rows, device=input.device).split(slice_rows):
             y_samples = y_first[rois][..., None] + rows_of_slice
@@ -265,7 +265,9 @@ def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tenso
             raise ValueError(f"boxes has {len(boxes)} images, but input has a batch of {images}")
         counts = [len(image_boxes) for image_boxes in boxes] + [0] * (images - len(boxes))
         corners = torch.cat(list(boxes)) if boxes else input.new_zeros(0, 4, dtype=geometry_dtype(input))
-        index = torch.cat([corners.new_full((count,), i) for i, count in enumerate(counts)] or [corners.new_zeros(0)])
+        # Not in the boxes' dtype: bfloat16 counts to 256.
+        of_image = [corners.new_full((count,), i, dtype=torch.int64) for i, count in enumerate(counts)]
+        index = torch.cat(of_image or [corners.new_zeros(0, dtype=torch.int64)])
     else:
         raise TypeError(f"boxes must be a [K, 5] tensor or a sequence of [L, 4] tensors, got {type(boxes).__name__}")
     return index, corners, counts

@@ -35,7 +35,7 @@ def to_results(
         One dict per detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
     """
     results = []
-    for detection, image_id in zip(detections, image_ids):
+    for detection, image_id in zip(detections, image_ids, strict=True):
         boxes = box_convert(detection["boxes"].detach().cpu().double(), "xyxy", "xywh")
         rows = zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist())
         for box, label, score in rows:
@@ -112,9 +112,11 @@ def predict(
     training = model.training
     model.eval()
     results: list[Result] = []
-    for images, targets in batches:
-        detections = model([image.to(device) for image in images])
-        results += to_results(detections, [int(target["image_id"]) for target in targets], category_ids)
-        on_batch(len(images))
-    model.train(training)
+    try:
+        for images, targets in batches:
+            detections = model([image.to(device) for image in images])
+            results += to_results(detections, [int(target["image_id"]) for target in targets], category_ids)
+            on_batch(len(images))
+    finally:
+        model.train(training)
     return results

@@ -15,10 +15,16 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 PACKAGED = "packaged"
+# The published files whose batch norms torchvision runs with an eps of 0 when it fetches them itself.
+COCO_V1_FILES = (
+    "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+    "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
+    "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+)
 
 
 class ModelError(ValueError):
@@ -31,7 +37,7 @@ class DetectorConfig:
 
     Args:
         name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn"), or "timm/" and the name of any timm backbone
-            with feature maps at strides 4 to 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
+            with NCHW maps at strides 4, 8, 16 and 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
         weights: weights of the whole detector, a name that torchvision publishes ("COCO_V1", "DEFAULT"); fetched.
             The classifier is replaced if it has other classes.
         weights_backbone: weights of the backbone: a name that torchvision publishes ("IMAGENET1K_V2", "DEFAULT");
@@ -40,7 +46,8 @@ class DetectorConfig:
         min_size: test images are resized so that their shorter side has this many pixels,
         max_size: but the longer side no more than this. Training images are resized by the data.
         trainable_layers: torchvision only: the number of the backbone's layers, from the top, that are trained.
-        frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone.
+        frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone. One
+            that starts at random has none to keep.
         fpn_channels: timm only: channels of the feature pyramid.
         anchor_sizes: timm only: one anchor size in pixels for each of the pyramid's 5 levels.
         box_head_size: timm only: width of the box head's two layers.
@@ -127,7 +134,21 @@ def load_torchvision_detector(name: str, weights: str) -> GeneralizedRCNN:
         model.load_state_dict(state)
     except (KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise ModelError(f"{weights}: not the weights of {name}: {str(error).splitlines()[0]}") from None
+    if Path(weights).name in COCO_V1_FILES:
+        set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.0))
     return model.eval()
+
+
+def batch_norm_eps(model: nn.Module) -> dict[str, float]:
+    """The eps of each batch norm, which no state_dict holds: torchvision sets 0 for its first COCO weights."""
+    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
+    return {name: module.eps for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def set_batch_norm_eps(model: nn.Module, eps: dict[str, float]) -> None:
+    """Undo that a model built without its weights has torchvision's usual eps, by :func:`batch_norm_eps`."""
+    for name, value in eps.items():
+        setattr(model.get_submodule(name), "eps", float(value))  # noqa: B010 (a Module's attributes are untyped)
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -193,7 +214,7 @@ def _build_timm(config: DetectorConfig, num_categories: int, pretrained: bool) -
         config.name.removeprefix("timm/"),
         config.fpn_channels,
         weights=config.weights_backbone if pretrained else None,
-        frozen_batch_norm=config.frozen_batch_norm,
+        frozen_batch_norm=config.frozen_batch_norm and config.weights_backbone is not None,
     )
     return FasterRCNN(
         backbone,
@@ -234,14 +255,18 @@ class TimmPyramid(nn.Module):
         try:
             body: Any = timm.create_model(name, pretrained=weights == "DEFAULT", features_only=True)
         except Exception as error:  # timm, its hub client and the network raise what they like
-            raise ModelError(f"timm cannot build {name!r}: {str(error).strip()}") from None
+            raise ModelError(f"timm cannot build {name!r}: {' '.join(str(error).split())}") from None
         strides = body.feature_info.reduction()
         self.levels = [level for level, stride in enumerate(strides) if stride in (4, 8, 16, 32)]
         if len(self.levels) != 4:
             raise ModelError(f"{name} has feature maps at strides {strides}; a pyramid needs 4, 8, 16 and 32")
+        if "NHWC" in str(getattr(body, "output_fmt", "")):
+            raise ModelError(f"{name} has NHWC feature maps; a pyramid needs NCHW, as convolutional backbones give")
         self.mean, self.std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
         if weights == PACKAGED:
-            body.load_state_dict(_packaged_weights(name), strict=False)  # the classifier's are left over
+            missing, _ = body.load_state_dict(_packaged_weights(name), strict=False)  # the classifier's are left over
+            if missing:
+                raise ModelError(f"weights_backbone: the packaged weights lack {missing[0]}, which this timm expects")
             self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
         channels_in = [body.feature_info.channels()[level] for level in self.levels]
         self.body = freeze_batch_norm_2d(body) if frozen_batch_norm else body
@@ -269,4 +294,4 @@ def _packaged_weights(name: str) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     # The two define the same network, layer by layer, under different names.
     names = timm.create_model(name).state_dict().keys()
-    return dict(zip(names, weights.values()))
+    return dict(zip(names, weights.values(), strict=True))

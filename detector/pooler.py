@@ -72,10 +72,11 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         if len(features) == 1:
             return self._crop(features[0], boxes, scales[0])
 
-        levels = self._levels(boxes, scales).split([len(b) for b in boxes])
-        crops, order, offset = [], [], 0
+        levels = self._levels(boxes, scales)
+        crops, order = [], []
         for level, (feature, scale) in enumerate(zip(features, scales)):
-            rois = [torch.where(image_levels == level)[0] for image_levels in levels]
+            per_image = levels.split([len(b) for b in boxes])
+            rois = [torch.where(image_levels == level)[0] for image_levels in per_image]
             crops.append(self._crop(feature, [b[r] for b, r in zip(boxes, rois)], scale))
             offset = 0
             for image_boxes, image_rois in zip(boxes, rois):
@@ -83,7 +84,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
                 offset += len(image_boxes)
         # Autocast may give levels different dtypes; like torchvision, the first one's is the result's.
         merged = torch.cat([crop.to(features[0].dtype) for crop in crops])
-        return merged.new_zeros(offset, *merged.shape[1:]).index_copy(0, torch.cat(order), merged)
+        return merged.new_zeros(len(levels), *merged.shape[1:]).index_copy(0, torch.cat(order), merged)
 
     def _crop(self, feature: Tensor, boxes: list[Tensor], scale: float) -> Tensor:
         return affine_crop(feature, boxes, self.output_size, scale, self.sampling_ratio, self.aligned)

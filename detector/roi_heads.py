@@ -112,11 +112,15 @@ class AttachedRoIHeads(RoIHeads):
                 boxes = [p[mask] for p, mask in zip(drawn, positive)]
                 if pool == "box":  # the other pools have crops of positives alone
                     rows = torch.cat(positive)
-            attached = getattr(self, f"{pool}_roi_pool")(constant, boxes, image_shapes).float()
+            attached = getattr(self, f"{pool}_roi_pool")(constant, boxes, image_shapes)
+            attached = attached.to(torch.promote_types(attached.dtype, torch.float32))
             zero = attached - attached.detach()
+            # A gradient scaler would come too late for what underflows in float16 here.
+            boost = 1024.0 if crop.dtype == torch.float16 else 1.0
             for name in names:
-                (gradient,) = torch.autograd.grad(losses[name], crop, retain_graph=True)
-                losses[name] = losses[name] + settings.crop * (gradient[rows].float() * zero).sum()
+                (gradient,) = torch.autograd.grad(losses[name] * boost, crop, retain_graph=True)
+                gradient = gradient[rows].to(zero.dtype) / boost
+                losses[name] = losses[name] + settings.crop * (gradient * zero).sum()
 
 
 @contextmanager

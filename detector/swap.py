@@ -34,9 +34,12 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> M
     Raises:
         TypeError: the model has no RoI pooler (RetinaNet, SSD, FCOS), or parts of a class that cannot be swapped.
     """
+    if not isinstance(box_gradient, BoxGradient):
+        raise TypeError(f"box_gradient must be a BoxGradient, got {box_gradient!r}")
     rpn, heads, pools = _parts(model)
-    if type(rpn).forward not in (RegionProposalNetwork.forward, AttachedRPN.forward):
-        raise TypeError(f"model.rpn is a {type(rpn).__name__} with a forward of its own, which the swap would replace")
+    for part, stock, attached in ((rpn, RegionProposalNetwork, AttachedRPN), (heads, RoIHeads, AttachedRoIHeads)):
+        if type(part).forward not in (stock.forward, attached.forward):
+            raise TypeError(f"{type(part).__name__} has a forward of its own, which the swap cannot see into")
     for pool in pools:
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop

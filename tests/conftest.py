@@ -11,9 +11,22 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def data_root():
-    """The folder of real data sets that the environment variable DETECTOR_DATA names."""
+def real_data(name):
     if "DETECTOR_DATA" not in os.environ:
         pytest.skip("real photographs are looked for in the folder that DETECTOR_DATA names, which is not set")
-    return Path(os.environ["DETECTOR_DATA"])
+    folder = Path(os.environ["DETECTOR_DATA"]) / name
+    if not folder.is_dir():
+        pytest.skip(f"real photographs: {folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coco_cc():
+    """A genuine subset of COCO 2017, in COCO's own layout."""
+    return real_data("coco-cc")
+
+
+@pytest.fixture(scope="session")
+def bccd():
+    """Micrographs of blood cells."""
+    return real_data("bccd")

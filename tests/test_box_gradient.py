@@ -60,7 +60,7 @@ def test_an_unknown_loss(losses):
 
 @pytest.mark.parametrize("losses", ["box", None, 3])
 def test_losses_that_are_no_tuple(losses):
-    with pytest.raises(ValueError, match=f"losses must be a tuple of names, got {losses!r}"):
+    with pytest.raises(ValueError, match=f"losses must be a tuple of names.* got {losses!r}"):
         BoxGradient(losses=losses)
 
 
@@ -170,7 +170,7 @@ def gradient_at(proposals, loss):
     return None if all(g is None for g in gradients) else torch.cat(gradients)
 
 
-def assert_equal(gradient, expected, rtol=1e-5):
+def assert_equal(gradient, expected, rtol=1e-9):
     """Equal relative to the largest gradient: some are sums that cancel."""
     assert gradient is not None
     size = expected.abs().max()
@@ -208,7 +208,7 @@ def test_the_case_has_positives_that_are_not_the_truth_and_background(case):
 
 def test_by_default_the_box_loss_has_its_exact_derivative(case, derivative):
     # All of it: a background RoI has no box loss, so to leave its box detached takes nothing away.
-    assert_equal(case.gradient(BoxGradient(), "loss_box_reg"), derivative["loss_box_reg"])
+    assert_equal(case.gradient(BoxGradient(), "loss_box_reg"), derivative["loss_box_reg"], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_by_default_the_box_loss_has_its_exact_derivative(case, derivative):
 def test_with_all_losses_and_rois_the_gradient_is_the_derivative(case, derivative, names):
     settings = BoxGradient(losses=EVERY_LOSS, positives_only=False)
     gradient = case.gradient(settings, *names)
-    assert_equal(gradient, sum(derivative[name] for name in names))
+    assert_equal(gradient, sum(derivative[name] for name in names), 1e-5)
     assert_equal(gradient, case.reference(*names))
 
 

@@ -217,9 +217,27 @@ def test_holes_in_the_json_never_end_in_a_traceback(tmp_path, data):
         pass
 
 
-def test_real_coco(data_root):
+def test_real_micrographs(bccd):
+    data = CocoDetection(bccd / "val", bccd / "annotations" / "instances_val.json")
+    assert data.category_names == ["WBC", "RBC", "Platelets"]
+    assert (len(data), len(data.coco.anns)) == (87, 1137)
+    image, target = data[0]
+    assert image.shape == (3, 480, 640)
+    assert target["boxes"].amax() <= 640
+
+
+def test_speck_that_loses_its_size_in_the_transform_is_left_out(tmp_path):
+    speck = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [29.999998, 2, 1e-6, 4]}
+    dataset(tmp_path, images=[IMAGE], annotations=[speck, {**BOX, "id": 2}])
+    data = load(tmp_path, transform=v2.Resize([4, 5]))
+    _, target = data[0]
+    assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+    assert len(target["boxes"]) == len(target["labels"])
+
+
+def test_real_coco(coco_cc):
     """A genuine subset of COCO: ids with gaps, crowds, images without objects."""
-    folder = data_root / "coco-cc"
+    folder = coco_cc
     data = CocoDetection(folder / "val2017", folder / "annotations" / "instances_val2017.json")
     assert len(data.category_ids) == 80
     assert data.category_ids[-1] == 90

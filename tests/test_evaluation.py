@@ -108,9 +108,9 @@ def test_predict_restores_the_mode_and_reports_progress():
     assert model.training
 
 
-def test_real_coco_against_load_res(data_root, tmp_path):
+def test_real_coco_against_load_res(coco_cc, tmp_path):
     """The truth, jittered, as detections: all 12 numbers as pycocotools' documented way in gives them."""
-    path = data_root / "coco-cc" / "annotations" / "instances_val2017.json"
+    path = coco_cc / "annotations" / "instances_val2017.json"
     coco = read_coco(path)
     found = []
     for annotation in coco.anns.values():

@@ -1,4 +1,4 @@
-"""The README's examples run, and its commands name files and flags that exist."""
+"""The README's examples run, the files that it names exist, and nothing was left to be filled in."""
 
 import re
 from pathlib import Path
@@ -21,6 +21,12 @@ def test_example_runs(code):
 
 def test_there_are_examples():
     assert len(EXAMPLES) >= 2
+
+
+def test_nothing_is_left_to_be_filled_in():
+    for path in (REPOSITORY / "README.md", *(REPOSITORY / "configs").glob("*.yaml")):
+        holes = set(re.findall(r"\b[A-Z]{2,}_[A-Z]+\b", path.read_text())) - {"DETECTOR_DATA", "BCCD_Dataset"}
+        assert not holes, (path, holes)
 
 
 def test_named_files_exist():

@@ -261,7 +261,7 @@ def test_an_rpn_with_a_forward_of_its_own_is_refused_and_nothing_is_changed():
     model = build("box")
     model.rpn.__class__ = OwnRPN
     before = classes(model)
-    with pytest.raises(TypeError, match=r"model\.rpn is a OwnRPN with a forward of its own"):
+    with pytest.raises(TypeError, match=r"OwnRPN .*a forward of its own"):
         swap_crop_head(model)
     assert classes(model) == before
 

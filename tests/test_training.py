@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 pytest.importorskip("sklearn")
@@ -19,9 +20,10 @@ pytest.importorskip("timm")
 from detector.coco import CocoDetection, DataError
 from detector.digits import write_digits
 from detector.evaluation import SUMMARY
-from detector.training.command_line import score, train, unused_folder
+from detector.models import ModelError
+from detector.training.command_line import published_categories, score, train, unused_folder
 from detector.training.data import CocoDataModule, EpochSampler, find_root
-from detector.training.task import DetectionTask, OptimizerConfig, load_checkpoint, make_schedule
+from detector.training.task import CHECKPOINT_KEY, DetectionTask, OptimizerConfig, load_checkpoint, make_schedule
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = [
@@ -112,22 +114,36 @@ def test_eval_tool_gives_the_scores_of_the_run(trained, digits, tmp_path, capsys
 
 
 def test_eval_tool_scores_a_torchvision_detector(digits, tmp_path):
-    import torchvision
-
     name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    for classes in (11, 91):  # the data's own labels, and COCO's ids
-        model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
-        torch.save(model.state_dict(), tmp_path / "weights.pth")
-        output = tmp_path / str(classes)
-        score(
-            model=name,
-            weights=str(tmp_path / "weights.pth"),
-            crop="affine",
-            root=str(digits),
-            split="val",
-            output=str(output),
-        )
-        assert "AP" in json.loads((output / "scores.json").read_text())
+    weights, output = tmp_path / "weights.pth", tmp_path / "out"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=11)
+    torch.save(model.state_dict(), weights)
+    score(model=name, weights=str(weights), crop="affine", root=str(digits), split="val", output=str(output))
+    assert "AP" in json.loads((output / "scores.json").read_text())
+
+
+def test_labels_of_published_weights_are_cocos_category_ids(digits):
+    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=91
+    )
+    data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
+    with pytest.raises(ModelError, match="no category of the same id and name"):
+        published_categories(model, data)
+    data.category_ids, data.category_names = [1, 13, 90, 3], ["person", "stop sign", "toothbrush", "train"]
+    found = published_categories(model, data)  # 3 is the car
+    assert len(found) == 90
+    assert {label: category for label, category in enumerate(found, start=1) if category} == {1: 1, 13: 13, 90: 90}
+
+
+def test_batch_norm_eps_survives_a_checkpoint(trained, tmp_path):
+    """torchvision sets it to 0 for its COCO_V1 weights, and no state_dict holds it."""
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    eps = content[CHECKPOINT_KEY]["batch_norm_eps"]
+    assert eps
+    content[CHECKPOINT_KEY]["batch_norm_eps"] = dict.fromkeys(eps, 0.25)
+    torch.save(content, tmp_path / "other.ckpt")
+    model = load_checkpoint(tmp_path / "other.ckpt").model
+    assert {model.get_submodule(name).eps for name in eps} == {0.25}
 
 
 def test_resuming_after_ctrl_c_goes_on_in_the_same_folder(digits, tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.coco import CocoDetection, DataError
@@ -52,7 +53,7 @@ class TrainingCLI(LightningCLI):
             path = Path(config.ckpt_path)
             if not path.is_file():
                 raise ModelError(f"--ckpt_path {path}: no such file")
-            self.run_dir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+            self.run_dir = run_folder(path)
         config.run_dir = str(self.run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
@@ -107,9 +108,17 @@ def train(args: list[str] | None = None) -> None:
 def finish(cli: TrainingCLI) -> None:
     """Score the val split with the weights as they are, draw examples, and say where everything lies."""
     task, data = cli.model, cli.datamodule
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = cli.trainer.strategy.root_device
     folder = cli.run_dir
-    scores = score_split(task.model.to(device), data.val_set, folder, device=device, batch_size=data.batch_size)
+    with cli.trainer.precision_plugin.forward_context():
+        scores = score_split(
+            task.model.to(device),
+            data.val_set,
+            folder,
+            device=device,
+            batch_size=data.batch_size,
+            workers=data.workers,
+        )
     print(f"\nThe run is in {folder}/")
     for name, what in {
         "checkpoints/last.ckpt": "the weights that were scored",
@@ -119,7 +128,8 @@ def finish(cli: TrainingCLI) -> None:
         "examples.png": "val images: the truth on the left, detections on the right",
         "config.yaml": "all settings",
     }.items():
-        print(f"  {name:22} {what}")
+        if (folder / name).exists():
+            print(f"  {name:22} {what}")
     print(f"  tensorboard --logdir {folder}")
 
 
@@ -150,7 +160,7 @@ def score(
         split: the split to score on.
         annotations: annotation file of a split, relative to root; {split} stands for the split.
         images: image folder of a split, relative to root.
-        output: the folder to write to. Default: eval-SPLIT beside the checkpoint's folder; runs/eval-MODEL.
+        output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
         batch_size: images at a time.
         workers: processes that read images.
         device: cpu, cuda, cuda:1, ... Default: cuda if there is one.
@@ -165,7 +175,7 @@ def score(
             trained = load_checkpoint(checkpoint)
             network: GeneralizedRCNN = trained.model
             category_ids = match_categories(trained, data)
-            default_output = Path(checkpoint).parent.parent / f"eval-{split}"
+            default_output = run_folder(Path(checkpoint)) / f"eval-{split}"
         else:
             if weights is None:
                 raise ModelError("--model needs --weights: a state_dict file, or DEFAULT for the published ones")
@@ -195,8 +205,10 @@ def score(
 
 def sentence(error: Exception) -> str:
     """What an error says. From a data loader's worker it comes with a traceback before it."""
-    text = str(error).strip().splitlines() or [type(error).__name__]
-    return text[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    text = str(error).strip() or type(error).__name__
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return " ".join(text.split())
 
 
 def match_categories(trained: TrainedDetector, data: CocoDetection) -> Sequence[int]:
@@ -217,8 +229,20 @@ def published_categories(model: GeneralizedRCNN, data: CocoDetection) -> Sequenc
     if labels == len(data.category_ids):
         return data.category_ids
     if labels == 90:  # torchvision's published weights keep COCO's ids, of which 10 stand for nothing
-        return [category if category in data.coco.cats else None for category in range(1, 91)]
+        names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+        known = dict(zip(data.category_ids, data.category_names))
+        same = [category if known.get(category) == names[category] else None for category in range(1, 91)]
+        if any(category is not None for category in same):
+            return same
+        raise ModelError(
+            "the weights have COCO's 90 category ids, and the data has no category of the same id and name"
+        )
     raise ModelError(f"the weights have {labels} classes, the data has {len(data.category_ids)}")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
 
 
 def unused_folder(folder: Path) -> Path:

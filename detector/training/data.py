@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -34,7 +35,7 @@ class CocoDataModule(lightning.LightningDataModule):
         flip: probability of a horizontal flip.
         batch_size: images per step and device.
         workers: processes that read images.
-        seed: of order and augmentation. Default: that of seed_everything.
+        seed: of order and augmentation, 0 or more. Default: that of seed_everything.
         generate: "digits": write the synthetic set of configs/quickstart.yaml to root first, if it is not there.
     """
 
@@ -59,7 +60,8 @@ class CocoDataModule(lightning.LightningDataModule):
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
         self.batch_size, self.workers = batch_size, workers
-        self.seed = torch.initial_seed() % 2**32 if seed is None else seed
+        # Where Lightning puts the seed for all ranks; they must agree, or they would draw the same images.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.generate = generate
         # The detector resizes test images by itself, without antialiasing; training images must look the same.
         self.train_transform = v2.Compose(
@@ -90,12 +92,15 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def split(self, name: str, *, train: bool = False) -> CocoDetection:
         """One split as a data set."""
-        return CocoDetection(
+        data = CocoDetection(
             self.root / self.images.format(split=name),
             self.root / self.annotations.format(split=name),
             transform=self.train_transform if train else None,
             seed=self.seed,
         )
+        if train and data.dropped_boxes:
+            rank_zero_info(f"{name}: {data.dropped_boxes} boxes of zero size are left out")
+        return data
 
     def train_dataloader(self) -> DataLoader[Batch]:
         world, rank = self._ranks()

@@ -14,7 +14,14 @@ from torchvision.models.detection import FasterRCNN
 
 from detector.box_gradient import BoxGradient
 from detector.evaluation import Result, evaluate, to_results
-from detector.models import DetectorConfig, ModelError, build_detector, read_weights
+from detector.models import (
+    DetectorConfig,
+    ModelError,
+    batch_norm_eps,
+    build_detector,
+    read_weights,
+    set_batch_norm_eps,
+)
 from detector.swap import swap_crop_head
 from detector.training.data import Batch, CocoDataModule
 
@@ -122,9 +129,15 @@ class DetectionTask(lightning.LightningModule):
             optimizer = torch.optim.SGD(
                 parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
             )
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self._steps()
         schedule = make_schedule(optimizer, settings, steps, max(self.trainer.max_epochs or 1, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise TrainingError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        return int(steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values: the file loads with weights_only=True, and nothing in it names a class to import.
@@ -132,13 +145,16 @@ class DetectionTask(lightning.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "detector": asdict(self.detector),
             "crop": self.crop,
+            "batch_norm_eps": batch_norm_eps(self.model),
             "category_ids": val_set.category_ids,
             "category_names": val_set.category_names,
-            "steps": int(self.trainer.estimated_stepping_batches),
+            "steps": self._steps(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        before, now = checkpoint.get(CHECKPOINT_KEY, {}).get("steps"), int(self.trainer.estimated_stepping_batches)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise TrainingError("--ckpt_path is not a checkpoint of tools/train.py")
+        before, now = checkpoint[CHECKPOINT_KEY]["steps"], self._steps()
         if before != now and self.optimizer.schedule != "multistep":
             raise TrainingError(
                 f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has {now}: "
@@ -156,7 +172,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerConfig, s
     if settings.schedule == "cosine":
         main = CosineAnnealingLR(optimizer, max(steps - warmup_steps, 1))
     else:
-        milestones = [epoch * steps // epochs - warmup_steps for epoch in settings.milestones]
+        milestones = [max(epoch * steps // epochs - warmup_steps, 1) for epoch in settings.milestones]
         main = MultiStepLR(optimizer, milestones)
     return SequentialLR(optimizer, [warmup, main], [warmup_steps])
 
@@ -186,6 +202,7 @@ def load_checkpoint(path: str | Path) -> TrainedDetector:
             swap_crop_head(model)
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         model.load_state_dict(weights)
+        set_batch_norm_eps(model, saved["batch_norm_eps"])
     except ModelError:
         raise
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
