@@ -155,7 +155,7 @@ def _adaptive(input: Tensor, y: Axis, x: Axis, index: Tensor, bins: tuple[int, i
         x_samples = x_first[rois][..., None] + torch.arange(columns, device=input.device)
         x_positions = x.select(rois).positions(x_samples, x_counts[rois])
         # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
-        row_elements = input.shape[1] * prod(bins) * columns
+        row_elements = input.shape[0] * input.shape[1] * prod(bins) * columns
         slice_rows = max(MAX_SAMPLED_ELEMENTS // max(row_elements, 1), 1)
         total = input.new_zeros(())
         for rows_of_slice in torch.arange(rows, device=input.device).split(slice_rows):
@@ -215,6 +215,8 @@ def _sum_bins_batched(input: Tensor, y: Tensor, x: Tensor, bins: tuple[int, int]
         if rois > fit:
             chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
             return torch.cat([_sum_bins_batched(input, *chunk, bins) for chunk in chunks], dim=1)
+    if channels == 0:  # grid_sample takes no such map
+        return input.new_zeros(images, rois, 0, *bins)
     shape = (images, rois, rows, columns)
     grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
     sampled = F.grid_sample(

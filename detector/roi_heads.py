@@ -42,12 +42,12 @@ class AttachedRoIHeads(RoIHeads):
             proposals = [p.detach() for p in proposals]
         if not (self.training and self.box_gradient.enabled and torch.is_grad_enabled()):
             return super().forward(features, proposals, image_shapes, targets)
-        pools = {name: getattr(self, f"{name}_roi_pool") for name in LOSSES}
-        pools = {name: pool for name, pool in pools.items() if pool is not None}
+        used = {"box": True, "mask": self.has_mask(), "keypoint": self.has_keypoint()}
+        pools = {name: getattr(self, f"{name}_roi_pool") for name in LOSSES if used[name]}
         try:
             with _recorded_outputs(list(pools.values())) as crops:
                 result, losses = super().forward(features, proposals, image_shapes, targets)
-            self._add_crop_path(losses, dict(zip(pools, crops, strict=False)), features, image_shapes)
+            self._add_crop_path(losses, dict(zip(pools, crops)), features, image_shapes)
         finally:
             self._drawn = None  # the graph must not outlive the step
         return result, losses
@@ -56,7 +56,8 @@ class AttachedRoIHeads(RoIHeads):
         self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         drawn, matched, labels, regression_targets = super().select_training_samples(proposals, targets)
-        self._drawn = (drawn, labels)
+        if self.box_gradient.enabled and torch.is_grad_enabled():
+            self._drawn = (drawn, labels)
         constant = [p.detach() for p in drawn]
         regression_targets = [t.detach() for t in regression_targets]
         if self.box_gradient.coder_scale > 0 and targets is not None:

@@ -24,6 +24,9 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> M
     added, no parameter, buffer, hook or state_dict key changes, and weights load before or after. A second call
     changes the settings.
 
+    Parts of a user's own subclass get a class made on the spot, which pickle does not find: save the ``state_dict``
+    of such a model, or restore it first.
+
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
         box_gradient: which losses move the proposals, and how far.
@@ -72,7 +75,8 @@ def restore_roi_align(model: Model) -> Model:
         del pool.aligned
     _detach(rpn, AttachedRPN)
     _detach(heads, AttachedRoIHeads)
-    heads.__dict__.pop("box_gradient", None)
+    for name in ("box_gradient", "_drawn"):
+        heads.__dict__.pop(name, None)
     return model
 
 

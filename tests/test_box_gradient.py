@@ -679,3 +679,24 @@ def test_a_training_step_under_autocast():
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.isfinite().all()
     assert model.rpn.head.bbox_pred.weight.grad.any()
+
+
+def test_float16_crops_do_not_lose_small_gradients():
+    """The crop path's gradient is taken before a gradient scaler can lift it over float16's smallest number."""
+    from detector.roi_heads import AttachedRoIHeads
+
+    class Pool(torch.nn.Module):
+        def forward(self, features, boxes, image_shapes):
+            return (features["0"][0] * torch.cat(boxes).sum(1, keepdim=True)).half()
+
+    heads = AttachedRoIHeads.__new__(AttachedRoIHeads)
+    torch.nn.Module.__init__(heads)
+    heads.box_roi_pool, heads.box_gradient = Pool(), BoxGradient()
+    boxes = torch.ones(1, 4, requires_grad=True)
+    heads._drawn = ([boxes], [torch.ones(1)])
+    features = {"0": torch.ones(1, 1)}
+    crop = heads.box_roi_pool(features, [boxes.detach()], None).requires_grad_()
+    losses = {"loss_box_reg": (crop * 1e-5).float().sum() * 1e-3}  # 1e-8: below what float16 holds
+    heads._add_crop_path(losses, {"box": crop}, features, None)
+    (losses["loss_box_reg"] * 2**16).backward()  # as a gradient scaler does
+    torch.testing.assert_close(boxes.grad / 2**16, torch.full((1, 4), 1e-8), rtol=0.1, atol=0)

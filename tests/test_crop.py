@@ -718,3 +718,33 @@ def test_gpu_the_list_form_does_not_synchronise():
         affine_crop(features, boxes, 2, 1.0, 2).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_huge_boxes_in_many_images_stay_within_the_limit(monkeypatch):
+    """Their slices are sampled in one call, so the images share the limit."""
+    limit = 50_000
+    monkeypatch.setattr(detector.crop, "MAX_SAMPLED_ELEMENTS", limit)
+    sampled = []
+    grid_sample = F.grid_sample
+
+    def record(*args, **kwargs):
+        sampled.append(grid_sample(*args, **kwargs))
+        return sampled[-1]
+
+    monkeypatch.setattr(detector.crop.F, "grid_sample", record)
+    maps = torch.randn(8, 2, 40, 40, dtype=torch.float64)
+    box = torch.tensor([[1.0, 2.0, 39.0, 38.0]], dtype=torch.float64)
+    crops = affine_crop(maps, [box] * 8, 2)
+    assert max(s.numel() for s in sampled) <= limit
+    torch.testing.assert_close(crops, roi_align(maps, [box] * 8, 2))
+
+
+def test_no_channels():
+    assert affine_crop(torch.zeros(2, 0, 5, 5), [torch.tensor([[0.0, 0.0, 3.0, 3.0]])] * 2, 2).shape == (2, 0, 2, 2)
+
+
+def test_list_of_many_images_in_bfloat16():
+    """The image index is none of the boxes' numbers: bfloat16 counts to 256."""
+    maps = torch.arange(300.0).view(300, 1, 1, 1).expand(300, 1, 4, 4)
+    boxes = [torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.bfloat16)] * 300
+    assert torch.equal(affine_crop(maps, boxes, 1, sampling_ratio=1).flatten(), torch.arange(300.0))
