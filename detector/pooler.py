@@ -73,9 +73,9 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             return self._crop(features[0], boxes, scales[0])
 
         levels = self._levels(boxes, scales)
+        per_image = levels.split([len(b) for b in boxes])
         crops, order = [], []
         for level, (feature, scale) in enumerate(zip(features, scales)):
-            per_image = levels.split([len(b) for b in boxes])
             rois = [torch.where(image_levels == level)[0] for image_levels in per_image]
             crops.append(self._crop(feature, [b[r] for b, r in zip(boxes, rois)], scale))
             offset = 0

@@ -71,4 +71,4 @@ for i, (caption, part) in enumerate(zip(captions, crops)):
     pen.rectangle(
         (left - 2, top + 18, left + cell[0] + 1, top + 21 + cell[1]), outline=(*COLORS, "#000000")[i], width=3
     )
-canvas.save(Path(__file__).with_name("slide.png"))
+canvas.quantize(256).save(Path(__file__).with_name("slide.png"), optimize=True)
