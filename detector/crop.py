@@ -1,19 +1,20 @@
 """The affine crop: ``roi_align``'s call and values, with gradients to the boxes as well."""
 
-from collections.abc import Sequence
-from math import inf, prod
-from typing import Any
+from collections.abc import Callable, Sequence
+from math import inf
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from detector.geometry import boxes_to_theta, geometry_dtype, normalize_boxes
-from detector.sampling import OUTSIDE, Axis
+from detector.gather_sampler import crop_by_gather
+from detector.geometry import boxes_in_frame, boxes_to_theta, geometry_dtype
+from detector.grid_sampler import crop_by_grid
+from detector.sampling import Axis, adaptive_samples, fixed_samples
 
-# The most elements that one call of grid_sample may return (float32: 256 MiB). More are taken in chunks.
-MAX_SAMPLED_ELEMENTS = 2**26
+Sampler = Literal["auto", "grid_sample", "gather"]
+# Below, a row of the gather's table costs more to find than to read.
+FEWEST_CHANNELS_TO_GATHER = 8
 
 
 def affine_crop(
@@ -23,6 +24,8 @@ def affine_crop(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
+    *,
+    sampler: Sampler = "auto",
 ) -> Tensor:
     """Crop boxes out of feature maps or images, differentiably in the maps and in the boxes.
 
@@ -55,40 +58,62 @@ def affine_crop(
 
     Inverted and empty boxes give what ``roi_align`` gives. Second derivatives work.
     """
+    return crop_levels([input], boxes, None, output_size, [spatial_scale], sampling_ratio, aligned, sampler)
+
+
+def crop_levels(
+    maps: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    level_of: Callable[[Tensor], Tensor] | None,
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    sampler: Sampler,
+) -> Tensor:
+    """:func:`affine_crop` of RoIs that are in maps of several sizes.
+
+    Args:
+        maps: one [N, C, H, W] for each level, N and C of all alike.
+        boxes: as in :func:`affine_crop`.
+        level_of: the number of the map for RoIs with corners [K, 4], as int64 [K]; -1 is none, and gives zeros.
+            Not needed for a single map.
+        spatial_scales: one for each level.
+
+    Returns:
+        [K, C, output height, output width] in the first map's dtype.
+    """
     bins = _pair("output_size", output_size)
-    _check_input(input, spatial_scale)
-    index, corners, counts = _split_boxes(input, boxes)
-    known = (index >= 0) & (index < input.shape[0]) & (index == index.floor())  # false for NaN
+    check_sampler(sampler)
+    for source, spatial_scale in zip(maps, spatial_scales):
+        _check_input(source, spatial_scale)
+    index, corners, counts = _split_boxes(maps[0], boxes)
+    images = maps[0].shape[0]
+    known = (index >= 0) & (index < images) & (index == index.floor())  # false for NaN
     look = _may_look(corners)
     if look:
-        _check_values(index, known, corners, input.shape[0])
-    index = torch.where(known, index, 0).long()
-    order = None
-    if counts is None and not torch.compiler.is_compiling():
-        order = index.argsort(stable=True)
-        index, known, corners = index[order], known[order], corners[order]
-        counts = _rois_per_image(index, input.shape[0])
-
-    y, x, finite = _axes(corners.to(geometry_dtype(input, corners)), input, bins, spatial_scale, aligned)
+        _check_values(index, known, corners, images)
+    image = torch.where(known, index, 0).long()
+    level = torch.zeros_like(image) if level_of is None else level_of(corners.detach())
+    dtype = geometry_dtype(*maps)
+    y, x, finite = _axes(corners.to(geometry_dtype(*maps, corners)), level, maps, bins, spatial_scales, aligned)
     if look and not finite.all():
-        box = corners[~finite][0].tolist()
-        raise ValueError(f"boxes must be finite in map pixels, got {box} at spatial_scale {spatial_scale}")
+        row = int((~finite).nonzero()[0])
+        scale = spatial_scales[max(int(level[row]), 0)]
+        raise ValueError(f"boxes must be finite in map pixels, got {corners[row].tolist()} at spatial_scale {scale}")
 
-    source = input.to(torch.promote_types(input.dtype, torch.float32))
     if sampling_ratio > 0:
-        samples = torch.arange(sampling_ratio, device=input.device)
-        sums = _sum_bins(
-            source, y.positions(samples, sampling_ratio), x.positions(samples, sampling_ratio), index, counts, bins
-        )
-        crops = sums / sampling_ratio**2
+        samples = [fixed_samples(y, x, level, image, sampling_ratio)]
     else:
-        crops = _adaptive(source, y, x, index, bins)
-
+        samples, counts = adaptive_samples(y, x, level, image), None
+    sources = [source.to(dtype) for source in maps]
+    if _choose(sampler, maps[0]) == "gather":
+        crops = crop_by_gather(sources, samples)
+    else:
+        crops = crop_by_grid(sources, samples, counts)
     if not look:
         crops = torch.where((known & finite)[:, None, None, None], crops, torch.nan)
-    if order is not None:
-        crops = crops[order.argsort()]
-    return crops.to(input.dtype)
+    return crops.to(maps[0].dtype)
 
 
 class AffineCrop(nn.Module):
@@ -100,15 +125,26 @@ class AffineCrop(nn.Module):
         spatial_scale: float = 1.0,
         sampling_ratio: int = -1,
         aligned: bool = False,
+        *,
+        sampler: Sampler = "auto",
     ) -> None:
         super().__init__()
         self.output_size = _pair("output_size", output_size)
         self.spatial_scale = spatial_scale
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
+        self.sampler = check_sampler(sampler)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        return affine_crop(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+        return affine_crop(
+            input,
+            rois,
+            self.output_size,
+            self.spatial_scale,
+            self.sampling_ratio,
+            self.aligned,
+            sampler=self.sampler,
+        )
 
     def extra_repr(self) -> str:
         return (
@@ -117,138 +153,56 @@ class AffineCrop(nn.Module):
         )
 
 
+def check_sampler(sampler: Sampler) -> Sampler:
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}")
+    return sampler
+
+
+def _choose(sampler: Sampler, source: Tensor) -> Literal["grid_sample", "gather"]:
+    """What "auto" stands for; the reasons are in :func:`affine_crop`'s docstring."""
+    if sampler != "auto":
+        return sampler
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return "grid_sample"
+    return "gather" if source.shape[1] >= FEWEST_CHANNELS_TO_GATHER else "grid_sample"
+
+
 def _axes(
-    corners: Tensor, input: Tensor, bins: tuple[int, int], spatial_scale: float, aligned: bool
+    corners: Tensor,
+    level: Tensor,
+    maps: Sequence[Tensor],
+    bins: tuple[int, int],
+    spatial_scales: Sequence[float],
+    aligned: bool,
 ) -> tuple[Axis, Axis, Tensor]:
     """The y and x axes of RoIs with corners [K, 4] in image pixels, and which RoIs are finite, [K]."""
-    size = (input.shape[-2], input.shape[-1])
-    pixels = corners.detach() * spatial_scale - (0.5 if aligned else 0.0)
+    height = _of_level(level, [source.shape[2] for source in maps], corners)
+    width = _of_level(level, [source.shape[3] for source in maps], corners)
+    scale = _of_level(level, spatial_scales, corners)
+    pixels = corners.detach() * scale[:, None] - (0.5 if aligned else 0.0)
     start, end = pixels.split(2, dim=1)
     extent = end - start
     if not aligned:
         extent = extent.clamp(min=1)
-        corners = torch.cat([corners[:, :2], torch.maximum(corners[:, 2:], corners[:, :2] + 1 / spatial_scale)], 1)
+        corners = torch.cat([corners[:, :2], torch.maximum(corners[:, 2:], corners[:, :2] + 1 / scale[:, None])], 1)
     finite = torch.isfinite(torch.cat([pixels, extent], dim=1)).all(dim=1)
-    theta = boxes_to_theta(normalize_boxes(corners, size, spatial_scale, aligned))
+    theta = boxes_to_theta(boxes_in_frame(corners, height, width, scale, aligned))
     finite = finite & torch.isfinite(theta.detach()).flatten(1).all(dim=1)
     # Nothing may be computed from a non-finite number: NaN times zero is NaN, in the gradients too.
     theta = torch.where(finite[:, None, None], theta, 0.0)
     start, extent = torch.where(finite[:, None], start, 0.0), torch.where(finite[:, None], extent, 1.0)
-    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], size[0], bins[0])
-    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], size[1], bins[1])
+    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], height, bins[0])
+    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], width, bins[1])
     return y, x, finite
 
 
-def _adaptive(input: Tensor, y: Axis, x: Axis, index: Tensor, bins: tuple[int, int]) -> Tensor:
-    """Bin means at ``sampling_ratio <= 0``: RoIs with like numbers of samples are taken together."""
-    y_counts, x_counts = y.adaptive_counts(), x.adaptive_counts()
-    (y_first, y_number), (x_first, x_number) = y.windows(y_counts), x.windows(x_counts)
-    number = torch.stack([y_number, x_number], dim=1)
-    # Rounded up to powers of two there are few groups; samples beyond a RoI's own number count as zero.
-    number = (2.0 ** number.clamp(min=1).log2().ceil()).long()
-    groups, group_of = number.unique(dim=0, return_inverse=True)
-    pieces, order = [], []
-    for group, (rows, columns) in enumerate(groups.tolist()):
-        rois = torch.where(group_of == group)[0]
-        images = index[rois]
-        counts = _rois_per_image(images, input.shape[0])
-        x_samples = x_first[rois][..., None] + torch.arange(columns, device=input.device)
-        x_positions = x.select(rois).positions(x_samples, x_counts[rois])
-        # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
-        row_elements = input.shape[0] * input.shape[1] * prod(bins) * columns
-        slice_rows = max(MAX_SAMPLED_ELEMENTS // max(row_elements, 1), 1)
-        total = input.new_zeros(())
-        for rows_of_slice in torch.arange(rows, device=input.device).split(slice_rows):
-            y_samples = y_first[rois][..., None] + rows_of_slice
-            y_positions = y.select(rois).positions(y_samples, y_counts[rois])
-            total = total + _sum_bins(input, y_positions, x_positions, images, counts, bins)
-        pieces.append(total)
-        order.append(rois)
-    if not pieces:  # no RoIs: grid_sample takes the empty grid, and the result stays in the graph
-        nothing = y.positions(index, 1), x.positions(index, 1)
-        return _sum_bins(input, *nothing, index, [0] * input.shape[0], bins)
-    divisor = (y_counts * x_counts).clamp(min=1).to(input.dtype)
-    return torch.cat(pieces)[torch.cat(order).argsort()] / divisor[:, None, None, None]
-
-
-def _sum_bins(
-    input: Tensor, y: Tensor, x: Tensor, index: Tensor, counts: list[int] | None, bins: tuple[int, int]
-) -> Tensor:
-    """Sample the maps where ``y`` [K, rows] and ``x`` [K, columns] (normalised) cross; sum over each bin.
-
-    ``counts`` are the numbers of RoIs of each image, the RoIs sorted by image; ``None`` if not known (under
-    compile). Returns [K, C, *bins].
-
-    A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid. Images
-    go through one call on the batch axis, their grids padded to the same length: on a CPU grid_sample runs one
-    thread per image.
-    """
-    y, x = y.to(input.dtype), x.to(input.dtype)
-    images, rois = input.shape[0], y.shape[0]
-    if images == 1 or rois == 0:
-        return _sum_bins_batched(input[:1], y[None, :][:images], x[None, :][:images], bins).flatten(0, 1)
-    if counts is None:
-        # Each image is sampled for all RoIs; one that is not the image's own reads nothing and adds zero.
-        own = index == torch.arange(images, device=index.device)[:, None]  # [N, K]
-        x = torch.where(own[..., None], x, OUTSIDE)
-        return _sum_bins_batched(input, y.expand(images, *y.shape), x, bins).sum(dim=0)
-    longest = max(counts)
-    if images * longest > 2 * rois:  # padding would cost more than it saves
-        by_image = [
-            _sum_bins_batched(input[i : i + 1], y_image[None], x_image[None], bins)[0]
-            for i, (y_image, x_image) in enumerate(zip(y.split(counts), x.split(counts)))
-            if len(y_image)
-        ]
-        return torch.cat(by_image)
-    y, x = (pad_sequence(list(p.split(counts)), batch_first=True, padding_value=OUTSIDE) for p in (y, x))
-    crops = _sum_bins_batched(input, y, x, bins)
-    return torch.cat([crops[i, :count] for i, count in enumerate(counts)])
-
-
-def _sum_bins_batched(input: Tensor, y: Tensor, x: Tensor, bins: tuple[int, int]) -> Tensor:
-    """:func:`_sum_bins` for M RoIs in each image: ``y`` [N, M, rows], ``x`` [N, M, columns] to [N, M, C, *bins]."""
-    images, rois, rows = y.shape
-    columns = x.shape[2]
-    channels = input.shape[1]
-    if not torch.compiler.is_compiling():
-        fit = max(MAX_SAMPLED_ELEMENTS // max(images * channels * rows * columns, 1), 1)
-        if rois > fit:
-            chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
-            return torch.cat([_sum_bins_batched(input, *chunk, bins) for chunk in chunks], dim=1)
-    if channels == 0:  # grid_sample takes no such map
-        return input.new_zeros(images, rois, 0, *bins)
-    shape = (images, rois, rows, columns)
-    grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
-    sampled = F.grid_sample(
-        input, grid.view(images, rois * rows, columns, 2), mode="bilinear", padding_mode="zeros", align_corners=False
-    )  # [N, C, M * rows, columns]
-    window = (rows // bins[0], columns // bins[1])
-    if rois and images and prod(window) > 1:  # pooling takes no empty tensor
-        sampled = _WindowSum.apply(sampled, window)
-    return sampled.reshape(images, channels, rois, *bins).transpose(1, 2)
-
-
-class _WindowSum(torch.autograd.Function):
-    """Sum over windows side by side: avg_pool2d (the fastest way found), but without keeping its input.
-
-    avg_pool2d saves the samples, the largest tensor here, for a backward that needs only their shape.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(sampled: Tensor, window: tuple[int, int]) -> Tensor:
-        return F.avg_pool2d(sampled, window, divisor_override=1)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int]], output: Tensor) -> None:
-        ctx.window = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rows, columns = ctx.window
-        spread = grad[..., None, :, None].expand(*grad.shape[:-1], rows, grad.shape[-1], columns)
-        return spread.reshape(*grad.shape[:-2], grad.shape[-2] * rows, grad.shape[-1] * columns), None
+def _of_level(level: Tensor, values: Sequence[float], like: Tensor) -> Tensor:
+    """The value of each RoI's level, [K]. From numbers, without a copy to a GPU, which would wait for it."""
+    chosen = like.new_full(level.shape, values[0])
+    for number, value in enumerate(values[1:], 1):
+        chosen = torch.where(level == number, value, chosen)
+    return chosen
 
 
 def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int] | None]:
@@ -273,10 +227,6 @@ def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tenso
     else:
         raise TypeError(f"boxes must be a [K, 5] tensor or a sequence of [L, 4] tensors, got {type(boxes).__name__}")
     return index, corners, counts
-
-
-def _rois_per_image(index: Tensor, images: int) -> list[int]:
-    return index.bincount(minlength=images).tolist()
 
 
 def _may_look(tensor: Tensor) -> bool:

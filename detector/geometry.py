@@ -36,8 +36,8 @@ def normalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float =
     Raises:
         ValueError: ``boxes`` does not end in 4 coordinates, or ``size`` or ``spatial_scale`` is not positive.
     """
-    step, shift = _frame(boxes, size, spatial_scale, aligned)
-    return boxes * step + shift
+    _check_frame(boxes, size, spatial_scale)
+    return boxes_in_frame(boxes.to(geometry_dtype(boxes)), size[0], size[1], spatial_scale, aligned)
 
 
 def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float = 1.0, aligned: bool = True) -> Tensor:
@@ -45,22 +45,26 @@ def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float
 
     Args, dtypes and errors are those of :func:`normalize_boxes`; ``boxes`` is normalised, the result in pixels.
     """
-    step, shift = _frame(boxes, size, spatial_scale, aligned)
-    return (boxes - shift) / step
-
-
-def _frame(boxes: Tensor, size: tuple[int, int], spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """The factor and the offset, [4] each, that take (x1, y1, x2, y2) from pixels to the normalised frame."""
-    _check_coordinates("boxes", boxes)
-    height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"size must be (height, width), both at least 1, got {tuple(size)}")
-    if not spatial_scale > 0:
-        raise ValueError(f"spatial_scale must be positive, got {spatial_scale}")
-    step = boxes.new_tensor([2 * spatial_scale / width, 2 * spatial_scale / height] * 2, dtype=geometry_dtype(boxes))
+    _check_frame(boxes, size, spatial_scale)
     half_pixel = 0.0 if aligned else 1.0
-    shift = step.new_tensor([half_pixel / width - 1, half_pixel / height - 1] * 2)
-    return step, shift
+    sides = []
+    for axis, side in enumerate(boxes.to(geometry_dtype(boxes)).unbind(-1)):
+        pixels = size[1 - axis % 2]
+        sides.append((side - (half_pixel / pixels - 1)) / (2 * spatial_scale / pixels))
+    return torch.stack(sides, dim=-1)
+
+
+def boxes_in_frame(
+    boxes: Tensor, height: int | Tensor, width: int | Tensor, spatial_scale: float | Tensor, aligned: bool
+) -> Tensor:
+    """:func:`normalize_boxes` without its checks, for RoIs in maps of unlike sizes: numbers, or a value an RoI, [K]."""
+    half_pixel = 0.0 if aligned else 1.0
+    sides = []
+    for axis, side in enumerate(boxes.unbind(-1)):
+        pixels = height if axis % 2 else width
+        # Numbers are not made tensors: on a GPU each would be a copy that waits for it.
+        sides.append(side * (2 * spatial_scale / pixels) + (half_pixel / pixels - 1))
+    return torch.stack(sides, dim=-1)
 
 
 def boxes_to_theta(boxes: Tensor) -> Tensor:
@@ -99,3 +103,12 @@ def _check_coordinates(name: str, boxes: Tensor) -> None:
         raise TypeError(f"{name} must be a floating point tensor, got {kind}")
     if boxes.dim() < 1 or boxes.shape[-1] != 4:
         raise ValueError(f"{name} must end in 4 coordinates (x1, y1, x2, y2), got shape {list(boxes.shape)}")
+
+
+def _check_frame(boxes: Tensor, size: tuple[int, int], spatial_scale: float) -> None:
+    _check_coordinates("boxes", boxes)
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be (height, width), both at least 1, got {tuple(size)}")
+    if not spatial_scale > 0:
+        raise ValueError(f"spatial_scale must be positive, got {spatial_scale}")

@@ -1,6 +1,6 @@
 """RoI pooling over a feature pyramid, with box gradients through every level."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import log2
 
 import torch
@@ -9,7 +9,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop import affine_crop
+from detector.crop import Sampler, check_sampler, crop_levels
+from detector.geometry import geometry_dtype
 
 
 class MultiScaleAffineCrop(MultiScaleRoIAlign):
@@ -25,6 +26,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_scale: the box size, in image pixels, that maps to ``canonical_level``.
         canonical_level: the level of a box of that size (equation 1's k0), 4 for stride 16.
         aligned: as in :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
+        sampler: as in :func:`~detector.affine_crop`.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_scale: int = 224,
         canonical_level: int = 4,
         aligned: bool = False,
+        sampler: Sampler = "auto",
     ) -> None:
         super().__init__(
             list(featmap_names),
@@ -45,6 +48,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             canonical_level=canonical_level,
         )
         self.aligned = aligned
+        self.sampler = check_sampler(sampler)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Crop RoIs out of a pyramid.
@@ -69,33 +73,29 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError("image_shapes must have the size of at least one image, got none")
         largest = max(height for height, _ in image_shapes)
         scales = [2.0 ** round(log2(feature.shape[-2] / largest)) for feature in features]
-        if len(features) == 1:
-            return self._crop(features[0], boxes, scales[0])
+        several = len(features) > 1
+        return crop_levels(
+            features,
+            boxes,
+            self._level_mapper(scales) if several else None,
+            self.output_size,
+            scales,
+            self.sampling_ratio,
+            self.aligned,
+            self.sampler,
+        )
 
-        levels = self._levels(boxes, scales)
-        per_image = levels.split([len(b) for b in boxes])
-        crops, order = [], []
-        for level, (feature, scale) in enumerate(zip(features, scales)):
-            rois = [torch.where(image_levels == level)[0] for image_levels in per_image]
-            crops.append(self._crop(feature, [b[r] for b, r in zip(boxes, rois)], scale))
-            offset = 0
-            for image_boxes, image_rois in zip(boxes, rois):
-                order.append(image_rois + offset)
-                offset += len(image_boxes)
-        # Autocast may give levels different dtypes; like torchvision, the first one's is the result's.
-        merged = torch.cat([crop.to(features[0].dtype) for crop in crops])
-        return merged.new_zeros(len(levels), *merged.shape[1:]).index_copy(0, torch.cat(order), merged)
-
-    def _crop(self, feature: Tensor, boxes: list[Tensor], scale: float) -> Tensor:
-        return affine_crop(feature, boxes, self.output_size, scale, self.sampling_ratio, self.aligned)
-
-    def _levels(self, boxes: list[Tensor], scales: list[float]) -> Tensor:
-        """The level of each RoI, [K]; -1 for a negative area, 0 for what is not finite (for the crop to answer)."""
+    def _level_mapper(self, scales: list[float]) -> Callable[[Tensor], Tensor]:
         mapper = LevelMapper(-int(log2(scales[0])), -int(log2(scales[-1])), self.canonical_scale, self.canonical_level)
-        all_boxes = torch.cat([b.detach().to(torch.promote_types(b.dtype, torch.float32)) for b in boxes])
-        area = box_area(all_boxes)
-        levels = torch.where(area < 0, -1, mapper([all_boxes.nan_to_num()]))
-        return torch.where(torch.isfinite(all_boxes).all(dim=1), levels, 0)
+
+        def level_of(corners: Tensor) -> Tensor:
+            """-1 for a negative area, as in torchvision; 0 for what is not finite, for the crop to answer."""
+            corners = corners.to(geometry_dtype(corners))
+            area = box_area(corners)
+            level = torch.where(area < 0, -1, mapper([corners.nan_to_num()]))
+            return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
+
+        return level_of
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, aligned={self.aligned})"

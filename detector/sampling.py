@@ -1,4 +1,4 @@
-"""Where RoIAlign looks: the sample positions of a set of RoIs along one axis.
+"""Where RoIAlign looks: the sample positions of a set of RoIs, one axis at a time.
 
 RoIAlign's samples form a product of two axes, so each axis is worked out alone, on [K, bins, samples]
 values, and no tensor here has a channel dimension. The rules are those of ``torchvision.ops.roi_align``
@@ -7,6 +7,8 @@ values, and no tensor here has a channel dimension. The rules are those of ``tor
 * bin ``p`` of an RoI of extent ``e`` is cut into ``count`` parts, one sample in the middle of each;
 * a sample more than one pixel outside the map (position < -1 or > size) counts as zero;
 * any other sample is moved onto the map: to [0, size - 1], the centres of the first and last pixel.
+
+Both samplers (:mod:`detector.grid_sampler`, :mod:`detector.gather_sampler`) read the maps at these positions.
 """
 
 from dataclasses import dataclass
@@ -33,11 +35,14 @@ class Axis:
     extent: Tensor
     scale: Tensor
     shift: Tensor
-    size: int  # of the map, in pixels
+    size: Tensor  # of each RoI's map, in pixels, [K], in the dtype of the others
     bins: int  # of the output
 
-    def select(self, index: Tensor | slice) -> "Axis":
-        return Axis(self.start[index], self.extent[index], self.scale[index], self.shift[index], self.size, self.bins)
+    def select(self, index: Tensor) -> "Axis":
+        start, extent, scale, shift, size = (
+            values[index] for values in (self.start, self.extent, self.scale, self.shift, self.size)
+        )
+        return Axis(start, extent, scale, shift, size, self.bins)
 
     def adaptive_counts(self) -> Tensor:
         """Samples per bin at ``sampling_ratio <= 0``: ceil(extent / bins), none for an empty side. [K]"""
@@ -54,12 +59,12 @@ class Axis:
             bin of each RoI, [K], both int64. Two samples of slack on each side: what is really on the map is
             decided by :meth:`positions`.
         """
-        extent, counts = self.extent.double()[:, None], counts.double()[:, None]
+        extent, size, counts = (values.double()[:, None] for values in (self.extent, self.size, counts))
         bin_size = extent / self.bins
         bin_start = self.start.double()[:, None] + torch.arange(self.bins, device=extent.device) * bin_size
         step = bin_size / counts.clamp(min=1)  # [K, 1], pixels from sample to sample
         first = ((-1 - bin_start) / step - 0.5).floor() - 2
-        last = ((self.size - bin_start) / step - 0.5).ceil() + 3
+        last = ((size - bin_start) / step - 0.5).ceil() + 3
         zero = torch.zeros_like(counts)
         first = first.nan_to_num().clamp(zero, counts)
         last = last.nan_to_num().clamp(zero, counts)
@@ -73,23 +78,91 @@ class Axis:
             counts: samples per bin, a number or [K]. An ``index`` beyond it counts as zero.
 
         Returns:
-            [K, bins * n]
+            [K, bins, n]
         """
         dtype = self.start.dtype
         bins = torch.arange(self.bins, dtype=dtype, device=self.start.device)[:, None]  # [bins, 1]
         limit = counts[:, None, None] if isinstance(counts, Tensor) else counts
         count = limit.clamp(min=1) if isinstance(limit, Tensor) else limit
+        size = self.size[:, None, None]
         middle = index.to(dtype) + 0.5
         bin_size = (self.extent / self.bins)[:, None, None]
         # In roi_align's order of operations: on an integer box a sample lies exactly on the border.
         pixel = self.start[:, None, None] + bins * bin_size + middle * bin_size / count  # [K, bins, n]
-        on_map = (pixel >= -1) & (pixel <= self.size) & (index < limit)
+        on_map = (pixel >= -1) & (pixel <= size) & (index < limit)
 
         unit = (bins + middle / count) * (2 / self.bins) - 1  # the sample in the crop frame, -1..1
         # One row of affine_grid, written out: as a matrix product autocast would make it bfloat16.
         position = self.scale[:, None, None] * unit + self.shift[:, None, None]
         # The centre of the edge pixel, less a rounding error: on the centre itself, or beyond it by rounding,
         # zero padding would give the slope from the pixel down to 0 for a gradient, where it is flat.
-        edge = (1 - 1 / self.size) * (1 - 4 * torch.finfo(dtype).eps)
+        edge = (1 - 1 / size) * (1 - 4 * torch.finfo(dtype).eps)
         position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
-        return torch.where(on_map, position, OUTSIDE).flatten(1)
+        return torch.where(on_map, position, OUTSIDE)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where M of the K RoIs of a call are sampled, with like numbers of samples, and what a sample counts."""
+
+    rois: Tensor | None  # [M], which RoIs these are, int64; None: all of them, in their order
+    level: Tensor  # [M], which of the call's maps each is in, int64; -1: in none
+    image: Tensor  # [M], which image of the batch, int64
+    y: Tensor  # [M, bins, n], normalised positions of the rows of samples, with gradient
+    x: Tensor  # [M, bins, n], and of the columns
+    height: Tensor  # [M], of each RoI's map, in pixels
+    width: Tensor  # [M]
+    weight: Tensor | float  # of one sample: 1 / (samples in a bin), [M] or one for all
+
+    def select(self, index: Tensor) -> "Samples":
+        """Some of these RoIs, ``index`` [m] int64."""
+        return Samples(
+            index if self.rois is None else self.rois[index],
+            self.level[index],
+            self.image[index],
+            self.y[index],
+            self.x[index],
+            self.height[index],
+            self.width[index],
+            self.weight[index] if isinstance(self.weight, Tensor) else self.weight,
+        )
+
+
+def fixed_samples(y: Axis, x: Axis, level: Tensor, image: Tensor, sampling_ratio: int) -> Samples:
+    """``sampling_ratio`` samples per bin and axis, for every RoI."""
+    index = torch.arange(sampling_ratio, device=level.device)
+    return Samples(
+        None,
+        level,
+        image,
+        y.positions(index, sampling_ratio),
+        x.positions(index, sampling_ratio),
+        y.size,
+        x.size,
+        1 / sampling_ratio**2,
+    )
+
+
+def adaptive_samples(y: Axis, x: Axis, level: Tensor, image: Tensor) -> list[Samples]:
+    """A number of samples that goes with the RoI's size; RoIs with like numbers are taken together.
+
+    Reads values, and so synchronises on a GPU.
+    """
+    y_counts, x_counts = y.adaptive_counts(), x.adaptive_counts()
+    (y_first, y_number), (x_first, x_number) = y.windows(y_counts), x.windows(x_counts)
+    weight = 1 / (y_counts * x_counts).clamp(min=1)
+    number = torch.stack([y_number, x_number], dim=1)
+    # Rounded up to powers of two there are few groups; samples beyond a RoI's own number count as zero.
+    number = (2.0 ** number.clamp(min=1).log2().ceil()).long()
+    groups, group_of = number.unique(dim=0, return_inverse=True)
+    samples = []
+    for group, (rows, columns) in enumerate(groups.tolist()):
+        rois = torch.where(group_of == group)[0]
+        y_index = y_first[rois][..., None] + torch.arange(rows, device=rois.device)
+        x_index = x_first[rois][..., None] + torch.arange(columns, device=rois.device)
+        y_positions = y.select(rois).positions(y_index, y_counts[rois])
+        x_positions = x.select(rois).positions(x_index, x_counts[rois])
+        samples.append(
+            Samples(rois, level[rois], image[rois], y_positions, x_positions, y.size[rois], x.size[rois], weight[rois])
+        )
+    return samples or [fixed_samples(y, x, level, image, 1)]  # no RoIs: an empty result that stays in the graph

@@ -47,6 +47,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> M
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop
             pool.aligned = False
+            pool.sampler = "auto"
     _attach(rpn, AttachedRPN, RegionProposalNetwork)
     _attach(heads, AttachedRoIHeads, RoIHeads)
     heads.box_gradient = box_gradient

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import RoIAlign, roi_align
 
-import detector.crop
+import detector.grid_sampler
 from detector import AffineCrop, affine_crop
 
 SCALES = [1.0, 0.5, 0.0625, 0.3, 2.0]
@@ -565,7 +565,7 @@ def test_chunks_change_nothing(monkeypatch, sampled, limit, counts, ratio):
 
     expected = run()
     calls = len(sampled)
-    monkeypatch.setattr(detector.crop, "MAX_SAMPLED_ELEMENTS", limit)
+    monkeypatch.setattr(detector.grid_sampler, "MAX_SAMPLED_ELEMENTS", limit)
     for result, wanted in zip(run(), expected, strict=True):
         torch.testing.assert_close(result, wanted, rtol=0, atol=1e-11)
     assert len(sampled) - calls > calls  # it did take chunks
@@ -574,7 +574,7 @@ def test_chunks_change_nothing(monkeypatch, sampled, limit, counts, ratio):
 @pytest.mark.parametrize("aligned", [False, True])
 def test_a_huge_adaptive_box_is_taken_in_slices(monkeypatch, sampled, aligned):
     limit = 2**18
-    monkeypatch.setattr(detector.crop, "MAX_SAMPLED_ELEMENTS", limit)
+    monkeypatch.setattr(detector.grid_sampler, "MAX_SAMPLED_ELEMENTS", limit)
     features = randn(1, 4, 100, 120, dtype=torch.float32).requires_grad_()
     box = torch.tensor([[-3e4, -2e4, 4e4, 5e4], [-300.3, -200.1, 400.2, 500.4]], requires_grad=True)
     result = affine_crop(features, [box], 7, 1.0, -1, aligned)
@@ -587,7 +587,7 @@ def test_a_huge_adaptive_box_is_taken_in_slices(monkeypatch, sampled, aligned):
 
 
 def test_many_rois_stay_within_the_limit(monkeypatch, sampled):
-    monkeypatch.setattr(detector.crop, "MAX_SAMPLED_ELEMENTS", 2**14)
+    monkeypatch.setattr(detector.grid_sampler, "MAX_SAMPLED_ELEMENTS", 2**14)
     features = randn(2, 4, 30, 30, dtype=torch.float32)
     boxes = [general_boxes(60, (30, 30), seed=i, dtype=torch.float32) for i in range(2)]
     for ratio in (-1, 2):
@@ -723,7 +723,7 @@ def test_gpu_the_list_form_does_not_synchronise():
 def test_huge_boxes_in_many_images_stay_within_the_limit(monkeypatch):
     """Their slices are sampled in one call, so the images share the limit."""
     limit = 50_000
-    monkeypatch.setattr(detector.crop, "MAX_SAMPLED_ELEMENTS", limit)
+    monkeypatch.setattr(detector.grid_sampler, "MAX_SAMPLED_ELEMENTS", limit)
     sampled = []
     grid_sample = F.grid_sample
 
@@ -731,7 +731,7 @@ def test_huge_boxes_in_many_images_stay_within_the_limit(monkeypatch):
         sampled.append(grid_sample(*args, **kwargs))
         return sampled[-1]
 
-    monkeypatch.setattr(detector.crop.F, "grid_sample", record)
+    monkeypatch.setattr(detector.grid_sampler.F, "grid_sample", record)
     maps = torch.randn(8, 2, 40, 40, dtype=torch.float64)
     box = torch.tensor([[1.0, 2.0, 39.0, 38.0]], dtype=torch.float64)
     crops = affine_crop(maps, [box] * 8, 2)

@@ -1,0 +1,146 @@
+"""The crop by ``grid_sample``: every operation differentiable twice, and every one that can be exported."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from detector.sampling import OUTSIDE, Samples
+
+# The most elements that one call of grid_sample may return (float32: 256 MiB). More are taken in chunks.
+MAX_SAMPLED_ELEMENTS = 2**26
+
+
+def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: list[int] | None = None) -> Tensor:
+    """Sample maps where the rows and columns of samples cross, and average over each bin.
+
+    Args:
+        maps: one [N, C, H, W] per level, N and C of all alike, float32 or float64.
+        samples: the K RoIs, each in one of the groups.
+        counts: of a single map and a single group, the number of RoIs of each image, if known without looking at
+            the values; the RoIs are then in the order of the images.
+
+    Returns:
+        [K, C, bins, bins]. RoIs on no level are zero.
+    """
+    crops = [_crop_group(maps, group, counts) for group in samples]
+    rois = [group.rois for group in samples if group.rois is not None]
+    return torch.cat(crops)[torch.cat(rois).argsort()] if rois else crops[0]
+
+
+def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
+    if torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
+        sums = sum(_sum_bins_masked(source, group, level) for level, source in enumerate(maps))
+    elif len(maps) == 1:
+        sums = _sum_bins(maps[0], group, counts)
+    else:
+        rois = [torch.where(group.level == level)[0] for level in range(len(maps))]
+        sums = torch.cat([_sum_bins(source, group.select(r), None) for source, r in zip(maps, rois)])
+        # Not every RoI is on a level.
+        sums = sums.new_zeros(len(group.level), *sums.shape[1:]).index_copy(0, torch.cat(rois), sums)
+    if isinstance(group.weight, Tensor):
+        return sums * group.weight.to(sums.dtype)[:, None, None, None]
+    return sums * group.weight
+
+
+def _sum_bins_masked(source: Tensor, group: Samples, level: int) -> Tensor:
+    """Bin sums without a look at the values: each image is sampled for all RoIs.
+
+    One that is not the image's own, or not of this level, reads nothing and adds zero. [M, C, bins, bins]
+    """
+    images = torch.arange(source.shape[0], device=source.device)[:, None]
+    own = (group.image == images) & (group.level == level)  # [N, M]
+    x = torch.where(own[..., None, None], group.x, OUTSIDE)
+    return _sum_bins_batched(source, group.y.expand(len(source), *group.y.shape), x).sum(dim=0)
+
+
+def _sum_bins(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor:
+    """Bin sums of the RoIs of one map, [M, C, bins, bins].
+
+    Images go through one call on the batch axis, their grids padded to the same length: on a CPU grid_sample runs
+    one thread per image.
+    """
+    images, rois = source.shape[0], len(group.image)
+    if images == 1 or rois == 0:
+        return _sum_bins_batched(source[:1], group.y[None][:images], group.x[None][:images]).flatten(0, 1)
+    order = None
+    if counts is None:
+        counts = group.image.bincount(minlength=images).tolist()
+        if (group.image.diff() < 0).any():
+            order = group.image.argsort(stable=True)
+            group = replace(group, y=group.y[order], x=group.x[order])
+    longest = max(counts)
+    y, x = group.y.split(counts), group.x.split(counts)
+    if images * longest > 2 * rois:  # padding would cost more than it saves
+        sums = [
+            _sum_bins_batched(source[i : i + 1], y_image[None], x_image[None])[0]
+            for i, (y_image, x_image) in enumerate(zip(y, x))
+            if len(y_image)
+        ]
+    else:
+        padded_y, padded_x = (pad_sequence(list(p), batch_first=True, padding_value=OUTSIDE) for p in (y, x))
+        batched = _sum_bins_batched(source, padded_y, padded_x)
+        sums = [batched[i, :count] for i, count in enumerate(counts)]
+    crops = torch.cat(sums)
+    return crops if order is None else crops[order.argsort()]
+
+
+def _sum_bins_batched(source: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Bin sums of M RoIs in each image: ``y`` [N, M, bins, rows], ``x`` [N, M, bins, columns] to [N, M, C, bins, bins].
+
+    A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
+    """
+    images, rois, *window = *y.shape[:2], y.shape[3], x.shape[3]
+    bins = (y.shape[2], x.shape[2])
+    channels = source.shape[1]
+    if channels == 0:  # grid_sample takes no such map
+        return source.new_zeros(images, rois, 0, *bins)
+    if not torch.compiler.is_compiling():
+        fit = max(MAX_SAMPLED_ELEMENTS // max(images * channels * prod(bins) * prod(window), 1), 1)
+        if rois > fit:
+            chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
+            return torch.cat([_sum_bins_batched(source, *chunk) for chunk in chunks], dim=1)
+        # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
+        fit = max(MAX_SAMPLED_ELEMENTS // max(images * rois * channels * prod(bins) * window[1], 1), 1)
+        if window[0] > fit:
+            total = source.new_zeros(())
+            for rows in y.split(fit, dim=3):
+                total = total + _sum_bins_batched(source, rows, x)
+            return total
+    y, x = y.to(source.dtype).flatten(2), x.to(source.dtype).flatten(2)
+    shape = (images, rois, y.shape[2], x.shape[2])
+    grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
+    sampled = F.grid_sample(
+        source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
+    )  # [N, C, M * bins * rows, bins * columns]
+    if rois and images and prod(window) > 1:  # pooling takes no empty tensor
+        sampled = _WindowSum.apply(sampled, (window[0], window[1]))
+    return sampled.reshape(images, channels, rois, *bins).transpose(1, 2)
+
+
+class _WindowSum(torch.autograd.Function):
+    """Sum over windows side by side: avg_pool2d (the fastest way found), but without keeping its input.
+
+    avg_pool2d saves the samples, the largest tensor here, for a backward that needs only their shape.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sampled: Tensor, window: tuple[int, int]) -> Tensor:
+        return F.avg_pool2d(sampled, window, divisor_override=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int]], output: Tensor) -> None:
+        ctx.window = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rows, columns = ctx.window
+        spread = grad[..., None, :, None].expand(*grad.shape[:-1], rows, grad.shape[-1], columns)
+        return spread.reshape(*grad.shape[:-2], grad.shape[-2] * rows, grad.shape[-1] * columns), None
