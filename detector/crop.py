@@ -1,7 +1,7 @@
 """The affine crop: ``roi_align``'s call and values, with gradients to the boxes as well."""
 
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, prod
 from typing import Literal, get_args
 
 import torch
@@ -107,10 +107,9 @@ def crop_levels(
     else:
         samples, counts = adaptive_samples(y, x, level, image), None
     sources = [source.to(dtype) for source in maps]
-    if _choose(sampler, maps[0]) == "gather":
-        crops = crop_by_gather(sources, samples)
-    else:
-        crops = crop_by_grid(sources, samples, counts)
+    if sampler == "auto":
+        sampler = _measured_fastest(maps, len(corners) * prod(bins) * max(sampling_ratio, 1) ** 2)
+    crops = crop_by_gather(sources, samples) if sampler == "gather" else crop_by_grid(sources, samples, counts)
     if not look:
         crops = torch.where((known & finite)[:, None, None, None], crops, torch.nan)
     return crops.to(maps[0].dtype)
@@ -159,13 +158,19 @@ def check_sampler(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def _choose(sampler: Sampler, source: Tensor) -> Literal["grid_sample", "gather"]:
-    """What "auto" stands for; the reasons are in :func:`affine_crop`'s docstring."""
-    if sampler != "auto":
-        return sampler
+def _measured_fastest(maps: Sequence[Tensor], samples: int) -> Sampler:
+    """What "auto" stands for, as :func:`affine_crop` says, for a number of samples (at least; adaptive: bins)."""
     if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
         return "grid_sample"
-    return "gather" if source.shape[1] >= FEWEST_CHANNELS_TO_GATHER else "grid_sample"
+    if maps[0].is_cuda and torch.are_deterministic_algorithms_enabled():
+        return "gather"
+    if maps[0].shape[1] < FEWEST_CHANNELS_TO_GATHER:
+        return "grid_sample"
+    if maps[0].is_cpu:
+        copied = [m for m in maps if not m.is_contiguous(memory_format=torch.channels_last)]
+        if 2 * samples < sum(m[:, 0].numel() for m in copied):
+            return "grid_sample"
+    return "gather"
 
 
 def _axes(

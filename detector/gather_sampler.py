@@ -9,6 +9,7 @@ a place in memory from two threads, so that values and gradients are the same to
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,12 +27,16 @@ MAX_PIXELS_READ_GPU = 2**26
 
 @torch.compiler.disable
 def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
-    """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments, laid out in channels_last.
+    """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments.
 
-    Maps that are not in channels_last are copied. Second derivatives are taken through ``crop_by_grid``.
+    Maps that are not in channels_last are copied, one at a time. Second derivatives are taken through
+    ``crop_by_grid``.
     """
+    if not maps[0].shape[1]:  # embedding_bag takes no such table
+        return crop_by_grid(maps, samples)
     positions = [axis for group in samples for axis in (group.y, group.x)]
-    return _Gather.apply(list(samples), len(maps), *maps, *positions)
+    detached = _with_positions(samples, [axis.detach() for axis in positions])
+    return _Gather.apply(detached, len(maps), *maps, *positions)
 
 
 class _Gather(torch.autograd.Function):
@@ -39,20 +44,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(samples: list[Samples], maps: int, *tensors: Tensor) -> Tensor:
-        tables, parts = _tables(tensors[:maps], _with_positions(samples, tensors[maps:]))
         rois = sum(len(group.image) for group in samples)
-        bins, channels = (samples[0].y.shape[1], samples[0].x.shape[1]), tables[0].shape[1]
-        crops = tables[0].new_empty(rois, *bins, channels)
-        for part in parts:
-            for chunk in part.chunks():
-                pixels, weights = chunk.pixels(), chunk.weights()
-                sums = F.embedding_bag(pixels, tables[chunk.table], mode="sum", per_sample_weights=weights)
-                sums = sums.view(-1, *bins, channels)
-                if len(sums) == rois:  # all of them; they are in their order
-                    crops = sums
-                else:
-                    crops.index_copy_(0, chunk.rois, sums)
-        return crops.permute(0, 3, 1, 2)
+        bins, channels = (samples[0].y.shape[1], samples[0].x.shape[1]), tensors[0].shape[1]
+        # Contiguous, as roi_align's: a head may call view.
+        crops = tensors[0].new_empty(rois, channels, *bins)
+        for table in _tables(tensors[:maps], samples):
+            rows = table.rows(tensors)
+            for chunk in table.chunks():
+                sums = F.embedding_bag(chunk.pixels(), rows, mode="sum", per_sample_weights=chunk.weights())
+                crops.index_copy_(0, chunk.rois, sums.view(-1, *bins, channels).permute(0, 3, 1, 2))
+        return crops
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -69,15 +70,21 @@ class _Gather(torch.autograd.Function):
 
             return None, None, *torch.func.vjp(crop, *tensors)[1](grad)
 
-        tables, parts = _tables(tensors[:maps], _with_positions(samples, tensors[maps:]))
-        grad = grad.permute(0, 2, 3, 1).contiguous()  # [K, bins, bins, C]
         map_grads: list[Tensor | None] = [None] * maps
-        position_grads: list[Tensor | None] = [None] * (2 * len(samples))
-        if any(ctx.needs_input_grad[2 : 2 + maps]):
-            map_grads = list(_map_gradients(tensors[:maps], tables, parts, grad))
-        if any(ctx.needs_input_grad[2 + maps :]):
-            position_grads = list(_position_gradients(samples, tables, parts, grad))
-        return None, None, *map_grads, *position_grads
+        position_grads = [torch.zeros_like(position) for position in tensors[maps:]]
+        boxes_need_it = any(ctx.needs_input_grad[2 + maps :])
+        for table in _tables(tensors[:maps], samples):
+            grad_rows = [grad.permute(0, 2, 3, 1).index_select(0, part.rois).flatten(0, 2) for part in table.readers]
+            if boxes_need_it:
+                rows = table.rows(tensors)
+                for part, part_grad in zip(table.readers, grad_rows):
+                    y_grad, x_grad = position_grads[2 * part.group :][:2]
+                    _add_position_gradients(y_grad, x_grad, part, rows, part_grad)
+                del rows
+            if any(ctx.needs_input_grad[2 + number] for number in table.maps):
+                for number, map_grad in zip(table.maps, _map_gradients(table, tensors, torch.cat(grad_rows))):
+                    map_grads[number] = map_grad
+        return None, None, *map_grads, *(position_grads if boxes_need_it else [None] * len(position_grads))
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,8 @@ def _taps(position: Tensor, size: Tensor, sample_weight: Tensor | float, dtype: 
 
 @dataclass(frozen=True)
 class _Part:
-    """RoIs that read one table: their taps, and where they come from and go to."""
+    """RoIs of one group that read one table: their taps, and where they come from and go to."""
 
-    table: int
     group: int
     of_group: Tensor  # [M], which RoIs of the group
     rois: Tensor  # [M], which RoIs of the call
@@ -145,10 +151,6 @@ class _Part:
     width: Tensor  # [M], rows of the table from a row of the map to the next
     y: _Taps
     x: _Taps
-
-    @property
-    def bins(self) -> tuple[int, int]:
-        return self.y.index.shape[1], self.x.index.shape[1]
 
     def chunks(self) -> Iterator["_Part"]:
         rois, bins_y, taps_y = self.y.index.shape
@@ -178,109 +180,98 @@ class _Part:
         return (self.y.weight[:, :, None, :, None] * self.x.weight[:, None, :, None, :]).flatten(3).flatten(0, 2)
 
 
-def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> tuple[list[Tensor], list[_Part]]:
-    """The tables [pixels, C] and who reads them.
+@dataclass(frozen=True)
+class _Table:
+    """A row for each pixel of some maps, and the RoIs that read it."""
 
-    On a CPU there is one for each map, which is the map itself if it is in channels_last: no copy. To know who
-    reads which the values of the levels must be read, which on a GPU would wait for it: there all maps are copied
-    into one table, at a speed that makes it the smaller evil.
+    maps: Sequence[int]
+    readers: list[_Part]
+
+    def rows(self, maps: Sequence[Tensor]) -> Tensor:
+        """[pixels, C]; a map that is in channels_last is its own table, without a copy."""
+        rows = [maps[number].permute(0, 2, 3, 1).flatten(0, 2) for number in self.maps]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def chunks(self) -> Iterator[_Part]:
+        return (chunk for part in self.readers for chunk in part.chunks())
+
+
+def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> list[_Table]:
+    """One table for each map on a CPU. To know who reads which, the levels must be looked at.
+
+    On a GPU a look would wait for it: there all maps are copied into one table, at a speed that makes it the
+    smaller evil.
     """
-    tables = [source.permute(0, 2, 3, 1).reshape(-1, source.shape[1]) for source in maps]
-    if tables[0].is_cpu:
-        origins = [0] * len(maps)
-    else:
-        ends = [0]
-        for table in tables:
-            ends.append(ends[-1] + len(table))
-        origins, tables = ends[:-1], [torch.cat(tables)]
-    # Half the memory where it does: there are hundreds of pixels an RoI.
-    dtype = torch.int32 if max(len(table) for table in tables) < 2**31 else torch.int64
+    if maps[0].is_cpu:
+        return [_Table([number], _readers([source], samples, number)) for number, source in enumerate(maps)]
+    return [_Table(range(len(maps)), _readers(maps, samples, None))]
+
+
+def _readers(maps: Sequence[Tensor], samples: list[Samples], level: int | None) -> list[_Part]:
+    """Who reads the table of some maps: the RoIs of a level, or all (``None``). Those on no level weigh nothing."""
+    ends = list(accumulate(source[:, 0].numel() for source in maps))
+    dtype = torch.int32 if ends[-1] < 2**31 else torch.int64  # half the memory: an RoI reads hundreds of pixels
     parts = []
     for number, group in enumerate(samples):
-        everyone = torch.arange(len(group.image), device=group.image.device)
-        for table in range(len(tables)):
-            chosen = everyone
-            if len(tables) > 1:  # those on no level have no weight, but they have a place
-                chosen = torch.where(group.level.clamp(min=0) == table)[0]
-                if not len(chosen):
-                    continue
-            members = group if chosen is everyone else group.select(chosen)
-            weight = (members.level >= 0).to(members.y.dtype) * members.weight
-            height, width = members.height.to(dtype), members.width.to(dtype)
-            origin = members.image.to(dtype) * height * width
-            for level, start in enumerate(origins):
-                if start:
-                    origin = torch.where(members.level == level, origin + start, origin)
-            parts.append(
-                _Part(
-                    table,
-                    number,
-                    chosen,
-                    chosen if group.rois is None else group.rois[chosen],
-                    origin,
-                    width,
-                    _taps(members.y, members.height, weight, maps[0].dtype),
-                    _taps(members.x, members.width, 1.0, maps[0].dtype),
-                )
-            )
-    return tables, parts
+        chosen = torch.arange(len(group.image), device=group.image.device)
+        if level is not None:
+            chosen = torch.where(group.level.clamp(min=0) == level)[0]
+            group = group.select(chosen)
+        width = group.width.to(dtype)
+        origin = group.image.to(dtype) * group.height.to(dtype) * width
+        for map_level, start in enumerate(ends[:-1], 1):
+            origin = torch.where(group.level == map_level, origin + start, origin)
+        weight = (group.level >= 0).to(group.y.dtype) / group.count
+        y = _taps(group.y, group.height, weight, maps[0].dtype)
+        x = _taps(group.x, group.width, 1.0, maps[0].dtype)
+        rois = chosen if group.rois is None else group.rois
+        parts.append(_Part(number, chosen, rois, origin, width, y, x))
+    return parts
 
 
-def _map_gradients(maps: Sequence[Tensor], tables: list[Tensor], parts: list[_Part], grad: Tensor) -> Iterator[Tensor]:
-    """The gradient at each map, in channels_last, from that at the crops [K, bins, bins, C]."""
-    grad_table = grad.flatten(0, 2)  # a row a bin
-    bins = grad.shape[1] * grad.shape[2]
-    table_grads = []
-    for number, table in enumerate(tables):
-        readers = [part for part in parts if part.table == number and len(part.rois)]
-        if not readers or not len(grad_table):
-            table_grads.append(torch.zeros_like(table))
-            continue
-        pixels = torch.cat([part.pixels().flatten() for part in readers])
-        weights = torch.cat([part.weights().flatten() for part in readers])
-        bags = torch.cat([_bags(part, bins).flatten() for part in readers])
+def _map_gradients(table: _Table, maps: Sequence[Tensor], grad_rows: Tensor) -> Iterator[Tensor]:
+    """The gradient at each of a table's maps, from that at the bins of its readers, one after the other [bins, C]."""
+    sizes = [maps[number][:, 0].numel() for number in table.maps]
+    if len(grad_rows):
+        read = [part.pixels() for part in table.readers]  # [bins, taps] each
+        dtype = read[0].dtype
+        numbers = torch.arange(len(grad_rows), dtype=dtype, device=grad_rows.device).split([len(r) for r in read])
+        bins = torch.cat([b[:, None].expand_as(r).flatten() for b, r in zip(numbers, read)])
+        weights = torch.cat([part.weights().flatten() for part in table.readers])
         # A bag for each pixel: the bins that read it. A stable sort, so that they are summed in one order always.
-        pixels, order = pixels.sort(stable=True)
-        starts = torch.searchsorted(pixels, torch.arange(len(table), dtype=pixels.dtype, device=pixels.device))
-        table_grads.append(
-            F.embedding_bag(
-                bags[order], grad_table, starts.to(bags.dtype), mode="sum", per_sample_weights=weights[order]
-            )
+        pixels, order = torch.cat([r.flatten() for r in read]).sort(stable=True)
+        bins, weights = bins[order], weights[order]
+        starts = torch.searchsorted(
+            pixels, torch.arange(sum(sizes), dtype=dtype, device=pixels.device), out_int32=dtype == torch.int32
         )
-    if len(table_grads) < len(maps):
-        table_grads = list(table_grads[0].split([source[:, 0].numel() for source in maps]))
-    for source, table_grad in zip(maps, table_grads):
-        images, channels, height, width = source.shape
-        yield table_grad.view(images, height, width, channels).permute(0, 3, 1, 2)
+        del read, pixels, order
+        rows = F.embedding_bag(bins, grad_rows, starts, mode="sum", per_sample_weights=weights)
+    else:
+        rows = grad_rows.new_zeros(sum(sizes), grad_rows.shape[1])
+    for number, map_rows in zip(table.maps, rows.split(sizes)):
+        source = maps[number]
+        map_grad = map_rows.view(source.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        yield map_grad.contiguous() if source.is_contiguous() else map_grad
 
 
-def _bags(part: _Part, bins: int) -> Tensor:
-    """Which of the call's bins reads each of :meth:`_Part.pixels`, of the same shape."""
-    bag = part.rois[:, None] * bins + torch.arange(bins, device=part.rois.device)
-    taps = part.y.index.shape[2] * part.x.index.shape[2]
-    return bag.to(part.origin.dtype).flatten()[:, None].expand(-1, taps)
+def _add_position_gradients(y_grad: Tensor, x_grad: Tensor, part: _Part, rows: Tensor, grad_rows: Tensor) -> None:
+    """Put the gradients at a part's positions into those of its group, from that at its bins, [bins, C]."""
+    start = 0
+    for chunk in part.chunks():
+        y, x = chunk.y, chunk.x
+        with torch.enable_grad():
+            weights = chunk.weights().requires_grad_()
+            sums = F.embedding_bag(chunk.pixels(), rows, mode="sum", per_sample_weights=weights)
+        (grad,) = torch.autograd.grad(sums, weights, grad_rows[start : start + len(sums)])
+        start += len(sums)
+        # [M, y bins, x bins, y taps, x taps]
+        grad = grad.view(*y.index.shape[:2], x.index.shape[1], y.index.shape[2], x.index.shape[2])
+        # Products and sums, not einsum: a matrix product may be in TF32.
+        of_y = y.pull_back((grad * x.weight[:, None, :, None, :]).sum((2, 4)))
+        of_x = x.pull_back((grad * y.weight[:, :, None, :, None]).sum((1, 3)))
+        y_grad.index_copy_(0, chunk.of_group, of_y.to(y_grad.dtype))
+        x_grad.index_copy_(0, chunk.of_group, of_x.to(x_grad.dtype))
 
 
-def _position_gradients(samples: list[Samples], tables: list[Tensor], parts: list[_Part], grad: Tensor) -> list[Tensor]:
-    """The gradients at y and x of each group, from that at the crops [K, bins, bins, C]."""
-    grads = [torch.zeros_like(axis) for group in samples for axis in (group.y, group.x)]
-    for part in parts:
-        for chunk in part.chunks():
-            with torch.enable_grad():
-                weights = chunk.weights().requires_grad_()
-                sums = F.embedding_bag(chunk.pixels(), tables[chunk.table], mode="sum", per_sample_weights=weights)
-            (weight_grad,) = torch.autograd.grad(sums, weights, grad[chunk.rois].flatten(0, 2))
-            y, x = chunk.y, chunk.x
-            shape = (len(chunk.rois), *chunk.bins, y.index.shape[2], x.index.shape[2])
-            weight_grad = weight_grad.view(shape)  # [M, y bins, x bins, y taps, x taps]
-            # Products and sums, not einsum: a matrix product may be in TF32.
-            y_grad = (weight_grad * x.weight[:, None, :, None, :]).sum((2, 4))
-            x_grad = (weight_grad * y.weight[:, :, None, :, None]).sum((1, 3))
-            for axis, taps, axis_grad in ((0, y, y_grad), (1, x, x_grad)):
-                target = grads[2 * chunk.group + axis]
-                target.index_copy_(0, chunk.of_group, taps.pull_back(axis_grad).to(target.dtype))
-    return grads
-
-
-def _with_positions(samples: list[Samples], positions: Sequence[Tensor]) -> list[Samples]:
+def _with_positions(samples: Sequence[Samples], positions: Sequence[Tensor]) -> list[Samples]:
     return [replace(group, y=y, x=x) for group, y, x in zip(samples, positions[::2], positions[1::2])]

@@ -35,39 +35,39 @@ def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: lis
 
 def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
     if torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
-        sums = sum(_sum_bins_masked(source, group, level) for level, source in enumerate(maps))
+        of_levels = [_average_masked(source, group, level) for level, source in enumerate(maps)]
+        crops = torch.stack(of_levels).sum(dim=0)
     elif len(maps) == 1:
-        sums = _sum_bins(maps[0], group, counts)
+        crops = _average(maps[0], group, counts)
     else:
         rois = [torch.where(group.level == level)[0] for level in range(len(maps))]
-        sums = torch.cat([_sum_bins(source, group.select(r), None) for source, r in zip(maps, rois)])
+        crops = torch.cat([_average(source, group.select(r), None) for source, r in zip(maps, rois)])
         # Not every RoI is on a level.
-        sums = sums.new_zeros(len(group.level), *sums.shape[1:]).index_copy(0, torch.cat(rois), sums)
-    if isinstance(group.weight, Tensor):
-        return sums * group.weight.to(sums.dtype)[:, None, None, None]
-    return sums * group.weight
+        crops = crops.new_zeros(len(group.level), *crops.shape[1:]).index_copy(0, torch.cat(rois), crops)
+    return crops / group.count.to(crops.dtype)[:, None, None, None] if isinstance(group.count, Tensor) else crops
 
 
-def _sum_bins_masked(source: Tensor, group: Samples, level: int) -> Tensor:
-    """Bin sums without a look at the values: each image is sampled for all RoIs.
+def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
+    """:func:`_average` without a look at the values: each image is sampled for all RoIs.
 
     One that is not the image's own, or not of this level, reads nothing and adds zero. [M, C, bins, bins]
     """
     images = torch.arange(source.shape[0], device=source.device)[:, None]
     own = (group.image == images) & (group.level == level)  # [N, M]
     x = torch.where(own[..., None, None], group.x, OUTSIDE)
-    return _sum_bins_batched(source, group.y.expand(len(source), *group.y.shape), x).sum(dim=0)
+    return _average_batched(source, group.y.expand(len(source), *group.y.shape), x, _divisor(group)).sum(dim=0)
 
 
-def _sum_bins(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor:
-    """Bin sums of the RoIs of one map, [M, C, bins, bins].
+def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor:
+    """The bins of the RoIs of one map, [M, C, bins, bins]: means where all have one count, else sums.
 
     Images go through one call on the batch axis, their grids padded to the same length: on a CPU grid_sample runs
     one thread per image.
     """
     images, rois = source.shape[0], len(group.image)
+    divisor = _divisor(group)
     if images == 1 or rois == 0:
-        return _sum_bins_batched(source[:1], group.y[None][:images], group.x[None][:images]).flatten(0, 1)
+        return _average_batched(source[:1], group.y[None][:images], group.x[None][:images], divisor).flatten(0, 1)
     order = None
     if counts is None:
         counts = group.image.bincount(minlength=images).tolist()
@@ -77,21 +77,27 @@ def _sum_bins(source: Tensor, group: Samples, counts: list[int] | None) -> Tenso
     longest = max(counts)
     y, x = group.y.split(counts), group.x.split(counts)
     if images * longest > 2 * rois:  # padding would cost more than it saves
-        sums = [
-            _sum_bins_batched(source[i : i + 1], y_image[None], x_image[None])[0]
+        of_images = [
+            _average_batched(source[i : i + 1], y_image[None], x_image[None], divisor)[0]
             for i, (y_image, x_image) in enumerate(zip(y, x))
             if len(y_image)
         ]
     else:
         padded_y, padded_x = (pad_sequence(list(p), batch_first=True, padding_value=OUTSIDE) for p in (y, x))
-        batched = _sum_bins_batched(source, padded_y, padded_x)
-        sums = [batched[i, :count] for i, count in enumerate(counts)]
-    crops = torch.cat(sums)
+        batched = _average_batched(source, padded_y, padded_x, divisor)
+        of_images = [batched[i, :count] for i, count in enumerate(counts)]
+    crops = torch.cat(of_images)
     return crops if order is None else crops[order.argsort()]
 
 
-def _sum_bins_batched(source: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Bin sums of M RoIs in each image: ``y`` [N, M, bins, rows], ``x`` [N, M, bins, columns] to [N, M, C, bins, bins].
+def _divisor(group: Samples) -> int:
+    return 1 if isinstance(group.count, Tensor) else group.count
+
+
+def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tensor:
+    """Bins of M RoIs in each image, sums over ``divisor``: [N, M, C, bins, bins].
+
+    ``y`` is [N, M, bins, rows] and ``x`` [N, M, bins, columns].
 
     A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
     """
@@ -104,13 +110,13 @@ def _sum_bins_batched(source: Tensor, y: Tensor, x: Tensor) -> Tensor:
         fit = max(MAX_SAMPLED_ELEMENTS // max(images * channels * prod(bins) * prod(window), 1), 1)
         if rois > fit:
             chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
-            return torch.cat([_sum_bins_batched(source, *chunk) for chunk in chunks], dim=1)
+            return torch.cat([_average_batched(source, *chunk, divisor) for chunk in chunks], dim=1)
         # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
         fit = max(MAX_SAMPLED_ELEMENTS // max(images * rois * channels * prod(bins) * window[1], 1), 1)
         if window[0] > fit:
             total = source.new_zeros(())
             for rows in y.split(fit, dim=3):
-                total = total + _sum_bins_batched(source, rows, x)
+                total = total + _average_batched(source, rows, x, divisor)
             return total
     y, x = y.to(source.dtype).flatten(2), x.to(source.dtype).flatten(2)
     shape = (images, rois, y.shape[2], x.shape[2])
@@ -119,12 +125,12 @@ def _sum_bins_batched(source: Tensor, y: Tensor, x: Tensor) -> Tensor:
         source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
     )  # [N, C, M * bins * rows, bins * columns]
     if rois and images and prod(window) > 1:  # pooling takes no empty tensor
-        sampled = _WindowSum.apply(sampled, (window[0], window[1]))
+        sampled = _WindowMean.apply(sampled, (window[0], window[1]), divisor)
     return sampled.reshape(images, channels, rois, *bins).transpose(1, 2)
 
 
-class _WindowSum(torch.autograd.Function):
-    """Sum over windows side by side: avg_pool2d (the fastest way found), but without keeping its input.
+class _WindowMean(torch.autograd.Function):
+    """Sum over windows side by side, by a divisor: avg_pool2d (the fastest way found), but without keeping its input.
 
     avg_pool2d saves the samples, the largest tensor here, for a backward that needs only their shape.
     """
@@ -132,15 +138,15 @@ class _WindowSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(sampled: Tensor, window: tuple[int, int]) -> Tensor:
-        return F.avg_pool2d(sampled, window, divisor_override=1)
+    def forward(sampled: Tensor, window: tuple[int, int], divisor: int) -> Tensor:
+        return F.avg_pool2d(sampled, window, divisor_override=divisor)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int]], output: Tensor) -> None:
-        ctx.window = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int], int], output: Tensor) -> None:
+        _, ctx.window, ctx.divisor = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows, columns = ctx.window
-        spread = grad[..., None, :, None].expand(*grad.shape[:-1], rows, grad.shape[-1], columns)
-        return spread.reshape(*grad.shape[:-2], grad.shape[-2] * rows, grad.shape[-1] * columns), None
+        spread = (grad / ctx.divisor)[..., None, :, None].expand(*grad.shape[:-1], rows, grad.shape[-1], columns)
+        return spread.reshape(*grad.shape[:-2], grad.shape[-2] * rows, grad.shape[-1] * columns), None, None

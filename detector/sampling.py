@@ -103,7 +103,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Samples:
-    """Where M of the K RoIs of a call are sampled, with like numbers of samples, and what a sample counts."""
+    """Where M of the K RoIs of a call are sampled, with like numbers of samples, and how many make a bin."""
 
     rois: Tensor | None  # [M], which RoIs these are, int64; None: all of them, in their order
     level: Tensor  # [M], which of the call's maps each is in, int64; -1: in none
@@ -112,7 +112,7 @@ class Samples:
     x: Tensor  # [M, bins, n], and of the columns
     height: Tensor  # [M], of each RoI's map, in pixels
     width: Tensor  # [M]
-    weight: Tensor | float  # of one sample: 1 / (samples in a bin), [M] or one for all
+    count: Tensor | int  # samples in a bin, on the map or not, [M] or one for all; at least 1
 
     def select(self, index: Tensor) -> "Samples":
         """Some of these RoIs, ``index`` [m] int64."""
@@ -124,7 +124,7 @@ class Samples:
             self.x[index],
             self.height[index],
             self.width[index],
-            self.weight[index] if isinstance(self.weight, Tensor) else self.weight,
+            self.count[index] if isinstance(self.count, Tensor) else self.count,
         )
 
 
@@ -139,7 +139,7 @@ def fixed_samples(y: Axis, x: Axis, level: Tensor, image: Tensor, sampling_ratio
         x.positions(index, sampling_ratio),
         y.size,
         x.size,
-        1 / sampling_ratio**2,
+        sampling_ratio**2,
     )
 
 
@@ -150,7 +150,7 @@ def adaptive_samples(y: Axis, x: Axis, level: Tensor, image: Tensor) -> list[Sam
     """
     y_counts, x_counts = y.adaptive_counts(), x.adaptive_counts()
     (y_first, y_number), (x_first, x_number) = y.windows(y_counts), x.windows(x_counts)
-    weight = 1 / (y_counts * x_counts).clamp(min=1)
+    count = (y_counts * x_counts).clamp(min=1)
     number = torch.stack([y_number, x_number], dim=1)
     # Rounded up to powers of two there are few groups; samples beyond a RoI's own number count as zero.
     number = (2.0 ** number.clamp(min=1).log2().ceil()).long()
@@ -163,6 +163,6 @@ def adaptive_samples(y: Axis, x: Axis, level: Tensor, image: Tensor) -> list[Sam
         y_positions = y.select(rois).positions(y_index, y_counts[rois])
         x_positions = x.select(rois).positions(x_index, x_counts[rois])
         samples.append(
-            Samples(rois, level[rois], image[rois], y_positions, x_positions, y.size[rois], x.size[rois], weight[rois])
+            Samples(rois, level[rois], image[rois], y_positions, x_positions, y.size[rois], x.size[rois], count[rois])
         )
     return samples or [fixed_samples(y, x, level, image, 1)]  # no RoIs: an empty result that stays in the graph

@@ -9,6 +9,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 
 from detector.box_gradient import BoxGradient
+from detector.crop import Sampler, check_sampler
 from detector.pooler import MultiScaleAffineCrop
 from detector.roi_heads import AttachedRoIHeads
 from detector.rpn import AttachedRPN
@@ -16,7 +17,7 @@ from detector.rpn import AttachedRPN
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> Model:
+def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, sampler: Sampler = "auto") -> Model:
     """Make a torchvision R-CNN crop with :class:`~detector.MultiScaleAffineCrop`, in place.
 
     Its detections stay those of the stock model to float rounding; in training its proposals get gradients. Box,
@@ -30,15 +31,18 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> M
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
         box_gradient: which losses move the proposals, and how far.
+        sampler: how the pools read the features, see :func:`~detector.affine_crop`.
 
     Returns:
         ``model`` itself.
 
     Raises:
         TypeError: the model has no RoI pooler (RetinaNet, SSD, FCOS), or parts of a class that cannot be swapped.
+        ValueError: ``sampler`` is not one of its values.
     """
     if not isinstance(box_gradient, BoxGradient):
         raise TypeError(f"box_gradient must be a BoxGradient, got {box_gradient!r}")
+    check_sampler(sampler)
     rpn, heads, pools = _parts(model)
     for part, stock, attached in ((rpn, RegionProposalNetwork, AttachedRPN), (heads, RoIHeads, AttachedRoIHeads)):
         if type(part).forward not in (stock.forward, attached.forward):
@@ -47,7 +51,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient()) -> M
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop
             pool.aligned = False
-            pool.sampler = "auto"
+        pool.sampler = sampler
     _attach(rpn, AttachedRPN, RegionProposalNetwork)
     _attach(heads, AttachedRoIHeads, RoIHeads)
     heads.box_gradient = box_gradient
@@ -73,7 +77,7 @@ def restore_roi_align(model: Model) -> Model:
         raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
     for pool in pools:
         pool.__class__ = MultiScaleRoIAlign
-        del pool.aligned
+        del pool.aligned, pool.sampler
     _detach(rpn, AttachedRPN)
     _detach(heads, AttachedRoIHeads)
     for name in ("box_gradient", "_drawn"):

@@ -10,6 +10,7 @@ from torchvision.ops import RoIAlign, roi_align
 import detector.grid_sampler
 from detector import AffineCrop, affine_crop
 
+both_samplers = pytest.mark.parametrize("sampler", ["grid_sample", "gather"])
 SCALES = [1.0, 0.5, 0.0625, 0.3, 2.0]
 
 
@@ -94,12 +95,13 @@ def crops(draw, huge=1e4, adaptive_huge=200.0):
     return features, boxes, output_size, scale, ratio, aligned
 
 
+@both_samplers
 @settings(deadline=None, derandomize=True, max_examples=250)
 @given(crops())
-def test_values_and_feature_gradients_equal_roi_align(call):
+def test_values_and_feature_gradients_equal_roi_align(sampler, call):
     features, boxes, *rest = call
     ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
-    result, expected = affine_crop(ours, boxes, *rest), roi_align(theirs, boxes, *rest)
+    result, expected = affine_crop(ours, boxes, *rest, sampler=sampler), roi_align(theirs, boxes, *rest)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
     upstream = randn(*expected.shape, seed=1)
     (gradient,) = torch.autograd.grad(result, ours, upstream)
@@ -107,20 +109,22 @@ def test_values_and_feature_gradients_equal_roi_align(call):
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
 
 
+@both_samplers
 @settings(deadline=None, derandomize=True, max_examples=150)
 @given(crops(huge=300.0))
-def test_float32_values_equal_roi_align(call):
+def test_float32_values_equal_roi_align(sampler, call):
     # A normalised coordinate of a box of some hundred pixels is rounded to 1e-5 .. 1e-4 pixels, and the values of
     # neighbouring N(0, 1) pixels lie up to 6 apart.
     features, boxes, *rest = call
     features, boxes = features.float(), [b.float() for b in boxes]
-    result, expected = affine_crop(features, boxes, *rest), roi_align(features, boxes, *rest)
+    result, expected = affine_crop(features, boxes, *rest, sampler=sampler), roi_align(features, boxes, *rest)
     torch.testing.assert_close(result, expected, rtol=0, atol=5e-4)
 
 
+@both_samplers
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("ratio", [-1, 1, 2, 3])
-def test_every_integer_box_of_a_small_map(ratio, aligned):
+def test_every_integer_box_of_a_small_map(sampler, ratio, aligned):
     # Samples of integer boxes lie exactly on the border where they begin to count as zero. The decision must be
     # roi_align's to the last bit: one that is wrong is off by a whole pixel value.
     features = 1 + randn(1, 1, 5, 4).abs()
@@ -129,27 +133,29 @@ def test_every_integer_box_of_a_small_map(ratio, aligned):
     boxes = torch.cat([corners[pairs[:, 0]], corners[pairs[:, 1]]], 1)
     boxes = boxes[(boxes[:, 2] >= boxes[:, 0]) & (boxes[:, 3] >= boxes[:, 1])]
     for output_size in [(2, 3), (7, 7)]:
-        result = affine_crop(features, [boxes], output_size, 1.0, ratio, aligned)
+        result = affine_crop(features, [boxes], output_size, 1.0, ratio, aligned, sampler=sampler)
         expected = roi_align(features, [boxes], output_size, 1.0, ratio, aligned)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
 
 
+@both_samplers
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_large_map(dtype):
+def test_a_large_map(sampler, dtype):
     # The size of a real feature map: many rows and columns, images of unequal numbers of boxes.
     features = randn(3, 4, 84, 168, dtype=dtype)
     boxes = [general_boxes(n, (84, 168), seed=n, dtype=dtype) * 8 for n in (40, 0, 3)]
     for ratio in (-1, 2):
-        result = affine_crop(features, boxes, 7, 0.125, ratio)
+        result = affine_crop(features, boxes, 7, 0.125, ratio, sampler=sampler)
         atol = 1e-10 if dtype == torch.float64 else 5e-4
         torch.testing.assert_close(result, roi_align(features, boxes, 7, 0.125, ratio), rtol=0, atol=atol)
 
 
+@both_samplers
 @pytest.mark.parametrize(("box", "name"), [([7.0, 1, 2, 5], "x"), ([1.0, 6, 5, 2], "y")])
-def test_a_side_inverted_alone_has_no_adaptive_samples(box, name):
+def test_a_side_inverted_alone_has_no_adaptive_samples(sampler, box, name):
     boxes = torch.tensor([box, [1.3, 1.4, 5.2, 4.9]], dtype=torch.float64, requires_grad=True)
     features = randn(1, 2, 8, 9).requires_grad_()
-    result = affine_crop(features, [boxes], 3, 1.0, -1, aligned=True)
+    result = affine_crop(features, [boxes], 3, 1.0, -1, aligned=True, sampler=sampler)
     assert torch.equal(result[0], torch.zeros(2, 3, 3, dtype=torch.float64))
     expected = roi_align(features, [boxes[1:].detach()], 3, 1.0, -1, aligned=True)
     torch.testing.assert_close(result[1:], expected, rtol=0, atol=1e-10)
@@ -158,15 +164,16 @@ def test_a_side_inverted_alone_has_no_adaptive_samples(box, name):
     assert features.grad.isfinite().all()
 
 
+@both_samplers
 @pytest.mark.parametrize("aligned", [False, True])
-def test_a_box_far_larger_than_the_map_adaptively(aligned):
+def test_a_box_far_larger_than_the_map_adaptively(sampler, aligned):
     # Not comparable with roi_align, which would weigh each of its 1e10 samples; with the same samples as a ratio.
     features = randn(1, 2, 6, 5)
     box = torch.tensor([[-40.3, -70.2, 109.7, 79.8]], dtype=torch.float64)  # 150 x 150 in 3 x 3 bins: 50 samples a bin
-    result = affine_crop(features, [box], 3, 1.0, -1, aligned)
+    result = affine_crop(features, [box], 3, 1.0, -1, aligned, sampler=sampler)
     torch.testing.assert_close(result, roi_align(features, [box], 3, 1.0, 50, aligned), rtol=0, atol=1e-10)
     huge = torch.tensor([[-5e4, -5e4, 5e4, 5e4]], dtype=torch.float64, requires_grad=True)
-    result = affine_crop(features, [huge], 3, 1.0, -1, aligned)
+    result = affine_crop(features, [huge], 3, 1.0, -1, aligned, sampler=sampler)
     (gradient,) = torch.autograd.grad(result.sum(), huge)
     assert gradient.isfinite().all()
     # The middle bin, 33,333 pixels wide, holds the whole map: its sum, and the ring that repeats its edge, over all.
@@ -180,34 +187,37 @@ def test_a_box_far_larger_than_the_map_adaptively(aligned):
 MODES = [(ratio, aligned) for ratio in (-1, 1, 2) for aligned in (False, True)]
 
 
+@both_samplers
 @pytest.mark.parametrize(
     ("ratio", "aligned", "form"), [(*mode, "list") for mode in MODES] + [(-1, False, "tensor"), (2, True, "tensor")]
 )
-def test_gradcheck(ratio, aligned, form):
+def test_gradcheck(sampler, ratio, aligned, form):
     features = randn(2, 1, 5, 6).requires_grad_()
     corners = general_boxes(3, (10, 12), seed=2).requires_grad_()
 
     def crop(features, corners):
         boxes = [corners[:2], corners[2:]] if form == "list" else with_index([1, 0, 1], corners)
-        return affine_crop(features, boxes, (2, 3), 0.5, ratio, aligned)
+        return affine_crop(features, boxes, (2, 3), 0.5, ratio, aligned, sampler=sampler)
 
     assert torch.autograd.gradcheck(crop, (features, corners))
 
 
+@both_samplers
 @pytest.mark.parametrize(("ratio", "aligned"), [(-1, True), (2, False)])
-def test_gradgradcheck(ratio, aligned):
+def test_gradgradcheck(sampler, ratio, aligned):
     features = randn(1, 1, 4, 5).requires_grad_()
     corners = general_boxes(2, (8, 10), seed=3).requires_grad_()
 
     def crop(features, corners):
-        return affine_crop(features, [corners], 2, 0.5, ratio, aligned)
+        return affine_crop(features, [corners], 2, 0.5, ratio, aligned, sampler=sampler)
 
     assert torch.autograd.gradgradcheck(crop, (features, corners))
 
 
+@both_samplers
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize(("ratio", "aligned"), MODES)
-def test_box_gradient_equals_finite_differences_of_roi_align(ratio, aligned, scale):
+def test_box_gradient_equals_finite_differences_of_roi_align(sampler, ratio, aligned, scale):
     """The reference is torchvision's own operator: its values, moved by a hair."""
     features = randn(2, 3, 11, 14)
     boxes = general_boxes(24, (11, 14), seed=4) / scale
@@ -218,7 +228,7 @@ def test_box_gradient_equals_finite_differences_of_roi_align(ratio, aligned, sca
 
     attached = rois.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(
-        affine_crop(features, attached, (3, 4), scale, ratio, aligned), attached, upstream
+        affine_crop(features, attached, (3, 4), scale, ratio, aligned, sampler=sampler), attached, upstream
     )
 
     step = 1e-6
@@ -232,51 +242,60 @@ def test_box_gradient_equals_finite_differences_of_roi_align(ratio, aligned, sca
     assert expected[:, 1:].abs().mean() > 0.1  # the comparison means something
 
 
-def test_the_image_index_has_no_gradient():
+@both_samplers
+def test_the_image_index_has_no_gradient(sampler):
     rois = with_index([1, 0], general_boxes(2, (8, 8))).requires_grad_()
-    (gradient,) = torch.autograd.grad(affine_crop(randn(2, 1, 8, 8), rois, 2).sum(), rois)
+    (gradient,) = torch.autograd.grad(affine_crop(randn(2, 1, 8, 8), rois, 2, sampler=sampler).sum(), rois)
     assert torch.equal(gradient[:, 0], torch.zeros(2, dtype=torch.float64))
 
 
+@both_samplers
 @pytest.mark.parametrize("size", [(1, 1), (1, 6)])
-def test_a_map_of_one_pixel_is_flat(size):
+def test_a_map_of_one_pixel_is_flat(sampler, size):
     # Along an axis of one pixel every sample reads that pixel: no slope.
     boxes = torch.tensor([[0.2, 0.1, 0.9, 0.8]], dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(affine_crop(randn(1, 1, *size), [boxes], 2, 1.0, 2, True).sum(), boxes)
+    (gradient,) = torch.autograd.grad(
+        affine_crop(randn(1, 1, *size), [boxes], 2, 1.0, 2, True, sampler=sampler).sum(), boxes
+    )
     assert torch.equal(gradient[0, 1::2], torch.zeros(2, dtype=torch.float64))
 
 
 # --- Forms of the boxes ----------------------------------------------------------------------------------------------
 
 
+@both_samplers
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_unsorted_image_indices(ratio):
+def test_unsorted_image_indices(sampler, ratio):
     features = randn(3, 2, 8, 9).requires_grad_()
     boxes = general_boxes(7, (8, 9), seed=6).requires_grad_()
     index = [2, 0, 2, 1, 0, 2, 2]
-    result = affine_crop(features, with_index(index, boxes), (2, 3), 1.0, ratio)
+    result = affine_crop(features, with_index(index, boxes), (2, 3), 1.0, ratio, sampler=sampler)
     expected = roi_align(features, with_index(index, boxes.detach()), (2, 3), 1.0, ratio)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
     # Each RoI alone, by the list: the same gradients, in the same places.
     upstream = randn(*result.shape, seed=7)
     gradients = torch.autograd.grad(result, [features, boxes], upstream)
     alone = torch.cat(
-        [affine_crop(features, [boxes[:0]] * i + [boxes[k : k + 1]], (2, 3), 1.0, ratio) for k, i in enumerate(index)]
+        [
+            affine_crop(features, [boxes[:0]] * i + [boxes[k : k + 1]], (2, 3), 1.0, ratio, sampler=sampler)
+            for k, i in enumerate(index)
+        ]
     )
     for gradient, wanted in zip(gradients, torch.autograd.grad(alone, [features, boxes], upstream), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-10)
 
 
+@both_samplers
 @pytest.mark.parametrize("ratio", [-1, 2])
 @pytest.mark.parametrize("counts", [[3, 2, 4], [0, 5, 0], [40, 1, 1], [1, 0, 40, 0, 2], [3, 2], [0, 0, 0], []])
-def test_list_form_equals_tensor_form(counts, ratio):
+def test_list_form_equals_tensor_form(sampler, counts, ratio):
     """Also images without boxes, numbers of boxes far apart, and a list that is shorter than the batch."""
     features = randn(max(len(counts), 3), 2, 8, 9).requires_grad_()
     boxes = [general_boxes(n, (8, 9), seed=i).requires_grad_() for i, n in enumerate(counts)]
     index = [i for i, n in enumerate(counts) for _ in range(n)]
     tensor = with_index(index, torch.cat([*boxes, torch.zeros(0, 4, dtype=torch.float64)]))
-    by_list = affine_crop(features, boxes, (2, 3), 1.0, ratio)
-    by_tensor = affine_crop(features, tensor, (2, 3), 1.0, ratio)
+    by_list = affine_crop(features, boxes, (2, 3), 1.0, ratio, sampler=sampler)
+    by_tensor = affine_crop(features, tensor, (2, 3), 1.0, ratio, sampler=sampler)
     assert by_list.shape == (sum(counts), 2, 2, 3)
     torch.testing.assert_close(by_list, by_tensor, rtol=0, atol=1e-12)
     torch.testing.assert_close(by_list, roi_align(features, tensor.detach(), (2, 3), 1.0, ratio), rtol=0, atol=1e-10)
@@ -288,17 +307,18 @@ def test_list_form_equals_tensor_form(counts, ratio):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-10)
 
 
+@both_samplers
 @pytest.mark.parametrize("ratio", [-1, 2])
 @pytest.mark.parametrize("images", [0, 1, 3])
 @pytest.mark.parametrize("form", ["tensor", "empty list", "list of empty"])
-def test_no_boxes(form, images, ratio):
+def test_no_boxes(sampler, form, images, ratio):
     boxes = {
         "tensor": torch.zeros(0, 5, requires_grad=True),
         "empty list": [],
         "list of empty": [torch.zeros(0, 4, requires_grad=True) for _ in range(images)],
     }[form]
     features = torch.randn(images, 2, 5, 6, requires_grad=True)
-    result = affine_crop(features, boxes, (2, 3), 0.5, ratio)
+    result = affine_crop(features, boxes, (2, 3), 0.5, ratio, sampler=sampler)
     assert result.shape == (0, 2, 2, 3)
     assert result.dtype == torch.float32
     # The result stays in the graph, so that a step in which no image has a box does not raise.
@@ -306,30 +326,32 @@ def test_no_boxes(form, images, ratio):
     assert torch.equal(features.grad, torch.zeros_like(features))
 
 
-def test_a_tuple_of_boxes_and_an_int_output_size():
+@both_samplers
+def test_a_tuple_of_boxes_and_an_int_output_size(sampler):
     features, boxes = randn(2, 2, 8, 9), [general_boxes(2, (8, 9)), general_boxes(1, (8, 9), seed=1)]
-    expected = affine_crop(features, boxes, (3, 3))
-    assert torch.equal(affine_crop(features, tuple(boxes), 3), expected)
-    assert torch.equal(affine_crop(features, boxes, [3, 3]), expected)
+    expected = affine_crop(features, boxes, (3, 3), sampler=sampler)
+    assert torch.equal(affine_crop(features, tuple(boxes), 3, sampler=sampler), expected)
+    assert torch.equal(affine_crop(features, boxes, [3, 3], sampler=sampler), expected)
 
 
 # --- Dtypes, memory formats, autocast --------------------------------------------------------------------------------
 
 
+@both_samplers
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_feature_dtypes(ratio, dtype, autocast):
+def test_feature_dtypes(sampler, ratio, dtype, autocast):
     """The output is in the input's dtype; the geometry, that of the same features in float32, inside autocast too."""
     features = torch.randn(2, 3, 60, 80).to(dtype).requires_grad_()
     # 500 pixels of the image away from the origin bfloat16 has steps of 2 pixels: a box in it would be another box.
     boxes = [(general_boxes(4, (60, 80), seed=i) * 8).float().requires_grad_() for i in range(2)]
     wide = features.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    expected = affine_crop(wide, boxes, 4, 0.125, ratio)
+    expected = affine_crop(wide, boxes, 4, 0.125, ratio, sampler=sampler)
     upstream = torch.randn(expected.shape)
     expected_gradients = torch.autograd.grad(expected, [wide, *boxes], upstream.to(expected.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        result = affine_crop(features, boxes, 4, 0.125, ratio)
+        result = affine_crop(features, boxes, 4, 0.125, ratio, sampler=sampler)
         gradients = torch.autograd.grad(result, [features, *boxes], upstream.to(dtype))
     assert result.dtype == dtype
     assert gradients[0].dtype == dtype
@@ -342,37 +364,46 @@ def test_feature_dtypes(ratio, dtype, autocast):
         assert (gradient - wanted).norm() < (4 * eps) * wanted.norm()
 
 
-def test_float64_boxes_on_float32_features():
+@both_samplers
+def test_float64_boxes_on_float32_features(sampler):
     features, boxes = randn(1, 2, 30, 40), [general_boxes(5, (30, 40))]
-    result = affine_crop(features.float(), boxes, 3, 1.0, 2)
+    result = affine_crop(features.float(), boxes, 3, 1.0, 2, sampler=sampler)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), roi_align(features, boxes, 3, 1.0, 2), rtol=0, atol=5e-5)
 
 
-def test_bfloat16_boxes_are_taken_as_they_are():
+@both_samplers
+def test_bfloat16_boxes_are_taken_as_they_are(sampler):
     features, boxes = torch.randn(1, 2, 30, 40), general_boxes(5, (30, 40)).bfloat16()
-    result = affine_crop(features, [boxes], 3, 1.0, 2)
-    torch.testing.assert_close(result, affine_crop(features, [boxes.float()], 3, 1.0, 2), rtol=0, atol=0)
+    result = affine_crop(features, [boxes], 3, 1.0, 2, sampler=sampler)
+    torch.testing.assert_close(
+        result, affine_crop(features, [boxes.float()], 3, 1.0, 2, sampler=sampler), rtol=0, atol=0
+    )
 
 
+@both_samplers
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_channels_last(ratio):
+def test_channels_last(sampler, ratio):
     features = randn(2, 4, 9, 10)
     boxes = [general_boxes(3, (9, 10), seed=i).requires_grad_() for i in range(2)]
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         source = features.clone(memory_format=memory_format).requires_grad_()
-        crop = affine_crop(source, boxes, (2, 3), 1.0, ratio)
+        crop = affine_crop(source, boxes, (2, 3), 1.0, ratio, sampler=sampler)
         results.append([crop, *torch.autograd.grad(crop.square().sum(), [source, *boxes])])
     for result, expected in zip(*results, strict=True):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
-def test_a_map_that_is_a_view():
+@both_samplers
+def test_a_map_that_is_a_view(sampler):
     base, boxes = randn(2, 8, 20, 22), [general_boxes(3, (10, 11)), general_boxes(2, (10, 11))]
     view = base[:, 1::2, ::2, 1::2]
     torch.testing.assert_close(
-        affine_crop(view, boxes, 3), affine_crop(view.contiguous(), boxes, 3), rtol=0, atol=1e-12
+        affine_crop(view, boxes, 3, sampler=sampler),
+        affine_crop(view.contiguous(), boxes, 3, sampler=sampler),
+        rtol=0,
+        atol=1e-12,
     )
 
 
@@ -529,7 +560,7 @@ def sampled(monkeypatch):
 def test_no_map_is_copied_per_roi(sampled, counts, ratio):
     features = randn(len(counts), 2, 20, 20)
     boxes = [general_boxes(n, (20, 20), seed=i) for i, n in enumerate(counts)]
-    affine_crop(features, boxes, 3, 1.0, ratio)
+    affine_crop(features, boxes, 3, 1.0, ratio, sampler="grid_sample")
     assert sampled
     for call in sampled:
         assert call["map"][0] in (1, len(counts))  # images, never RoIs
@@ -543,12 +574,14 @@ def test_images_of_a_batch_are_sampled_by_one_call(sampled, form):
     index = [0, 3, 1, 2, 0, 3, 1, 2, 0, 3, 1, 2, 2]
     rois = with_index(index, boxes)
     given = rois if form == "tensor" else [boxes[rois[:, 0] == i] for i in range(4)]
-    affine_crop(features, given, 3, 1.0, 2)
+    affine_crop(features, given, 3, 1.0, 2, sampler="grid_sample")
     assert [call["map"][0] for call in sampled] == [4]
 
 
 def test_boxes_in_one_image_of_many_do_not_pay_for_the_others(sampled):
-    affine_crop(randn(8, 2, 20, 20), with_index([5] * 20, general_boxes(20, (20, 20))), 3, 1.0, 2)
+    affine_crop(
+        randn(8, 2, 20, 20), with_index([5] * 20, general_boxes(20, (20, 20))), 3, 1.0, 2, sampler="grid_sample"
+    )
     assert sum(call["grid"].numel() for call in sampled) == 20 * (3 * 2) ** 2 * 2
 
 
@@ -560,7 +593,7 @@ def test_chunks_change_nothing(monkeypatch, sampled, limit, counts, ratio):
     boxes = [general_boxes(n, (12, 13), seed=i).requires_grad_() for i, n in enumerate(counts)]
 
     def run():
-        result = affine_crop(features, boxes, (3, 2), 1.0, ratio)
+        result = affine_crop(features, boxes, (3, 2), 1.0, ratio, sampler="grid_sample")
         return [result, *torch.autograd.grad(result.square().sum(), [features, *boxes])]
 
     expected = run()
@@ -577,7 +610,7 @@ def test_a_huge_adaptive_box_is_taken_in_slices(monkeypatch, sampled, aligned):
     monkeypatch.setattr(detector.grid_sampler, "MAX_SAMPLED_ELEMENTS", limit)
     features = randn(1, 4, 100, 120, dtype=torch.float32).requires_grad_()
     box = torch.tensor([[-3e4, -2e4, 4e4, 5e4], [-300.3, -200.1, 400.2, 500.4]], requires_grad=True)
-    result = affine_crop(features, [box], 7, 1.0, -1, aligned)
+    result = affine_crop(features, [box], 7, 1.0, -1, aligned, sampler="grid_sample")
     # The first alone has 70,000 x 70,000 samples; the second, 100 x 100 a bin, roi_align takes as well.
     assert max(call["result"] for call in sampled) <= limit
     expected = roi_align(features, [box[1:].detach()], 7, 1.0, -1, aligned)
@@ -591,13 +624,14 @@ def test_many_rois_stay_within_the_limit(monkeypatch, sampled):
     features = randn(2, 4, 30, 30, dtype=torch.float32)
     boxes = [general_boxes(60, (30, 30), seed=i, dtype=torch.float32) for i in range(2)]
     for ratio in (-1, 2):
-        affine_crop(features, boxes, 7, 1.0, ratio)
+        affine_crop(features, boxes, 7, 1.0, ratio, sampler="grid_sample")
     assert max(call["result"] for call in sampled) <= 2**14
 
 
+@both_samplers
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_what_lies_outside_every_box_is_not_read(ratio, bad):
+def test_what_lies_outside_every_box_is_not_read(sampler, ratio, bad):
     features = torch.full((3, 2, 30, 30), bad, dtype=torch.float64)
     features[0, :, 8:17, 5:20] = randn(2, 9, 15)
     features[2, :, :12, 18:] = randn(2, 12, 12)
@@ -607,7 +641,7 @@ def test_what_lies_outside_every_box_is_not_read(ratio, bad):
         torch.zeros(0, 4, dtype=torch.float64),
         torch.tensor([[20.3, -6.2, 41.9, 9.4]], dtype=torch.float64),
     ]
-    result = affine_crop(features, boxes, 3, 1.0, ratio, True)
+    result = affine_crop(features, boxes, 3, 1.0, ratio, True, sampler=sampler)
     assert result.isfinite().all()
     # roi_align gives a sample outside the map a weight of 0 at the first pixel: NaN, if that is.
     clean = features.nan_to_num(0, 0, 0)
@@ -628,7 +662,7 @@ def test_autocast_leaves_the_grid_in_float32(sampled):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for features in (torch.randn(1, 2, 60, 80), torch.randn(1, 2, 60, 80).bfloat16()):
             for ratio in (-1, 2):
-                affine_crop(features, [boxes], 3, 0.125, ratio)
+                affine_crop(features, [boxes], 3, 0.125, ratio, sampler="grid_sample")
     assert {call["dtype"] for call in sampled} == {torch.float32}
 
 
@@ -656,6 +690,7 @@ def test_module_repr_and_arguments_are_those_of_roi_align():
 # --- GPU -------------------------------------------------------------------------------------------------------------
 
 
+@both_samplers
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("aligned", [False, True])
@@ -663,11 +698,11 @@ def test_module_repr_and_arguments_are_those_of_roi_align():
 @pytest.mark.parametrize(
     ("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 5e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)]
 )
-def test_gpu(dtype, atol, ratio, aligned):
+def test_gpu(sampler, dtype, atol, ratio, aligned):
     features = randn(2, 3, 20, 30).to("cuda", dtype).requires_grad_()
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     boxes = [(general_boxes(6, (20, 30), seed=i, dtype=wide) * 4).cuda().requires_grad_() for i in range(2)]
-    result = affine_crop(features, boxes, (3, 4), 0.25, ratio, aligned)
+    result = affine_crop(features, boxes, (3, 4), 0.25, ratio, aligned, sampler=sampler)
     # torchvision's operator rounds the boxes to the features' dtype; compare with its float32.
     reference = features.detach().to(wide).requires_grad_()
     expected = roi_align(reference, [b.detach() for b in boxes], (3, 4), 0.25, ratio, aligned)
@@ -679,17 +714,18 @@ def test_gpu(dtype, atol, ratio, aligned):
     torch.testing.assert_close(gradients[0].to(wide), wanted, rtol=0, atol=4 * atol)
     on_cpu = [t.detach().cpu().requires_grad_() for t in (reference, *boxes)]
     wanted = torch.autograd.grad(
-        affine_crop(on_cpu[0], on_cpu[1:], (3, 4), 0.25, ratio, aligned), on_cpu[1:], upstream.cpu()
+        affine_crop(on_cpu[0], on_cpu[1:], (3, 4), 0.25, ratio, aligned, sampler=sampler), on_cpu[1:], upstream.cpu()
     )
     for gradient, box_gradient in zip(gradients[1:], wanted, strict=True):
         assert (gradient.cpu() - box_gradient).norm() < max(atol, 1e-3) * box_gradient.norm()
 
 
+@both_samplers
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("form", ["list", "tensor"])
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_gpu_a_bad_roi_is_nan_and_harms_no_other(ratio, form):
+def test_gpu_a_bad_roi_is_nan_and_harms_no_other(sampler, ratio, form):
     features = torch.randn(2, 3, 8, 9, device="cuda", requires_grad=True)
     corners = general_boxes(6, (8, 9), dtype=torch.float32)
     corners[1, 0], corners[4, 3] = NAN, INF
@@ -698,7 +734,7 @@ def test_gpu_a_bad_roi_is_nan_and_harms_no_other(ratio, form):
     if form == "tensor":
         index[3], bad = 7.0, [1, 3, 4]
     boxes = with_index(index, corners).cuda() if form == "tensor" else [corners[:3].cuda(), corners[3:].cuda()]
-    result = affine_crop(features, boxes, 2, 1.0, ratio)
+    result = affine_crop(features, boxes, 2, 1.0, ratio, sampler=sampler)
     good = [k for k in range(6) if k not in bad]
     assert result[bad].isnan().all()
     expected = roi_align(features, with_index(index, corners)[good].cuda(), 2, 1.0, ratio)
@@ -707,15 +743,16 @@ def test_gpu_a_bad_roi_is_nan_and_harms_no_other(ratio, form):
     assert features.grad.isfinite().all()
 
 
+@both_samplers
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_gpu_the_list_form_does_not_synchronise():
+def test_gpu_the_list_form_does_not_synchronise(sampler):
     features = torch.randn(2, 3, 8, 9, device="cuda", requires_grad=True)
     boxes = [general_boxes(3, (8, 9), dtype=torch.float32).cuda().requires_grad_() for _ in range(2)]
-    affine_crop(features, boxes, 2, 1.0, 2).sum().backward()
+    affine_crop(features, boxes, 2, 1.0, 2, sampler=sampler).sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        affine_crop(features, boxes, 2, 1.0, 2).sum().backward()
+        affine_crop(features, boxes, 2, 1.0, 2, sampler=sampler).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -734,17 +771,21 @@ def test_huge_boxes_in_many_images_stay_within_the_limit(monkeypatch):
     monkeypatch.setattr(detector.grid_sampler.F, "grid_sample", record)
     maps = torch.randn(8, 2, 40, 40, dtype=torch.float64)
     box = torch.tensor([[1.0, 2.0, 39.0, 38.0]], dtype=torch.float64)
-    crops = affine_crop(maps, [box] * 8, 2)
+    crops = affine_crop(maps, [box] * 8, 2, sampler="grid_sample")
     assert max(s.numel() for s in sampled) <= limit
     torch.testing.assert_close(crops, roi_align(maps, [box] * 8, 2))
 
 
-def test_no_channels():
-    assert affine_crop(torch.zeros(2, 0, 5, 5), [torch.tensor([[0.0, 0.0, 3.0, 3.0]])] * 2, 2).shape == (2, 0, 2, 2)
+@both_samplers
+def test_no_channels(sampler):
+    assert affine_crop(
+        torch.zeros(2, 0, 5, 5), [torch.tensor([[0.0, 0.0, 3.0, 3.0]])] * 2, 2, sampler=sampler
+    ).shape == (2, 0, 2, 2)
 
 
-def test_list_of_many_images_in_bfloat16():
+@both_samplers
+def test_list_of_many_images_in_bfloat16(sampler):
     """The image index is none of the boxes' numbers: bfloat16 counts to 256."""
     maps = torch.arange(300.0).view(300, 1, 1, 1).expand(300, 1, 4, 4)
     boxes = [torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.bfloat16)] * 300
-    assert torch.equal(affine_crop(maps, boxes, 1, sampling_ratio=1).flatten(), torch.arange(300.0))
+    assert torch.equal(affine_crop(maps, boxes, 1, sampling_ratio=1, sampler=sampler).flatten(), torch.arange(300.0))

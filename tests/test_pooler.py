@@ -32,14 +32,18 @@ def boxes_of_side(sides, seed=0, dtype=torch.float64):
     return torch.cat([corners, corners + extents], 1).to(dtype)
 
 
-def both(*args, **kwargs):
-    return MultiScaleAffineCrop(*args, **kwargs), MultiScaleRoIAlign(*args, **kwargs)
+both_samplers = pytest.mark.parametrize("sampler", ["grid_sample", "gather"])
+
+
+def both(*args, sampler="auto", **kwargs):
+    return MultiScaleAffineCrop(*args, **kwargs, sampler=sampler), MultiScaleRoIAlign(*args, **kwargs)
 
 
 # Two boxes for each of the four levels, which with SMALL are parted at 28, 56 and 112 pixels.
 LEVEL_SIDES = [18, 40, 80, 170, 22, 38, 84, 300]
 
 
+@both_samplers
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(
     sizes=st.lists(st.tuples(st.integers(33, 300), st.integers(33, 300)), min_size=1, max_size=3),
@@ -50,21 +54,25 @@ LEVEL_SIDES = [18, 40, 80, 170, 22, 38, 84, 300]
     canonical=st.sampled_from([{}, SMALL, {"canonical_scale": 100, "canonical_level": 3}]),
     seed=st.integers(0, 1000),
 )
-def test_values_equal_multi_scale_roi_align(sizes, counts, names, output_size, ratio, canonical, seed):
+def test_values_equal_multi_scale_roi_align(sampler, sizes, counts, names, output_size, ratio, canonical, seed):
     features = pyramid(len(sizes), tuple(max(side) for side in zip(*sizes, strict=True)))
     generator = torch.Generator().manual_seed(seed)
     sides = [(4.0 + 300 * torch.rand(n, generator=generator) ** 2).tolist() for n in counts]
     boxes = [boxes_of_side(s, seed + i) for i, s in enumerate(sides[: len(sizes)])]
-    ours, theirs = both(names, output_size, ratio, **canonical)
+    ours, theirs = both(names, output_size, ratio, **canonical, sampler=sampler)
     result, expected = ours(features, boxes, sizes), theirs(features, boxes, sizes)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
 
 
+@both_samplers
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_float32_values_and_feature_gradients_equal_multi_scale_roi_align(ratio):
+def test_float32_values_and_feature_gradients_equal_multi_scale_roi_align(sampler, ratio):
     features = {name: f.requires_grad_() for name, f in pyramid(2, (120, 150), dtype=torch.float32).items()}
     boxes = [boxes_of_side(LEVEL_SIDES, i, torch.float32) for i in range(2)]
-    outputs = [pool(features, boxes, [(120, 150), (100, 130)]) for pool in both(list(STRIDES), 3, ratio, **SMALL)]
+    outputs = [
+        pool(features, boxes, [(120, 150), (100, 130)])
+        for pool in both(list(STRIDES), 3, ratio, **SMALL, sampler=sampler)
+    ]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
     upstream = torch.randn_like(outputs[0])
     for ours, theirs in zip(*(torch.autograd.grad(o, list(features.values()), upstream) for o in outputs), strict=True):
@@ -72,11 +80,12 @@ def test_float32_values_and_feature_gradients_equal_multi_scale_roi_align(ratio)
         assert theirs.abs().sum() > 0  # every level was used
 
 
+@both_samplers
 @pytest.mark.parametrize("side", LEVEL_SIDES[:4])
-def test_levels_without_rois(side):
+def test_levels_without_rois(sampler, side):
     features = {name: f.requires_grad_() for name, f in pyramid(1, (120, 150)).items()}
     boxes = [boxes_of_side([side] * 3).requires_grad_()]
-    ours, theirs = both(list(STRIDES), 3, 2, **SMALL)
+    ours, theirs = both(list(STRIDES), 3, 2, **SMALL, sampler=sampler)
     result = ours(features, boxes, [(120, 150)])
     torch.testing.assert_close(result, theirs(features, boxes, [(120, 150)]), rtol=0, atol=1e-10)
     result.sum().backward()
@@ -84,26 +93,29 @@ def test_levels_without_rois(side):
     assert (boxes[0].grad.abs().sum(1) > 0).all()
 
 
+@both_samplers
 @pytest.mark.parametrize("names", [["0", "1", "2", "3"], ["1"]])
 @pytest.mark.parametrize("images", [1, 2])
-def test_no_rois_at_all(names, images):
+def test_no_rois_at_all(sampler, names, images):
     features = {name: f.requires_grad_() for name, f in pyramid(images, (120, 150), dtype=torch.float32).items()}
     boxes = [torch.zeros(0, 4, requires_grad=True) for _ in range(images)]
-    result = MultiScaleAffineCrop(names, (3, 2), 2)(features, boxes, [(120, 150)] * images)
+    result = MultiScaleAffineCrop(names, (3, 2), 2, sampler=sampler)(features, boxes, [(120, 150)] * images)
     assert result.shape == (0, 2, 3, 2)
     result.sum().backward()  # a step whose images are all empty does not raise
 
 
-def test_images_without_rois():
+@both_samplers
+def test_images_without_rois(sampler):
     features = pyramid(3, (120, 150))
     boxes = [boxes_of_side([]).reshape(0, 4), boxes_of_side(LEVEL_SIDES), boxes_of_side([]).reshape(0, 4)]
-    ours, theirs = both(list(STRIDES), 3, 2, **SMALL)
+    ours, theirs = both(list(STRIDES), 3, 2, **SMALL, sampler=sampler)
     sizes = [(120, 150)] * 3
     torch.testing.assert_close(ours(features, boxes, sizes), theirs(features, boxes, sizes), rtol=0, atol=1e-10)
 
 
+@both_samplers
 @pytest.mark.parametrize("names", [["0", "1", "2", "3"], ["1"]])
-def test_degenerate_boxes(names):
+def test_degenerate_boxes(sampler, names):
     """Negative area: on no level, and zero, where there are several; whatever roi_align gives where there is one."""
     features = pyramid(1, (120, 150))
     boxes = torch.tensor(
@@ -117,7 +129,7 @@ def test_degenerate_boxes(names):
         dtype=torch.float64,
         requires_grad=True,
     )
-    ours, theirs = both(names, 3, 2, **SMALL)
+    ours, theirs = both(names, 3, 2, **SMALL, sampler=sampler)
     result = ours(features, [boxes], [(120, 150)])
     torch.testing.assert_close(result, theirs(features, [boxes.detach()], [(120, 150)]), rtol=0, atol=1e-10)
     if len(names) > 1:
@@ -126,12 +138,13 @@ def test_degenerate_boxes(names):
     assert boxes.grad.isfinite().all()
 
 
+@both_samplers
 @pytest.mark.parametrize("sides", [LEVEL_SIDES, [30, 20]])
 @pytest.mark.parametrize(("names", "ratio"), [(["0", "1", "2", "3"], 2), (["0", "1", "2", "3"], -1), (["1"], 2)])
-def test_box_gradients_through_every_level(names, ratio, sides):
+def test_box_gradients_through_every_level(sampler, names, ratio, sides):
     """Against finite differences of torchvision's own pooler."""
     features = pyramid(2, (120, 150), channels=3)
-    ours, theirs = both(names, (3, 2), ratio, **SMALL)
+    ours, theirs = both(names, (3, 2), ratio, **SMALL, sampler=sampler)
     boxes = [boxes_of_side(sides, seed).requires_grad_() for seed in (3, 4)]
     sizes = [(120, 150), (110, 90)]
     result = ours(features, boxes, sizes)
@@ -152,41 +165,45 @@ def test_box_gradients_through_every_level(names, ratio, sides):
         assert (gradient.abs().sum(1) > 1e-3).all()  # a gradient for every box, from every level
 
 
+@both_samplers
 @pytest.mark.parametrize("ratio", [-1, 2])
-def test_aligned(ratio):
+def test_aligned(sampler, ratio):
     features = pyramid(1, (120, 150))
     boxes = [boxes_of_side(LEVEL_SIDES)]
-    aligned = MultiScaleAffineCrop(list(STRIDES), 3, ratio, **SMALL, aligned=True)
+    aligned = MultiScaleAffineCrop(list(STRIDES), 3, ratio, **SMALL, aligned=True, sampler=sampler)
     result = aligned(features, boxes, [(120, 150)])
     for k, box in enumerate(boxes[0].split(1)):
         level = str(k % 4)
         expected = roi_align(features[level], [box], 3, 1 / STRIDES[level], ratio, aligned=True)
         torch.testing.assert_close(result[k : k + 1], expected, rtol=0, atol=1e-10)
-    by_default = MultiScaleAffineCrop(list(STRIDES), 3, ratio, **SMALL)(features, boxes, [(120, 150)])
+    by_default = MultiScaleAffineCrop(list(STRIDES), 3, ratio, **SMALL, sampler=sampler)(features, boxes, [(120, 150)])
     assert (result - by_default).abs().max() > 0.1
 
 
-def test_unused_maps_are_ignored():
+@both_samplers
+def test_unused_maps_are_ignored(sampler):
     features = pyramid(1, (120, 150))
     boxes, size = [boxes_of_side(LEVEL_SIDES)], [(120, 150)]
-    pool = MultiScaleAffineCrop(["0", "1"], 3, 2, **SMALL)
+    pool = MultiScaleAffineCrop(["0", "1"], 3, 2, **SMALL, sampler=sampler)
     expected = pool({name: features[name] for name in ("0", "1")}, boxes, size)
     assert torch.equal(pool({**features, "pool": torch.full((1, 2, 1, 1), torch.nan)}, boxes, size), expected)
 
 
-def test_the_scales_are_those_of_the_call():
+@both_samplers
+def test_the_scales_are_those_of_the_call(sampler):
     """One pooler, batches of several sizes: torchvision's too, where strides are the powers of two they should be."""
-    ours, theirs = both(list(STRIDES), 3, 2, **SMALL)
+    ours, theirs = both(list(STRIDES), 3, 2, **SMALL, sampler=sampler)
     for size in [(120, 150), (64, 250), (256, 96)]:
         features, boxes = pyramid(1, size), [boxes_of_side(LEVEL_SIDES)]
         torch.testing.assert_close(ours(features, boxes, [size]), theirs(features, boxes, [size]), rtol=0, atol=1e-10)
 
 
-def test_feature_dtype_is_kept_and_levels_may_differ():
+@both_samplers
+def test_feature_dtype_is_kept_and_levels_may_differ(sampler):
     # Autocast can hand over levels of different dtypes; torchvision gives back the first one's.
     features = pyramid(1, (120, 150), dtype=torch.float32)
     boxes, size = [boxes_of_side(LEVEL_SIDES, dtype=torch.float32)], [(120, 150)]
-    pool = MultiScaleAffineCrop(list(STRIDES), 3, 2, **SMALL)
+    pool = MultiScaleAffineCrop(list(STRIDES), 3, 2, **SMALL, sampler=sampler)
     expected = pool(features, boxes, size)
     mixed = {name: f.bfloat16() if name in ("0", "2") else f for name, f in features.items()}
     result = pool(mixed, boxes, size)
@@ -206,10 +223,11 @@ def test_it_is_a_multi_scale_roi_align():
     )
 
 
-def test_faster_rcnn_takes_it():
+@both_samplers
+def test_faster_rcnn_takes_it(sampler):
     backbone = nn.Conv2d(3, 4, 3, stride=16, padding=1)
     backbone.out_channels = 4
-    pool = MultiScaleAffineCrop(["0"], 3, 2)
+    pool = MultiScaleAffineCrop(["0"], 3, 2, sampler=sampler)
     model = FasterRCNN(
         backbone,
         num_classes=3,
