@@ -14,7 +14,7 @@ from detector.sampling import Axis, adaptive_samples, fixed_samples
 
 Sampler = Literal["auto", "grid_sample", "gather"]
 # Below, a row of the gather's table costs more to find than to read.
-FEWEST_CHANNELS_TO_GATHER = 8
+FEWEST_CHANNELS_TO_GATHER = 32
 
 
 def affine_crop(
@@ -30,15 +30,15 @@ def affine_crop(
     """Crop boxes out of feature maps or images, differentiably in the maps and in the boxes.
 
     The call, the defaults and the values of ``torchvision.ops.roi_align``; that operator gives boxes no gradient.
-    Each box becomes an affine matrix theta (:func:`~detector.boxes_to_theta`), theta an affine grid, and
-    ``grid_sample`` reads the map there; the mean over the samples of a bin is the output.
+    Each box becomes an affine matrix theta (:func:`~detector.boxes_to_theta`), theta an affine grid, the map is
+    read there by bilinear interpolation, and the mean over the samples of a bin is the output.
 
     Args:
         input: [N, C, H, W], float64, float32, bfloat16 or float16, contiguous or channels_last.
         boxes: (x1, y1, x2, y2) in pixels of the image. Either a sequence with one [L, 4] tensor per image of the
             batch, or one [K, 5] tensor whose first column is the image's index. Coordinates are used in float32 or
-            better. The sequence is the faster form on a GPU (the tensor's indices must be read back, once) and
-            under ``torch.compile`` (where the tensor form samples every RoI in each image).
+            better. The sequence is the better form under ``torch.compile`` (where the tensor form samples every RoI
+            in each image) and for ``grid_sample`` on a GPU (where the tensor's indices must be read back, once).
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per pixel in which ``boxes`` are given.
         sampling_ratio: samples per bin and axis; 0 or less takes ``ceil(box size / output_size)`` of them, each
@@ -46,15 +46,30 @@ def affine_crop(
             synchronisation on a GPU.
         aligned: shift the samples by half a pixel, so that pixel ``i`` covers ``[i, i + 1]``. ``False`` is what
             torchvision's detectors are trained with; it also makes boxes at least one map pixel wide and high.
+        sampler: how the map is read; values and gradients are the same to rounding.
+
+            * ``"grid_sample"`` samples, then averages. All of it can be compiled and exported. Its backward on CUDA
+              is not deterministic, and refused under ``torch.use_deterministic_algorithms(True)``.
+            * ``"gather"`` sums each bin's pixels by weight in one step, and writes no samples. On a CPU, with maps
+              in channels_last, it takes a small part of the time of ``grid_sample`` and of ``roi_align``
+              (``tools/benchmark.py``); other maps are copied into that layout first. Its gradients are the same to
+              the last bit from run to run, always. ``torch.compile`` runs it as it is, outside of the graph; second
+              derivatives are taken through ``grid_sample``.
+            * ``"auto"`` takes ``"grid_sample"`` under ``torch.compile`` and for export; for maps of fewer than 32
+              channels, of which a gather reads too little at a time; and on a CPU where maps would have to be
+              copied that have more than two pixels for each sample. Else it takes ``"gather"``. On CUDA neither was
+              measured: there it goes by the channels as well, for ``"gather"`` is deterministic and, over several
+              levels, does not synchronise; under ``use_deterministic_algorithms`` it is always that.
 
     Returns:
         [K, C, output height, output width] in ``input``'s dtype, the RoIs in the order in which they came.
 
     Raises:
         TypeError: ``input`` or ``boxes`` are of the wrong type, not floating point, or on different devices.
-        ValueError: a shape does not fit, a size is below 1, ``spatial_scale`` is not positive; in eager mode on a
-            CPU also an image index that is not one, and a coordinate that is NaN or infinite. Where a look at the
-            values would cost a synchronisation (on a GPU, under ``torch.compile``) such an RoI comes back as NaN.
+        ValueError: a shape does not fit, a size is below 1, ``spatial_scale`` is not positive, ``sampler`` is none
+            of the three; in eager mode on a CPU also an image index that is not one, and a coordinate that is NaN or
+            infinite. Where a look at the values would cost a synchronisation (on a GPU, under ``torch.compile``)
+            such an RoI comes back as NaN.
 
     Inverted and empty boxes give what ``roi_align`` gives. Second derivatives work.
     """

@@ -23,6 +23,8 @@ from detector.sampling import Samples
 # are written to their place; on a GPU a call costs more than that.
 MAX_PIXELS_READ_CPU = 2**17
 MAX_PIXELS_READ_GPU = 2**26
+# The most that are sorted at once for the maps' gradient, at some 30 bytes each. 4,000 RoIs of 14 x 14 read 2**24.
+MAX_PIXELS_SORTED = 2**25
 
 
 @torch.compiler.disable
@@ -82,7 +84,8 @@ class _Gather(torch.autograd.Function):
                     _add_position_gradients(y_grad, x_grad, part, rows, part_grad)
                 del rows
             if any(ctx.needs_input_grad[2 + number] for number in table.maps):
-                for number, map_grad in zip(table.maps, _map_gradients(table, tensors, torch.cat(grad_rows))):
+                one_by_one = torch.cat(grad_rows) if len(grad_rows) > 1 else grad_rows[0]
+                for number, map_grad in zip(table.maps, _map_gradients(table, tensors, one_by_one)):
                     map_grads[number] = map_grad
         return None, None, *map_grads, *(position_grads if boxes_need_it else [None] * len(position_grads))
 
@@ -152,11 +155,17 @@ class _Part:
     y: _Taps
     x: _Taps
 
-    def chunks(self) -> Iterator["_Part"]:
-        rois, bins_y, taps_y = self.y.index.shape
-        pixels = bins_y * taps_y * self.x.index[0].numel() if rois else 1
-        most = MAX_PIXELS_READ_CPU if self.rois.is_cpu else MAX_PIXELS_READ_GPU
-        step = max(most // pixels, 1)
+    @property
+    def size(self) -> int:
+        """Pixels read."""
+        return len(self.rois) * self.y.index[:1].numel() * self.x.index[:1].numel()
+
+    def chunks(self, most: int | None = None) -> Iterator["_Part"]:
+        """These RoIs in parts that read ``most`` pixels, by default as many as one call should."""
+        if most is None:
+            most = MAX_PIXELS_READ_CPU if self.rois.is_cpu else MAX_PIXELS_READ_GPU
+        rois = len(self.rois)
+        step = max(most * rois // max(self.size, 1), 1)
         for start in range(0, rois, step):
             of = slice(start, start + step)
             yield replace(
@@ -232,26 +241,39 @@ def _readers(maps: Sequence[Tensor], samples: list[Samples], level: int | None) 
 def _map_gradients(table: _Table, maps: Sequence[Tensor], grad_rows: Tensor) -> Iterator[Tensor]:
     """The gradient at each of a table's maps, from that at the bins of its readers, one after the other [bins, C]."""
     sizes = [maps[number][:, 0].numel() for number in table.maps]
-    if len(grad_rows):
-        read = [part.pixels() for part in table.readers]  # [bins, taps] each
-        dtype = read[0].dtype
-        numbers = torch.arange(len(grad_rows), dtype=dtype, device=grad_rows.device).split([len(r) for r in read])
-        bins = torch.cat([b[:, None].expand_as(r).flatten() for b, r in zip(numbers, read)])
-        weights = torch.cat([part.weights().flatten() for part in table.readers])
-        # A bag for each pixel: the bins that read it. A stable sort, so that they are summed in one order always.
-        pixels, order = torch.cat([r.flatten() for r in read]).sort(stable=True)
-        bins, weights = bins[order], weights[order]
-        starts = torch.searchsorted(
-            pixels, torch.arange(sum(sizes), dtype=dtype, device=pixels.device), out_int32=dtype == torch.int32
-        )
-        del read, pixels, order
-        rows = F.embedding_bag(bins, grad_rows, starts, mode="sum", per_sample_weights=weights)
-    else:
+    batches: list[list[_Part]] = []  # what is sorted together
+    for chunk in (chunk for part in table.readers for chunk in part.chunks(MAX_PIXELS_SORTED)):
+        if batches and sum(part.size for part in batches[-1]) + chunk.size <= MAX_PIXELS_SORTED:
+            batches[-1].append(chunk)
+        else:
+            batches.append([chunk])
+    rows, start = None, 0
+    for batch in batches:
+        of_batch, start = _rows_gradient(batch, grad_rows, start, sum(sizes))
+        rows = of_batch if rows is None else rows.add_(of_batch)
+    if rows is None:
         rows = grad_rows.new_zeros(sum(sizes), grad_rows.shape[1])
     for number, map_rows in zip(table.maps, rows.split(sizes)):
         source = maps[number]
         map_grad = map_rows.view(source.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
         yield map_grad.contiguous() if source.is_contiguous() else map_grad
+
+
+def _rows_gradient(batch: list[_Part], grad_rows: Tensor, start: int, size: int) -> tuple[Tensor, int]:
+    """The gradient [size, C] at a table's rows from some readers, whose bins begin at ``start``; and where they end."""
+    read = [part.pixels() for part in batch]  # [bins, taps] each
+    dtype, device = read[0].dtype, read[0].device
+    end = start + sum(len(pixels) for pixels in read)
+    numbers = torch.arange(start, end, dtype=dtype, device=device).split([len(pixels) for pixels in read])
+    bins = torch.cat([n[:, None].expand_as(pixels).flatten() for n, pixels in zip(numbers, read)])
+    weights = torch.cat([part.weights().flatten() for part in batch])
+    # A bag for each pixel: the bins that read it. A stable sort, so that they are summed in one order always.
+    pixels, order = torch.cat([pixels.flatten() for pixels in read]).sort(stable=True)
+    bins, weights = bins[order], weights[order]
+    pixel = torch.arange(size, dtype=dtype, device=device)
+    starts = torch.searchsorted(pixels, pixel, out_int32=dtype == torch.int32)
+    del read, pixels, order
+    return F.embedding_bag(bins, grad_rows, starts, mode="sum", per_sample_weights=weights), end
 
 
 def _add_position_gradients(y_grad: Tensor, x_grad: Tensor, part: _Part, rows: Tensor, grad_rows: Tensor) -> None:
