@@ -53,8 +53,9 @@ def affine_crop(
             * ``"gather"`` sums each bin's pixels by weight in one step, and writes no samples. On a CPU, with maps
               in channels_last, it takes a small part of the time of ``grid_sample`` and of ``roi_align``
               (``tools/benchmark.py``); other maps are copied into that layout first. Its gradients are the same to
-              the last bit from run to run, always. ``torch.compile`` runs it as it is, outside of the graph; second
-              derivatives are taken through ``grid_sample``.
+              the last bit from run to run, and no slower under ``use_deterministic_algorithms``. ``torch.compile``
+              runs it as it is, outside of the graph; second derivatives and ``vmap`` go through ``grid_sample``. It
+              has no batched gradients (``is_grads_batched``).
             * ``"auto"`` takes ``"grid_sample"`` under ``torch.compile`` and for export; for maps of fewer than 32
               channels, of which a gather reads too little at a time; and on a CPU where maps would have to be
               copied that have more than two pixels for each sample. Else it takes ``"gather"``. On CUDA neither was
@@ -163,7 +164,7 @@ class AffineCrop(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}"
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}{describe_sampler(self.sampler)}"
         )
 
 
@@ -171,6 +172,11 @@ def check_sampler(sampler: Sampler) -> Sampler:
     if sampler not in get_args(Sampler):
         raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}")
     return sampler
+
+
+def describe_sampler(sampler: Sampler) -> str:
+    """For a module's repr, which is torchvision's where the choice is ours."""
+    return "" if sampler == "auto" else f", sampler={sampler}"
 
 
 def _measured_fastest(maps: Sequence[Tensor], samples: int) -> Sampler:

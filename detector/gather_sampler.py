@@ -9,6 +9,7 @@ a place in memory from two threads, so that values and gradients are the same to
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -32,7 +33,7 @@ def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor
     """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments.
 
     Maps that are not in channels_last are copied, one at a time. Second derivatives are taken through
-    ``crop_by_grid``.
+    ``crop_by_grid``, and so is ``torch.vmap``.
     """
     if not maps[0].shape[1]:  # embedding_bag takes no such table
         return crop_by_grid(maps, samples)
@@ -66,11 +67,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         samples, maps, tensors = ctx.samples, ctx.maps, ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: this gradient is to be differentiated
-
-            def crop(*tensors: Tensor) -> Tensor:
-                return crop_by_grid(tensors[:maps], _with_positions(samples, tensors[maps:]))
-
-            return None, None, *torch.func.vjp(crop, *tensors)[1](grad)
+            return None, None, *torch.func.vjp(partial(_by_grid, samples, maps), *tensors)[1](grad)
 
         map_grads: list[Tensor | None] = [None] * maps
         position_grads = [torch.zeros_like(position) for position in tensors[maps:]]
@@ -89,6 +86,17 @@ class _Gather(torch.autograd.Function):
                     map_grads[number] = map_grad
         return None, None, *map_grads, *(position_grads if boxes_need_it else [None] * len(position_grads))
 
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], samples: list[Samples], maps: int, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        return torch.vmap(partial(_by_grid, samples, maps), in_dims[2:])(*tensors), 0
+
+
+def _by_grid(samples: list[Samples], maps: int, *tensors: Tensor) -> Tensor:
+    """:class:`_Gather` by the other sampler, of whose operations all have derivatives and batching rules."""
+    return crop_by_grid(tensors[:maps], _with_positions(samples, tensors[maps:]))
+
 
 @dataclass(frozen=True)
 class _Taps:
@@ -103,7 +111,7 @@ class _Taps:
     slot: Tensor  # [M, bins, n], the tap that is the first neighbour of each sample; the second is the next one
     slope: Tensor  # [M, bins, n], what the second neighbour's weight grows by for a step of the normalised position
 
-    def select(self, of: slice) -> "_Taps":
+    def select(self, of: slice | Tensor) -> "_Taps":
         return _Taps(self.index[of], self.weight[of], self.slot[of], self.slope[of])
 
     def pull_back(self, grad: Tensor) -> Tensor:
@@ -111,11 +119,9 @@ class _Taps:
         return (grad.gather(2, self.slot + 1) - grad.gather(2, self.slot)) * self.slope
 
 
-def _taps(position: Tensor, size: Tensor, sample_weight: Tensor | float, dtype: torch.dtype) -> _Taps:
-    """Taps of samples at normalised positions [M, bins, n] on maps of a size [M]."""
+def _taps(position: Tensor, size: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> _Taps:
+    """Taps of samples at normalised positions [M, bins, n] on maps of a size [M]; each sample weighs 1 or [M]."""
     size = size[:, None, None]
-    if isinstance(sample_weight, Tensor):
-        sample_weight = sample_weight[:, None, None]
     on_map = position.abs() <= 1
     pixel = ((position + 1) * size - 1) / 2
     low = torch.minimum(pixel.floor(), size - 2).clamp(min=0)
@@ -136,23 +142,23 @@ def _taps(position: Tensor, size: Tensor, sample_weight: Tensor | float, dtype: 
     else:
         index = torch.stack([low, torch.minimum(low + 1, size - 1)], dim=3).flatten(2)
         slot = torch.arange(0, taps, 2, device=slot.device).expand(slot.shape)
-    sample_weight = on_map.to(position.dtype) * sample_weight
-    fraction = (pixel - low) * sample_weight
-    weight = position.new_zeros(*index.shape)
-    weight = weight.scatter_add_(2, slot, sample_weight - fraction).scatter_add_(2, slot + 1, fraction)
-    return _Taps(index, weight.to(dtype), slot, (sample_weight * size / 2).to(dtype))
+    sample_weight = on_map.to(position.dtype)
+    if weight is not None:
+        sample_weight = sample_weight * weight[:, None, None]
+    second = (pixel - low) * sample_weight
+    weights = position.new_zeros(*index.shape)
+    weights = weights.scatter_add_(2, slot, sample_weight - second).scatter_add_(2, slot + 1, second)
+    return _Taps(index, weights.to(dtype), slot, (sample_weight * size / 2).to(dtype))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """RoIs of one group that read one table: their taps, and where they come from and go to."""
+    """RoIs of one group that read one table."""
 
     group: int
     of_group: Tensor  # [M], which RoIs of the group
     rois: Tensor  # [M], which RoIs of the call
-    origin: Tensor  # [M], the table's row of the first pixel of the RoI's map and image
-    width: Tensor  # [M], rows of the table from a row of the map to the next
-    y: _Taps
+    y: _Taps  # whose pixel is the table's row of the first pixel of that row of the map
     x: _Taps
 
     @property
@@ -160,29 +166,20 @@ class _Part:
         """Pixels read."""
         return len(self.rois) * self.y.index[:1].numel() * self.x.index[:1].numel()
 
+    def select(self, of: slice | Tensor) -> "_Part":
+        return _Part(self.group, self.of_group[of], self.rois[of], self.y.select(of), self.x.select(of))
+
     def chunks(self, most: int | None = None) -> Iterator["_Part"]:
         """These RoIs in parts that read ``most`` pixels, by default as many as one call should."""
         if most is None:
             most = MAX_PIXELS_READ_CPU if self.rois.is_cpu else MAX_PIXELS_READ_GPU
         rois = len(self.rois)
         step = max(most * rois // max(self.size, 1), 1)
-        for start in range(0, rois, step):
-            of = slice(start, start + step)
-            yield replace(
-                self,
-                of_group=self.of_group[of],
-                rois=self.rois[of],
-                origin=self.origin[of],
-                width=self.width[of],
-                y=self.y.select(of),
-                x=self.x.select(of),
-            )
+        return (self.select(slice(start, start + step)) for start in range(0, rois, step))
 
     def pixels(self) -> Tensor:
         """The rows of the table that each bin reads, [M * bins * bins, T * T]."""
-        dtype = self.origin.dtype
-        rows = self.origin[:, None, None] + self.y.index.to(dtype) * self.width[:, None, None]
-        return (rows[:, :, None, :, None] + self.x.index.to(dtype)[:, None, :, None, :]).flatten(3).flatten(0, 2)
+        return (self.y.index[:, :, None, :, None] + self.x.index[:, None, :, None, :]).flatten(3).flatten(0, 2)
 
     def weights(self) -> Tensor:
         """Their weights, [M * bins * bins, T * T]."""
@@ -198,7 +195,8 @@ class _Table:
 
     def rows(self, maps: Sequence[Tensor]) -> Tensor:
         """[pixels, C]; a map that is in channels_last is its own table, without a copy."""
-        rows = [maps[number].permute(0, 2, 3, 1).flatten(0, 2) for number in self.maps]
+        # Contiguous, or of a single image in NCHW it would be a view whose rows are not, which are slow to read.
+        rows = [maps[number].permute(0, 2, 3, 1).contiguous().flatten(0, 2) for number in self.maps]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def chunks(self) -> Iterator[_Part]:
@@ -211,31 +209,30 @@ def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> list[_Table]:
     On a GPU a look would wait for it: there all maps are copied into one table, at a speed that makes it the
     smaller evil.
     """
-    if maps[0].is_cpu:
-        return [_Table([number], _readers([source], samples, number)) for number, source in enumerate(maps)]
-    return [_Table(range(len(maps)), _readers(maps, samples, None))]
-
-
-def _readers(maps: Sequence[Tensor], samples: list[Samples], level: int | None) -> list[_Part]:
-    """Who reads the table of some maps: the RoIs of a level, or all (``None``). Those on no level weigh nothing."""
     ends = list(accumulate(source[:, 0].numel() for source in maps))
     dtype = torch.int32 if ends[-1] < 2**31 else torch.int64  # half the memory: an RoI reads hundreds of pixels
+    starts = [0] * len(maps) if maps[0].is_cpu else [0, *ends[:-1]]
     parts = []
     for number, group in enumerate(samples):
-        chosen = torch.arange(len(group.image), device=group.image.device)
-        if level is not None:
-            chosen = torch.where(group.level.clamp(min=0) == level)[0]
-            group = group.select(chosen)
         width = group.width.to(dtype)
         origin = group.image.to(dtype) * group.height.to(dtype) * width
-        for map_level, start in enumerate(ends[:-1], 1):
-            origin = torch.where(group.level == map_level, origin + start, origin)
+        for level, start in enumerate(starts):
+            if start:
+                origin = torch.where(group.level == level, origin + start, origin)
+        # RoIs on no level have a place, but no weight.
         weight = (group.level >= 0).to(group.y.dtype) / group.count
-        y = _taps(group.y, group.height, weight, maps[0].dtype)
-        x = _taps(group.x, group.width, 1.0, maps[0].dtype)
-        rois = chosen if group.rois is None else group.rois
-        parts.append(_Part(number, chosen, rois, origin, width, y, x))
-    return parts
+        y, x = _taps(group.y, group.height, maps[0].dtype, weight), _taps(group.x, group.width, maps[0].dtype)
+        rows = origin[:, None, None] + y.index.to(dtype) * width[:, None, None]
+        y, x = replace(y, index=rows), replace(x, index=x.index.to(dtype))
+        everyone = torch.arange(len(origin), device=origin.device)
+        parts.append(_Part(number, everyone, everyone if group.rois is None else group.rois, y, x))
+    if not maps[0].is_cpu or len(maps) == 1:
+        return [_Table(range(len(maps)), parts)]
+    levels = [group.level.clamp(min=0) for group in samples]
+    return [
+        _Table([number], [part.select(torch.where(level == number)[0]) for part, level in zip(parts, levels)])
+        for number in range(len(maps))
+    ]
 
 
 def _map_gradients(table: _Table, maps: Sequence[Tensor], grad_rows: Tensor) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop import Sampler, check_sampler, crop_levels
+from detector.crop import Sampler, check_sampler, crop_levels, describe_sampler
 from detector.geometry import geometry_dtype
 
 
@@ -98,4 +98,4 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         return level_of
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, aligned={self.aligned})"
+        return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe_sampler(self.sampler)})"

@@ -684,6 +684,7 @@ def test_module_repr_and_arguments_are_those_of_roi_align():
     assert repr(AffineCrop((2, 3), 0.5, 2, True)) == repr(RoIAlign((2, 3), 0.5, 2, True)).replace(
         "RoIAlign", "AffineCrop"
     )
+    assert repr(AffineCrop(2, sampler="gather")).endswith(", aligned=False, sampler=gather)")
     assert repr(AffineCrop(7)) == "AffineCrop(output_size=(7, 7), spatial_scale=1.0, sampling_ratio=-1, aligned=False)"
 
 

@@ -221,6 +221,7 @@ def test_it_is_a_multi_scale_roi_align():
     assert repr(pool) == (
         "MultiScaleAffineCrop(featmap_names=['0', '1'], output_size=(7, 5), sampling_ratio=2, aligned=True)"
     )
+    assert repr(MultiScaleAffineCrop(["0"], 7, 2, sampler="gather")).endswith(", aligned=False, sampler=gather)")
 
 
 @both_samplers

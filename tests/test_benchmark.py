@@ -1,0 +1,148 @@
+"""tools/benchmark.py on maps of a few pixels: what it measures, writes and survives. No test looks at a time."""
+
+import argparse
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.ops import MultiScaleRoIAlign
+
+REPOSITORY = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "tools" / "benchmark.py")
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+TINY = ["--rois", "4", "12", "--size", "64", "96", "--channels", "4", "--repeats", "1"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    benchmark.main([*TINY, "--folder", str(folder)])
+    return folder
+
+
+def options(**changes):
+    settings = {"size": [64, 96], "images": 2, "channels": 4, "sampling_ratio": 2, "device": torch.device("cpu")}
+    return argparse.Namespace(**settings | changes)
+
+
+def test_everything_is_measured(results):
+    data = json.loads((results / "benchmark.json").read_text())
+    assert data["machine"]["threads"] == torch.get_num_threads()
+    assert data["bandwidth"] > 0
+    measured = {(*entry["case"].values(), entry["pooler"]) for entry in data["poolers"]}
+    for pooler in ("torchvision", "grid_sample", "gather"):
+        for layout in ("NCHW", "channels_last"):
+            for rois in (4, 12):
+                for dtype in ("float32", "bfloat16"):
+                    assert ("FPN", dtype, layout, rois, 7, pooler) in measured
+                assert ("single level", "float32", layout, rois, 7, pooler) in measured
+            assert ("FPN", "float32", layout, 12, 14, pooler) in measured
+    assert ("single level", "float32", "NCHW", 4, 7, benchmark.COPIED) in measured
+    for entry in data["poolers"]:
+        forward, both = entry["forward"]["seconds"], entry["forward_backward"]["seconds"]
+        assert len(forward) == len(both) == 1
+        assert all(0 < f < b for f, b in zip(forward, both))
+    detector = {(entry["task"], entry["layout"], entry["swapped"]) for entry in data["detector"]}
+    assert len(detector) == len(data["detector"]) == 8
+    text = (results / "benchmark.md").read_text()
+    assert "| FPN, 7 x 7, bfloat16, channels_last | 12 | gather |" in text
+    assert "| training step | channels_last |" in text
+    assert "- NCHW, from 4 to 12 RoIs: torchvision" in text
+
+
+def test_results_are_rendered_again(results, tmp_path, capsys):
+    (tmp_path / "copy.json").write_text((results / "benchmark.json").read_text())
+    benchmark.main(["--render", str(tmp_path / "copy.json")])
+    assert (tmp_path / "benchmark.md").read_text() == (results / "benchmark.md").read_text()
+    assert (results / "benchmark.md").read_text() in capsys.readouterr().out
+
+
+def test_the_plot(results):
+    pytest.importorskip("matplotlib")
+    assert (results / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_ratio_is_taken_within_each_round():
+    # A machine that is ten times slower in the second round: 2, 2 and 3 times the reference.
+    assert benchmark.ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == "2.00 (2.00-3.00)"
+
+
+@pytest.mark.parametrize("pooler", ["grid_sample", "gather", benchmark.COPIED])
+def test_all_poolers_compute_the_same(pooler):
+    case = benchmark.Case("single level", "float32", "NCHW", 9, 7)
+    inputs = benchmark.Inputs(case, options(size=[320, 320]))
+    # Away from the edges, where the naive crop has another rule.
+    box = torch.tensor([[60.3, 70.1, 200.2, 150.7]])
+    inputs.boxes = [torch.cat([box + shift for shift in range(count)]) for count in (5, 4)]
+    poolers = benchmark.make_poolers(case, options())
+    expected = poolers["torchvision"](inputs.features, inputs.boxes, inputs.image_shapes)
+    assert type(poolers["torchvision"]) is MultiScaleRoIAlign
+    boxes = [boxes.requires_grad_() for boxes in inputs.boxes]
+    crops = poolers[pooler](inputs.features, boxes, inputs.image_shapes)
+    torch.testing.assert_close(crops, expected, rtol=0, atol=1e-3)
+    crops.sum().backward()
+    assert all(b.grad.abs().sum() > 0 for b in boxes)
+
+
+def test_the_fewest_bytes():
+    case = benchmark.Case("single level", "float32", "channels_last", 2, 7)
+    inputs = benchmark.Inputs(case, options(images=1))
+    # Stride 16: the boxes cover columns 0 to 2 and rows 0 to 1 of 4 x 6 pixels, one of them twice.
+    inputs.boxes = [torch.tensor([[0.0, 0.0, 16.0, 0.0], [0.0, 0.0, 0.0, 0.0]])]
+    pixel = 4 * 4  # channels, bytes
+    crops = 2 * 49 * pixel
+    assert inputs.fewest_bytes() == (6 * pixel + crops, 12 * pixel + 2 * crops + 24 * pixel)
+
+
+def test_peak_memory_is_that_of_the_run():
+    def run():
+        torch.ones(2**24).add(1)
+
+    peak = benchmark.peak_memory(run, torch.device("cpu"))
+    if peak is None:
+        pytest.skip("not Linux with glibc")
+    assert 2**27 * 0.9 < peak < 2**27 * 1.3
+    assert benchmark.peak_memory(lambda: None, torch.device("cpu")) < 2**22
+
+
+def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch, capsys):
+    measure = benchmark.measure_poolers
+
+    def interrupted(cases, *rest):
+        yield from measure(cases[:1], *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure_poolers", interrupted)
+    benchmark.main([*TINY, "--folder", str(tmp_path)])
+    assert len(json.loads((tmp_path / "benchmark.json").read_text())["poolers"]) == 3
+    assert "Stopped" in capsys.readouterr().err
+    assert "gather" in (tmp_path / "benchmark.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "abacus"], "--device abacus: "),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--rois", "0", "5"], r"--rois must be at least 1, got \[0, 5\]"),
+        (["--folder", "{results}"], "has results already; give another"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments, message, results, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main([argument.format(results=results) for argument in arguments])
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"machine": {}}'])
+def test_rendering_what_are_no_results_is_an_error(content, tmp_path):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SystemExit, match=r"results.json has no results of this tool"):
+        benchmark.main(["--render", str(path)])

@@ -1,0 +1,537 @@
+"""Measure the RoI poolers side by side, then a whole detector with each: time, memory, and what of it is needless.
+
+python tools/benchmark.py                                  everything, 15 minutes on 2 CPU cores
+python tools/benchmark.py --rois 1000 --repeats 3 --no_detector
+python tools/benchmark.py --device cuda
+python tools/benchmark.py --render runs/benchmark/.../benchmark.json     the tables and the plot once more
+
+Each round runs every pooler once, one after the other, so that what slows the machine down slows all of them; a
+ratio is taken within a round. Boxes get gradients in all of them but torchvision's, which has none to give.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+from tqdm import tqdm
+
+from detector import BoxGradient, MultiScaleAffineCrop, boxes_to_theta, normalize_boxes, swap_crop_head
+from detector.crop import Sampler
+
+STRIDES = (4, 8, 16, 32)
+REFERENCE = "torchvision"
+SAMPLERS: tuple[Sampler, ...] = ("grid_sample", "gather")
+POOLERS = (REFERENCE, *SAMPLERS)
+COPIED = "a map copied per RoI"
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the poolers are given."""
+
+    maps: str  # "FPN": strides 4 to 32; "single level": stride 16
+    dtype: str
+    layout: str
+    rois: int  # in all images together
+    bins: int  # of the crop, along each axis
+
+    def __str__(self) -> str:
+        return f"{self.maps}, {self.bins} x {self.bins}, {self.dtype}, {self.layout}"
+
+
+def make_cases(rois: list[int], dtypes: list[str], layouts: list[str]) -> list[Case]:
+    cases = [Case("FPN", dtype, layout, count, 7) for dtype in dtypes for layout in layouts for count in rois]
+    # The pool of Mask and Keypoint R-CNN, with as many RoIs as there are positives in a batch of two images.
+    cases += [Case("FPN", dtypes[0], layout, min(256, max(rois)), 14) for layout in layouts]
+    return cases + [Case("single level", dtypes[0], layout, count, 7) for layout in layouts for count in rois[:2]]
+
+
+class CopiedMapPooler(nn.Module):
+    """The crop as it is often written: each RoI has a copy of its map, and theta goes through affine_grid."""
+
+    def __init__(self, name: str, bins: int, sampling_ratio: int) -> None:
+        super().__init__()
+        self.name, self.bins, self.sampling_ratio = name, bins, sampling_ratio
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        source = x[self.name]
+        scale = 1 / STRIDES[int(self.name)]
+        image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes], device=source.device))
+        frame = (source.shape[2], source.shape[3])
+        theta = boxes_to_theta(normalize_boxes(torch.cat(boxes), frame, scale, aligned=False))
+        side = self.bins * self.sampling_ratio
+        grid = F.affine_grid(theta, [len(theta), source.shape[1], side, side], align_corners=False)
+        samples = F.grid_sample(source[image], grid.to(source.dtype), padding_mode="border", align_corners=False)
+        return F.avg_pool2d(samples, self.sampling_ratio)
+
+
+class Inputs:
+    """The features and boxes of a case, from a seed."""
+
+    def __init__(self, case: Case, options: argparse.Namespace) -> None:
+        generator = torch.Generator().manual_seed(0)
+        height, width = (-(-side // 32) * 32 for side in options.size)  # padded, as torchvision's transform does
+        levels = range(len(STRIDES)) if case.maps == "FPN" else [STRIDES.index(16)]
+        self.features = {}
+        for level in levels:
+            shape = (options.images, options.channels, height // STRIDES[level], width // STRIDES[level])
+            values = torch.randn(shape, generator=generator).to(options.device, DTYPES[case.dtype])
+            self.features[str(level)] = values.contiguous(memory_format=LAYOUTS[case.layout])
+        # Sides from 16 pixels to half a thousand, as many in each octave; about as proposals are.
+        counts = [case.rois // options.images + (i < case.rois % options.images) for i in range(options.images)]
+        frame = torch.tensor([options.size[1], options.size[0]], dtype=torch.float32)
+        self.boxes = []
+        for count in counts:
+            sides = 16 * 2 ** (5 * torch.rand(count, 2, generator=generator))
+            middle = frame * torch.rand(count, 2, generator=generator)
+            corners = torch.cat([middle - sides / 2, middle + sides / 2], dim=1)
+            self.boxes.append(corners.clamp(min=0).minimum(frame.repeat(2)).to(options.device))
+        self.image_shapes = [tuple(options.size)] * options.images
+        crops = (case.rois, options.channels, case.bins, case.bins)
+        self.upstream = torch.randn(crops, generator=generator).to(options.device, DTYPES[case.dtype])
+
+    def fewest_bytes(self) -> tuple[int, int]:
+        """That have to be moved: forward, and forward + backward.
+
+        Forward reads each pixel inside a box once and writes the crops. Backward reads the crops' gradient and,
+        for the boxes' gradient, those pixels once more, and writes the maps' gradient.
+        """
+        names = list(self.features)
+        pixels = 0
+        for boxes in self.boxes:
+            boxes = boxes.cpu()
+            levels = LevelMapper(2, 5)([boxes]) if len(names) > 1 else torch.zeros(len(boxes))
+            for number, name in enumerate(names):
+                inside = torch.zeros(self.features[name].shape[2:], dtype=torch.bool)
+                for x1, y1, x2, y2 in (boxes[levels == number] / STRIDES[int(name)]).int().tolist():
+                    inside[y1 : y2 + 2, x1 : x2 + 2] = True
+                pixels += int(inside.sum())
+        feature = next(iter(self.features.values()))
+        read = pixels * feature.shape[1] * feature.element_size()
+        crops = self.upstream.nbytes
+        return read + crops, 2 * read + 2 * crops + sum(f.nbytes for f in self.features.values())
+
+
+def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module]:
+    names = [str(level) for level in range(len(STRIDES))] if case.maps == "FPN" else [str(STRIDES.index(16))]
+    arguments = (names, case.bins, options.sampling_ratio)
+    poolers: dict[str, nn.Module] = {REFERENCE: MultiScaleRoIAlign(*arguments)}
+    for sampler in SAMPLERS:
+        poolers[sampler] = MultiScaleAffineCrop(*arguments, sampler=sampler)
+    if case.maps == "single level" and case.rois <= 100:
+        poolers[COPIED] = CopiedMapPooler(names[0], case.bins, options.sampling_ratio)
+    return poolers
+
+
+def run_pooler(pooler: nn.Module, inputs: Inputs, device: torch.device) -> tuple[float, float]:
+    """Seconds of one forward, and of it with its backward."""
+    features = {name: f.detach().requires_grad_() for name, f in inputs.features.items()}
+    boxes = [b.clone().requires_grad_(type(pooler) is not MultiScaleRoIAlign) for b in inputs.boxes]
+    # torchvision's operator has no bfloat16 on a CPU; autocast casts for it, as it does in training.
+    half = inputs.upstream.dtype != torch.float32
+    start = now(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+        crops = pooler(features, boxes, inputs.image_shapes)
+    middle = now(device)
+    upstream = inputs.upstream.to(crops.dtype)
+    before_backward = now(device)
+    crops.backward(upstream)
+    end = now(device)
+    return middle - start, middle - start + end - before_backward
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes in use at once during a run, over those in use before it; ``None`` where it cannot be told."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not serve the run unseen
+        Path("/proc/self/clear_refs").write_text("5")  # set the high-water mark back
+        before = _resident("VmRSS")
+        run()
+        return _resident("VmHWM") - before
+    except (OSError, AttributeError, TypeError):  # not Linux with glibc
+        return None
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def copy_bandwidth(device: torch.device, repeats: int) -> float:
+    """Bytes a second, read and written, of a copy between two tensors of 256 MiB."""
+    source, target = torch.ones(2, 2**26, device=device)
+    target.copy_(source)
+    seconds = []
+    for _ in range(max(repeats, 3)):
+        start = now(device)
+        target.copy_(source)
+        seconds.append(now(device) - start)
+    return 2 * source.numel() * source.element_size() / median(seconds)
+
+
+def measure_poolers(cases: list[Case], options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """One result for each case and pooler."""
+    for case in tqdm(cases, desc="poolers", file=sys.stderr, disable=None):
+        inputs, poolers = Inputs(case, options), make_poolers(case, options)
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in poolers}
+        for pooler in poolers.values():
+            run_pooler(pooler, inputs, options.device)
+        for _ in range(options.repeats):
+            for name, pooler in poolers.items():
+                seconds[name].append(run_pooler(pooler, inputs, options.device))
+        floors = [count / bandwidth for count in inputs.fewest_bytes()]
+        for name, pooler in poolers.items():
+            forward, both = (list(s) for s in zip(*seconds[name]))
+            memory = peak_memory(partial(run_pooler, pooler, inputs, options.device), options.device)
+            yield {
+                "case": asdict(case),
+                "pooler": name,
+                "forward": {"seconds": forward, "floor": floors[0]},
+                "forward_backward": {"seconds": both, "floor": floors[1]},
+                "peak_bytes": memory,
+            }
+
+
+def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Training steps and inferences of fasterrcnn_resnet50_fpn, stock and swapped, in each layout."""
+    device = options.device
+    torch.manual_seed(0)
+    images = [torch.rand(3, *options.size, device=device)]
+    torch.manual_seed(0)
+    settings = {"min_size": min(options.size), "max_size": max(options.size), "box_score_thresh": 0.0}
+    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings).to(device)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = [_reachable_targets(model, images)]
+    models = {}
+    for layout, memory_format in LAYOUTS.items():
+        for swapped in (False, True):
+            model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings).to(device)
+            model.load_state_dict(state)
+            model = model.to(memory_format=memory_format)
+            models[layout, swapped] = swap_crop_head(model, BoxGradient()) if swapped else model
+
+    def train(model: nn.Module) -> None:
+        torch.manual_seed(0)  # which RoIs are drawn
+        losses = model.train()(images, [dict(target) for target in targets])
+        sum(losses.values()).backward()
+        model.zero_grad()
+
+    def infer(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.eval()(images)
+
+    seconds: dict[tuple[str, str, bool], list[float]] = {}
+    jobs = {"training step": train, "inference": infer}
+    progress = tqdm(total=(options.repeats + 1) * len(jobs) * len(models), desc="detector", file=sys.stderr)
+    with progress:
+        for task, job in jobs.items():
+            for repeat in range(options.repeats + 1):
+                for (layout, swapped), model in models.items():
+                    start = now(device)
+                    job(model)
+                    if repeat:  # the first warms up
+                        seconds.setdefault((task, layout, swapped), []).append(now(device) - start)
+                    progress.update()
+    for (task, layout, swapped), values in seconds.items():
+        yield {"task": task, "layout": layout, "swapped": swapped, "seconds": values}
+
+
+def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> dict[str, Tensor]:
+    """Boxes near to the model's own proposals: at random weights it would have no positives, and so no box loss."""
+    with torch.no_grad():
+        transformed, _ = model.eval().transform(images)
+        proposals = model.rpn(transformed, model.backbone(transformed.tensors))[0][0]
+    sides = proposals[:, 2:] - proposals[:, :2]
+    proposals = proposals[sides.min(dim=1).values > 16][:20]
+    shift = 0.1 * (proposals[:, 2:] - proposals[:, :2]).repeat(1, 2)
+    boxes = (proposals + shift * torch.tensor([0.0, 0.0, 1.0, 1.0], device=shift.device)).clone()
+    height, width = images[0].shape[1:]
+    boxes[:, 2].clamp_(max=width)
+    boxes[:, 3].clamp_(max=height)
+    return {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "date": datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+# --- What people read ------------------------------------------------------------------------------------------------
+
+
+def ratio(values: list[float], reference: list[float]) -> str:
+    """The median of the ratios within each round, and their range."""
+    ratios = [ours / theirs for ours, theirs in zip(values, reference)]
+    return f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def milliseconds(seconds: list[float]) -> str:
+    low, middle, high = (1000 * end(seconds) for end in (min, median, max))
+    return f"{middle:.3g} ms ({low:.3g}-{high:.3g})"
+
+
+def pooler_table(results: list[dict[str, Any]]) -> str:
+    """A row for each case and pooler: the time of torchvision's, and the others' over it."""
+    rows = [["features and crop", "RoIs", "pooler", "forward", "forward + backward", "peak memory", "times the floor"]]
+    rows.append(["---"] * len(rows[0]))
+    for case, poolers in _by_case(results):
+        stock = poolers[REFERENCE]
+        for name, entry in poolers.items():
+            row = [str(case), str(case.rois), name]
+            floors = []
+            for key in ("forward", "forward_backward"):
+                seconds = entry[key]["seconds"]
+                row.append(milliseconds(seconds) if name == REFERENCE else ratio(seconds, stock[key]["seconds"]))
+                floors.append(f"{median(seconds) / entry[key]['floor']:.1f}")
+            if not stock["peak_bytes"]:
+                row.append("unknown")
+            elif name == REFERENCE:
+                row.append(f"{stock['peak_bytes'] / 2**20:.0f} MiB")
+            else:
+                row.append(f"{entry['peak_bytes'] / stock['peak_bytes']:.2f}")
+            rows.append([*row, ", ".join(floors)])
+    return _markdown(rows)
+
+
+def growth(results: list[dict[str, Any]]) -> str:
+    """What a further RoI costs, from the fewest to the most."""
+    lines = []
+    for layout in LAYOUTS:
+        cases = [
+            (case.rois, entries)
+            for case, entries in _by_case(results)
+            if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", layout)
+        ]
+        if len(cases) < 2:
+            continue
+        (fewest, first), (most, last) = cases[0], cases[-1]
+        slopes = []
+        for name in POOLERS:
+            ends = [median(entries[name]["forward_backward"]["seconds"]) for entries in (first, last)]
+            slopes.append(f"{name} {1e6 * (ends[1] - ends[0]) / (most - fewest):.0f}")
+        lines.append(f"- {layout}, from {fewest} to {most} RoIs: {', '.join(slopes)}")
+    return (
+        "\n".join(["Microseconds for a further RoI on an FPN in float32, forward + backward:\n", *lines])
+        if lines
+        else ""
+    )
+
+
+def detector_table(results: list[dict[str, Any]]) -> str:
+    rows = [["fasterrcnn_resnet50_fpn, one image", "layout", "stock", "swapped", "swapped / stock"], ["---"] * 5]
+    stock = {(r["task"], r["layout"]): r["seconds"] for r in results if not r["swapped"]}
+    swapped = {(r["task"], r["layout"]): r["seconds"] for r in results if r["swapped"]}
+    for key in stock:
+        times = [f"{median(v):.2f} s ({min(v):.2f}-{max(v):.2f})" for v in (stock[key], swapped[key])]
+        rows.append([*key, *times, ratio(swapped[key], stock[key])])
+    return _markdown(rows)
+
+
+def report(data: dict[str, Any]) -> str:
+    where, settings = data["machine"], data["settings"]
+    parts = [
+        f"{where['device']}, {where['cpus']} CPUs, {where['threads']} threads; torch {where['torch']}, torchvision "
+        f"{where['torchvision']}; {where['date'][:10]}. Maps of {settings['images']} images of {settings['size'][0]} x "
+        f"{settings['size'][1]}, {settings['channels']} channels, sampling_ratio {settings['sampling_ratio']}; medians "
+        f"of {settings['repeats']} rounds (lowest-highest). torchvision's pooler gives boxes no gradient, and its rows "
+        f"are times; the others' are over torchvision's in the same round, with the boxes' gradient. The floor, of "
+        f"forward and of forward + backward, is the bytes that must move, at the speed of a copy: "
+        f"{data['bandwidth'] / 1e9:.1f} GB/s.",
+    ]
+    if data["poolers"]:
+        parts += [pooler_table(data["poolers"]), growth(data["poolers"])]
+    if data["detector"]:
+        parts.append(detector_table(data["detector"]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Time against the number of RoIs, on FPN maps in float32."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = {REFERENCE: "#000000", "grid_sample": "#E69F00", "gather": "#0072B2"}
+    titles = {"forward": "Forward", "forward_backward": "Forward + backward"}
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    for panel, (key, title) in zip(panels, titles.items()):
+        for layout, style in zip(LAYOUTS, ("--", "-")):
+            lines: dict[str, list[tuple[int, list[float], float]]] = {}
+            for case, entries in _by_case(data["poolers"]):
+                if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", layout):
+                    for name in POOLERS:
+                        entry = entries[name][key]
+                        lines.setdefault(name, []).append((case.rois, entry["seconds"], entry["floor"]))
+            for name, points in lines.items():
+                rois = [point[0] for point in points]
+                label = f"{name}, {layout}" + ("" if name == REFERENCE else " (with box gradient)")
+                middle = [1000 * median(point[1]) for point in points]
+                panel.plot(rois, middle, style, marker="o", markersize=4, color=colors[name], label=label)
+                low, high = ([1000 * end(point[1]) for point in points] for end in (min, max))
+                panel.fill_between(rois, low, high, color=colors[name], alpha=0.15, linewidth=0)
+            if lines and layout == "channels_last":
+                floor = [1000 * point[2] for point in lines[REFERENCE]]
+                panel.plot(rois, floor, ":", color="#999999", label="floor: the bytes that must move")
+        panel.set(title=title, xscale="log", yscale="log", xlabel="RoIs")
+        panel.grid(alpha=0.3, which="both", linewidth=0.5)
+        counts = sorted({entry["case"]["rois"] for entry in data["poolers"] if entry["case"]["bins"] == 7})
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.minorticks_off()
+    panels[0].set_ylabel("milliseconds")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=8, handlelength=4)
+    where = data["machine"]
+    figure.suptitle(f"RoI pooling over an FPN, float32: {where['device']}, {where['threads']} threads", fontsize=10)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _by_case(results: list[dict[str, Any]]) -> list[tuple[Case, dict[str, dict[str, Any]]]]:
+    cases: dict[Case, dict[str, dict[str, Any]]] = {}
+    for entry in results:
+        cases.setdefault(Case(**entry["case"]), {})[entry["pooler"]] = entry
+    return [(case, entries) for case, entries in cases.items() if entries.keys() >= set(POOLERS)]
+
+
+def write(data: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(data, indent=1) + "\n")
+
+
+def render(data: dict[str, Any], folder: Path) -> None:
+    text = report(data)
+    print(text)
+    (folder / "benchmark.md").write_text(text + "\n")
+    try:
+        plot(data, folder / "benchmark.png")
+    except ImportError:
+        print("\nNo plot: it needs matplotlib (pip install matplotlib, then --render).", file=sys.stderr)
+    print(f"\nIn {folder}: benchmark.json, benchmark.md, benchmark.png", file=sys.stderr)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rois", type=int, nargs="+", default=[100, 1000, 4000], help="numbers of RoIs, of all images together")
+    add("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="of the images")
+    add("--images", type=int, default=2, help="images in the poolers' batch (the detector is given one)")
+    add("--channels", type=int, default=256, help="of the feature maps")
+    add("--sampling_ratio", type=int, default=2, help="samples per bin and axis; 0 takes them by the RoI's size")
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the features; geometry is float32")
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the features")
+    add("--repeats", type=int, default=5, help="rounds, after one to warm up")
+    add("--threads", type=int, help="threads for a CPU; default: torch's choice")
+    add("--device", default="cpu", help="cpu, cuda or cuda:1")
+    add("--no_detector", action="store_true", help="leave out the training steps and inferences")
+    add("--folder", type=Path, help="for the results; default: runs/benchmark/ and the time")
+    add("--render", type=Path, metavar="JSON", help="measure nothing; tables and plot from these results, beside them")
+    options = parser.parse_args(arguments)
+    for name in ("images", "channels", "repeats", "threads"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    for name in ("rois", "size"):
+        if min(getattr(options, name)) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    options.rois = sorted(set(options.rois))
+    try:
+        options.device = torch.device(options.device)
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+    if options.folder is None:
+        options.folder = Path("runs", "benchmark", datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    if not options.render and (options.folder / "benchmark.json").exists():
+        parser.error(f"--folder {options.folder} has results already; give another, or --render them")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.render:
+        try:
+            render(json.loads(options.render.read_text()), options.render.parent)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"{options.render} has no results of this tool: {type(error).__name__}: {error}")
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bandwidth = copy_bandwidth(options.device, options.repeats)
+    settings = {name: value for name, value in vars(options).items() if name not in ("folder", "render", "device")}
+    data: dict[str, Any] = {
+        "machine": machine(options.device),
+        "settings": settings,
+        "bandwidth": bandwidth,
+        "poolers": [],
+        "detector": [],
+    }
+    try:
+        for result in measure_poolers(make_cases(options.rois, options.dtypes, options.layouts), options, bandwidth):
+            data["poolers"].append(result)
+            write(data, options.folder)
+        if not options.no_detector:
+            data["detector"] = list(measure_detector(options))
+            write(data, options.folder)
+    except KeyboardInterrupt:
+        print("\nStopped; what was measured until then:", file=sys.stderr)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(f"\nStopped by an error, {error}\nWhat was measured until then:", file=sys.stderr)
+        if not data["poolers"]:
+            raise
+    if data["poolers"]:
+        render(data, options.folder)
+
+
+if __name__ == "__main__":
+    main()
