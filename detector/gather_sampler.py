@@ -73,17 +73,15 @@ class _Gather(torch.autograd.Function):
         position_grads = [torch.zeros_like(position) for position in tensors[maps:]]
         boxes_need_it = any(ctx.needs_input_grad[2 + maps :])
         for table in _tables(tensors[:maps], samples):
-            grad_rows = [grad.permute(0, 2, 3, 1).index_select(0, part.rois).flatten(0, 2) for part in table.readers]
+            rois = torch.cat([part.rois for part in table.readers])
+            bins = grad.permute(0, 2, 3, 1).index_select(0, rois).flatten(0, 2)  # of its readers, one after the other
             if boxes_need_it:
-                rows = table.rows(tensors)
-                for part, part_grad in zip(table.readers, grad_rows):
-                    y_grad, x_grad = position_grads[2 * part.group :][:2]
-                    _add_position_gradients(y_grad, x_grad, part, rows, part_grad)
-                del rows
+                _add_position_gradients(position_grads, table, table.rows(tensors), bins)
             if any(ctx.needs_input_grad[2 + number] for number in table.maps):
-                one_by_one = torch.cat(grad_rows) if len(grad_rows) > 1 else grad_rows[0]
-                for number, map_grad in zip(table.maps, _map_gradients(table, tensors, one_by_one)):
-                    map_grads[number] = map_grad
+                rows = _rows_gradient(table, bins, sum(table.sizes(tensors)))
+                del bins  # before a map that is not in channels_last takes its place
+                for number, map_rows in zip(table.maps, rows.split(table.sizes(tensors))):
+                    map_grads[number] = _as_map(map_rows, tensors[number])
         return None, None, *map_grads, *(position_grads if boxes_need_it else [None] * len(position_grads))
 
     @staticmethod
@@ -199,6 +197,9 @@ class _Table:
         rows = [maps[number].permute(0, 2, 3, 1).contiguous().flatten(0, 2) for number in self.maps]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
+    def sizes(self, maps: Sequence[Tensor]) -> list[int]:
+        return [maps[number][:, 0].numel() for number in self.maps]
+
     def chunks(self) -> Iterator[_Part]:
         return (chunk for part in self.readers for chunk in part.chunks())
 
@@ -235,9 +236,8 @@ def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> list[_Table]:
     ]
 
 
-def _map_gradients(table: _Table, maps: Sequence[Tensor], grad_rows: Tensor) -> Iterator[Tensor]:
-    """The gradient at each of a table's maps, from that at the bins of its readers, one after the other [bins, C]."""
-    sizes = [maps[number][:, 0].numel() for number in table.maps]
+def _rows_gradient(table: _Table, bin_grads: Tensor, size: int) -> Tensor:
+    """The gradient at a table's rows, [size, C], from that at the bins of its readers, [bins, C]."""
     batches: list[list[_Part]] = []  # what is sorted together
     for chunk in (chunk for part in table.readers for chunk in part.chunks(MAX_PIXELS_SORTED)):
         if batches and sum(part.size for part in batches[-1]) + chunk.size <= MAX_PIXELS_SORTED:
@@ -246,50 +246,46 @@ def _map_gradients(table: _Table, maps: Sequence[Tensor], grad_rows: Tensor) -> 
             batches.append([chunk])
     rows, start = None, 0
     for batch in batches:
-        of_batch, start = _rows_gradient(batch, grad_rows, start, sum(sizes))
+        read = [part.pixels() for part in batch]  # [bins, taps] each
+        dtype, device = read[0].dtype, read[0].device
+        end = start + sum(len(pixels) for pixels in read)
+        numbers = torch.arange(start, end, dtype=dtype, device=device).split([len(pixels) for pixels in read])
+        bins = torch.cat([n[:, None].expand_as(pixels).flatten() for n, pixels in zip(numbers, read)])
+        weights = torch.cat([part.weights().flatten() for part in batch])
+        # A bag for each pixel: the bins that read it. A stable sort, so that they are summed in one order always.
+        pixels, order = torch.cat([pixels.flatten() for pixels in read]).sort(stable=True)
+        bins, weights = bins[order], weights[order]
+        pixel = torch.arange(size, dtype=dtype, device=device)
+        starts = torch.searchsorted(pixels, pixel, out_int32=dtype == torch.int32)
+        of_batch = F.embedding_bag(bins, bin_grads, starts, mode="sum", per_sample_weights=weights)
         rows = of_batch if rows is None else rows.add_(of_batch)
-    if rows is None:
-        rows = grad_rows.new_zeros(sum(sizes), grad_rows.shape[1])
-    for number, map_rows in zip(table.maps, rows.split(sizes)):
-        source = maps[number]
-        map_grad = map_rows.view(source.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-        yield map_grad.contiguous() if source.is_contiguous() else map_grad
+        start = end
+    return bin_grads.new_zeros(size, bin_grads.shape[1]) if rows is None else rows
 
 
-def _rows_gradient(batch: list[_Part], grad_rows: Tensor, start: int, size: int) -> tuple[Tensor, int]:
-    """The gradient [size, C] at a table's rows from some readers, whose bins begin at ``start``; and where they end."""
-    read = [part.pixels() for part in batch]  # [bins, taps] each
-    dtype, device = read[0].dtype, read[0].device
-    end = start + sum(len(pixels) for pixels in read)
-    numbers = torch.arange(start, end, dtype=dtype, device=device).split([len(pixels) for pixels in read])
-    bins = torch.cat([n[:, None].expand_as(pixels).flatten() for n, pixels in zip(numbers, read)])
-    weights = torch.cat([part.weights().flatten() for part in batch])
-    # A bag for each pixel: the bins that read it. A stable sort, so that they are summed in one order always.
-    pixels, order = torch.cat([pixels.flatten() for pixels in read]).sort(stable=True)
-    bins, weights = bins[order], weights[order]
-    pixel = torch.arange(size, dtype=dtype, device=device)
-    starts = torch.searchsorted(pixels, pixel, out_int32=dtype == torch.int32)
-    del read, pixels, order
-    return F.embedding_bag(bins, grad_rows, starts, mode="sum", per_sample_weights=weights), end
+def _as_map(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows [pixels, C] as a map of the shape and the layout of another."""
+    source = rows.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return source.contiguous() if like.is_contiguous() else source
 
 
-def _add_position_gradients(y_grad: Tensor, x_grad: Tensor, part: _Part, rows: Tensor, grad_rows: Tensor) -> None:
-    """Put the gradients at a part's positions into those of its group, from that at its bins, [bins, C]."""
+def _add_position_gradients(position_grads: list[Tensor], table: _Table, rows: Tensor, bin_grads: Tensor) -> None:
+    """Put the gradients at the readers' y and x into those of their groups, from that at their bins, [bins, C]."""
     start = 0
-    for chunk in part.chunks():
+    for chunk in table.chunks():
         y, x = chunk.y, chunk.x
         with torch.enable_grad():
             weights = chunk.weights().requires_grad_()
             sums = F.embedding_bag(chunk.pixels(), rows, mode="sum", per_sample_weights=weights)
-        (grad,) = torch.autograd.grad(sums, weights, grad_rows[start : start + len(sums)])
+        (grad,) = torch.autograd.grad(sums, weights, bin_grads[start : start + len(sums)])
         start += len(sums)
         # [M, y bins, x bins, y taps, x taps]
         grad = grad.view(*y.index.shape[:2], x.index.shape[1], y.index.shape[2], x.index.shape[2])
         # Products and sums, not einsum: a matrix product may be in TF32.
         of_y = y.pull_back((grad * x.weight[:, None, :, None, :]).sum((2, 4)))
         of_x = x.pull_back((grad * y.weight[:, :, None, :, None]).sum((1, 3)))
-        y_grad.index_copy_(0, chunk.of_group, of_y.to(y_grad.dtype))
-        x_grad.index_copy_(0, chunk.of_group, of_x.to(x_grad.dtype))
+        for target, of_chunk in zip(position_grads[2 * chunk.group :], (of_y, of_x)):
+            target.index_copy_(0, chunk.of_group, of_chunk.to(target.dtype))
 
 
 def _with_positions(samples: Sequence[Samples], positions: Sequence[Tensor]) -> list[Samples]:

@@ -323,6 +323,14 @@ def test_a_map_in_channels_last_is_read_where_it_lies(bags):
     assert {call["table"].data_ptr() for call in backward} == own
 
 
+def test_the_rows_of_an_nchw_map_are_contiguous(bags):
+    # Of a single image they would be a view, which embedding_bag reads by a path that is many times slower.
+    for images in (1, 2):
+        affine_crop(randn(images, 32, 8, 9), [general_boxes(5, (8, 9))] * images, 3, 1.0, 2, sampler="gather")
+    assert len(bags) == 2
+    assert all(call["table"].is_contiguous() for call in bags)
+
+
 class LargestResult(TorchDispatchMode):
     numel = 0
 
@@ -462,7 +470,7 @@ def refuse(*args):
 
 @both_ratios
 def test_no_gradient_of_maps_that_need_none(monkeypatch, bags, ratio):
-    monkeypatch.setattr(detector.gather_sampler, "_map_gradients", refuse)
+    monkeypatch.setattr(detector.gather_sampler, "_rows_gradient", refuse)
     features = {name: source.detach() for name, source in levels().items()}
     boxes = boxes_of_side(LEVEL_SIDES).requires_grad_()
     result = pool(ratio)(features, [boxes], [SIZE])
