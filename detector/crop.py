@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from detector.gather_sampler import crop_by_gather
-from detector.geometry import boxes_in_frame, boxes_to_theta, geometry_dtype
+from detector.geometry import geometry_dtype
 from detector.grid_sampler import crop_by_grid
-from detector.sampling import Axis, adaptive_samples, fixed_samples
+from detector.sampling import adaptive_samples, fixed_samples, roi_axes
 
 Sampler = Literal["auto", "grid_sample", "gather"]
-# Below, a row of the gather's table costs more to find than to read.
+# Below, grid_sample is faster: a row of the gather's table costs more to find than to read.
 FEWEST_CHANNELS_TO_GATHER = 32
 
 
@@ -37,8 +37,8 @@ def affine_crop(
         input: [N, C, H, W], float64, float32, bfloat16 or float16, contiguous or channels_last.
         boxes: (x1, y1, x2, y2) in pixels of the image. Either a sequence with one [L, 4] tensor per image of the
             batch, or one [K, 5] tensor whose first column is the image's index. Coordinates are used in float32 or
-            better. The sequence is the better form under ``torch.compile`` (where the tensor form samples every RoI
-            in each image) and for ``grid_sample`` on a GPU (where the tensor's indices must be read back, once).
+            better. For ``grid_sample`` the sequence is the better form under ``torch.compile`` (where the tensor form
+            samples every RoI in each image) and on a GPU (where the tensor's indices must be read back, once).
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per pixel in which ``boxes`` are given.
         sampling_ratio: samples per bin and axis; 0 or less takes ``ceil(box size / output_size)`` of them, each
@@ -48,19 +48,20 @@ def affine_crop(
             torchvision's detectors are trained with; it also makes boxes at least one map pixel wide and high.
         sampler: how the map is read; values and gradients are the same to rounding.
 
-            * ``"grid_sample"`` samples, then averages. All of it can be compiled and exported. Its backward on CUDA
-              is not deterministic, and refused under ``torch.use_deterministic_algorithms(True)``.
+            * ``"grid_sample"`` samples, then averages. With ``sampling_ratio > 0`` it can be compiled and exported.
+              Its backward on CUDA is not deterministic, and refused under ``use_deterministic_algorithms``.
             * ``"gather"`` sums each bin's pixels by weight in one step, and writes no samples. On a CPU, with maps
               in channels_last, it takes a small part of the time of ``grid_sample`` and of ``roi_align``
-              (``tools/benchmark.py``); other maps are copied into that layout first. Its gradients are the same to
-              the last bit from run to run, and no slower under ``use_deterministic_algorithms``. ``torch.compile``
-              runs it as it is, outside of the graph; second derivatives and ``vmap`` go through ``grid_sample``. It
-              has no batched gradients (``is_grads_batched``).
-            * ``"auto"`` takes ``"grid_sample"`` under ``torch.compile`` and for export; for maps of fewer than 32
-              channels, of which a gather reads too little at a time; and on a CPU where maps would have to be
-              copied that have more than two pixels for each sample. Else it takes ``"gather"``. On CUDA neither was
-              measured: there it goes by the channels as well, for ``"gather"`` is deterministic and, over several
-              levels, does not synchronise; under ``use_deterministic_algorithms`` it is always that.
+              (``tools/benchmark.py``); other maps are copied into that layout first, and on CUDA all maps are if
+              there are several levels. First derivatives are the same to the last bit from run to run; the mode
+              ``use_deterministic_algorithms`` costs nothing on a CPU. ``torch.compile`` runs it as it is, outside of
+              the graph. Second derivatives, ``torch.func`` and ``vmap`` over maps go through ``grid_sample``;
+              batched gradients (``is_grads_batched``) are not supported.
+            * ``"auto"`` takes what was measured fastest on a CPU: ``"gather"``, but ``"grid_sample"`` for maps of
+              fewer than 32 channels, of which a gather reads too little at a time, and where maps would have to be
+              copied that have more than two pixels for each sample. On CUDA neither was measured; there it goes by
+              the channels alone, and under ``use_deterministic_algorithms`` it is ``"gather"``, which over several
+              levels does not synchronise either. Under ``torch.compile`` and for export it is ``"grid_sample"``.
 
     Returns:
         [K, C, output height, output width] in ``input``'s dtype, the RoIs in the order in which they came.
@@ -98,11 +99,17 @@ def crop_levels(
 
     Returns:
         [K, C, output height, output width] in the first map's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`affine_crop`; the maps differ in N or C, or are on several devices.
     """
     bins = _pair("output_size", output_size)
     check_sampler(sampler)
     for source, spatial_scale in zip(maps, spatial_scales):
         _check_input(source, spatial_scale)
+        if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
+            given = [(list(m.shape), str(m.device)) for m in maps]
+            raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
     index, corners, counts = _split_boxes(maps[0], boxes)
     images = maps[0].shape[0]
     known = (index >= 0) & (index < images) & (index == index.floor())  # false for NaN
@@ -111,8 +118,9 @@ def crop_levels(
         _check_values(index, known, corners, images)
     image = torch.where(known, index, 0).long()
     level = torch.zeros_like(image) if level_of is None else level_of(corners.detach())
-    dtype = geometry_dtype(*maps)
-    y, x, finite = _axes(corners.to(geometry_dtype(*maps, corners)), level, maps, bins, spatial_scales, aligned)
+    corners = corners.to(geometry_dtype(*maps, corners))
+    sizes = [(source.shape[2], source.shape[3]) for source in maps]
+    y, x, finite = roi_axes(corners, level, sizes, bins, spatial_scales, aligned)
     if look and not finite.all():
         row = int((~finite).nonzero()[0])
         scale = spatial_scales[max(int(level[row]), 0)]
@@ -122,10 +130,12 @@ def crop_levels(
         samples = [fixed_samples(y, x, level, image, sampling_ratio)]
     else:
         samples, counts = adaptive_samples(y, x, level, image), None
-    sources = [source.to(dtype) for source in maps]
     if sampler == "auto":
         sampler = _measured_fastest(maps, len(corners) * prod(bins) * max(sampling_ratio, 1) ** 2)
-    crops = crop_by_gather(sources, samples) if sampler == "gather" else crop_by_grid(sources, samples, counts)
+    if sampler == "gather":
+        crops = crop_by_gather(maps, samples)
+    else:
+        crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
     if not look:
         crops = torch.where((known & finite)[:, None, None, None], crops, torch.nan)
     return crops.to(maps[0].dtype)
@@ -188,47 +198,10 @@ def _measured_fastest(maps: Sequence[Tensor], samples: int) -> Sampler:
     if maps[0].shape[1] < FEWEST_CHANNELS_TO_GATHER:
         return "grid_sample"
     if maps[0].is_cpu:
-        copied = [m for m in maps if not m.is_contiguous(memory_format=torch.channels_last)]
+        copied = [m for m in maps if not m.permute(0, 2, 3, 1).is_contiguous()]
         if 2 * samples < sum(m[:, 0].numel() for m in copied):
             return "grid_sample"
     return "gather"
-
-
-def _axes(
-    corners: Tensor,
-    level: Tensor,
-    maps: Sequence[Tensor],
-    bins: tuple[int, int],
-    spatial_scales: Sequence[float],
-    aligned: bool,
-) -> tuple[Axis, Axis, Tensor]:
-    """The y and x axes of RoIs with corners [K, 4] in image pixels, and which RoIs are finite, [K]."""
-    height = _of_level(level, [source.shape[2] for source in maps], corners)
-    width = _of_level(level, [source.shape[3] for source in maps], corners)
-    scale = _of_level(level, spatial_scales, corners)
-    pixels = corners.detach() * scale[:, None] - (0.5 if aligned else 0.0)
-    start, end = pixels.split(2, dim=1)
-    extent = end - start
-    if not aligned:
-        extent = extent.clamp(min=1)
-        corners = torch.cat([corners[:, :2], torch.maximum(corners[:, 2:], corners[:, :2] + 1 / scale[:, None])], 1)
-    finite = torch.isfinite(torch.cat([pixels, extent], dim=1)).all(dim=1)
-    theta = boxes_to_theta(boxes_in_frame(corners, height, width, scale, aligned))
-    finite = finite & torch.isfinite(theta.detach()).flatten(1).all(dim=1)
-    # Nothing may be computed from a non-finite number: NaN times zero is NaN, in the gradients too.
-    theta = torch.where(finite[:, None, None], theta, 0.0)
-    start, extent = torch.where(finite[:, None], start, 0.0), torch.where(finite[:, None], extent, 1.0)
-    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], height, bins[0])
-    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], width, bins[1])
-    return y, x, finite
-
-
-def _of_level(level: Tensor, values: Sequence[float], like: Tensor) -> Tensor:
-    """The value of each RoI's level, [K]. From numbers, without a copy to a GPU, which would wait for it."""
-    chosen = like.new_full(level.shape, values[0])
-    for number, value in enumerate(values[1:], 1):
-        chosen = torch.where(level == number, value, chosen)
-    return chosen
 
 
 def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int] | None]:

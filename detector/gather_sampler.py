@@ -17,26 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detector.geometry import geometry_dtype
 from detector.grid_sampler import crop_by_grid
 from detector.sampling import Samples
 
-# The most pixels that one call of embedding_bag reads. On a CPU a chunk's bins should stay in the cache until they
-# are written to their place; on a GPU a call costs more than that.
+# The most pixels that one call of embedding_bag reads (one RoI may be more). On a CPU a chunk's bins should stay in the
+# cache until they are written to their place; on a GPU a call costs more than that.
 MAX_PIXELS_READ_CPU = 2**17
 MAX_PIXELS_READ_GPU = 2**26
-# The most that are sorted at once for the maps' gradient, at some 30 bytes each. 4,000 RoIs of 14 x 14 read 2**24.
+# The most that are sorted at once for the maps' gradient, at some 30 bytes each.
 MAX_PIXELS_SORTED = 2**25
 
 
 @torch.compiler.disable
 def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
-    """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments.
+    """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments; maps of any floating dtype.
 
-    Maps that are not in channels_last are copied, one at a time. Second derivatives are taken through
-    ``crop_by_grid``, and so is ``torch.vmap``.
+    In float32, or float64 where a map or the positions are. Maps in another layout than channels_last are copied, one
+    at a time; on a GPU maps of several levels are, together. Second derivatives, all derivatives of ``torch.func``
+    and ``torch.vmap`` are taken through ``crop_by_grid``.
     """
     if not maps[0].shape[1]:  # embedding_bag takes no such table
-        return crop_by_grid(maps, samples)
+        return crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples)
     positions = [axis for group in samples for axis in (group.y, group.x)]
     detached = _with_positions(samples, [axis.detach() for axis in positions])
     return _Gather.apply(detached, len(maps), *maps, *positions)
@@ -48,14 +50,19 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(samples: list[Samples], maps: int, *tensors: Tensor) -> Tensor:
         rois = sum(len(group.image) for group in samples)
-        bins, channels = (samples[0].y.shape[1], samples[0].x.shape[1]), tensors[0].shape[1]
+        tables = _tables(tensors[:maps], samples)
         # Contiguous, as roi_align's: a head may call view.
-        crops = tensors[0].new_empty(rois, channels, *bins)
-        for table in _tables(tensors[:maps], samples):
+        shape = (rois, tensors[0].shape[1], samples[0].y.shape[1], samples[0].x.shape[1])
+        all_read = sum(len(part.rois) for table in tables for part in table.readers) == rois
+        crops = tensors[0].new_empty(shape, dtype=tables[0].dtype)
+        if not all_read:
+            crops.zero_()
+        for table in tables:
             rows = table.rows(tensors)
             for chunk in table.chunks():
                 sums = F.embedding_bag(chunk.pixels(), rows, mode="sum", per_sample_weights=chunk.weights())
-                crops.index_copy_(0, chunk.rois, sums.view(-1, *bins, channels).permute(0, 3, 1, 2))
+                sums = sums.view(-1, *shape[2:], shape[1]).permute(0, 3, 1, 2)
+                crops.index_copy_(0, chunk.rois, sums)
         return crops
 
     @staticmethod
@@ -69,18 +76,17 @@ class _Gather(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: this gradient is to be differentiated
             return None, None, *torch.func.vjp(partial(_by_grid, samples, maps), *tensors)[1](grad)
 
+        grad = grad.permute(0, 2, 3, 1)  # [K, bins, bins, C]
         map_grads: list[Tensor | None] = [None] * maps
         position_grads = [torch.zeros_like(position) for position in tensors[maps:]]
         boxes_need_it = any(ctx.needs_input_grad[2 + maps :])
         for table in _tables(tensors[:maps], samples):
-            rois = torch.cat([part.rois for part in table.readers])
-            bins = grad.permute(0, 2, 3, 1).index_select(0, rois).flatten(0, 2)  # of its readers, one after the other
             if boxes_need_it:
-                _add_position_gradients(position_grads, table, table.rows(tensors), bins)
+                _add_position_gradients(position_grads, table, table.rows(tensors), grad)
             if any(ctx.needs_input_grad[2 + number] for number in table.maps):
-                rows = _rows_gradient(table, bins, sum(table.sizes(tensors)))
-                del bins  # before a map that is not in channels_last takes its place
-                for number, map_rows in zip(table.maps, rows.split(table.sizes(tensors))):
+                sizes = [tensors[number][:, 0].numel() for number in table.maps]
+                rows = _rows_gradient(table, grad, sum(sizes))
+                for number, map_rows in zip(table.maps, rows.split(sizes)):
                     map_grads[number] = _as_map(map_rows, tensors[number])
         return None, None, *map_grads, *(position_grads if boxes_need_it else [None] * len(position_grads))
 
@@ -93,7 +99,8 @@ class _Gather(torch.autograd.Function):
 
 def _by_grid(samples: list[Samples], maps: int, *tensors: Tensor) -> Tensor:
     """:class:`_Gather` by the other sampler, of whose operations all have derivatives and batching rules."""
-    return crop_by_grid(tensors[:maps], _with_positions(samples, tensors[maps:]))
+    dtype = geometry_dtype(*tensors[:maps])
+    return crop_by_grid([m.to(dtype) for m in tensors[:maps]], _with_positions(samples, tensors[maps:]))
 
 
 @dataclass(frozen=True)
@@ -124,28 +131,28 @@ def _taps(position: Tensor, size: Tensor, dtype: torch.dtype, weight: Tensor | N
     pixel = ((position + 1) * size - 1) / 2
     low = torch.minimum(pixel.floor(), size - 2).clamp(min=0)
     # Samples that count as zero read a pixel that the bin, or at least the RoI, reads anyhow: what lies outside
-    # every box may be NaN.
+    # every box may be NaN. Of an RoI that has no other samples it is the first one, as in roi_align.
     first = torch.where(on_map, low, torch.inf).amin(2, keepdim=True)  # [M, bins, 1]
     first = torch.where(first.isinf(), first.amin(1, keepdim=True), first)
     first = torch.where(first.isinf(), 0, first)
     low = torch.where(on_map, low, first)
 
+    sample_weight = on_map.to(position.dtype)
+    if weight is not None:
+        sample_weight = sample_weight * weight[:, None, None]
+    second = (pixel - low) * sample_weight
     slot = (low - first).long()
     taps = 2 * low.shape[2]
     # One tap a pixel, if that makes them fewer. On a GPU nobody looks.
     if low.is_cpu and low.shape[2] > 1 and low.numel() and (run := int(slot.max()) + 2) < taps:
         last = torch.minimum(first + slot.amax(2, keepdim=True) + 1, size - 1)
         index = torch.minimum(first + torch.arange(run, dtype=first.dtype, device=first.device), last)
-        taps = run
+        weights = position.new_zeros(index.shape)
+        weights.scatter_add_(2, slot, sample_weight - second).scatter_add_(2, slot + 1, second)
     else:
         index = torch.stack([low, torch.minimum(low + 1, size - 1)], dim=3).flatten(2)
         slot = torch.arange(0, taps, 2, device=slot.device).expand(slot.shape)
-    sample_weight = on_map.to(position.dtype)
-    if weight is not None:
-        sample_weight = sample_weight * weight[:, None, None]
-    second = (pixel - low) * sample_weight
-    weights = position.new_zeros(*index.shape)
-    weights = weights.scatter_add_(2, slot, sample_weight - second).scatter_add_(2, slot + 1, second)
+        weights = torch.stack([sample_weight - second, second], dim=3).flatten(2)
     return _Taps(index, weights.to(dtype), slot, (sample_weight * size / 2).to(dtype))
 
 
@@ -160,9 +167,14 @@ class _Part:
     x: _Taps
 
     @property
+    def taps(self) -> int:
+        """Pixels that a bin reads."""
+        return self.y.index.shape[2] * self.x.index.shape[2]
+
+    @property
     def size(self) -> int:
-        """Pixels read."""
-        return len(self.rois) * self.y.index[:1].numel() * self.x.index[:1].numel()
+        """Pixels that all bins read."""
+        return len(self.rois) * self.y.index.shape[1] * self.x.index.shape[1] * self.taps
 
     def select(self, of: slice | Tensor) -> "_Part":
         return _Part(self.group, self.of_group[of], self.rois[of], self.y.select(of), self.x.select(of))
@@ -189,16 +201,14 @@ class _Table:
     """A row for each pixel of some maps, and the RoIs that read it."""
 
     maps: Sequence[int]
+    dtype: torch.dtype
     readers: list[_Part]
 
     def rows(self, maps: Sequence[Tensor]) -> Tensor:
-        """[pixels, C]; a map that is in channels_last is its own table, without a copy."""
+        """[pixels, C]. A map in channels_last and the dtype is its own table, without a copy."""
         # Contiguous, or of a single image in NCHW it would be a view whose rows are not, which are slow to read.
-        rows = [maps[number].permute(0, 2, 3, 1).contiguous().flatten(0, 2) for number in self.maps]
+        rows = [maps[n].permute(0, 2, 3, 1).contiguous().to(self.dtype).flatten(0, 2) for n in self.maps]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-    def sizes(self, maps: Sequence[Tensor]) -> list[int]:
-        return [maps[number][:, 0].numel() for number in self.maps]
 
     def chunks(self) -> Iterator[_Part]:
         return (chunk for part in self.readers for chunk in part.chunks())
@@ -210,6 +220,7 @@ def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> list[_Table]:
     On a GPU a look would wait for it: there all maps are copied into one table, at a speed that makes it the
     smaller evil.
     """
+    working = geometry_dtype(*maps)
     ends = list(accumulate(source[:, 0].numel() for source in maps))
     dtype = torch.int32 if ends[-1] < 2**31 else torch.int64  # half the memory: an RoI reads hundreds of pixels
     starts = [0] * len(maps) if maps[0].is_cpu else [0, *ends[:-1]]
@@ -220,36 +231,39 @@ def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> list[_Table]:
         for level, start in enumerate(starts):
             if start:
                 origin = torch.where(group.level == level, origin + start, origin)
-        # RoIs on no level have a place, but no weight.
+        # RoIs on no level have no weight. (On a GPU they do read.)
         weight = (group.level >= 0).to(group.y.dtype) / group.count
-        y, x = _taps(group.y, group.height, maps[0].dtype, weight), _taps(group.x, group.width, maps[0].dtype)
+        y, x = _taps(group.y, group.height, working, weight), _taps(group.x, group.width, working)
         rows = origin[:, None, None] + y.index.to(dtype) * width[:, None, None]
         y, x = replace(y, index=rows), replace(x, index=x.index.to(dtype))
         everyone = torch.arange(len(origin), device=origin.device)
         parts.append(_Part(number, everyone, everyone if group.rois is None else group.rois, y, x))
     if not maps[0].is_cpu or len(maps) == 1:
-        return [_Table(range(len(maps)), parts)]
-    levels = [group.level.clamp(min=0) for group in samples]
-    return [
-        _Table([number], [part.select(torch.where(level == number)[0]) for part, level in zip(parts, levels)])
-        for number in range(len(maps))
-    ]
+        return [_Table(range(len(maps)), working, parts)]
+    tables = []
+    for number in range(len(maps)):
+        readers = [part.select(torch.where(group.level == number)[0]) for part, group in zip(parts, samples)]
+        tables.append(_Table([number], working, readers))
+    return tables
 
 
-def _rows_gradient(table: _Table, bin_grads: Tensor, size: int) -> Tensor:
-    """The gradient at a table's rows, [size, C], from that at the bins of its readers, [bins, C]."""
-    batches: list[list[_Part]] = []  # what is sorted together
-    for chunk in (chunk for part in table.readers for chunk in part.chunks(MAX_PIXELS_SORTED)):
-        if batches and sum(part.size for part in batches[-1]) + chunk.size <= MAX_PIXELS_SORTED:
-            batches[-1].append(chunk)
-        else:
-            batches.append([chunk])
-    rows, start = None, 0
+def _rows_gradient(table: _Table, grad: Tensor, size: int) -> Tensor:
+    """The gradient at a table's rows, [size, C], from that at the crops, [K, bins, bins, C]."""
+    # What is sorted together: RoIs whose bins take no more memory than the table, or than the sort may.
+    batches: list[list[_Part]] = []
+    for part in table.readers:
+        most = min(MAX_PIXELS_SORTED, size * part.taps)
+        for chunk in part.chunks(most):
+            if batches and sum(part.size for part in batches[-1]) + chunk.size <= most:
+                batches[-1].append(chunk)
+            else:
+                batches.append([chunk])
+    rows = None
     for batch in batches:
+        of_bins = grad.index_select(0, torch.cat([part.rois for part in batch])).flatten(0, 2)
         read = [part.pixels() for part in batch]  # [bins, taps] each
         dtype, device = read[0].dtype, read[0].device
-        end = start + sum(len(pixels) for pixels in read)
-        numbers = torch.arange(start, end, dtype=dtype, device=device).split([len(pixels) for pixels in read])
+        numbers = torch.arange(len(of_bins), dtype=dtype, device=device).split([len(pixels) for pixels in read])
         bins = torch.cat([n[:, None].expand_as(pixels).flatten() for n, pixels in zip(numbers, read)])
         weights = torch.cat([part.weights().flatten() for part in batch])
         # A bag for each pixel: the bins that read it. A stable sort, so that they are summed in one order always.
@@ -257,33 +271,30 @@ def _rows_gradient(table: _Table, bin_grads: Tensor, size: int) -> Tensor:
         bins, weights = bins[order], weights[order]
         pixel = torch.arange(size, dtype=dtype, device=device)
         starts = torch.searchsorted(pixels, pixel, out_int32=dtype == torch.int32)
-        of_batch = F.embedding_bag(bins, bin_grads, starts, mode="sum", per_sample_weights=weights)
+        of_batch = F.embedding_bag(bins, of_bins, starts, mode="sum", per_sample_weights=weights)
         rows = of_batch if rows is None else rows.add_(of_batch)
-        start = end
-    return bin_grads.new_zeros(size, bin_grads.shape[1]) if rows is None else rows
+    return grad.new_zeros(size, grad.shape[3]) if rows is None else rows
 
 
 def _as_map(rows: Tensor, like: Tensor) -> Tensor:
-    """Rows [pixels, C] as a map of the shape and the layout of another."""
-    source = rows.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    """Rows [pixels, C] as a map of the shape, the dtype and the layout of another."""
+    source = rows.to(like.dtype).view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
     return source.contiguous() if like.is_contiguous() else source
 
 
-def _add_position_gradients(position_grads: list[Tensor], table: _Table, rows: Tensor, bin_grads: Tensor) -> None:
-    """Put the gradients at the readers' y and x into those of their groups, from that at their bins, [bins, C]."""
-    start = 0
+def _add_position_gradients(position_grads: list[Tensor], table: _Table, rows: Tensor, grad: Tensor) -> None:
+    """Put the gradients at the readers' y and x into those of their groups, from that at the crops."""
     for chunk in table.chunks():
         y, x = chunk.y, chunk.x
+        of_crops = grad.index_select(0, chunk.rois)  # [M, bins, bins, C]
         with torch.enable_grad():
             weights = chunk.weights().requires_grad_()
             sums = F.embedding_bag(chunk.pixels(), rows, mode="sum", per_sample_weights=weights)
-        (grad,) = torch.autograd.grad(sums, weights, bin_grads[start : start + len(sums)])
-        start += len(sums)
-        # [M, y bins, x bins, y taps, x taps]
-        grad = grad.view(*y.index.shape[:2], x.index.shape[1], y.index.shape[2], x.index.shape[2])
+        (of_weights,) = torch.autograd.grad(sums, weights, of_crops.flatten(0, 2))
+        of_weights = of_weights.view(*of_crops.shape[:3], y.index.shape[2], x.index.shape[2])
         # Products and sums, not einsum: a matrix product may be in TF32.
-        of_y = y.pull_back((grad * x.weight[:, None, :, None, :]).sum((2, 4)))
-        of_x = x.pull_back((grad * y.weight[:, :, None, :, None]).sum((1, 3)))
+        of_y = y.pull_back((of_weights * x.weight[:, None, :, None, :]).sum((2, 4)))
+        of_x = x.pull_back((of_weights * y.weight[:, :, None, :, None]).sum((1, 3)))
         for target, of_chunk in zip(position_grads[2 * chunk.group :], (of_y, of_x)):
             target.index_copy_(0, chunk.of_group, of_chunk.to(target.dtype))
 

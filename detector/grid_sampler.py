@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -101,32 +100,31 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
 
     A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
     """
-    images, rois, *window = *y.shape[:2], y.shape[3], x.shape[3]
-    bins = (y.shape[2], x.shape[2])
+    images, rois, bins_y, rows = y.shape
+    bins_x, columns = x.shape[2:]
     channels = source.shape[1]
     if channels == 0:  # grid_sample takes no such map
-        return source.new_zeros(images, rois, 0, *bins)
+        return source.new_zeros(images, rois, 0, bins_y, bins_x)
     if not torch.compiler.is_compiling():
-        fit = max(MAX_SAMPLED_ELEMENTS // max(images * channels * prod(bins) * prod(window), 1), 1)
+        row = images * channels * bins_y * bins_x * columns  # elements for one row of samples in each bin
+        fit = max(MAX_SAMPLED_ELEMENTS // max(row * rows, 1), 1)
         if rois > fit:
             chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
             return torch.cat([_average_batched(source, *chunk, divisor) for chunk in chunks], dim=1)
         # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
-        fit = max(MAX_SAMPLED_ELEMENTS // max(images * rois * channels * prod(bins) * window[1], 1), 1)
-        if window[0] > fit:
-            total = source.new_zeros(())
-            for rows in y.split(fit, dim=3):
-                total = total + _average_batched(source, rows, x, divisor)
-            return total
+        fit = max(MAX_SAMPLED_ELEMENTS // max(row * rois, 1), 1)
+        if rows > fit:
+            slices = [_average_batched(source, y_slice, x, divisor) for y_slice in y.split(fit, dim=3)]
+            return torch.stack(slices).sum(dim=0)
     y, x = y.to(source.dtype).flatten(2), x.to(source.dtype).flatten(2)
     shape = (images, rois, y.shape[2], x.shape[2])
     grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
     sampled = F.grid_sample(
         source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
     )  # [N, C, M * bins * rows, bins * columns]
-    if rois and images and prod(window) > 1:  # pooling takes no empty tensor
-        sampled = _WindowMean.apply(sampled, (window[0], window[1]), divisor)
-    return sampled.reshape(images, channels, rois, *bins).transpose(1, 2)
+    if rois and images and rows * columns > 1:  # pooling takes no empty tensor
+        sampled = _WindowMean.apply(sampled, (rows, columns), divisor)
+    return sampled.reshape(images, channels, rois, bins_y, bins_x).transpose(1, 2)
 
 
 class _WindowMean(torch.autograd.Function):

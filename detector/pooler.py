@@ -17,7 +17,8 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
     """``torchvision.ops.MultiScaleRoIAlign`` with gradients to the boxes: its constructor, its call, its values.
 
     An RoI is cropped from the level that its size maps to (Lin et al., "Feature Pyramid Networks", 2017,
-    equation 1). The level is piecewise constant in the box, so no gradient passes through its choice.
+    equation 1). The level is piecewise constant in the box, so no gradient passes through its choice. Under
+    ``torch.compile`` each RoI is sampled in every level and image, and all but one of these read nothing.
 
     Args:
         featmap_names: the feature maps to crop from; others are ignored.
@@ -28,6 +29,10 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         aligned: as in :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
         sampler: as in :func:`~detector.affine_crop`.
     """
+
+    # Of a module that was pickled before it had them, or whose class was changed.
+    aligned: bool = False
+    sampler: Sampler = "auto"
 
     def __init__(
         self,

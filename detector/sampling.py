@@ -11,10 +11,13 @@ values, and no tensor here has a channel dimension. The rules are those of ``tor
 Both samplers (:mod:`detector.grid_sampler`, :mod:`detector.gather_sampler`) read the maps at these positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from detector.geometry import boxes_in_frame, boxes_to_theta
 
 # Samples that count as zero go here: a normalised coordinate whose neighbours all lie outside any map,
 # so that grid_sample's zero padding gives exactly 0, no gradient, and reads nothing.
@@ -99,6 +102,55 @@ class Axis:
         edge = (1 - 1 / size) * (1 - 4 * torch.finfo(dtype).eps)
         position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
         return torch.where(on_map, position, OUTSIDE)
+
+
+def roi_axes(
+    corners: Tensor,
+    level: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    bins: tuple[int, int],
+    spatial_scales: Sequence[float],
+    aligned: bool,
+) -> tuple[Axis, Axis, Tensor]:
+    """The y and x axes of RoIs on maps of several sizes, by way of theta.
+
+    Args:
+        corners: [K, 4], (x1, y1, x2, y2) in pixels of the image, float32 or float64.
+        level: [K], int64, which of the maps each is in; -1: none.
+        sizes: (height, width) of each map.
+        bins: height and width of the crop.
+        spatial_scales: of each map.
+        aligned: as in :func:`~detector.affine_crop`.
+
+    Returns:
+        The axes, and which RoIs are finite in map pixels, [K]; those that are not have been put at 0.
+    """
+    height = _of_level(level, [size[0] for size in sizes], corners)
+    width = _of_level(level, [size[1] for size in sizes], corners)
+    scale = _of_level(level, spatial_scales, corners)
+    pixels = corners.detach() * scale[:, None] - (0.5 if aligned else 0.0)
+    start, end = pixels.split(2, dim=1)
+    extent = end - start
+    if not aligned:
+        extent = extent.clamp(min=1)
+        corners = torch.cat([corners[:, :2], torch.maximum(corners[:, 2:], corners[:, :2] + 1 / scale[:, None])], 1)
+    finite = torch.isfinite(torch.cat([pixels, extent], dim=1)).all(dim=1)
+    theta = boxes_to_theta(boxes_in_frame(corners, height, width, scale, aligned))
+    finite = finite & torch.isfinite(theta.detach()).flatten(1).all(dim=1)
+    # Nothing may be computed from a non-finite number: NaN times zero is NaN, in the gradients too.
+    theta = torch.where(finite[:, None, None], theta, 0.0)
+    start, extent = torch.where(finite[:, None], start, 0.0), torch.where(finite[:, None], extent, 1.0)
+    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], height, bins[0])
+    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], width, bins[1])
+    return y, x, finite
+
+
+def _of_level(level: Tensor, values: Sequence[float], like: Tensor) -> Tensor:
+    """The value of each RoI's level, [K]. From numbers, without a copy to a GPU, which would wait for it."""
+    chosen = like.new_full(level.shape, values[0])
+    for number, value in enumerate(values[1:], 1):
+        chosen = torch.where(level == number, value, chosen)
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from detector.rpn import AttachedRPN
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, sampler: Sampler = "auto") -> Model:
+def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, sampler: Sampler | None = None) -> Model:
     """Make a torchvision R-CNN crop with :class:`~detector.MultiScaleAffineCrop`, in place.
 
     Its detections stay those of the stock model to float rounding; in training its proposals get gradients. Box,
@@ -31,7 +31,8 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
         box_gradient: which losses move the proposals, and how far.
-        sampler: how the pools read the features, see :func:`~detector.affine_crop`.
+        sampler: how the pools read the features, see :func:`~detector.affine_crop`; ``None`` leaves it as it is,
+            which in a stock model is "auto".
 
     Returns:
         ``model`` itself.
@@ -42,7 +43,8 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     """
     if not isinstance(box_gradient, BoxGradient):
         raise TypeError(f"box_gradient must be a BoxGradient, got {box_gradient!r}")
-    check_sampler(sampler)
+    if sampler is not None:
+        check_sampler(sampler)
     rpn, heads, pools = _parts(model)
     for part, stock, attached in ((rpn, RegionProposalNetwork, AttachedRPN), (heads, RoIHeads, AttachedRoIHeads)):
         if type(part).forward not in (stock.forward, attached.forward):
@@ -50,8 +52,8 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     for pool in pools:
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop
-            pool.aligned = False
-        pool.sampler = sampler
+        if sampler is not None:
+            pool.sampler = sampler
     _attach(rpn, AttachedRPN, RegionProposalNetwork)
     _attach(heads, AttachedRoIHeads, RoIHeads)
     heads.box_gradient = box_gradient
@@ -77,7 +79,8 @@ def restore_roi_align(model: Model) -> Model:
         raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
     for pool in pools:
         pool.__class__ = MultiScaleRoIAlign
-        del pool.aligned, pool.sampler
+        for name in ("aligned", "sampler"):
+            pool.__dict__.pop(name, None)
     _detach(rpn, AttachedRPN)
     _detach(heads, AttachedRoIHeads)
     for name in ("box_gradient", "_drawn"):

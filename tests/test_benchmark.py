@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 REPOSITORY = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "tools" / "benchmark.py")
@@ -49,6 +49,10 @@ def test_everything_is_measured(results):
         assert all(0 < f < b for f, b in zip(forward, both))
     detector = {(entry["task"], entry["layout"], entry["swapped"]) for entry in data["detector"]}
     assert len(detector) == len(data["detector"]) == 8
+    for entry in data["detector"]:
+        if entry["task"] == "training step":
+            assert 0 < entry["truths"] < entry["positives"] < entry["rois"]  # the RPN's own proposals among them
+            assert bool(entry["box_loss_gradient_at_rpn"]) == entry["swapped"]
     text = (results / "benchmark.md").read_text()
     assert "| FPN, 7 x 7, bfloat16, channels_last | 12 | gather |" in text
     assert "| training step | channels_last |" in text
@@ -92,11 +96,29 @@ def test_all_poolers_compute_the_same(pooler):
 def test_the_fewest_bytes():
     case = benchmark.Case("single level", "float32", "channels_last", 2, 7)
     inputs = benchmark.Inputs(case, options(images=1))
-    # Stride 16: the boxes cover columns 0 to 2 and rows 0 to 1 of 4 x 6 pixels, one of them twice.
-    inputs.boxes = [torch.tensor([[0.0, 0.0, 16.0, 0.0], [0.0, 0.0, 0.0, 0.0]])]
+    # Stride 16, one bin with one sample: from 40 to 72 pixels it is at 3.5, between 3 and 4; the second box, at 0.5
+    # in y and x, lies in the corner.
+    inputs.boxes = [torch.tensor([[40.0, 0.0, 72.0, 16.0], [0.0, 0.0, 16.0, 16.0]])]
     pixel = 4 * 4  # channels, bytes
     crops = 2 * 49 * pixel
-    assert inputs.fewest_bytes() == (6 * pixel + crops, 12 * pixel + 2 * crops + 24 * pixel)
+    assert inputs.fewest_bytes(1, 1) == {
+        "forward": 8 * pixel + crops,
+        "forward_backward": 8 * pixel + 2 * crops + 24 * pixel,
+        "box_gradient": 8 * pixel,
+    }
+
+
+@pytest.mark.parametrize("ratio", [0, 1, 2])
+def test_the_pixels_of_the_floor_are_those_that_roi_align_reads(ratio):
+    features = torch.zeros(1, 1, 9, 40, dtype=torch.float64, requires_grad=True)
+    box = [3.3, 1.2, 37.9, 5.1]
+    crops = roi_align(features, [torch.tensor([box], dtype=torch.float64)], 7, 1.0, ratio)
+    (gradient,) = torch.autograd.grad(crops.sum(), features)
+    rows = benchmark._neighbours(box[1], box[3], 7, ratio, 9)
+    columns = benchmark._neighbours(box[0], box[2], 7, ratio, 40)
+    read = torch.zeros(9, 40, dtype=torch.bool)
+    read[rows[:, None], columns] = True
+    assert torch.equal(read, gradient[0, 0] > 0)
 
 
 def test_peak_memory_is_that_of_the_run():
@@ -118,10 +140,34 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmark, "measure_poolers", interrupted)
-    benchmark.main([*TINY, "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main([*TINY, "--folder", str(tmp_path)])
+    assert stopped.value.code == 130
     assert len(json.loads((tmp_path / "benchmark.json").read_text())["poolers"]) == 3
     assert "Stopped" in capsys.readouterr().err
     assert "gather" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_a_pooler_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
+    forward = benchmark.CopiedMapPooler.forward
+
+    def out_of_memory(*arguments):
+        forward(*arguments)
+        raise torch.OutOfMemoryError("out of memory\nand a long story")
+
+    monkeypatch.setattr(benchmark.CopiedMapPooler, "forward", out_of_memory)
+    benchmark.main([*TINY, "--no_detector", "--dtypes", "float32", "--folder", str(tmp_path)])
+    data = json.loads((tmp_path / "benchmark.json").read_text())
+    failed = [entry for entry in data["poolers"] if "error" in entry]
+    assert {entry["pooler"] for entry in failed} == {benchmark.COPIED}
+    assert "| a map copied per RoI | out of memory |" in (tmp_path / "benchmark.md").read_text()
+
+
+@pytest.mark.parametrize("flags", [["--sampling_ratio", "0"], ["--dtypes", "bfloat16", "--layouts", "NCHW"]])
+def test_other_settings(flags, tmp_path):
+    benchmark.main([*TINY, "--no_detector", *flags, "--folder", str(tmp_path)])
+    assert "| gather |" in (tmp_path / "benchmark.md").read_text()
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_auto_can_be_exported_to_onnx(taken, monkeypatch):
     ],
     ids=["affine_crop", "AffineCrop", "MultiScaleAffineCrop", "swap_crop_head"],
 )
-@pytest.mark.parametrize("sampler", ["bilinear", "", None])
+@pytest.mark.parametrize("sampler", ["bilinear", ""])
 def test_another_name_is_an_error(call, sampler):
     with pytest.raises(ValueError, match=f"sampler must be one of auto, grid_sample, gather, got {sampler!r}"):
         call(sampler)
@@ -609,10 +609,67 @@ def test_swap_sets_the_sampler_of_every_pool(kind, number):
     assert [p.sampler for p in pools(model)] == ["gather"] * number
     swap_crop_head(model, sampler="grid_sample")
     assert [p.sampler for p in pools(model)] == ["grid_sample"] * number
+    swap_crop_head(model)  # which says nothing of it
+    assert [p.sampler for p in pools(model)] == ["grid_sample"] * number
+    restore_roi_align(model)
+    assert not any(hasattr(p, "sampler") or hasattr(p, "aligned") for p in pools(model))
     swap_crop_head(model)
     assert [p.sampler for p in pools(model)] == ["auto"] * number
-    restore_roi_align(model)
-    assert not any(hasattr(p, "sampler") for p in pools(model))
+
+
+def test_swap_keeps_the_sampler_that_a_pool_was_built_with():
+    model = tiny_rcnn(box_roi_pool=MultiScaleAffineCrop(["0", "1", "2"], 3, 2, sampler="gather"))
+    assert swap_crop_head(model).roi_heads.box_roi_pool.sampler == "gather"
+
+
+def test_maps_must_be_alike():
+    maps = levels(4, 2)
+    maps["2"] = maps["2"][:1]
+    for sampler in ("gather", "grid_sample"):
+        with pytest.raises(ValueError, match=r"maps must have the same N and C .*\[1, 4, 8, 10\]"):
+            pool(2, sampler)(maps, [boxes_of_side(LEVEL_SIDES)], [SIZE])
+
+
+@pytest.mark.parametrize("channels", [3, 64])
+def test_vmap_over_maps(channels):
+    # Of 64 channels "auto" takes the gather, whose operators have no batching rules.
+    maps, boxes = randn(3, 1, channels, 8, 9), [general_boxes(4, (8, 9))]
+    result = torch.vmap(lambda source: affine_crop(source, boxes, 7, 1.0, 2))(maps)
+    for source, crops in zip(maps, result, strict=True):
+        torch.testing.assert_close(crops, roi_align(source, boxes, 7, 1.0, 2), rtol=0, atol=1e-10)
+
+
+def test_an_roi_on_no_level_reads_nothing():
+    features = {name: source.detach() for name, source in levels(32).items()}
+    features["0"][:] = torch.nan
+    boxes = boxes_of_side(LEVEL_SIDES)[[1, 2, 3]]
+    boxes[1] = boxes[1, [2, 1, 0, 3]]  # a negative area
+    result = pool()(features, [boxes.requires_grad_()], [SIZE])
+    assert torch.equal(result[1], torch.zeros_like(result[1]))
+    assert result.isfinite().all()
+    (gradient,) = torch.autograd.grad(result.sum(), boxes)
+    assert torch.equal(gradient[1], torch.zeros(4, dtype=torch.float64))
+    assert gradient.isfinite().all()
+
+
+def test_half_precision_maps_are_kept_as_they_are_for_the_backward():
+    features = channels_last(torch.randn(1, 32, 20, 22)).bfloat16().requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        affine_crop(features, [general_boxes(4, (20, 22), dtype=torch.float32)], 3, 1.0, 2, sampler="gather")
+    assert not any(t.shape == features.shape and t.dtype == torch.float32 for t in kept)
+
+
+def test_a_small_map_is_summed_for_in_batches(bags):
+    """The crops' gradient is copied into rows for it, and must not take many times the map's memory."""
+    features = channels_last(randn(1, 32, 6, 7)).requires_grad_()
+    crops = affine_crop(features, [general_boxes(40, (6, 7))], 3, 1.0, 2, sampler="gather")
+    (gradient,) = torch.autograd.grad(crops.sum(), features)
+    tables = [len(call["table"]) for call in bags if call["map"]]
+    assert max(tables) <= 6 * 7
+    assert sum(tables) == 40 * 9
+    (expected,) = torch.autograd.grad(roi_align(features, [general_boxes(40, (6, 7))], 3, 1.0, 2).sum(), features)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["mask", "keypoint"])

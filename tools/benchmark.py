@@ -1,12 +1,13 @@
 """Measure the RoI poolers side by side, then a whole detector with each: time, memory, and what of it is needless.
 
-python tools/benchmark.py                                  everything, 15 minutes on 2 CPU cores
+python tools/benchmark.py                                  everything, 20 minutes on 2 CPU cores
 python tools/benchmark.py --rois 1000 --repeats 3 --no_detector
 python tools/benchmark.py --device cuda
 python tools/benchmark.py --render runs/benchmark/.../benchmark.json     the tables and the plot once more
 
-Each round runs every pooler once, one after the other, so that what slows the machine down slows all of them; a
-ratio is taken within a round. Boxes get gradients in all of them but torchvision's, which has none to give.
+Each round runs every pooler once, in an order that turns from round to round, so that what slows the machine down
+slows all of them; a ratio is taken within a round. Boxes get gradients in all but torchvision's, which has none to
+give. Forward is timed as in training, with what the backward needs being kept.
 """
 
 import argparse
@@ -43,6 +44,7 @@ REFERENCE = "torchvision"
 SAMPLERS: tuple[Sampler, ...] = ("grid_sample", "gather")
 POOLERS = (REFERENCE, *SAMPLERS)
 COPIED = "a map copied per RoI"
+DETERMINISTIC = "gather, deterministic"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,7 +101,7 @@ class Inputs:
             shape = (options.images, options.channels, height // STRIDES[level], width // STRIDES[level])
             values = torch.randn(shape, generator=generator).to(options.device, DTYPES[case.dtype])
             self.features[str(level)] = values.contiguous(memory_format=LAYOUTS[case.layout])
-        # Sides from 16 pixels to half a thousand, as many in each octave; about as proposals are.
+        # Sides from 16 pixels to half a thousand, as many in each octave, and in any place.
         counts = [case.rois // options.images + (i < case.rois % options.images) for i in range(options.images)]
         frame = torch.tensor([options.size[1], options.size[0]], dtype=torch.float32)
         self.boxes = []
@@ -112,11 +114,11 @@ class Inputs:
         crops = (case.rois, options.channels, case.bins, case.bins)
         self.upstream = torch.randn(crops, generator=generator).to(options.device, DTYPES[case.dtype])
 
-    def fewest_bytes(self) -> tuple[int, int]:
-        """That have to be moved: forward, and forward + backward.
+    def fewest_bytes(self, bins: int, sampling_ratio: int) -> dict[str, int]:
+        """That have to be moved.
 
-        Forward reads each pixel inside a box once and writes the crops. Backward reads the crops' gradient and,
-        for the boxes' gradient, those pixels once more, and writes the maps' gradient.
+        Forward reads each pixel next to a sample once and writes the crops. Backward reads the crops' gradient and
+        writes the maps'; for the boxes' gradient those pixels are read once more.
         """
         names = list(self.features)
         pixels = 0
@@ -124,14 +126,26 @@ class Inputs:
             boxes = boxes.cpu()
             levels = LevelMapper(2, 5)([boxes]) if len(names) > 1 else torch.zeros(len(boxes))
             for number, name in enumerate(names):
-                inside = torch.zeros(self.features[name].shape[2:], dtype=torch.bool)
-                for x1, y1, x2, y2 in (boxes[levels == number] / STRIDES[int(name)]).int().tolist():
-                    inside[y1 : y2 + 2, x1 : x2 + 2] = True
-                pixels += int(inside.sum())
+                read = torch.zeros(self.features[name].shape[2:], dtype=torch.bool)
+                for x1, y1, x2, y2 in (boxes[levels == number] / STRIDES[int(name)]).tolist():
+                    rows = _neighbours(y1, y2, bins, sampling_ratio, read.shape[0])
+                    columns = _neighbours(x1, x2, bins, sampling_ratio, read.shape[1])
+                    read[rows[:, None], columns] = True
+                pixels += int(read.sum())
         feature = next(iter(self.features.values()))
-        read = pixels * feature.shape[1] * feature.element_size()
-        crops = self.upstream.nbytes
-        return read + crops, 2 * read + 2 * crops + sum(f.nbytes for f in self.features.values())
+        read_bytes = pixels * feature.shape[1] * feature.element_size()
+        forward = read_bytes + self.upstream.nbytes
+        backward = self.upstream.nbytes + sum(f.nbytes for f in self.features.values())
+        return {"forward": forward, "forward_backward": forward + backward, "box_gradient": read_bytes}
+
+
+def _neighbours(start: float, end: float, bins: int, sampling_ratio: int, size: int) -> Tensor:
+    """The pixels along an axis that RoIAlign (aligned=False) reads for an RoI."""
+    extent = max(end - start, 1.0)
+    samples = bins * (sampling_ratio if sampling_ratio > 0 else -int(-extent // bins))
+    position = start + (torch.arange(samples) + 0.5) * extent / samples
+    low = position.clamp(0, size - 1).floor().long()
+    return torch.cat([low, low + 1]).clamp(max=size - 1).unique()
 
 
 def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module]:
@@ -140,25 +154,36 @@ def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module
     poolers: dict[str, nn.Module] = {REFERENCE: MultiScaleRoIAlign(*arguments)}
     for sampler in SAMPLERS:
         poolers[sampler] = MultiScaleAffineCrop(*arguments, sampler=sampler)
-    if case.maps == "single level" and case.rois <= 100:
+    if case.maps == "single level" and case.rois <= 100 and options.sampling_ratio > 0:
         poolers[COPIED] = CopiedMapPooler(names[0], case.bins, options.sampling_ratio)
+    if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", "channels_last"):
+        poolers[DETERMINISTIC] = poolers["gather"]
     return poolers
 
 
-def run_pooler(pooler: nn.Module, inputs: Inputs, device: torch.device) -> tuple[float, float]:
+def run_pooler(
+    pooler: nn.Module, inputs: Inputs, device: torch.device, *, deterministic: bool = False
+) -> tuple[float, float]:
     """Seconds of one forward, and of it with its backward."""
     features = {name: f.detach().requires_grad_() for name, f in inputs.features.items()}
     boxes = [b.clone().requires_grad_(type(pooler) is not MultiScaleRoIAlign) for b in inputs.boxes]
+    wanted = [tensor for tensor in (*features.values(), *boxes) if tensor.requires_grad]
     # torchvision's operator has no bfloat16 on a CPU; autocast casts for it, as it does in training.
-    half = inputs.upstream.dtype != torch.float32
-    start = now(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-        crops = pooler(features, boxes, inputs.image_shapes)
-    middle = now(device)
-    upstream = inputs.upstream.to(crops.dtype)
-    before_backward = now(device)
-    crops.backward(upstream)
-    end = now(device)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=inputs.upstream.dtype != torch.float32)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        start = now(device)
+        with autocast:
+            crops = pooler(features, boxes, inputs.image_shapes)
+        middle = now(device)
+        upstream = inputs.upstream.to(crops.dtype)
+        before_backward = now(device)
+        # Not crops.backward(): of leaves it would turn each gradient into the leaf's layout, which no network needs.
+        gradients = torch.autograd.grad(crops, wanted, upstream)
+        end = now(device)
+        del gradients
+    finally:
+        torch.use_deterministic_algorithms(False)
     return middle - start, middle - start + end - before_backward
 
 
@@ -170,7 +195,6 @@ def now(device: torch.device) -> float:
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
     """The most bytes in use at once during a run, over those in use before it; ``None`` where it cannot be told."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -180,10 +204,10 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed must not serve the run unseen
         Path("/proc/self/clear_refs").write_text("5")  # set the high-water mark back
         before = _resident("VmRSS")
-        run()
-        return _resident("VmHWM") - before
     except (OSError, AttributeError, TypeError):  # not Linux with glibc
         return None
+    run()
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
@@ -204,26 +228,39 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
 
 
 def measure_poolers(cases: list[Case], options: argparse.Namespace, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """One result for each case and pooler."""
+    """One result for each case and pooler; of one that fails, the error."""
     for case in tqdm(cases, desc="poolers", file=sys.stderr, disable=None):
-        inputs, poolers = Inputs(case, options), make_poolers(case, options)
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in poolers}
-        for pooler in poolers.values():
-            run_pooler(pooler, inputs, options.device)
-        for _ in range(options.repeats):
-            for name, pooler in poolers.items():
-                seconds[name].append(run_pooler(pooler, inputs, options.device))
-        floors = [count / bandwidth for count in inputs.fewest_bytes()]
-        for name, pooler in poolers.items():
-            forward, both = (list(s) for s in zip(*seconds[name]))
-            memory = peak_memory(partial(run_pooler, pooler, inputs, options.device), options.device)
-            yield {
-                "case": asdict(case),
-                "pooler": name,
-                "forward": {"seconds": forward, "floor": floors[0]},
-                "forward_backward": {"seconds": both, "floor": floors[1]},
-                "peak_bytes": memory,
-            }
+        inputs = Inputs(case, options)
+        runs = {
+            name: partial(run_pooler, pooler, inputs, options.device, deterministic=name == DETERMINISTIC)
+            for name, pooler in make_poolers(case, options).items()
+        }
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        errors = {}
+        for turn in range(options.repeats + 1):
+            names = list(runs)
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if name not in errors:
+                    try:
+                        measured = runs[name]()
+                    except RuntimeError as error:  # most likely out of memory; the others may fit
+                        errors[name] = str(error).splitlines()[0]
+                    else:
+                        seconds[name] += [measured] if turn else []  # the first warms up
+        fewest = inputs.fewest_bytes(case.bins, options.sampling_ratio)
+        gc.collect()
+        for name, run in runs.items():
+            result: dict[str, Any] = {"case": asdict(case), "pooler": name}
+            if name in errors:
+                yield result | {"error": errors[name]}
+                continue
+            peaks = [peak_memory(run, options.device) for _ in range(3)]
+            for key, values in zip(("forward", "forward_backward"), zip(*seconds[name])):
+                bytes_moved = fewest[key]
+                if key == "forward_backward" and name != REFERENCE:
+                    bytes_moved += fewest["box_gradient"]
+                result[key] = {"seconds": list(values), "floor": bytes_moved / bandwidth}
+            yield result | {"peak_bytes": None if None in peaks else peaks}
 
 
 def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -231,43 +268,56 @@ def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = options.device
     torch.manual_seed(0)
     images = [torch.rand(3, *options.size, device=device)]
-    torch.manual_seed(0)
-    settings = {"min_size": min(options.size), "max_size": max(options.size), "box_score_thresh": 0.0}
-    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings).to(device)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    targets = [_reachable_targets(model, images)]
-    models = {}
-    for layout, memory_format in LAYOUTS.items():
+    settings = {"min_size": min(options.size), "max_size": max(options.size)}
+
+    def build() -> FasterRCNN:
+        torch.manual_seed(0)
+        return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings).to(device)
+
+    targets = [_reachable_targets(build(), images)]
+    models, optimizers = {}, {}
+    for layout in options.layouts:
         for swapped in (False, True):
-            model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings).to(device)
-            model.load_state_dict(state)
-            model = model.to(memory_format=memory_format)
+            model = build().to(memory_format=LAYOUTS[layout])
             models[layout, swapped] = swap_crop_head(model, BoxGradient()) if swapped else model
+            # Not a step further: all of them see the same weights in every round.
+            optimizers[layout, swapped] = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
-    def train(model: nn.Module) -> None:
+    def train(key: tuple[str, bool]) -> None:
         torch.manual_seed(0)  # which RoIs are drawn
-        losses = model.train()(images, [dict(target) for target in targets])
+        losses = _frozen(models[key].train())(images, [dict(target) for target in targets])
+        optimizers[key].zero_grad()
         sum(losses.values()).backward()
-        model.zero_grad()
+        optimizers[key].step()
 
-    def infer(model: nn.Module) -> None:
+    def infer(key: tuple[str, bool]) -> None:
         with torch.no_grad():
-            model.eval()(images)
+            models[key].eval()(images)
 
-    seconds: dict[tuple[str, str, bool], list[float]] = {}
     jobs = {"training step": train, "inference": infer}
-    progress = tqdm(total=(options.repeats + 1) * len(jobs) * len(models), desc="detector", file=sys.stderr)
-    with progress:
+    total = (options.repeats + 1) * len(jobs) * len(models)
+    with tqdm(total=total, desc="detector", file=sys.stderr, disable=None) as progress:
         for task, job in jobs.items():
-            for repeat in range(options.repeats + 1):
-                for (layout, swapped), model in models.items():
+            seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in models}
+            for turn in range(options.repeats + 1):
+                keys = list(models)
+                for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
                     start = now(device)
-                    job(model)
-                    if repeat:  # the first warms up
-                        seconds.setdefault((task, layout, swapped), []).append(now(device) - start)
+                    job(key)
+                    seconds[key] += [now(device) - start] if turn else []
                     progress.update()
-    for (task, layout, swapped), values in seconds.items():
-        yield {"task": task, "layout": layout, "swapped": swapped, "seconds": values}
+            for (layout, swapped), values in seconds.items():
+                yield {"task": task, "layout": layout, "swapped": swapped, "seconds": values} | (
+                    _what_was_pooled(models[layout, swapped], images, targets) if task == "training step" else {}
+                )
+
+
+def _frozen(model: FasterRCNN) -> FasterRCNN:
+    """With batch norm as it is in fine-tuning: from running statistics, which are those of the start."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
 
 
 def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> dict[str, Tensor]:
@@ -276,13 +326,38 @@ def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> dict[str, Ten
         transformed, _ = model.eval().transform(images)
         proposals = model.rpn(transformed, model.backbone(transformed.tensors))[0][0]
     sides = proposals[:, 2:] - proposals[:, :2]
-    proposals = proposals[sides.min(dim=1).values > 16][:20]
-    shift = 0.1 * (proposals[:, 2:] - proposals[:, :2]).repeat(1, 2)
-    boxes = (proposals + shift * torch.tensor([0.0, 0.0, 1.0, 1.0], device=shift.device)).clone()
+    boxes = proposals[sides.min(dim=1).values > 16][:20].clone()
+    boxes[:, 2:] += 0.1 * (boxes[:, 2:] - boxes[:, :2])
     height, width = images[0].shape[1:]
-    boxes[:, 2].clamp_(max=width)
-    boxes[:, 3].clamp_(max=height)
+    boxes = boxes.minimum(boxes.new_tensor([width, height, width, height]))
     return {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)}
+
+
+def _what_was_pooled(model: FasterRCNN, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """RoIs of a training step, positives among them, and the box loss's gradient at the RPN's deltas."""
+    labels: list[Tensor] = []
+    original = model.roi_heads.select_training_samples
+
+    def select(*arguments: Any) -> Any:
+        selected = original(*arguments)
+        labels.extend(selected[2])
+        return selected
+
+    torch.manual_seed(0)
+    model.roi_heads.select_training_samples = select
+    try:
+        losses = _frozen(model.train())(images, [dict(target) for target in targets])
+    finally:
+        del model.roi_heads.select_training_samples
+    weight = model.rpn.head.bbox_pred.weight
+    (gradient,) = torch.autograd.grad(losses["loss_box_reg"], weight, allow_unused=True)
+    drawn = torch.cat(labels)
+    return {
+        "rois": len(drawn),
+        "positives": int((drawn > 0).sum()),
+        "truths": len(targets[0]["boxes"]),
+        "box_loss_gradient_at_rpn": None if gradient is None else float(gradient.norm()),
+    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -324,17 +399,20 @@ def pooler_table(results: list[dict[str, Any]]) -> str:
         stock = poolers[REFERENCE]
         for name, entry in poolers.items():
             row = [str(case), str(case.rois), name]
+            if "error" in entry or "error" in stock:
+                rows.append([*row, entry.get("error", "no reference"), "", "", ""])
+                continue
             floors = []
             for key in ("forward", "forward_backward"):
                 seconds = entry[key]["seconds"]
                 row.append(milliseconds(seconds) if name == REFERENCE else ratio(seconds, stock[key]["seconds"]))
                 floors.append(f"{median(seconds) / entry[key]['floor']:.1f}")
-            if not stock["peak_bytes"]:
+            if not (entry["peak_bytes"] and stock["peak_bytes"]):
                 row.append("unknown")
             elif name == REFERENCE:
-                row.append(f"{stock['peak_bytes'] / 2**20:.0f} MiB")
+                row.append(f"{median(stock['peak_bytes']) / 2**20:.0f} MiB")
             else:
-                row.append(f"{entry['peak_bytes'] / stock['peak_bytes']:.2f}")
+                row.append(f"{median(entry['peak_bytes']) / max(median(stock['peak_bytes']), 1):.2f}")
             rows.append([*row, ", ".join(floors)])
     return _markdown(rows)
 
@@ -343,11 +421,7 @@ def growth(results: list[dict[str, Any]]) -> str:
     """What a further RoI costs, from the fewest to the most."""
     lines = []
     for layout in LAYOUTS:
-        cases = [
-            (case.rois, entries)
-            for case, entries in _by_case(results)
-            if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", layout)
-        ]
+        cases = [(case.rois, entries) for case, entries in _plotted(results) if case.layout == layout]
         if len(cases) < 2:
             continue
         (fewest, first), (most, last) = cases[0], cases[-1]
@@ -356,26 +430,32 @@ def growth(results: list[dict[str, Any]]) -> str:
             ends = [median(entries[name]["forward_backward"]["seconds"]) for entries in (first, last)]
             slopes.append(f"{name} {1e6 * (ends[1] - ends[0]) / (most - fewest):.0f}")
         lines.append(f"- {layout}, from {fewest} to {most} RoIs: {', '.join(slopes)}")
-    return (
-        "\n".join(["Microseconds for a further RoI on an FPN in float32, forward + backward:\n", *lines])
-        if lines
-        else ""
-    )
+    title = f"Microseconds for a further RoI on an FPN in {results[0]['case']['dtype']}, forward + backward:\n"
+    return "\n".join([title, *lines]) if lines else ""
 
 
 def detector_table(results: list[dict[str, Any]]) -> str:
     rows = [["fasterrcnn_resnet50_fpn, one image", "layout", "stock", "swapped", "swapped / stock"], ["---"] * 5]
     stock = {(r["task"], r["layout"]): r["seconds"] for r in results if not r["swapped"]}
     swapped = {(r["task"], r["layout"]): r["seconds"] for r in results if r["swapped"]}
-    for key in stock:
+    for key in swapped:
         times = [f"{median(v):.2f} s ({min(v):.2f}-{max(v):.2f})" for v in (stock[key], swapped[key])]
         rows.append([*key, *times, ratio(swapped[key], stock[key])])
-    return _markdown(rows)
+    table = _markdown(rows)
+    if counts := next((r for r in results if r["swapped"] and "rois" in r), None):
+        table += (
+            "\n\nRandom weights, frozen batch norm. A training step is forward, backward and SGD, with "
+            f"{counts['rois']} RoIs, {counts['positives']} of them positive and {counts['truths']} of those the truth "
+            "itself; swapped, the box loss's gradient at the RPN's deltas has the norm "
+            f"{counts['box_loss_gradient_at_rpn'] or 0:.2g}."
+        )
+    return table
 
 
 def report(data: dict[str, Any]) -> str:
     where, settings = data["machine"], data["settings"]
     parts = [
+        f"`{data['command']}`",
         f"{where['device']}, {where['cpus']} CPUs, {where['threads']} threads; torch {where['torch']}, torchvision "
         f"{where['torchvision']}; {where['date'][:10]}. Maps of {settings['images']} images of {settings['size'][0]} x "
         f"{settings['size'][1]}, {settings['channels']} channels, sampling_ratio {settings['sampling_ratio']}; medians "
@@ -396,7 +476,7 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    """Time against the number of RoIs, on FPN maps in float32."""
+    """Time against the number of RoIs, on FPN maps in the first dtype."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -408,11 +488,10 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for panel, (key, title) in zip(panels, titles.items()):
         for layout, style in zip(LAYOUTS, ("--", "-")):
             lines: dict[str, list[tuple[int, list[float], float]]] = {}
-            for case, entries in _by_case(data["poolers"]):
-                if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", layout):
-                    for name in POOLERS:
-                        entry = entries[name][key]
-                        lines.setdefault(name, []).append((case.rois, entry["seconds"], entry["floor"]))
+            for case, entries in _plotted(data["poolers"]):
+                for name in POOLERS if case.layout == layout else ():
+                    entry = entries[name][key]
+                    lines.setdefault(name, []).append((case.rois, entry["seconds"], entry["floor"]))
             for name, points in lines.items():
                 rois = [point[0] for point in points]
                 label = f"{name}, {layout}" + ("" if name == REFERENCE else " (with box gradient)")
@@ -421,18 +500,19 @@ def plot(data: dict[str, Any], path: Path) -> None:
                 low, high = ([1000 * end(point[1]) for point in points] for end in (min, max))
                 panel.fill_between(rois, low, high, color=colors[name], alpha=0.15, linewidth=0)
             if lines and layout == "channels_last":
-                floor = [1000 * point[2] for point in lines[REFERENCE]]
+                floor = [1000 * point[2] for point in lines["gather"]]
                 panel.plot(rois, floor, ":", color="#999999", label="floor: the bytes that must move")
         panel.set(title=title, xscale="log", yscale="log", xlabel="RoIs")
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
-        counts = sorted({entry["case"]["rois"] for entry in data["poolers"] if entry["case"]["bins"] == 7})
+        counts = sorted({case.rois for case, _ in _plotted(data["poolers"])})
         panel.set_xticks(counts, [str(count) for count in counts])
         panel.minorticks_off()
     panels[0].set_ylabel("milliseconds")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=8, handlelength=4)
     where = data["machine"]
-    figure.suptitle(f"RoI pooling over an FPN, float32: {where['device']}, {where['threads']} threads", fontsize=10)
+    dtype = data["poolers"][0]["case"]["dtype"]
+    figure.suptitle(f"RoI pooling over an FPN, {dtype}: {where['device']}, {where['threads']} threads", fontsize=10)
     figure.tight_layout(rect=(0, 0.13, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -442,23 +522,38 @@ def _by_case(results: list[dict[str, Any]]) -> list[tuple[Case, dict[str, dict[s
     cases: dict[Case, dict[str, dict[str, Any]]] = {}
     for entry in results:
         cases.setdefault(Case(**entry["case"]), {})[entry["pooler"]] = entry
-    return [(case, entries) for case, entries in cases.items() if entries.keys() >= set(POOLERS)]
+    return [(case, entries) for case, entries in cases.items() if REFERENCE in entries]
+
+
+def _plotted(results: list[dict[str, Any]]) -> list[tuple[Case, dict[str, dict[str, Any]]]]:
+    """The cases whose times are compared over the number of RoIs: 7 x 7 on an FPN, in the first dtype."""
+    return [
+        (case, entries)
+        for case, entries in _by_case(results)
+        if (case.maps, case.bins, case.dtype) == ("FPN", 7, results[0]["case"]["dtype"])
+        and all("error" not in entries.get(name, {"error": ""}) for name in POOLERS)
+    ]
 
 
 def write(data: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "benchmark.json").write_text(json.dumps(data, indent=1) + "\n")
+    unfinished = folder / "benchmark.json.part"
+    unfinished.write_text(json.dumps(data, indent=1) + "\n")
+    unfinished.replace(folder / "benchmark.json")
 
 
 def render(data: dict[str, Any], folder: Path) -> None:
     text = report(data)
     print(text)
     (folder / "benchmark.md").write_text(text + "\n")
+    print(f"\nWritten: {folder / 'benchmark.md'}", file=sys.stderr)
+    if not _plotted(data["poolers"]):
+        return
     try:
         plot(data, folder / "benchmark.png")
+        print(f"Written: {folder / 'benchmark.png'}", file=sys.stderr)
     except ImportError:
-        print("\nNo plot: it needs matplotlib (pip install matplotlib, then --render).", file=sys.stderr)
-    print(f"\nIn {folder}: benchmark.json, benchmark.md, benchmark.png", file=sys.stderr)
+        print("No plot: it needs matplotlib (pip install matplotlib, then --render).", file=sys.stderr)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -470,7 +565,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--channels", type=int, default=256, help="of the feature maps")
     add("--sampling_ratio", type=int, default=2, help="samples per bin and axis; 0 takes them by the RoI's size")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the features; geometry is float32")
-    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the features")
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the features, and of the detector")
     add("--repeats", type=int, default=5, help="rounds, after one to warm up")
     add("--threads", type=int, help="threads for a CPU; default: torch's choice")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
@@ -501,36 +596,43 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.render:
         try:
-            render(json.loads(options.render.read_text()), options.render.parent)
+            data = json.loads(options.render.read_text())
+            report(data)
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"{options.render} has no results of this tool: {type(error).__name__}: {error}")
+        render(data, options.render.parent)
         return
     if options.threads:
         torch.set_num_threads(options.threads)
     bandwidth = copy_bandwidth(options.device, options.repeats)
     settings = {name: value for name, value in vars(options).items() if name not in ("folder", "render", "device")}
-    data: dict[str, Any] = {
+    command = ["python", "tools/benchmark.py", *(sys.argv[1:] if arguments is None else arguments)]
+    data = {
         "machine": machine(options.device),
+        "command": " ".join(command),
         "settings": settings,
         "bandwidth": bandwidth,
         "poolers": [],
         "detector": [],
     }
+    status = 0
     try:
         for result in measure_poolers(make_cases(options.rois, options.dtypes, options.layouts), options, bandwidth):
             data["poolers"].append(result)
             write(data, options.folder)
-        if not options.no_detector:
-            data["detector"] = list(measure_detector(options))
+        for result in measure_detector(options) if not options.no_detector else ():
+            data["detector"].append(result)
             write(data, options.folder)
     except KeyboardInterrupt:
         print("\nStopped; what was measured until then:", file=sys.stderr)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        print(f"\nStopped by an error, {error}\nWhat was measured until then:", file=sys.stderr)
-        if not data["poolers"]:
-            raise
+        status = 130
+    except RuntimeError as error:
+        print(f"\nThe detector could not be measured: {error}", file=sys.stderr)
+        status = 1
     if data["poolers"]:
         render(data, options.folder)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":
