@@ -1,6 +1,8 @@
 """The README's examples run, the files that it names exist, and nothing was left to be filled in."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,20 @@ def test_nothing_is_left_to_be_filled_in():
 def test_named_files_exist():
     for path in re.findall(r"(?:configs|tools|\.github/assets)/[\w.]+\.(?:yaml|py|png)", README):
         assert (REPOSITORY / path).is_file(), path
+
+
+def test_the_speed_table_and_the_plot_are_the_benchmark_tools_own(tmp_path):
+    assets = REPOSITORY / ".github" / "assets"
+    (tmp_path / "benchmark.json").write_text((assets / "benchmark.json").read_text())
+    subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / "benchmark.py", "--render", tmp_path / "benchmark.json"], check=True
+    )
+    report = (tmp_path / "benchmark.md").read_text()
+    assert report == (assets / "benchmark.md").read_text()
+    speed = README.split("## Speed")[1].split("\n## ")[0]
+    rows = [line for line in speed.splitlines() if line.startswith("|") and "---" not in line]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in report, row
+    assert "`python tools/benchmark.py`" in speed
+    assert report.startswith("`python tools/benchmark.py`\n")

@@ -388,7 +388,8 @@ def ratio(values: list[float], reference: list[float]) -> str:
 
 def milliseconds(seconds: list[float]) -> str:
     low, middle, high = (1000 * end(seconds) for end in (min, median, max))
-    return f"{middle:.3g} ms ({low:.3g}-{high:.3g})"
+    digits = 0 if middle >= 100 else 1
+    return f"{middle:.{digits}f} ms ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def pooler_table(results: list[dict[str, Any]]) -> str:
