@@ -33,7 +33,7 @@ MAX_PIXELS_SORTED = 2**25
 def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
     """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments; maps of any floating dtype.
 
-    In float32, or float64 where a map or the positions are. Maps in another layout than channels_last are copied, one
+    The sums are in float32, or float64 where a map is. Maps in another layout than channels_last are copied, one
     at a time; on a GPU maps of several levels are, together. Second derivatives, all derivatives of ``torch.func``
     and ``torch.vmap`` are taken through ``crop_by_grid``.
     """

@@ -148,6 +148,18 @@ def test_what_was_measured_survives_an_interruption(tmp_path, monkeypatch, capsy
     assert "gather" in (tmp_path / "benchmark.md").read_text()
 
 
+def test_a_full_disk_loses_no_result(tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match=r"cannot be written to: .*No space left"):
+        benchmark.main([*TINY, "--no_detector", "--folder", str(tmp_path)])
+    out = capsys.readouterr()
+    assert "Stopped: [Errno 28] No space left" in out.err
+    assert "| FPN, 7 x 7, float32, NCHW | 4 | torchvision |" in out.out
+
+
 def test_a_pooler_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
     forward = benchmark.CopiedMapPooler.forward
 

@@ -1,6 +1,6 @@
 """Measure the RoI poolers side by side, then a whole detector with each: time, memory, and what of it is needless.
 
-python tools/benchmark.py                                  everything, 20 minutes on 2 CPU cores
+python tools/benchmark.py                                  everything, 15 minutes on 2 CPU cores
 python tools/benchmark.py --rois 1000 --repeats 3 --no_detector
 python tools/benchmark.py --device cuda
 python tools/benchmark.py --render runs/benchmark/.../benchmark.json     the tables and the plot once more
@@ -545,16 +545,17 @@ def write(data: dict[str, Any], folder: Path) -> None:
 
 def render(data: dict[str, Any], folder: Path) -> None:
     text = report(data)
-    print(text)
-    (folder / "benchmark.md").write_text(text + "\n")
-    print(f"\nWritten: {folder / 'benchmark.md'}", file=sys.stderr)
-    if not _plotted(data["poolers"]):
-        return
+    print(text, flush=True)
     try:
-        plot(data, folder / "benchmark.png")
-        print(f"Written: {folder / 'benchmark.png'}", file=sys.stderr)
+        (folder / "benchmark.md").write_text(text + "\n")
+        print(f"\nWritten: {folder / 'benchmark.md'}", file=sys.stderr)
+        if _plotted(data["poolers"]):
+            plot(data, folder / "benchmark.png")
+            print(f"Written: {folder / 'benchmark.png'}", file=sys.stderr)
     except ImportError:
         print("No plot: it needs matplotlib (pip install matplotlib, then --render).", file=sys.stderr)
+    except OSError as error:
+        sys.exit(f"{folder} cannot be written to: {error}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -627,8 +628,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nStopped; what was measured until then:", file=sys.stderr)
         status = 130
-    except RuntimeError as error:
-        print(f"\nThe detector could not be measured: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # a full disk; the detector out of memory
+        print(f"\nStopped: {error}\nWhat was measured until then:", file=sys.stderr)
         status = 1
     if data["poolers"]:
         render(data, options.folder)
