@@ -33,9 +33,9 @@ MAX_PIXELS_SORTED = 2**25
 def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
     """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments; maps of any floating dtype.
 
-    The sums are in float32, or float64 where a map is. Maps in another layout than channels_last are copied, one
-    at a time; on a GPU maps of several levels are, together. Second derivatives, all derivatives of ``torch.func``
-    and ``torch.vmap`` are taken through ``crop_by_grid``.
+    The sums are in float32, or float64 where a map is. Maps in another layout than channels_last are copied, one at a
+    time, and again in the backward rather than kept; on a GPU maps of several levels are, together. Second
+    derivatives, all derivatives of ``torch.func`` and ``torch.vmap`` are taken through ``crop_by_grid``.
     """
     if not maps[0].shape[1]:  # embedding_bag takes no such table
         return crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples)
