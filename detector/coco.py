@@ -3,8 +3,7 @@
 import contextlib
 import io
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,19 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from detector.checks import Problem, annotation_problems, file_problems
+from detector.seeding import drawn_from, seed_of
+
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
 
 class DataError(ValueError):
     """What is wrong with a data set: names the file, the entry, the field and the value."""
+
+
+class SizeError(DataError):
+    """An image has another size than its annotation says."""
 
 
 def read_json(path: str | Path) -> Any:
@@ -34,7 +40,7 @@ def read_json(path: str | Path) -> Any:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise DataError(f"{path}: not valid JSON (cut off, or not an annotation file?): {error}") from None
 
 
@@ -51,29 +57,13 @@ def read_coco(path: str | Path) -> COCO:
 
     Raises:
         DataError: the file cannot be read, a field is missing or of the wrong type, an id is used twice, or an
-            annotation names an image or a category that is not there.
+            annotation names an image or a category that is not there: the first "error" of
+            :func:`~detector.checks.annotation_problems`, and how many more there are.
     """
     data = read_json(path)
-    if not isinstance(data, dict):
-        raise DataError(f"{path}: must hold a dict with images, annotations and categories, not a {_kind(data)}")
-    images = _entries(path, data, "images", {"id": int, "file_name": str, "width": int, "height": int})
-    categories = _entries(path, data, "categories", {"id": int, "name": str})
-    annotations = _entries(path, data, "annotations", {"id": int, "image_id": int, "category_id": int, "bbox": list})
-    for image in images.values():
-        if image["width"] < 1 or image["height"] < 1:
-            raise DataError(
-                f"{path}: image {image['id']} ({image['file_name']}) has width {image['width']} and height "
-                f"{image['height']}: both must be at least 1"
-            )
-    for annotation in annotations.values():
-        where = f"{path}: annotation {annotation['id']}"
-        if annotation["image_id"] not in images:
-            raise DataError(f"{where} has image_id {annotation['image_id']}, and there is no such image")
-        if annotation["category_id"] not in categories:
-            raise DataError(f"{where} has category_id {annotation['category_id']}, and there is no such category")
+    _refuse(annotation_problems(path, data), f"{path}")
+    for annotation in data["annotations"]:
         box = annotation["bbox"]
-        if len(box) != 4 or not all(_is_number(value) and math.isfinite(value) for value in box):
-            raise DataError(f"{where} has bbox {box}: must be 4 finite numbers, x, y, width and height")
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", box[2] * box[3])
     return index_coco(data)
@@ -109,7 +99,7 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image) if width is None or image.size != (width, height) else image
             if width is not None and upright.size != (width, height):
-                raise DataError(
+                raise SizeError(
                     f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, its annotation says "
                     f"{width}x{height} (width x height)"
                 )
@@ -118,7 +108,7 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
             return v2.functional.pil_to_tensor(upright.convert("RGB"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:  # decoders differ
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as an image (broken or cut off): {error}") from None
@@ -160,7 +150,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.category_names: list[str] = [self.coco.cats[i]["name"] for i in self.category_ids]
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self._label = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        self._check_files(annotations)
+        files = file_problems(annotations, self.coco.imgs.values(), self.folder)
+        _refuse(files, f"{annotations} --images {self.folder}")
         kept = [self._boxes(image_id) for image_id in self.image_ids]
         self.targets = [(boxes, labels) for boxes, labels, _ in kept]
         self.dropped_boxes = sum(dropped for _, _, dropped in kept)
@@ -190,13 +181,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "image_id": torch.tensor(info["id"]),
         }
         if self.transform is not None:
-            (state,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(state))
+            with drawn_from(seed_of(self.seed, epoch, index)):
                 image, target = self.transform(image, target)
         image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
+        # A crop or a rotation leaves parts of boxes outside.
+        target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        # A speck can lose its size to the transform's rounding; torchvision's detectors refuse such a box.
+        # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
         target["boxes"], target["labels"] = target["boxes"][kept], target["labels"][kept]
         return image, target
@@ -212,49 +203,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return boxes[kept], labels[kept], int((~kept).sum())
 
-    def _check_files(self, annotations: str | Path) -> None:
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such image folder")
-        folder = self.folder.resolve()
-        present = {entry.name for entry in folder.iterdir()}  # one look, not one a file: COCO has 118,000
-        for image in self.coco.imgs.values():
-            name = image["file_name"]
-            if name in present:
-                continue
-            path = (folder / name).resolve()
-            if not path.is_relative_to(folder):
-                raise DataError(f"{annotations}: image {image['id']} has file_name {name!r}, outside {self.folder}")
-            if not path.is_file():
-                raise DataError(f"{annotations}: image {image['id']} has file_name {name!r}, not in {self.folder}")
 
-
-def _entries(path: str | Path, data: dict[str, Any], name: str, fields: dict[str, type]) -> dict[int, dict[str, Any]]:
-    """The entries of one list of an annotation file by id, each checked to have the fields."""
-    if not isinstance(data.get(name), list):
-        raise DataError(f"{path}: {name!r} must be a list, got {_kind(data.get(name))}")
-    entries: dict[int, dict[str, Any]] = {}
-    for position, entry in enumerate(data[name]):
-        where = f"{path}: {name}[{position}]"
-        if not isinstance(entry, dict):
-            raise DataError(f"{where} must be a dict, got {_kind(entry)}")
-        for field, kind in fields.items():
-            value = entry.get(field)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                has = f"is {value!r}" if field in entry else "is missing"
-                raise DataError(f"{where} (id {entry.get('id')}): {field!r} {has}, must be {_article(kind)}")
-        if entry["id"] in entries:
-            raise DataError(f"{where}: id {entry['id']} is used twice")
-        entries[entry["id"]] = entry
-    return entries
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _article(kind: type) -> str:
-    return {int: "an integer", str: "a string", list: "a list"}[kind]
+def _refuse(problems: Iterable[Problem], checked: str) -> None:
+    """Raise the first error among problems, if there is one. ``checked``: the arguments that make the tool list all."""
+    messages = [problem.message for problem in problems if problem.level == "error"]
+    if messages:
+        more = len(messages) - 1
+        rest = f" (and {more:,} more problem{'s' * (more > 1)}: tools/check.py {checked} lists them)" if more else ""
+        raise DataError(messages[0] + rest)

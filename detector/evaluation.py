@@ -10,6 +10,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import box_convert
 
 from detector.coco import DataError, index_coco
@@ -86,6 +87,42 @@ def evaluate(
     precision = precision[precision > -1]
     scores["AP90"] = float(precision.mean()) if precision.size else -1.0
     return scores, table.getvalue().rstrip()
+
+
+@torch.no_grad()
+def detect_with_losses(
+    model: GeneralizedRCNN, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Detections and the training losses of the same images, by one pass of the backbone.
+
+    The model is in eval mode, but for the two flags by which RPN and RoI heads choose what to return: batch norm
+    and dropout do not take part, and no statistic changes.
+
+    Args:
+        model: a torchvision R-CNN; put in eval mode for the call.
+        images: [3, H, W] in 0..1.
+        targets: as in training.
+
+    Returns:
+        What the model returns in eval mode, and what it returns in training mode.
+    """
+    training = model.training
+    model.eval()
+    try:
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch, resized = model.transform(images, targets)
+        features = model.backbone(batch.tensors)
+        if isinstance(features, Tensor):
+            features = {"0": features}
+        model.rpn.training = model.roi_heads.training = True
+        proposals, losses = model.rpn(batch, features, resized)
+        losses = losses | model.roi_heads(features, proposals, batch.image_sizes, resized)[1]
+        model.rpn.training = model.roi_heads.training = False
+        proposals, _ = model.rpn(batch, features)
+        detections, _ = model.roi_heads(features, proposals, batch.image_sizes)
+        return model.transform.postprocess(detections, batch.image_sizes, sizes), losses
+    finally:
+        model.train(training)
 
 
 @torch.inference_mode()

@@ -156,14 +156,17 @@ BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": [{**IMAGE, "file_name": "gone.png"}], "annotations": []}, r"image 1 .*'gone\.png'"),
+        ({"images": [{**IMAGE, "file_name": "gone.png"}], "annotations": []}, r"images\[0\] \(id 1\) .*'gone\.png'"),
         ({"images": [{**IMAGE, "file_name": "../annotations.json"}], "annotations": []}, "outside"),
         ({"images": [{**IMAGE, "width": 0}], "annotations": []}, "width 0"),
-        ({"images": [{**IMAGE, "height": "20"}], "annotations": []}, r"images\[0\] \(id 1\): 'height' is '20'"),
+        ({"images": [{**IMAGE, "height": "20"}], "annotations": []}, r"images\[0\] \(id 1\) has height '20'"),
         ({"images": [{"id": 1}], "annotations": []}, r"'file_name' is missing"),
         ({"images": [IMAGE, IMAGE], "annotations": []}, "id 1 is used twice"),
-        ({"images": [IMAGE], "annotations": [{**BOX, "image_id": 5}]}, "annotation 1 has image_id 5"),
-        ({"images": [IMAGE], "annotations": [{**BOX, "category_id": 5}]}, "annotation 1 has category_id 5"),
+        ({"images": [IMAGE], "annotations": [{**BOX, "image_id": 5}]}, r"annotations\[0\] \(id 1\) has image_id 5"),
+        (
+            {"images": [IMAGE], "annotations": [{**BOX, "category_id": 5}]},
+            r"annotations\[0\] \(id 1\) has category_id 5",
+        ),
         ({"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3]}]}, r"bbox \[1, 2, 3\]"),
         ({"images": [IMAGE], "annotations": [{**BOX, "bbox": [1, 2, 3, float("nan")]}]}, "finite"),
         ({"images": [IMAGE], "annotations": ["box"]}, r"annotations\[0\] must be a dict, got str"),

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
@@ -17,30 +17,17 @@ from PIL import Image
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
+from tiny_training import REPOSITORY, TINY
+
 from detector.coco import CocoDetection, DataError
 from detector.digits import write_digits
 from detector.evaluation import SUMMARY
 from detector.models import ModelError
-from detector.training.command_line import published_categories, score, train, unused_folder
-from detector.training.data import CocoDataModule, EpochSampler, find_root
-from detector.training.task import CHECKPOINT_KEY, DetectionTask, OptimizerConfig, load_checkpoint, make_schedule
-
-REPOSITORY = Path(__file__).parent.parent
-TINY = [
-    "--config=configs/quickstart.yaml",
-    "--data.generate=null",
-    "--data.workers=0",
-    "--data.min_size=96",
-    "--model.detector.min_size=96",
-    "--model.detector.weights_backbone=null",
-    "--model.detector.fpn_channels=16",
-    "--model.detector.box_head_size=32",
-    "--model.detector.rois_per_image=16",
-    "--model.detector.score_threshold=0.0",
-    "--model.detector.detections_per_image=10",
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-]
+from detector.training.checkpoints import CHECKPOINT_KEY, load_checkpoint
+from detector.training.command_line import published_categories, score, train
+from detector.training.data import CocoDataModule, find_root
+from detector.training.run import newest_folder, unused_folder
+from detector.training.task import DetectionTask
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -146,40 +133,91 @@ def test_batch_norm_eps_survives_a_checkpoint(trained, tmp_path):
     assert {model.get_submodule(name).eps for name in eps} == {0.25}
 
 
-def test_resuming_after_ctrl_c_goes_on_in_the_same_folder(digits, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     last = folder / "checkpoints" / "last.ckpt"
-    arguments = [*TINY, f"--data.root={digits}", "--trainer.max_epochs=2"]
+    arguments = [*TINY, f"--data.root={digits}", "--data.batch_size=2", "--trainer.max_epochs=2"]
+    step = DetectionTask.training_step
 
-    def ctrl_c(task):
-        if task.current_epoch == 1:
-            raise KeyboardInterrupt
+    def ctrl_c(task, batch, number):
+        if (task.current_epoch, number) == (1, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(task, batch, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DetectionTask, "on_train_epoch_start", ctrl_c)
-        with pytest.raises(SystemExit):
-            train([*arguments, f"--run_dir={folder}"])
-    assert f"--ckpt_path {last}" in capsys.readouterr().out
+        patch.setattr(DetectionTask, "training_step", ctrl_c)
+        with pytest.raises(SystemExit) as stop:
+            train([*arguments, f"--run_dir={folder}", "--ckpt_path", "last"])
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    assert "STARTING FROM THE BEGINNING" in said
+    assert "Stopping after this step" in said
+    assert re.search(rf"python train.py .*--run_dir={folder} --ckpt_path {last}$", said, flags=re.MULTILINE)
+    assert "last --ckpt_path" not in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     first = torch.load(last, weights_only=True)
+    assert (first["epoch"], first["global_step"]) == (1, 6)
+    with pytest.raises(SystemExit, match=r"trained on 2 images a step, this run has 4: go on with the same devices x"):
+        train([*arguments, f"--ckpt_path={last}", "--trainer.accumulate_grad_batches=2"])
+    with pytest.raises(SystemExit, match="in batches of 2 images over all devices; this run has 1"):
+        train([*arguments, f"--ckpt_path={last}", "--data.batch_size=1"])
+    with pytest.raises(SystemExit, match="schedule was made for 8 steps, this run has 12"):
+        train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
     train([*arguments, f"--ckpt_path={last}"])
     second = torch.load(last, weights_only=True)
-    assert (first["epoch"], second["epoch"]) == (0, 1)
-    assert second["global_step"] == 2 * first["global_step"] > 0
+    assert (second["epoch"], second["global_step"]) == (1, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    with pytest.raises(SystemExit, match="schedule was made for 4 steps, this run has 6"):
-        train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
 
 
-def test_a_second_run_leaves_the_first_alone(tmp_path):
+def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, capsys):
+    score = DetectionTask.validation_step
+    scored = []
+
+    def ctrl_c(task, batch, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        scored.append(number)
+        score(task, batch, number)
+
+    monkeypatch.setattr(DetectionTask, "validation_step", ctrl_c)
+    arguments = [*TINY, f"--data.root={digits}", "--data.batch_size=2", "--trainer.max_epochs=2"]
+    with pytest.raises(SystemExit):
+        train([*arguments, f"--run_dir={tmp_path / 'run'}"])
+    assert scored == [0]
+    assert "--ckpt_path" in capsys.readouterr().err
+    # Of the step before the epoch's last one.
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("DETECTOR_DATA", raising=False)
+    train([f"--config={trained / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}"])
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (tmp_path / "again", trained)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (start,) = json.loads((trained / "environment.json").read_text())
+    assert start["seed"] == 0
+    assert start["versions"]["torch"] == torch.__version__.split("+")[0]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    if commit.returncode == 0:
+        assert start["git"]["commit"] == commit.stdout.strip()
+
+
+def test_folders_are_numbered(tmp_path):
     folder = tmp_path / "run"
-    assert unused_folder(folder) == folder
+    assert unused_folder(folder) == newest_folder(folder) == folder
     folder.mkdir()
-    assert unused_folder(folder) == folder
+    assert unused_folder(folder) == newest_folder(folder) == folder
     (folder / "scores.json").write_text("{}")
     assert unused_folder(folder) == tmp_path / "run-2"
-    (tmp_path / "run-2" / "checkpoints").mkdir(parents=True)
-    assert unused_folder(folder) == tmp_path / "run-3"
+    assert newest_folder(folder) == folder
+    for name in ("run-2", "run-10", "run-x", "runs-11"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run-12").write_text("a file")
+    assert unused_folder(folder) == tmp_path / "run-11"
+    assert newest_folder(folder) == tmp_path / "run-10"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +225,6 @@ def test_a_second_run_leaves_the_first_alone(tmp_path):
     [
         (["--data.root=nowhere"], "nowhere/val: no such image folder|nowhere/annotations.*no such file"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
-        (["--ckpt_path=last", "--run_dir=nowhere"], "nowhere/checkpoints/last.ckpt: no such file"),
         (["--model.detector.name=timm/nothing"], "timm cannot build 'nothing'"),
     ],
 )
@@ -253,10 +290,10 @@ def test_full_disk_leaves_the_scores_that_were_there(trained, digits, tmp_path, 
     output.mkdir()
     (output / "scores.json").write_text("before")
 
-    def full(path, text):
-        raise OSError(28, "No space left on device", str(path))
+    def full(file):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit, match="No space left on device"):
         score(
             checkpoint=str(trained / "checkpoints" / "last.ckpt"),
@@ -282,20 +319,6 @@ def test_loss_that_is_not_finite_stops_with_the_images(digits, tmp_path):
         )
 
 
-def test_order_is_a_function_of_seed_and_epoch(digits):
-    data = CocoDetection(digits / "train", digits / "annotations" / "instances_train.json")
-
-    def order(seed, epoch):
-        sampler = EpochSampler(data, num_replicas=1, rank=0, shuffle=True, seed=seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert order(0, 3) == order(0, 3)
-    assert sorted(order(0, 3)) == [(3, index) for index in range(8)]
-    assert [index for _, index in order(0, 3)] != [index for _, index in order(0, 4)]
-    assert order(0, 3) != order(1, 3)
-
-
 def test_data_is_found_by_the_setting(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTOR_DATA", str(tmp_path))
     assert find_root(None, "bccd") == tmp_path / "bccd"
@@ -305,28 +328,6 @@ def test_data_is_found_by_the_setting(monkeypatch, tmp_path):
         find_root(None, "bccd")
     with pytest.raises(DataError, match=r"--data\.root"):
         find_root(None, None)
-
-
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep"])
-def test_schedules(schedule):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
-    settings = OptimizerConfig(lr=1.0, schedule=schedule, warmup_steps=10, milestones=(8, 11))
-    scheduler = make_schedule(optimizer, settings, steps=120, epochs=12)
-    rates = []
-    for _ in range(120):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    peak = int(np.argmax(rates))
-    assert max(rates) == pytest.approx(1)
-    assert np.all(np.diff(rates[:peak]) > 0)
-    assert rates[0] < 0.1
-    if schedule == "multistep":
-        assert rates[79] == pytest.approx(1)
-        assert rates[81] == pytest.approx(0.1)
-        assert rates[111] == pytest.approx(0.01)
-    else:
-        assert rates[-1] < 0.01
 
 
 @pytest.mark.parametrize("tool", ["train.py", "eval.py"])

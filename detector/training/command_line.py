@@ -1,33 +1,44 @@
-"""The command line of ``tools/train.py``: LightningCLI with a run folder that never overwrites a result."""
+"""The command lines of ``tools/train.py``, ``tools/browse.py`` and ``tools/eval.py``."""
 
+import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.coco import CocoDetection, DataError
 from detector.models import ModelError, load_torchvision_detector
 from detector.swap import restore_roi_align, swap_crop_head
+from detector.training.browsing import browse
+from detector.training.checkpoints import TrainedDetector, load_checkpoint
 from detector.training.data import CocoDataModule, find_root
+from detector.training.failures import Interrupted, TrainingError, sentence
+from detector.training.run import Run, run_folder, unused_folder
 from detector.training.scoring import score_split
-from detector.training.task import DetectionTask, TrainedDetector, TrainingError, load_checkpoint
+from detector.training.task import DetectionTask
 
-LAST = "last"
+OURS = (DataError, ModelError, TrainingError, OSError)  # their words are meant for the user
+
+
+class SavedConfig(SaveConfigCallback):
+    """All settings, beside the checkpoints: with ``--config`` they start the same run again, from the beginning."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, *arguments: Any, **options: Any) -> None:
+        config = config.clone()
+        config.ckpt_path = None
+        super().__init__(parser, config, *arguments, **options)
 
 
 class TrainingCLI(LightningCLI):
-    """Adds the run folder, the checkpoints and the logger, which follow from one another."""
+    """Task, data and trainer by configuration file and flags, in a run folder of their own."""
 
-    run_dir: Path
+    run: Run
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -40,97 +51,99 @@ class TrainingCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help=f"Go on from this checkpoint, in its own run folder; {LAST!r}: from the last one in run_dir.",
+            help="last: go on, exactly, from the last checkpoint of the last run in run_dir (or its numbered "
+            "siblings); FILE: from that one, in its own run folder.",
+        )
+        parser.add_argument(
+            "--save_every",
+            type=int,
+            default=500,
+            help="Steps between two checkpoints; one is also written before and after each scoring.",
         )
 
     def before_instantiate_classes(self) -> None:
-        config = self.config
-        if config.ckpt_path is None:
-            self.run_dir = unused_folder(Path(config.run_dir))
-        else:
-            if config.ckpt_path == LAST:
-                config.ckpt_path = str(Path(config.run_dir) / "checkpoints" / "last.ckpt")
-            path = Path(config.ckpt_path)
-            if not path.is_file():
-                raise ModelError(f"--ckpt_path {path}: no such file")
-            self.run_dir = run_folder(path)
-        config.run_dir = str(self.run_dir)
+        data = self.config.data
+        # Absolute, so that the saved settings stand for the same data wherever they are read.
+        data.root = str(find_root(data.root, data.dataset).absolute())
+        self.run = Run(self.config.run_dir, self.config.ckpt_path, save_every=self.config.save_every)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        given = self.config_init["trainer"]
-        kwargs.setdefault("default_root_dir", str(self.run_dir))
-        if given.get("logger") is None:
-            kwargs["logger"] = TensorBoardLogger(str(self.run_dir), name="", version="")
-        folder = self.run_dir / "checkpoints"
-        callbacks: list[Callback] = [
-            ModelCheckpoint(folder, "best", monitor="val/AP", mode="max", enable_version_counter=False),
-            ModelCheckpoint(folder, LAST, enable_version_counter=False),
-            LearningRateMonitor("step"),
-        ]
-        if given.get("enable_progress_bar") is not False:  # by default it would depend on whether rich is installed
-            callbacks.append(TQDMProgressBar())
-        kwargs["callbacks"] = [*(given.get("callbacks") or []), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        return super().instantiate_trainer(**self.run.trainer_options(dict(self.config_init["trainer"]) | kwargs))
+
+
+def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = TrainingCLI) -> TrainingCLI:
+    """A run's task, data and trainer, as the command line says."""
+    return kind(
+        DetectionTask,
+        CocoDataModule,
+        run=False,
+        args=args,
+        seed_everything_default=0,
+        save_config_callback=SavedConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"description": description},
+        load_from_checkpoint_support=False,
+        auto_configure_optimizers=False,
+        trainer_defaults={"num_sanity_val_steps": 0},
+    )
 
 
 def train(args: list[str] | None = None) -> None:
     """Train as the command line says, then score the val split. Mistakes of the user end in one sentence."""
-    # From inside Lightning, about torch; nothing that a user could act on.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     try:
-        cli = TrainingCLI(
-            DetectionTask,
-            CocoDataModule,
-            run=False,
-            args=args,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"num_sanity_val_steps": 0, "use_distributed_sampler": False},
-            parser_kwargs={"description": "Train an affine-crop R-CNN; see configs/ for complete settings."},
-            load_from_checkpoint_support=False,
-            auto_configure_optimizers=False,
-        )
-        try:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl-C
-            last = cli.run_dir / "checkpoints" / f"{LAST}.ckpt"
-            if last.exists():
-                print(f"Stopped. To go on from the last whole epoch, add to the same command: --ckpt_path {last}")
-            raise
-        if cli.trainer.is_global_zero:
-            finish(cli)
-    except (DataError, ModelError, TrainingError, OSError) as error:
+        cli = parse(args, "Train an affine-crop R-CNN; see configs/ for complete settings.")
+        cli.run.train(cli.trainer, cli.model, cli.datamodule)
+    except OURS as error:
+        sys.exit(f"error: {sentence(error)}")
+    except Interrupted as stop:
+        print(f"Stopped. {resuming_command(args, str(stop))}", file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class BrowsingCLI(TrainingCLI):
+    """The command line of a training, to look at its data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", type=str, default="browse.png", help="The picture to write.")
+        parser.add_argument("--count", type=int, default=6, help="How many images, spread over the split.")
+        parser.add_argument("--epochs", type=int, default=3, help="How many draws of each: those of the first epochs.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        return lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+
+
+def browse_training_images(args: list[str] | None = None) -> None:
+    """Draw a sheet of training images, as the command line of a training would augment them."""
+    try:
+        description = "Draw training images as the model sees them; takes all flags of tools/train.py."
+        cli = parse(args, description, BrowsingCLI)
+        data, config = cli.datamodule, cli.config
+        data.prepare_data()
+        stored, augmented = data.split(data.train_split), data.split(data.train_split, train=True)
+        browse(stored, augmented, Path(config.output), images=config.count, epochs=config.epochs)
+        print(f"{config.output}: {data.train_split} of {data.root} as stored, and as the first epochs see it")
+    except OURS as error:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
-def finish(cli: TrainingCLI) -> None:
-    """Score the val split with the weights as they are, draw examples, and say where everything lies."""
-    task, data = cli.model, cli.datamodule
-    device = cli.trainer.strategy.root_device
-    folder = cli.run_dir
-    with cli.trainer.precision_plugin.forward_context():
-        scores = score_split(
-            task.model.to(device),
-            data.val_set,
-            folder,
-            device=device,
-            batch_size=data.batch_size,
-            workers=data.workers,
-        )
-    print(f"\nThe run is in {folder}/")
-    for name, what in {
-        "checkpoints/last.ckpt": "the weights that were scored",
-        "checkpoints/best.ckpt": "those of the epoch with the highest val AP",
-        "scores.json": f"the scores, AP {scores['AP']:.3f}",
-        "detections.json": "detections in COCO's results format",
-        "examples.png": "val images: the truth on the left, detections on the right",
-        "config.yaml": "all settings",
-    }.items():
-        if (folder / name).exists():
-            print(f"  {name:22} {what}")
-    print(f"  tensorboard --logdir {folder}")
+def resuming_command(args: list[str] | None, flag: str) -> str:
+    """How to go on: the same command with another ``--ckpt_path``."""
+    if not flag:
+        return "There is no checkpoint yet: the same command starts again."
+    given = list(sys.argv[1:] if args is None else args)
+    for position, argument in reversed(list(enumerate(given))):
+        if argument.startswith("--ckpt_path="):
+            del given[position]
+        elif argument == "--ckpt_path":
+            del given[position : position + 2]
+    return f"To go on:\n  {shlex.join(['python', sys.argv[0], *given])} {flag}"
 
 
 def score(
@@ -197,18 +210,11 @@ def score(
             workers=workers,
         )
         print(f"\nscores.json, detections.json and examples.png are in {target}/")
-    except (DataError, ModelError, OSError) as error:
+    except OURS as error:
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
-def sentence(error: Exception) -> str:
-    """What an error says. From a data loader's worker it comes with a traceback before it."""
-    text = str(error).strip() or type(error).__name__
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
-    return " ".join(text.split())
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def match_categories(trained: TrainedDetector, data: CocoDetection) -> Sequence[int]:
@@ -238,17 +244,3 @@ def published_categories(model: GeneralizedRCNN, data: CocoDetection) -> Sequenc
             "the weights have COCO's 90 category ids, and the data has no category of the same id and name"
         )
     raise ModelError(f"the weights have {labels} classes, the data has {len(data.category_ids)}")
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-
-
-def unused_folder(folder: Path) -> Path:
-    """``folder``, or the first of ``folder-2``, ``folder-3``, ... that holds nothing yet."""
-    candidate, number = folder, 1
-    while candidate.exists() and any(candidate.iterdir()):
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate

@@ -1,7 +1,6 @@
-"""A COCO-format data set for Lightning: loaders whose order and augmentation are functions of (seed, epoch, index)."""
+"""A COCO-format data set for Lightning: splits, augmentation and loaders."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +8,12 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
 from detector.coco import CocoDetection, DataError, Target
+from detector.training.failures import TrainingError
+from detector.training.order import ScoringBatches, TrainingBatches
 
 Batch = tuple[list[Tensor], list[Target]]
 ROOT_VARIABLE = "DETECTOR_DATA"
@@ -30,9 +30,13 @@ class CocoDataModule(lightning.LightningDataModule):
         val_split: the split to score on.
         annotations: annotation file of a split, relative to root; {split} stands for the split.
         images: image folder of a split, relative to root.
-        min_size: training images are resized so that their shorter side has this many pixels,
-        max_size: but the longer side no more than this. Keep both equal to the detector's.
-        flip: probability of a horizontal flip.
+        augmentation: transforms of torchvision.transforms.v2 for training images and their boxes, in order, each by
+            its name, or with settings as {class_path: RandomHorizontalFlip, init_args: {p: 0.25}}. Default: a
+            horizontal flip of every second image. tools/browse.py shows what comes out.
+        min_size: after that training images are resized so that their shorter side has this many pixels; of several,
+            one is drawn each time (multi-scale). "null": they keep the size that the augmentation left.
+        max_size: but the longer side no more than this. Keep both at or around the detector's, for test images.
+        group_by_shape: wide images share batches with wide ones, tall with tall.
         batch_size: images per step and device.
         workers: processes that read images.
         seed: of order and augmentation, 0 or more. Default: that of seed_everything.
@@ -47,9 +51,10 @@ class CocoDataModule(lightning.LightningDataModule):
         val_split: str = "val2017",
         annotations: str = "annotations/instances_{split}.json",
         images: str = "{split}",
-        min_size: int = 800,
+        augmentation: list[v2.Transform] | None = None,
+        min_size: int | list[int] | None = 800,
         max_size: int = 1333,
-        flip: float = 0.5,
+        group_by_shape: bool = True,
         batch_size: int = 2,
         workers: int = 2,
         seed: int | None = None,
@@ -59,18 +64,17 @@ class CocoDataModule(lightning.LightningDataModule):
         self.root = find_root(root, dataset)
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
-        self.batch_size, self.workers = batch_size, workers
+        self.group_by_shape, self.batch_size, self.workers = group_by_shape, batch_size, workers
         # Where Lightning puts the seed for all ranks; they must agree, or they would draw the same images.
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.generate = generate
-        # The detector resizes test images by itself, without antialiasing; training images must look the same.
-        self.train_transform = v2.Compose(
-            [
-                # Where the longer side always decides, Resize wants to hear of no other.
-                v2.Resize(min_size if min_size < max_size else None, max_size=max_size, antialias=False),
-                v2.RandomHorizontalFlip(flip),
-            ]
-        )
+        transforms = [v2.RandomHorizontalFlip()] if augmentation is None else list(augmentation)
+        if min_size is not None:
+            # The detector resizes test images by itself, without antialiasing; training images must look the same.
+            sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+            transforms.append(v2.RandomShortestSize(sizes, max_size, antialias=False))
+        self.train_transform = v2.Compose(transforms) if transforms else None
+        self._position: dict[str, int] = {}  # where a checkpoint was written
 
     def prepare_data(self) -> None:
         if self.generate == "digits" and not self.root.exists():
@@ -103,22 +107,54 @@ class CocoDataModule(lightning.LightningDataModule):
         return data
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        world, rank = self._ranks()
-        sampler = EpochSampler(self.train_set, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
-        return self._loader(self.train_set, sampler, drop_last=len(self.train_set) >= self.batch_size * world)
+        return self._loader(self.train_set, self._training_batches())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        world, rank = self._ranks()
-        return self._loader(self.val_set, range(rank, len(self.val_set), world))
+        ranks, rank = self._ranks()
+        return self._loader(self.val_set, ScoringBatches(len(self.val_set), self.batch_size, ranks=ranks, rank=rank))
 
-    def _loader(self, dataset: CocoDetection, sampler: Any, *, drop_last: bool = False) -> DataLoader[Batch]:
+    def upcoming(self, batches: int) -> list[int]:
+        """The ids of the images in the next batches of this rank, after the last one that was trained on."""
+        epoch, done = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1  # type: ignore[union-attr]
+        indices = [i for batch in self._training_batches().batches(epoch)[done:][:batches] for i in batch]
+        return [self.train_set.image_ids[index] for index in indices]
+
+    def state_dict(self) -> dict[str, int]:
+        trainer = self.trainer
+        assert trainer is not None
+        epoch, done = trainer.current_epoch, trainer.fit_loop.batch_idx + 1
+        if done >= trainer.num_training_batches:
+            epoch, done = epoch + 1, 0
+        return {"epoch": epoch, "batches": done, "images_per_batch": self.batch_size * self._ranks()[0]}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        size = self.batch_size * self._ranks()[0]
+        if state_dict["batches"] and state_dict["images_per_batch"] != size:
+            raise TrainingError(
+                f"the checkpoint was written within an epoch, in batches of {state_dict['images_per_batch']} images "
+                f"over all devices; this run has {size}: go on with the same devices x --data.batch_size"
+            )
+        self._position = state_dict
+
+    def _training_batches(self) -> TrainingBatches:
+        ranks, rank = self._ranks()
+        images = [self.train_set.coco.imgs[image_id] for image_id in self.train_set.image_ids]
+        return TrainingBatches(
+            [image["width"] >= image["height"] or not self.group_by_shape for image in images],
+            self.batch_size,
+            seed=self.seed,
+            ranks=ranks,
+            rank=rank,
+            epoch=self._position.get("epoch", 0),
+            start=self._position.get("batches", 0),
+        )
+
+    def _loader(self, dataset: CocoDetection, batches: Sampler[Any]) -> DataLoader[Batch]:
         return DataLoader(
             dataset,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            sampler=sampler,
+            batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,
-            drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
         )
@@ -126,16 +162,6 @@ class CocoDataModule(lightning.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-
-
-class EpochSampler(DistributedSampler):
-    """torch's sampler, shuffled by (seed, epoch), that tells the data set the epoch: it draws (epoch, index).
-
-    The data set lives in worker processes, which a call of ``set_epoch`` on it would not reach.
-    """
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in super().__iter__())
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> Batch:

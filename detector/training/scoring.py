@@ -1,6 +1,5 @@
 """Score a split from end to end: predict, evaluate, write, draw."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from detector.coco import CocoDetection
 from detector.drawing import draw, sheet
 from detector.evaluation import Result, evaluate, predict
 from detector.training.data import collate
+from detector.training.files import write_json
 
 EXAMPLES = 4
 
@@ -52,12 +52,17 @@ def score_split(
     )
     with tqdm(total=len(split), desc="scoring", unit="image", leave=False) as bar:
         results = predict(model, loader, category_ids, device=device, on_batch=bar.update)
+    return write_scores(split, results, folder)
+
+
+def write_scores(split: CocoDetection, results: list[Result], folder: Path) -> dict[str, float]:
+    """Score results, print pycocotools' table, and write what :func:`score_split` does."""
     scores, table = evaluate(split.coco, results)
     print(table)
     print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "detections.json", results)
-    _write(folder / "scores.json", scores)
+    write_json(folder / "detections.json", results)
+    write_json(folder / "scores.json", scores)
     draw_examples(split, results, folder / "examples.png")
     return scores
 
@@ -82,10 +87,3 @@ def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> No
         rows.append([draw(image, target, split.category_names), draw(image, detections, split.category_names)])
     if rows:
         sheet(rows, ["truth", "detections with a score of 0.5 or more"]).save(path)
-
-
-def _write(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all: a full disk leaves the file that was there."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(content))
-    unfinished.replace(path)

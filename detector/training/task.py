@@ -1,62 +1,31 @@
-"""What is trained: a swapped detector, its optimizer and schedule, and its score on the val split."""
+"""What is trained: a swapped detector, its losses, and its score on the val split."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
-from torchvision.models.detection import FasterRCNN
 
 from detector.box_gradient import BoxGradient
-from detector.evaluation import Result, evaluate, to_results
-from detector.models import (
-    DetectorConfig,
-    ModelError,
-    batch_norm_eps,
-    build_detector,
-    read_weights,
-    set_batch_norm_eps,
-)
+from detector.evaluation import Result, detect_with_losses, evaluate, to_results
+from detector.models import DetectorConfig, batch_norm_eps, build_detector
+from detector.seeding import sample_by_image, seed_of
 from detector.swap import swap_crop_head
+from detector.training.checkpoints import CHECKPOINT_KEY
 from detector.training.data import Batch, CocoDataModule
-
-CHECKPOINT_KEY = "affine_crop_rcnn"
-
-
-class TrainingError(RuntimeError):
-    """Why training cannot go on."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How the weights are changed.
-
-    Args:
-        name: "adamw" or "sgd".
-        lr: peak learning rate.
-        weight_decay: of all parameters that are trained.
-        momentum: sgd only.
-        schedule: after the warm-up "cosine" down to 0 or "multistep"; or "onecycle", which has its own warm-up.
-        warmup_steps: steps over which the rate climbs linearly from a thousandth.
-        milestones: multistep only: the epochs at which the rate is divided by 10.
-    """
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    schedule: Literal["onecycle", "cosine", "multistep"] = "onecycle"
-    warmup_steps: int = 500
-    milestones: tuple[int, ...] = (8, 11)
+from detector.training.failures import TrainingError
+from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
 
 
 class DetectionTask(lightning.LightningModule):
     """Train and score a Faster R-CNN.
+
+    All that is drawn at random in training is a function of the seed, the epoch, and the image or the batch.
 
     Args:
         detector: what to build.
@@ -75,7 +44,10 @@ class DetectionTask(lightning.LightningModule):
         super().__init__()
         self.detector, self.box_gradient, self.crop, self.optimizer = detector, box_gradient, crop, optimizer
         self.model: Any = None  # a FasterRCNN, from configure_model on
-        self._results: list[Result] = []
+        self.image_ids: list[int] = []  # of the batch under way
+        self.results: list[Result] = []  # of the last scoring, on every image of the val split
+        self.scored_step: int | None = None  # the step after which that was
+        self._resumed: dict[str, Any] | None = None
 
     @property
     def data(self) -> CocoDataModule:
@@ -87,15 +59,22 @@ class DetectionTask(lightning.LightningModule):
             if self.crop == "affine":
                 swap_crop_head(self.model, self.box_gradient)
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def configure_callbacks(self) -> Sequence[Callback]:
+        return [] if self.optimizer.ema is None else [WeightEMA(self.optimizer.ema)]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Of anchors and RoIs see _losses; this is for what else a network may draw, such as dropout.
+        torch.manual_seed(seed_of(self.data.seed, self.global_rank, self.current_epoch, batch_idx))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
+        self._draw_by_image(targets, self.current_epoch)
         losses = self.model(images, targets)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
-            ids = [int(target["image_id"]) for target in targets]
             values = {name: loss.item() for name, loss in losses.items()}
             raise TrainingError(
-                f"the loss is not finite in step {self.global_step}, on images {ids}: {values}. Lower "
+                f"the loss is not finite in step {self.global_step}, on images {self.image_ids}: {values}. Lower "
                 "--model.optimizer.lr, or set --trainer.gradient_clip_val"
             )
         size = len(images)
@@ -104,40 +83,51 @@ class DetectionTask(lightning.LightningModule):
             self.log(f"train/{name}", loss, prog_bar=True, batch_size=size)
         return total
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
+    def on_validation_start(self) -> None:
+        self.results = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        ids = [int(target["image_id"]) for target in targets]
-        self._results += to_results(self.model(images), ids, self.data.val_set.category_ids)
+        self._draw_by_image(targets, 0)  # the same in every epoch: its losses can be compared
+        detections, losses = detect_with_losses(self.model, images, targets)
+        self.results += to_results(detections, self.image_ids, self.data.val_set.category_ids)
+        size = len(images)
+        self.log("val/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, batch_size=size, sync_dist=True)
+        for name, loss in losses.items():
+            self.log(f"val/{name}", loss, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        results, self._results = self._results, []
-        if self.trainer.world_size > 1:
-            parts: list[list[Result]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(parts, results)
-            results = [result for part in parts for result in part]
-        scores, _ = evaluate(self.data.val_set.coco, results)
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            parts: list[list[Result]] = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(parts, self.results)
+            self.results = [result for part in parts for result in part]
+        scores = evaluate(self.data.val_set.coco, self.results)[0] if trainer.is_global_zero else None
+        scores = trainer.strategy.broadcast(scores)
+        assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})
         self.log("AP", scores["AP"], prog_bar=True, logger=False)
+        self.scored_step = self.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings = self.optimizer
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer: torch.optim.Optimizer
-        if settings.name == "adamw":
-            optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
-        else:
-            optimizer = torch.optim.SGD(
-                parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-            )
-        steps = self._steps()
-        schedule = make_schedule(optimizer, settings, steps, max(self.trainer.max_epochs or 1, 1))
+        trainer, settings = self.trainer, self.optimizer
+        images = self.images_per_step
+        lr, steps = settings.rate(images), self._steps()
+        self._check_resumed(images, steps)
+        rank_zero_info(
+            f"{images} images a step ({trainer.world_size} devices x {self.data.batch_size} images x "
+            f"{trainer.accumulate_grad_batches} accumulated): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
+            f"{settings.lr_batch} images, {settings.lr_rule}), {settings.name}, {settings.schedule}; {steps} steps, "
+            f"{steps // max(trainer.max_epochs or 1, 1)} an epoch"
+        )
+        optimizer = make_optimizer(self.model, settings, lr)
+        schedule = make_schedule(optimizer, settings, steps, max(trainer.max_epochs or 1, 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise TrainingError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
-        return int(steps)
+    @property
+    def images_per_step(self) -> int:
+        """The images that one step of the optimizer sees, over all devices and accumulated batches."""
+        return self.trainer.world_size * self.data.batch_size * self.trainer.accumulate_grad_batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values: the file loads with weights_only=True, and nothing in it names a class to import.
@@ -148,64 +138,38 @@ class DetectionTask(lightning.LightningModule):
             "batch_norm_eps": batch_norm_eps(self.model),
             "category_ids": val_set.category_ids,
             "category_names": val_set.category_names,
+            "images_per_step": self.images_per_step,
             "steps": self._steps(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if CHECKPOINT_KEY not in checkpoint:
             raise TrainingError("--ckpt_path is not a checkpoint of tools/train.py")
-        before, now = checkpoint[CHECKPOINT_KEY]["steps"], self._steps()
-        if before != now and self.optimizer.schedule != "multistep":
+        self._resumed = checkpoint[CHECKPOINT_KEY]
+
+    def _check_resumed(self, images: int, steps: int) -> None:
+        """Refuse to go on from a checkpoint with a schedule that was made for another course."""
+        if self._resumed is None:
+            return
+        before = self._resumed["images_per_step"]
+        if before != images:
             raise TrainingError(
-                f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has {now}: "
-                "go on with the same data, batch size and --trainer.max_epochs"
+                f"the checkpoint was trained on {before} images a step, this run has {images}: go on with the same "
+                "devices x --data.batch_size x --trainer.accumulate_grad_batches"
+            )
+        before = self._resumed["steps"]
+        if before != steps and self.optimizer.schedule != "multistep":
+            raise TrainingError(
+                f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has "
+                f"{steps}: go on with the same data and --trainer.max_epochs"
             )
 
+    def _steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise TrainingError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        return int(steps)
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerConfig, steps: int, epochs: int) -> LRScheduler:
-    """The learning rate's course over ``steps`` steps in ``epochs`` epochs; stepped once a step."""
-    if settings.schedule == "onecycle":
-        return OneCycleLR(optimizer, settings.lr, total_steps=max(steps, 1))
-    warmup_steps = max(min(settings.warmup_steps, steps // 2), 1)
-    warmup = LinearLR(optimizer, start_factor=1e-3, total_iters=warmup_steps)
-    main: LRScheduler
-    if settings.schedule == "cosine":
-        main = CosineAnnealingLR(optimizer, max(steps - warmup_steps, 1))
-    else:
-        milestones = [max(epoch * steps // epochs - warmup_steps, 1) for epoch in settings.milestones]
-        main = MultiStepLR(optimizer, milestones)
-    return SequentialLR(optimizer, [warmup, main], [warmup_steps])
-
-
-@dataclass(frozen=True)
-class TrainedDetector:
-    """A detector out of a checkpoint, in eval mode, and the categories that its labels stand for."""
-
-    model: FasterRCNN
-    category_ids: Sequence[int]
-    category_names: Sequence[str]
-
-
-def load_checkpoint(path: str | Path) -> TrainedDetector:
-    """Build the detector of a checkpoint of ``tools/train.py`` and load its weights. Nothing is unpickled.
-
-    Raises:
-        ModelError: the file is missing, broken, or not such a checkpoint.
-    """
-    checkpoint = read_weights(path)
-    try:
-        saved = checkpoint[CHECKPOINT_KEY]
-        config = DetectorConfig(**saved["detector"])
-        category_ids, category_names = list(saved["category_ids"]), list(saved["category_names"])
-        model = build_detector(config, len(category_ids), pretrained=False)
-        if saved["crop"] == "affine":
-            swap_crop_head(model)
-        weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-        model.load_state_dict(weights)
-        set_batch_norm_eps(model, saved["batch_norm_eps"])
-    except ModelError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: not a checkpoint of tools/train.py, or damaged: {reason}") from None
-    return TrainedDetector(model.eval(), category_ids, category_names)
+    def _draw_by_image(self, targets: list[dict[str, Tensor]], epoch: int) -> None:
+        self.image_ids = [int(target["image_id"]) for target in targets]
+        sample_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])

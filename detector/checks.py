@@ -1,0 +1,387 @@
+"""What can be wrong with a data set in COCO's format: all of it at once, each problem in one sentence."""
+
+import os
+import reprlib
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+# detector.coco takes its errors from here. What needs it in turn, to open files, imports it when called.
+
+Level = Literal["error", "flaw", "note"]
+LEVELS: tuple[Level, ...] = ("error", "flaw", "note")
+ROUNDING = 1.0  # pixels by which a box may reach outside its image: those of COCO's own files do, by less
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong, or worth knowing.
+
+    Args:
+        kind: a short heading, the same for all problems of the kind, such as "missing image files".
+        level: "error": training or scoring cannot use the file. "flaw": they can, but something is clipped, left
+            out or counted wrong. "note": nothing is wrong.
+        message: one sentence that names the file, the entry (its place in the list, and its id), field and value.
+    """
+
+    kind: str
+    level: Level
+    message: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What :func:`check_dataset` found.
+
+    Args:
+        problems: all of them, those in the annotation file first.
+        contents: how much was looked at: "92 images with 829 annotations of 80 categories". Empty if the file
+            could not be read.
+    """
+
+    problems: Sequence[Problem]
+    contents: str = ""
+
+
+def check_dataset(
+    annotations: str | Path,
+    images: str | Path | None = None,
+    *,
+    decode: bool = True,
+    workers: int = 4,
+    on_image: Callable[[int], Any] = lambda left: None,
+) -> Findings:
+    """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
+
+    Args:
+        annotations: the annotation file, see :func:`~detector.coco.read_coco`.
+        images: the folder that ``file_name`` is relative to; ``None``: only the annotation file is checked.
+        decode: also open every image whose entry is right and whose file is there.
+        workers: threads that open images, 1 or more.
+        on_image: for a progress bar, called with the number of images still to open: with all, then after each.
+
+    Returns:
+        The problems; a file that cannot be read is one of them.
+    """
+    from detector.coco import DataError, read_json
+
+    try:
+        data = read_json(annotations)
+    except DataError as error:
+        return Findings([Problem("unreadable annotation file", "error", str(error))])
+    problems = list(annotation_problems(annotations, data))
+    entries = _list(data, "images")
+    if images is not None:
+        unusable: set[int | None] = set()
+        for position, problem in _file_problems(annotations, entries, Path(images)):
+            problems.append(problem)
+            unusable.add(position)
+        if decode and None not in unusable:
+            usable = [image for i, image in enumerate(entries) if i not in unusable and _is_right(image, "images")]
+            problems += _image_problems(Path(images), usable, workers, on_image)
+    contents = (
+        f"{_count(len(entries), 'image')} with {_count(len(_list(data, 'annotations')), 'annotation')} of "
+        f"{_count(len(_list(data, 'categories')), 'category', 'categories')}"
+    )
+    return Findings(problems, contents)
+
+
+def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
+    """What is wrong with the content of an annotation file. ``segmentation`` is not looked at.
+
+    Args:
+        path: the file's name, for the messages.
+        data: what ``json.load`` made of it, whatever that is.
+
+    Yields:
+        Problems. :func:`~detector.coco.read_coco` takes a file that has none of level "error".
+    """
+    if not isinstance(data, dict):
+        what = f"must hold a dict with images, annotations and categories, not a {_kind(data)}"
+        yield Problem("not in COCO's format", "error", f"{path}: {what}")
+        return
+    images = yield from _entries(path, data, "images")
+    categories = yield from _entries(path, data, "categories")
+    annotations = yield from _entries(path, data, "annotations")
+    yield from _repeated(path, "images", images, "file_name", "flaw")
+    yield from _repeated(path, "categories", categories, "name", "flaw")
+    sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images if "id" in image}
+    category_ids = {category["id"] for category in categories if "id" in category}
+    # Where the list itself is not there, that has been said.
+    has_images, has_categories, has_annotations = (isinstance(data.get(name), list) for name in FIELDS)
+    for position, annotation in enumerate(annotations):
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        if image_id is not None and image_id not in sizes and has_images:
+            message = f"{_where(path, 'annotations', position, annotation)} has image_id {image_id}"
+            yield Problem("annotations of an unknown image", "error", f"{message}, and there is no such image")
+        if category_id is not None and category_id not in category_ids and has_categories:
+            message = f"{_where(path, 'annotations', position, annotation)} has category_id {category_id}"
+            yield Problem("annotations of an unknown category", "error", f"{message}, and there is no such category")
+        if annotation.get("id") == 0:
+            message = f"{_where(path, 'annotations', position, annotation)} has id 0, which pycocotools takes for none"
+            yield Problem("annotations with id 0", "flaw", f"{message}: what detects it counts as a false detection")
+        if "bbox" in annotation:
+            width, height = sizes.get(image_id, (None, None))
+            found = _box_problem(annotation["bbox"], width, height)
+            if found is not None:
+                kind, what = found
+                message = f"{_where(path, 'annotations', position, annotation)} has bbox {_show(annotation['bbox'])}"
+                yield Problem(kind, "flaw", f"{message}, {what}")
+    if has_annotations:
+        used = {annotation.get("category_id") for annotation in annotations}
+        yield from _unused(path, "categories", categories, used, "categories never used")
+        used = {annotation.get("image_id") for annotation in annotations}
+        yield from _unused(path, "images", images, used, "images without annotations")
+
+
+def file_problems(annotations_path: str | Path, images: Iterable[Entry], folder: str | Path) -> Iterator[Problem]:
+    """Which image files are not there. A look at names only, quick.
+
+    Args:
+        annotations_path: the annotation file's name, for the messages.
+        images: its ``images``, in order; entries without a ``file_name`` are passed over.
+        folder: the folder that ``file_name`` is relative to.
+
+    Yields:
+        Problems, all of level "error".
+    """
+    for _, problem in _file_problems(annotations_path, images, Path(folder)):
+        yield problem
+
+
+def image_problem(folder: str | Path, image: Entry) -> Problem | None:
+    """What keeps an image from being read: it is decoded whole, as for training.
+
+    Args:
+        folder: the folder that ``file_name`` is relative to.
+        image: an entry of ``images``, with ``file_name``, ``width`` and ``height``.
+    """
+    from detector.coco import DataError, SizeError, read_image
+
+    try:
+        read_image(Path(folder) / image["file_name"], width=image["width"], height=image["height"])
+    except DataError as error:
+        kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
+        return Problem(kind, "error", " ".join(str(error).split()))
+    return None
+
+
+def report(findings: Findings, *, examples: int = 3) -> str:
+    """Problems as text, by kind: errors first, then flaws, then notes; a summary in the last line.
+
+    Args:
+        findings: what :func:`check_dataset` found.
+        examples: problems of each kind to show; of the rest, the number.
+    """
+    lines: list[str] = []
+    counts: list[str] = []
+    for level in LEVELS:
+        kinds: dict[str, list[str]] = {}
+        for problem in findings.problems:
+            if problem.level == level:
+                kinds.setdefault(problem.kind, []).append(problem.message)
+        for kind, messages in kinds.items():
+            lines.append(f"{_count(len(messages), level)}: {kind}")
+            lines += [f"    {message}" for message in messages[:examples]]
+            if len(messages) > examples:
+                lines.append(f"    ... and {len(messages) - examples:,} more")
+            lines.append("")
+        if kinds:
+            counts.append(_count(sum(map(len, kinds.values())), level))
+        elif level == "flaw" and not counts:
+            counts.append("nothing wrong")
+    lines.append(", ".join(counts) + (f" in {findings.contents}" if findings.contents else ""))
+    return "\n".join(lines)
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63  # ids become tensors
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str
+
+
+def _is_number(value: Any) -> bool:
+    # Not math.isfinite: JSON's integers may be too large for a float.
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def _is_box(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_flag(value: Any) -> bool:
+    return value in (0, 1)  # also true and false
+
+
+# What each entry must have: a test, and what it asks for.
+INTEGER = (_is_integer, "an integer of 64 bits")
+SIZE = (_is_size, "an integer of at least 1")
+TEXT = (_is_text, "a string")
+FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {"id": INTEGER, "file_name": TEXT, "width": SIZE, "height": SIZE},
+    "categories": {"id": INTEGER, "name": TEXT},
+    "annotations": {
+        "id": INTEGER,
+        "image_id": INTEGER,
+        "category_id": INTEGER,
+        "bbox": (_is_box, "4 finite numbers, x, y, width and height"),
+        "area": (_is_number, "a finite number"),
+        "iscrowd": (_is_flag, "0 or 1"),
+    },
+}
+OPTIONAL = ("area", "iscrowd")
+
+
+def _entries(path: str | Path, data: Entry, name: str) -> Generator[Problem, None, list[Entry]]:
+    """Yield what is wrong with the entries of one list. Return them all, without the fields that are wrong."""
+    if not isinstance(data.get(name), list):
+        yield Problem("not in COCO's format", "error", f"{path}: {name!r} must be a list, got {_kind(data.get(name))}")
+        return []
+    entries = []
+    for position, entry in enumerate(data[name]):
+        if _is_right(entry, name):
+            entries.append(entry)
+            continue
+        entries.append({})
+        if not isinstance(entry, dict):
+            message = f"{path}: {name}[{position}] must be a dict, got {_kind(entry)}"
+            yield Problem(f"{name} that are no dicts", "error", message)
+            continue
+        where = _where(path, name, position, entry)
+        for field, (fits, meant) in FIELDS[name].items():
+            if field not in entry:
+                if field not in OPTIONAL:
+                    message = f"{where}: {field!r} is missing, must be {meant}"
+                    yield Problem(f"{name} without {field}", "error", message)
+            elif fits(entry[field]):
+                entries[-1][field] = entry[field]
+            else:
+                message = f"{where} has {field} {_show(entry[field])}, must be {meant}"
+                yield Problem(f"{name} with a wrong {field}", "error", message)
+    yield from _repeated(path, name, entries, "id", "error")
+    return entries
+
+
+def _is_right(entry: Any, name: str) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    for field, (fits, _) in FIELDS[name].items():
+        if not fits(entry[field]) if field in entry else field not in OPTIONAL:
+            return False
+    return True
+
+
+def _repeated(path: str | Path, name: str, entries: list[Entry], field: str, level: Level) -> Iterator[Problem]:
+    first: dict[Any, int] = {}
+    for position, entry in enumerate(entries):
+        if field in entry and first.setdefault(entry[field], position) != position:
+            message = (
+                f"{_where(path, name, position, entry)}: {field} {_show(entry[field])} is used twice, first by "
+                f"{name}[{first[entry[field]]}]"
+            )
+            yield Problem(f"{name} with the same {field}", level, message)
+
+
+def _unused(path: str | Path, name: str, entries: list[Entry], used: set[Any], kind: str) -> Iterator[Problem]:
+    for position, entry in enumerate(entries):
+        if "id" in entry and entry["id"] not in used:
+            called = _show(entry.get("name", entry.get("file_name")))
+            yield Problem(kind, "note", f"{_where(path, name, position, entry)}, {called}, has no annotation")
+
+
+def _box_problem(box: list[float], width: int | None, height: int | None) -> tuple[str, str] | None:
+    """Kind and description of what is wrong with a box, in an image of that size if it is known."""
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return "empty boxes", "without width or height: left out in training"
+    if width is None or height is None:
+        return None
+    right, lower = x + w, y + h
+    if x >= width or y >= height or right <= 0 or lower <= 0:
+        return "boxes outside their image", f"outside its image of {width}x{height} pixels: left out in training"
+    if min(x, y) < -ROUNDING or right > width + ROUNDING or lower > height + ROUNDING:
+        kind = "boxes that reach outside their image"
+        return kind, f"reaching outside its image of {width}x{height} pixels: clipped in training"
+    return None
+
+
+def _file_problems(path: str | Path, images: Iterable[Any], folder: Path) -> Iterator[tuple[int | None, Problem]]:
+    """Problems with the positions of their images; ``None`` for the folder's."""
+    try:
+        present = set(os.listdir(folder))  # one look, not one a file: COCO has 118,000
+    except OSError as error:
+        message = f"{folder}: no such image folder, or it cannot be read: {error.strerror}"
+        yield None, Problem("missing image folder", "error", message)
+        return
+    root = folder.resolve()
+    for position, image in enumerate(images):
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if not isinstance(name, str) or name in present:
+            continue
+        inside, there = True, False
+        try:
+            file = (root / name).resolve()
+            inside, there = file.is_relative_to(root), file.is_file()
+        except (OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
+            pass
+        where = f"{_where(path, 'images', position, image)} has file_name {_show(name)}"
+        if not inside:
+            yield position, Problem("image files outside their folder", "error", f"{where}, outside {folder}")
+        elif not there:
+            yield position, Problem("missing image files", "error", f"{where}, not in {folder}")
+
+
+def _image_problems(
+    folder: Path, images: list[Entry], workers: int, on_image: Callable[[int], Any]
+) -> Iterator[Problem]:
+    on_image(len(images))
+    with ThreadPoolExecutor(workers) as executor:
+        try:
+            results = executor.map(partial(image_problem, folder), images)
+            for left, problem in zip(reversed(range(len(images))), results):
+                on_image(left)
+                if problem is not None:
+                    yield problem
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the images in the queue
+
+
+def _list(data: Any, name: str) -> list[Any]:
+    entries = data.get(name) if isinstance(data, dict) else None
+    return entries if isinstance(entries, list) else []
+
+
+def _where(path: str | Path, name: str, position: int, entry: Entry) -> str:
+    return f"{path}: {name}[{position}]" + (f" (id {_show(entry['id'])})" if "id" in entry else "")
+
+
+_short = reprlib.Repr()
+_short.maxstring, _short.maxother = 200, 200
+
+
+def _show(value: Any) -> str:
+    """A value of JSON on one line, cut where it is long."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python's limit to the digits of an integer
+        return "an integer of thousands of digits"
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,40 @@
+"""A sheet of training images as the model sees them: augmented, resized, with the boxes that are left."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from detector.coco import CocoDetection, Target
+from detector.drawing import draw, sheet
+
+LARGEST = 480  # pixels of a picture's longer side on the sheet
+
+
+def browse(stored: CocoDetection, augmented: CocoDetection, path: Path, *, images: int = 6, epochs: int = 3) -> None:
+    """Draw images of a split as they are stored, and beside them as they come in the first epochs.
+
+    Args:
+        stored: the split without a transform.
+        augmented: the same with the transform of the training.
+        path: the picture to write.
+        images: how many, spread over the split; those with objects first.
+        epochs: how many draws of each.
+    """
+    order = sorted(range(len(stored)), key=lambda index: not len(stored.targets[index][1]))
+    rows = []
+    for index in order[:: max(len(order) // images, 1)][:images]:
+        samples = [stored[index], *(augmented[epoch, index] for epoch in range(epochs))]
+        rows.append([_picture(image, target, stored.category_names) for image, target in samples])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet(rows, ["as stored", *(f"epoch {epoch}" for epoch in range(epochs))]).save(path)
+
+
+def _picture(image: Tensor, target: Target, names: list[str]) -> Image.Image:
+    scale = min(LARGEST / max(image.shape[1:]), 1.0)
+    if scale < 1:
+        size = [max(round(side * scale), 1) for side in image.shape[1:]]
+        image = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+        target = target | {"boxes": target["boxes"] * scale}
+    return draw(image, target, names)

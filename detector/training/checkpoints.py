@@ -1,0 +1,189 @@
+"""Checkpoints: when they are written, that they are written whole, and a detector out of one."""
+
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torchvision.models.detection import FasterRCNN
+
+from detector.models import DetectorConfig, ModelError, build_detector, read_weights, set_batch_norm_eps
+from detector.swap import swap_crop_head
+from detector.training.failures import TrainingError
+from detector.training.files import link_whole, write_whole
+
+CHECKPOINT_KEY = "affine_crop_rcnn"
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``last.ckpt``, from which a run goes on exactly, and ``best.ckpt``, of the epoch with the best score.
+
+    ``last.ckpt`` is written every so many steps, at the end of each epoch, and a step before each scoring. Never
+    right before one: Lightning would take it as done when going on. Ctrl-C and SIGTERM end the step under way, write
+    it and stop.
+
+    Args:
+        folder: where to.
+        every: the steps between two checkpoints.
+        monitor: the logged score that is best when highest.
+    """
+
+    def __init__(self, folder: Path, *, every: int = 500, monitor: str = "val/AP") -> None:
+        self.folder, self.every, self.monitor = folder, every, monitor
+        self.best: float | None = None
+        self.written = 0
+        self._interrupted = False
+
+    @property
+    def last(self) -> Path:
+        """The file that a run goes on from."""
+        return self.folder / LAST
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    @contextmanager
+    def stopping_on_ctrl_c(self, *, speaks: bool) -> Iterator[None]:
+        """Within, the first Ctrl-C lets the step under way end, and a second one does not.
+
+        To be entered before the data loader's workers start: Ctrl-C reaches them too, and they inherit the handler.
+        """
+        process = os.getpid()
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            if speaks and os.getpid() == process:
+                print("\nStopping after this step. Ctrl-C again: at once, without saving.", file=sys.stderr, flush=True)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python lets no other thread handle signals
+            return
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = batch_idx + 1
+        if done % trainer.accumulate_grad_batches or self._scoring_follows(trainer, done):
+            return
+        stop = self._stop(trainer)
+        following = min(done + trainer.accumulate_grad_batches, int(trainer.num_training_batches))
+        due = trainer.global_step % self.every == 0 or self._scoring_follows(trainer, following)
+        if stop or due or trainer.should_stop or trainer.global_step == trainer.max_steps:
+            self._save(trainer, self.last)
+        if stop:
+            self._raise(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        whole = trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches  # or else saved after its last step
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None and (self.best is None or score.item() > self.best):
+            self.best = score.item()
+            # First: a run killed in between scores this epoch once more.
+            self._save(trainer, self.folder / BEST)
+            if whole and trainer.is_global_zero:
+                link_whole(self.folder / BEST, self.last)
+        elif whole:
+            self._save(trainer, self.last)
+        if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches:
+            self._raise(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any
+    ) -> None:
+        # Ranks have different numbers of batches: each decides for itself.
+        if trainer.state.fn == "fit" and (self._interrupted or trainer.received_sigterm):
+            self._raise(trainer)
+
+    def _scoring_follows(self, trainer: lightning.Trainer, done: int) -> bool:
+        """Whether the epoch ends, or scoring begins, after so many batches."""
+        interval = trainer.val_check_batch
+        return done >= trainer.num_training_batches or (isinstance(interval, int) and done % interval == 0)
+
+    def _save(self, trainer: lightning.Trainer, path: Path) -> None:
+        weights: list[torch.Tensor] = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+        if not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights)):
+            raise TrainingError(
+                f"the weights are no longer finite after step {trainer.global_step}: lower --model.optimizer.lr, or "
+                "set --trainer.gradient_clip_val"
+            )
+        trainer.save_checkpoint(path, weights_only=False)
+        self.written += 1
+
+    def _stop(self, trainer: lightning.Trainer) -> bool:
+        stop = self._interrupted or trainer.received_sigterm
+        return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
+
+    def _raise(self, trainer: lightning.Trainer) -> None:
+        raise SIGTERMException if trainer.received_sigterm else KeyboardInterrupt
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Lightning's own writes the file elsewhere and moves it, across file systems perhaps, without a sync."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()  # torch.save straight to a file hides why it fails
+        torch.save(checkpoint, buffer)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(path), buffer.getvalue())
+        except OSError as error:
+            raise TrainingError(
+                f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class TrainedDetector:
+    """A detector out of a checkpoint, in eval mode, and the categories that its labels stand for."""
+
+    model: FasterRCNN
+    category_ids: Sequence[int]
+    category_names: Sequence[str]
+
+
+def load_checkpoint(path: str | Path) -> TrainedDetector:
+    """Build the detector of a checkpoint of ``tools/train.py`` and load its weights. Nothing is unpickled.
+
+    Raises:
+        ModelError: the file is missing, broken, or not such a checkpoint.
+    """
+    checkpoint = read_weights(path)
+    try:
+        saved = checkpoint[CHECKPOINT_KEY]
+        config = DetectorConfig(**saved["detector"])
+        category_ids, category_names = list(saved["category_ids"]), list(saved["category_names"])
+        model = build_detector(config, len(category_ids), pretrained=False)
+        if saved["crop"] == "affine":
+            swap_crop_head(model)
+        weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
+        model.load_state_dict(weights)
+        set_batch_norm_eps(model, saved["batch_norm_eps"])
+    except ModelError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path}: not a checkpoint of tools/train.py, or damaged: {reason}") from None
+    return TrainedDetector(model.eval(), category_ids, category_names)

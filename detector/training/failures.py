@@ -1,0 +1,49 @@
+"""What goes wrong in a training run, in one sentence: what happened, on which images, and what to change."""
+
+from collections.abc import Sequence
+
+import torch
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class TrainingError(RuntimeError):
+    """Why training cannot go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or SIGTERM; says how to go on."""
+
+
+def explained(error: BaseException, step: int, images: Sequence[int], upcoming: Sequence[int]) -> TrainingError | None:
+    """The error of a training run in one sentence, or ``None`` for one that is not known: a bug, perhaps.
+
+    Args:
+        error: what was raised.
+        step: the optimizer step under way.
+        images: the ids of the images under way,
+        upcoming: and of those that were to come next.
+    """
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in OUT_OF_MEMORY):
+        return TrainingError(
+            f"out of memory in step {step}, on images {list(images)}: lower --data.batch_size (and set "
+            "--trainer.accumulate_grad_batches to keep the images a step), --data.max_size, --data.workers, or "
+            "--model.detector.rois_per_image"
+        )
+    if "DataLoader worker" in text:
+        reason = " ".join(text.splitlines()[0].split())
+        return TrainingError(
+            f"a process that reads images died after step {step}, probably of too little memory or shared memory "
+            f"(/dev/shm): {reason} The next images were {list(upcoming)}. Lower --data.workers, or set it to 0 to "
+            "see the reason"
+        )
+    return None
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says, in one line. From a data loader's worker it comes with a traceback before it."""
+    text = str(error).strip() or type(error).__name__
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return " ".join(text.split())

@@ -1,0 +1,253 @@
+"""A training run from its start, or from where it stopped, to its score, in a folder of its own."""
+
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from detector.models import ModelError
+from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
+from detector.training.data import CocoDataModule
+from detector.training.failures import Interrupted, TrainingError, explained, sentence
+from detector.training.record import FILE as RECORD
+from detector.training.record import RunRecord
+from detector.training.scoring import score_split, write_scores
+from detector.training.task import DetectionTask
+
+
+def fit(
+    task: DetectionTask,
+    data: CocoDataModule,
+    *,
+    run_dir: str | Path = "runs/detector",
+    ckpt_path: str | Path | None = None,
+    save_every: int = 500,
+    **trainer_options: Any,
+) -> dict[str, float] | None:
+    """Train, score and draw, as ``tools/train.py`` does.
+
+    Args:
+        task: what is trained.
+        data: what it is trained and scored on.
+        run_dir: folder for checkpoints, logs and scores; a new run beside an old one gets a number.
+        ckpt_path: "last": go on from the last checkpoint in the last folder of that name; or a checkpoint, to go on
+            from in its own folder.
+        save_every: the steps between two checkpoints.
+        trainer_options: of ``lightning.Trainer``: ``max_epochs``, ``devices``, ``precision``, ...
+
+    Returns:
+        The scores on the val split, see :func:`detector.evaluation.evaluate`; ``None`` on ranks other than 0.
+
+    Raises:
+        DataError, ModelError, TrainingError: in a sentence, why not.
+        Interrupted: Ctrl-C or SIGTERM; the call with ``ckpt_path="last"`` goes on.
+    """
+    run = Run(run_dir, ckpt_path, save_every=save_every)
+    return run.train(lightning.Trainer(**run.trainer_options(trainer_options)), task, data)
+
+
+class Run:
+    """A run's folder, and the parts of a trainer that fill it.
+
+    Args:
+        run_dir: see :func:`fit`,
+        ckpt_path: and this,
+        save_every: and this.
+
+    Raises:
+        ModelError: ``ckpt_path`` is not there.
+    """
+
+    def __init__(self, run_dir: str | Path, ckpt_path: str | Path | None = None, *, save_every: int = 500) -> None:
+        self.checkpoint: Path | None = None
+        if ckpt_path is None:
+            self.folder = unused_folder(Path(run_dir))
+        elif ckpt_path == "last":
+            self.folder = newest_folder(Path(run_dir))
+            self.checkpoint = self.folder / "checkpoints" / LAST
+            if not self.checkpoint.is_file():
+                _say_loudly(f"--ckpt_path last: there is no {self.checkpoint}. STARTING FROM THE BEGINNING.")
+                self.checkpoint = None
+        else:
+            self.checkpoint = Path(ckpt_path)
+            if not self.checkpoint.is_file():
+                raise ModelError(f"--ckpt_path {ckpt_path}: no such file")
+            self.folder = run_folder(self.checkpoint)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", every=save_every)
+
+    def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of ``lightning.Trainer``: those given, and what a run needs besides."""
+        callbacks: list[Callback] = [
+            self.checkpoints,
+            RunRecord(self.folder, self.checkpoint),
+            StepTimes(self.checkpoints),
+        ]
+        logger = given.get("logger")
+        if logger is None or logger is True:
+            logger = TensorBoardLogger(str(self.folder), name="", version="")
+        if logger:
+            callbacks.append(LearningRateMonitor("step"))
+        if given.get("enable_progress_bar") is not False:  # by default it would depend on whether rich is installed
+            callbacks.append(TQDMProgressBar())
+        return {
+            "default_root_dir": str(self.folder),
+            "num_sanity_val_steps": 0,
+            **given,
+            "use_distributed_sampler": False,  # the batches know their ranks
+            "logger": logger,
+            "callbacks": [*_as_list(given.get("callbacks")), *callbacks],
+            "plugins": [*_as_list(given.get("plugins")), WholeCheckpointIO()],
+        }
+
+    def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
+        """Train, or go on, then score; see :func:`fit`."""
+        for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
+            warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position
+        if trainer.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
+            rank_zero_warn("precision 16-mixed: a CPU has none, Lightning takes bf16-mixed")
+        try:
+            with self.checkpoints.stopping_on_ctrl_c(speaks=trainer.is_global_zero):
+                trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
+        except SystemExit:  # what Lightning makes of Ctrl-C and SIGTERM
+            raise Interrupted(self._how_to_go_on()) from None
+        except Exception as error:
+            explanation = self._explanation(error, trainer, task, data)
+            if explanation is None:
+                raise
+            raise explanation from error
+        return self._finish(trainer, task, data) if trainer.is_global_zero else None
+
+    def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
+        """Score the val split with the weights as they are, draw examples, and say where everything lies."""
+        if task.scored_step == trainer.global_step:
+            scores = write_scores(data.val_set, task.results, self.folder)
+        else:  # it stopped within an epoch
+            device = trainer.strategy.root_device
+            with trainer.precision_plugin.forward_context():
+                scores = score_split(
+                    task.model.to(device),
+                    data.val_set,
+                    self.folder,
+                    device=device,
+                    batch_size=data.batch_size,
+                    workers=data.workers,
+                )
+        print(f"\nThe run is in {self.folder}/")
+        for name, what in {
+            f"checkpoints/{LAST}": "the weights that were scored",
+            f"checkpoints/{BEST}": "those of the epoch with the highest val AP",
+            "scores.json": f"the scores, AP {scores['AP']:.3f}",
+            "detections.json": "detections in COCO's results format",
+            "examples.png": "val images: the truth on the left, detections on the right",
+            "config.yaml": "all settings: --config takes it, for the same run again",
+            RECORD: "versions, seed, data and git state",
+        }.items():
+            if (self.folder / name).exists():
+                print(f"  {name:22} {what}")
+        print(f"  tensorboard --logdir {self.folder}")
+        return scores
+
+    def _how_to_go_on(self) -> str:
+        last = self.checkpoints.last
+        return f"--ckpt_path {last}" if last.exists() else ""
+
+    def _explanation(
+        self, error: Exception, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule
+    ) -> TrainingError | None:
+        try:
+            upcoming = data.upcoming(2 * max(data.workers, 1))
+        except Exception:  # it had not come that far
+            upcoming = []
+        known = explained(error, trainer.global_step, task.image_ids, upcoming)
+        if known is None and not isinstance(error, TrainingError):
+            return None
+        stays = f". The last good checkpoint stays: {self.checkpoints.last}" if self.checkpoints.last.exists() else ""
+        return TrainingError(f"{sentence(known or error)}{stays}")
+
+
+class StepTimes(Callback):
+    """Logs how long a step takes, and how much of it was spent waiting for data; says the mean at the end."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._end: float | None = None  # of the step before, unless scoring or a checkpoint came in between
+        self._written = 0
+        self._wait = 0.0
+        self._waited = self._stepped = 0.0
+        self._steps = 0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._end = None
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._end = None
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._checkpoints.written != self._written:
+            self._written, self._end = self._checkpoints.written, None
+        self._wait = 0.0 if self._end is None else time.perf_counter() - self._end
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        if self._end is not None:
+            step = now - self._end
+            pl_module.log_dict({"time/step": step, "time/data": self._wait})
+            self._waited, self._stepped, self._steps = self._waited + self._wait, self._stepped + step, self._steps + 1
+        self._end = now
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._steps and trainer.is_global_zero:
+            step, wait = self._stepped / self._steps, self._waited / self._steps
+            print(f"{step:.3f} s a step, of which {wait:.3f} s were spent waiting for data")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+
+
+def unused_folder(folder: Path) -> Path:
+    """``folder`` if no run is there, else ``folder-N`` with the number after the highest one that was used."""
+    numbers = _used_numbers(folder)
+    return _numbered(folder, max(numbers) + 1) if numbers else folder
+
+
+def newest_folder(folder: Path) -> Path:
+    """The last run of that name: the highest of ``folder``, ``folder-2``, ... that holds something."""
+    numbers = _used_numbers(folder)
+    return _numbered(folder, max(numbers)) if numbers else folder
+
+
+def _used_numbers(folder: Path) -> list[int]:
+    prefix = f"{folder.name}-"
+    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    names = [path.name for path in siblings if path.is_dir() and any(path.iterdir())]
+    return [1 for name in names if name == folder.name] + [
+        int(name.removeprefix(prefix))
+        for name in names
+        if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()
+    ]
+
+
+def _numbered(folder: Path, number: int) -> Path:
+    return folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+@rank_zero_only
+def _say_loudly(message: str) -> None:
+    line = "=" * min(len(message), 100)
+    print(f"\n{line}\n{message}\n{line}\n", file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""A run that is killed at any moment, and goes on by the same command, ends as one that was never killed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+from tiny_training import REPOSITORY, TINY
+
+from detector.digits import write_digits
+from detector.training.command_line import train
+
+# A SIGKILL to oneself, at one place.
+KILL_WITHIN = {
+    "an epoch": """
+        from detector.training.task import DetectionTask as owner
+        name, when = "training_step", lambda task, batch, number: number == 5
+    """,
+    "a checkpoint write": """
+        import os as owner
+        from itertools import count
+        calls = count()
+        name, when = "replace", lambda source, path: path.name == "last.ckpt" and next(calls) == 1
+    """,
+    "an evaluation": """
+        from detector.training.task import DetectionTask as owner
+        name, when = "validation_step", lambda task, batch, number: task.current_epoch == 1 and number == 1
+    """,
+}
+STUB = """
+import os, signal, sys
+{setup}
+original = getattr(owner, name)
+def step(*arguments):
+    if when(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+setattr(owner, name, step)
+from detector.training.command_line import train
+train(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root, splits={"train": 13, "val": 6})
+    return [
+        *TINY,
+        f"--data.root={root}",
+        "--data.workers=1",
+        "--data.augmentation=[RandomHorizontalFlip, RandomPhotometricDistort]",
+        "--data.batch_size=2",
+        "--trainer.max_epochs=3",
+        "--trainer.accumulate_grad_batches=2",
+        "--model.optimizer.ema=0.99",
+        "--save_every=2",
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """A run that was never killed: 3 epochs of 6 batches, two of which make a step."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        train([*flags, f"--run_dir={folder}"])
+    return folder
+
+
+def assert_same_end(folder, whole):
+    for name in ("last.ckpt", "best.ckpt"):
+        ours, theirs = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (folder, whole))
+        assert (ours["epoch"], ours["global_step"]) == (theirs["epoch"], theirs["global_step"])
+        # The averaged weights, those that were trained, and all that decides on the next step.
+        for part in ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers"):
+            assert_equal(ours[part], theirs[part])
+    assert json.loads((folder / "scores.json").read_text()) == json.loads((whole / "scores.json").read_text())
+
+
+def assert_equal(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs):
+            assert_equal(one, other)
+    else:
+        assert ours == theirs
+
+
+def test_a_run_killed_three_times_ends_as_one_never_killed(flags, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    command = [*flags, f"--run_dir={folder}"]
+    steps = []
+    for where, setup in KILL_WITHIN.items():
+        stub = STUB.format(setup="\n".join(line.strip() for line in setup.splitlines()))
+        done = subprocess.run([sys.executable, "-c", stub, *command], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, (where, done.stderr)
+        steps.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+        command = [*flags, f"--run_dir={folder}", "--ckpt_path=last"]
+    # In the third step; writing that of the fourth; scoring after the sixth, with one written a step before.
+    assert steps == [2, 3, 5]
+    monkeypatch.chdir(REPOSITORY)
+    train(command)
+    assert_same_end(folder, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    starts = json.loads((folder / "environment.json").read_text())
+    assert [bool(start["ckpt_path"]) for start in starts] == [False, True, True, True]
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_at_random_moments_ends_as_one_never_killed(flags, whole, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "tools/train.py", *flags, f"--run_dir={folder}"]
+    generator = random.Random(0)
+    kills, progress = 0, []
+    while kills < 10:
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=generator.uniform(5, 12)) == 0
+            break  # it came to its end before it was killed
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        last = folder / "checkpoints" / "last.ckpt"
+        progress.append(torch.load(last, weights_only=True)["global_step"] if last.exists() else None)
+        command = [sys.executable, "tools/train.py", *flags, f"--run_dir={folder}", "--ckpt_path=last"]
+    print(f"killed {kills} times, the last checkpoint then being of step {progress}")
+    assert kills
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    assert_same_end(folder, whole)
