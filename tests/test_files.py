@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("lightning")
-
 from detector.training import files
 from detector.training.files import link_whole, write_json, write_whole
 

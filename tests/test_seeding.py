@@ -46,7 +46,7 @@ def test_negative_and_huge_numbers(number):
     seed = seed_of(number)
     assert type(seed) is int
     torch.manual_seed(seed)  # torch takes it
-    assert len({seed, seed_of(number + 1), seed_of(number - 1), seed_of(number // 2)}) == 4
+    assert len({seed, seed_of(number + 1), seed_of(number - 1)}) == 3
 
 
 @pytest.mark.xfail(
@@ -213,7 +213,8 @@ def losses_of(model, seeds, global_seed):
 
 
 def all_differ(*losses):
-    return all(len({other[name] for other in losses}) == len(losses) for name in losses[0])
+    """Of the anchors that were drawn, and of the RoIs."""
+    return all(len({each[name] for each in losses}) == len(losses) for name in ("loss_objectness", "loss_classifier"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -157,7 +157,7 @@ def score(
     annotations: str = "annotations/instances_{split}.json",
     images: str = "{split}",
     output: str | None = None,
-    batch_size: int = 2,
+    batch_size: int = 1,
     workers: int = 2,
     device: str | None = None,
 ) -> None:
@@ -174,7 +174,7 @@ def score(
         annotations: annotation file of a split, relative to root; {split} stands for the split.
         images: image folder of a split, relative to root.
         output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
-        batch_size: images at a time.
+        batch_size: images at a time; with more than 1 they are padded to one size, which changes scores a little.
         workers: processes that read images.
         device: cpu, cuda, cuda:1, ... Default: cuda if there is one.
     """

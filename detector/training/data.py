@@ -38,6 +38,8 @@ class CocoDataModule(lightning.LightningDataModule):
         max_size: but the longer side no more than this. Keep both at or around the detector's, for test images.
         group_by_shape: wide images share batches with wide ones, tall with tall.
         batch_size: images per step and device.
+        val_batch_size: images scored at a time. With more than 1 they are padded to one size, which changes features
+            near their edges, and scores a little.
         workers: processes that read images.
         seed: of order and augmentation, 0 or more. Default: that of seed_everything.
         generate: "digits": write the synthetic set of configs/quickstart.yaml to root first, if it is not there.
@@ -56,6 +58,7 @@ class CocoDataModule(lightning.LightningDataModule):
         max_size: int = 1333,
         group_by_shape: bool = True,
         batch_size: int = 2,
+        val_batch_size: int = 1,
         workers: int = 2,
         seed: int | None = None,
         generate: Literal["digits"] | None = None,
@@ -64,7 +67,8 @@ class CocoDataModule(lightning.LightningDataModule):
         self.root = find_root(root, dataset)
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
-        self.group_by_shape, self.batch_size, self.workers = group_by_shape, batch_size, workers
+        self.group_by_shape, self.workers = group_by_shape, workers
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
         # Where Lightning puts the seed for all ranks; they must agree, or they would draw the same images.
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.generate = generate
@@ -111,7 +115,8 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         ranks, rank = self._ranks()
-        return self._loader(self.val_set, ScoringBatches(len(self.val_set), self.batch_size, ranks=ranks, rank=rank))
+        batches = ScoringBatches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
+        return self._loader(self.val_set, batches)
 
     def upcoming(self, batches: int) -> list[int]:
         """The ids of the images in the next batches of this rank, after the last one that was trained on."""
@@ -128,6 +133,8 @@ class CocoDataModule(lightning.LightningDataModule):
         return {"epoch": epoch, "batches": done, "images_per_batch": self.batch_size * self._ranks()[0]}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return  # a checkpoint that is only scored
         size = self.batch_size * self._ranks()[0]
         if state_dict["batches"] and state_dict["images_per_batch"] != size:
             raise TrainingError(

@@ -135,7 +135,7 @@ class Run:
                     data.val_set,
                     self.folder,
                     device=device,
-                    batch_size=data.batch_size,
+                    batch_size=data.val_batch_size,
                     workers=data.workers,
                 )
         print(f"\nThe run is in {self.folder}/")

@@ -14,7 +14,7 @@ from torch import Tensor
 from detector.box_gradient import BoxGradient
 from detector.evaluation import Result, detect_with_losses, evaluate, to_results
 from detector.models import DetectorConfig, batch_norm_eps, build_detector
-from detector.seeding import sample_by_image, seed_of
+from detector.seeding import drawn_from, sample_by_image, seed_of
 from detector.swap import swap_crop_head
 from detector.training.checkpoints import CHECKPOINT_KEY
 from detector.training.data import Batch, CocoDataModule
@@ -55,7 +55,8 @@ class DetectionTask(lightning.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:  # the data tells the number of categories
-            self.model = build_detector(self.detector, len(self.data.val_set.category_ids))
+            with drawn_from(seed_of(self.data.seed)):
+                self.model = build_detector(self.detector, len(self.data.val_set.category_ids))
             if self.crop == "affine":
                 swap_crop_head(self.model, self.box_gradient)
 
