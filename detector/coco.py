@@ -181,8 +181,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "image_id": torch.tensor(info["id"]),
         }
         if self.transform is not None:
-            with drawn_from(seed_of(self.seed, epoch, index)):
-                image, target = self.transform(image, target)
+            try:
+                with drawn_from(seed_of(self.seed, epoch, index)):
+                    image, target = self.transform(image, target)
+            except (ValueError, TypeError, RuntimeError) as error:
+                path = self.folder / info["file_name"]
+                raise DataError(f"{path}: the augmentation fails on this image: {error}") from error
         image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])

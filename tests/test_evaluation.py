@@ -8,9 +8,12 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from tiny_models import batch, copies, tiny_rcnn
 
 from detector.coco import DataError, index_coco, read_coco
-from detector.evaluation import SUMMARY, evaluate, predict, to_results
+from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict, to_results
+from detector.seeding import sample_by_image
+from detector.swap import swap_crop_head
 
 
 def truth(boxes, *, crowd=()):
@@ -135,3 +138,45 @@ def test_real_coco_against_load_res(coco_cc, tmp_path):
         scorer.summarize()
     assert [scores[name] for name in SUMMARY] == pytest.approx(scorer.stats.tolist(), abs=1e-12)
     assert 0.2 < scores["AP"] < 0.95
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_losses_and_detections_of_one_pass_are_those_of_two(kind, swapped):
+    model = tiny_rcnn(kind)
+    if swapped:
+        swap_crop_head(model)
+    images, targets = batch()
+    sample_by_image(model, [3, 4])
+    model.train()
+    with torch.no_grad():
+        expected = model(images, copies(targets))
+        wanted = model.eval()(images)
+    detections, losses = detect_with_losses(model.train(), images, copies(targets))
+    assert model.training
+    assert model.rpn.training
+    assert model.roi_heads.training
+    assert losses.keys() == expected.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name])
+        assert not loss.requires_grad
+    for found, want in zip(detections, wanted, strict=True):
+        assert len(found["boxes"])
+        for name in want:
+            torch.testing.assert_close(found[name], want[name])
+
+
+def test_losses_of_a_split_change_no_statistic():
+    model = tiny_rcnn()
+    model.backbone.body["a"].append(torch.nn.BatchNorm2d(8))
+    model.roi_heads.box_head.append(torch.nn.Sequential(torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5)))
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, targets = batch()
+    sample_by_image(model, [3, 4])
+    _, first = detect_with_losses(model, images, copies(targets))
+    _, second = detect_with_losses(model, images, copies(targets))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, loss in first.items():
+        assert torch.equal(loss, second[name])  # no dropout
+    assert all(module.training for module in model.modules())

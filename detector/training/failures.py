@@ -31,8 +31,8 @@ def explained(error: BaseException, step: int, images: Sequence[int], upcoming: 
             "--trainer.accumulate_grad_batches to keep the images a step), --data.max_size, --data.workers, or "
             "--model.detector.rois_per_image"
         )
-    if "DataLoader worker" in text:
-        reason = " ".join(text.splitlines()[0].split())
+    if "DataLoader worker (pid" in text:
+        reason = " ".join(str(error.__cause__ or error).splitlines()[0].split())
         return TrainingError(
             f"a process that reads images died after step {step}, probably of too little memory or shared memory "
             f"(/dev/shm): {reason} The next images were {list(upcoming)}. Lower --data.workers, or set it to 0 to "

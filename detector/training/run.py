@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgr
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from detector.coco import DataError
 from detector.models import ModelError
 from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
 from detector.training.data import CocoDataModule
@@ -118,7 +119,7 @@ class Run:
             raise Interrupted(self._how_to_go_on()) from None
         except Exception as error:
             explanation = self._explanation(error, trainer, task, data)
-            if explanation is None:
+            if explanation is None or explanation is error:
                 raise
             raise explanation from error
         return self._finish(trainer, task, data) if trainer.is_global_zero else None
@@ -159,16 +160,21 @@ class Run:
 
     def _explanation(
         self, error: Exception, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule
-    ) -> TrainingError | None:
+    ) -> Exception | None:
+        """The error in the words of a sentence, or ``None`` if it has to speak for itself."""
+        known: Exception | None
         try:
             upcoming = data.upcoming(2 * max(data.workers, 1))
         except Exception:  # it had not come that far
             upcoming = []
         known = explained(error, trainer.global_step, task.image_ids, upcoming)
-        if known is None and not isinstance(error, TrainingError):
-            return None
-        stays = f". The last good checkpoint stays: {self.checkpoints.last}" if self.checkpoints.last.exists() else ""
-        return TrainingError(f"{sentence(known or error)}{stays}")
+        if known is None and isinstance(error, (TrainingError, DataError)):
+            known = error
+        last = self.checkpoints.last
+        if known is None or (known is error and not last.exists()):
+            return known
+        stays = f". The last good checkpoint stays: {last}" if last.exists() else ""
+        return TrainingError(f"{sentence(known)}{stays}")
 
 
 class StepTimes(Callback):
