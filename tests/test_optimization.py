@@ -285,10 +285,12 @@ class Walk(lightning.LightningModule):
         self.weight = nn.Parameter(torch.zeros(1))
         self.frozen = nn.Parameter(torch.tensor([0.1]), requires_grad=False)
         self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mean", torch.tensor(0.0))
         self.walked, self.scored = [], []
 
     def training_step(self, batch, batch_idx):
         self.count += 1
+        self.mean.fill_(10.0 * self.count)
         return -(self.weight * self.count).sum()
 
     def on_train_batch_end(self, *args):
@@ -320,6 +322,7 @@ def test_lightning_scores_and_keeps_the_average(tmp_path):
     assert model.scored == pytest.approx([expected[3]] * 4 + [expected[7]] * 4)
     assert model.weight.item() == pytest.approx(expected[7])
     assert model.frozen.item() == torch.tensor(0.1).item()
+    assert model.mean.item() == pytest.approx(averages([10.0 * step for step in range(1, 9)], 0.35)[7])
     assert model.count.item() == 8
 
 

@@ -49,6 +49,11 @@ def test_negative_and_huge_numbers(number):
     assert len({seed, seed_of(number + 1), seed_of(number - 1)}) == 3
 
 
+@pytest.mark.parametrize("number", [1, 7, 2**40])
+def test_the_sign_counts(number):
+    assert seed_of(3, -number) != seed_of(3, number)
+
+
 @pytest.mark.xfail(
     strict=True, reason="SeedSequence sees one row of 32-bit words, filled up with zeros: numbers run into each other"
 )

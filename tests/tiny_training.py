@@ -17,4 +17,5 @@ TINY = [
     "--model.detector.detections_per_image=10",
     "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
 ]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from detector.coco import CocoDetection, Target
@@ -32,9 +32,15 @@ def browse(stored: CocoDetection, augmented: CocoDetection, path: Path, *, image
 
 
 def _picture(image: Tensor, target: Target, names: list[str]) -> Image.Image:
-    scale = min(LARGEST / max(image.shape[1:]), 1.0)
+    height, width = image.shape[1:]
+    scale = min(LARGEST / max(height, width), 1.0)
     if scale < 1:
-        size = [max(round(side * scale), 1) for side in image.shape[1:]]
+        size = [max(round(height * scale), 1), max(round(width * scale), 1)]
         image = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
         target = target | {"boxes": target["boxes"] * scale}
-    return draw(image, target, names)
+    picture = draw(image, target, names)
+    pen = ImageDraw.Draw(picture)
+    caption, place = f"{width} x {height}", (4, picture.height - 4)
+    pen.rectangle(pen.textbbox(place, caption, anchor="lb"), fill="white")
+    pen.text(place, caption, "black", anchor="lb")
+    return picture
