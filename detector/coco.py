@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def read_coco(path: str | Path) -> COCO:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
 
     Returns:
-        pycocotools' index of the file.
+        pycocotools' index of the file; its attribute ``flaws`` counts what is left out or clipped, by kind.
 
     Raises:
         DataError: the file cannot be read, a field is missing or of the wrong type, an id is used twice, or an
@@ -61,12 +62,14 @@ def read_coco(path: str | Path) -> COCO:
             :func:`~detector.checks.annotation_problems`, and how many more there are.
     """
     data = read_json(path)
-    _refuse(annotation_problems(path, data), f"{path}")
+    flaws = _refuse(annotation_problems(path, data), f"{path}")
     for annotation in data["annotations"]:
         box = annotation["bbox"]
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", box[2] * box[3])
-    return index_coco(data)
+    coco = index_coco(data)
+    coco.flaws = flaws
+    return coco
 
 
 def index_coco(data: dict[str, Any]) -> COCO:
@@ -208,10 +211,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return boxes[kept], labels[kept], int((~kept).sum())
 
 
-def _refuse(problems: Iterable[Problem], checked: str) -> None:
-    """Raise the first error among problems, if there is one. ``checked``: the arguments that make the tool list all."""
+def _refuse(problems: Iterable[Problem], checked: str) -> Counter[str]:
+    """Raise the first error among problems; count the flaws. ``checked``: the arguments that make the tool list all."""
+    problems = list(problems)
     messages = [problem.message for problem in problems if problem.level == "error"]
     if messages:
         more = len(messages) - 1
         rest = f" (and {more:,} more problem{'s' * (more > 1)}: tools/check.py {checked} lists them)" if more else ""
         raise DataError(messages[0] + rest)
+    return Counter(problem.kind for problem in problems if problem.level == "flaw")

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_convert
 
 from detector.coco import DataError, index_coco
@@ -93,10 +94,11 @@ def evaluate(
 def detect_with_losses(
     model: GeneralizedRCNN, images: list[Tensor], targets: list[dict[str, Tensor]]
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Detections and the training losses of the same images, by one pass of the backbone.
+    """Detections and the training losses of the same images, by one pass of backbone and RPN.
 
     The model is in eval mode, but for the two flags by which RPN and RoI heads choose what to return: batch norm
-    and dropout do not take part, and no statistic changes.
+    and dropout do not take part, and no statistic changes. The losses are those of the proposals of testing, which
+    are fewer than in training.
 
     Args:
         model: a torchvision R-CNN; put in eval mode for the call.
@@ -104,7 +106,7 @@ def detect_with_losses(
         targets: as in training.
 
     Returns:
-        What the model returns in eval mode, and what it returns in training mode.
+        What the model returns in eval mode, and the losses by torchvision's names.
     """
     training = model.training
     model.eval()
@@ -114,15 +116,28 @@ def detect_with_losses(
         features = model.backbone(batch.tensors)
         if isinstance(features, Tensor):
             features = {"0": features}
-        model.rpn.training = model.roi_heads.training = True
-        proposals, losses = model.rpn(batch, features, resized)
+        with _losses_of_testing(model.rpn):
+            proposals, losses = model.rpn(batch, features, resized)
+        model.roi_heads.training = True
         losses = losses | model.roi_heads(features, proposals, batch.image_sizes, resized)[1]
-        model.rpn.training = model.roi_heads.training = False
-        proposals, _ = model.rpn(batch, features)
+        model.roi_heads.training = False
         detections, _ = model.roi_heads(features, proposals, batch.image_sizes)
         return model.transform.postprocess(detections, batch.image_sizes, sizes), losses
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def _losses_of_testing(rpn: RegionProposalNetwork) -> Iterator[None]:
+    """Within, an RPN in eval mode also returns its losses; its proposals are still those of testing."""
+    pre_nms, post_nms = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
+    rpn.pre_nms_top_n, rpn.post_nms_top_n = (lambda: pre_nms), (lambda: post_nms)
+    rpn.training = True
+    try:
+        yield
+    finally:
+        rpn.training = False
+        del rpn.pre_nms_top_n, rpn.post_nms_top_n
 
 
 @torch.inference_mode()

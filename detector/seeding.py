@@ -14,8 +14,10 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed that mixes numbers, such as a run's seed, an epoch and an image's id."""
-    (seed,) = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)
+    """A seed that mixes 64-bit integers, such as a run's seed, an epoch and an image's id; others give another seed."""
+    # numpy would take (7,) for (7, 0): it strings the numbers' 32-bit words together.
+    words = [len(numbers), *(word for number in numbers for word in (number % 2**32, number % 2**64 >> 32))]
+    (seed,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return int(seed)
 
 

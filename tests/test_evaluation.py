@@ -148,9 +148,12 @@ def test_losses_and_detections_of_one_pass_are_those_of_two(kind, swapped):
         swap_crop_head(model)
     images, targets = batch()
     sample_by_image(model, [3, 4])
-    model.train()
+    numbers = {"rpn_pre_nms_top_n_train": 1000, "rpn_post_nms_top_n_train": 50}  # as in testing
+    as_in_testing = tiny_rcnn(kind, **numbers)
+    as_in_testing.load_state_dict(model.state_dict())
+    sample_by_image(as_in_testing, [3, 4])
     with torch.no_grad():
-        expected = model(images, copies(targets))
+        expected = as_in_testing.train()(images, copies(targets))
         wanted = model.eval()(images)
     detections, losses = detect_with_losses(model.train(), images, copies(targets))
     assert model.training

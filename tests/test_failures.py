@@ -153,17 +153,21 @@ def test_an_error_that_is_not_known_stays_what_it_is():
     assert explained(RuntimeError("some bug"), 0, [], []) is None
 
 
-def test_sigterm_saves_and_stops(digits, tmp_path, monkeypatch, capsys):
+def test_sigterm_ends_the_step_under_way_saves_and_stops(digits, tmp_path, monkeypatch, capsys):
     def terminate(loss):
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not told:
+            told.append(os.kill(os.getpid(), signal.SIGTERM))
         return loss
 
+    told = []
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(DetectionTask, "training_step", in_step_three(terminate))
+    flags = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=2"]
     with pytest.raises(SystemExit) as stop:
-        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=2"])
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
     assert stop.value.code == 130
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert f"--ckpt_path {last}" in capsys.readouterr().err
-    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert torch.load(last, weights_only=True)["global_step"] == 3  # told in the first of its two batches
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

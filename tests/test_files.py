@@ -227,7 +227,6 @@ def test_a_process_killed_while_it_links_leaves_the_old_file(best):
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"best"}
 
 
-@pytest.mark.xfail(strict=True, reason="a move onto another name of the same file does nothing: the third name stays")
 def test_linking_twice_leaves_two_names(best):
     last = best.with_name("last.ckpt")
     for _ in range(2):
@@ -235,7 +234,6 @@ def test_linking_twice_leaves_two_names(best):
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"best"}
 
 
-@pytest.mark.xfail(strict=True, reason="write_whole writes into a left-over link, which is the other file itself")
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_write_after_a_killed_link_does_not_change_the_file_it_linked(best):
     last = best.with_name("last.ckpt")
@@ -246,7 +244,6 @@ def test_a_write_after_a_killed_link_does_not_change_the_file_it_linked(best):
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"later"}
 
 
-@pytest.mark.xfail(strict=True, reason="link_whole does not tidy up after a failure")
 @pytest.mark.parametrize("links", [True, False])
 def test_a_failed_link_leaves_the_old_file_and_no_other(best, monkeypatch, links):
     last = best.with_name("last.ckpt")
@@ -259,7 +256,6 @@ def test_a_failed_link_leaves_the_old_file_and_no_other(best, monkeypatch, links
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"old"}
 
 
-@pytest.mark.xfail(strict=True, reason="the copy is moved to its name before it is on the disk")
 @pytest.mark.skipif(os.name != "posix", reason="no folder can be synced")
 def test_a_copy_reaches_the_disk_before_its_name(best, monkeypatch):
     calls = []

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from detector.training.failures import TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule, parameter_groups
 
 NAMES = ["adamw", "sgd"]
@@ -148,12 +149,12 @@ def expected_rate(config, step, steps, epochs, peak):
         if step <= top:
             return anneal(peak / 25, peak, step / top)
         return anneal(peak, peak / 25 / 1e4, (step - top) / (end - top))
-    warmup = max(min(config.warmup_steps, steps // 2), 1)
+    warmup = min(config.warmup_steps, steps // 2)
     if step < warmup:
         return peak * (0.001 + 0.999 * step / warmup)
     if config.schedule == "cosine":
         return anneal(peak, 0, (step - warmup) / (steps - warmup))
-    drops = sum(step >= max(epoch * steps // epochs, warmup + 1) for epoch in config.milestones)
+    drops = sum(step >= max(round(epoch * steps / epochs), warmup + 1) for epoch in config.milestones)
     return peak / 10**drops
 
 
@@ -328,5 +329,11 @@ def test_lightning_scores_and_keeps_the_average(tmp_path):
 
 @pytest.mark.parametrize("decay", [0, 1, 0.0, 1.0, -0.5, 9998, math.nan, math.inf])
 def test_a_decay_that_is_none(decay):
-    with pytest.raises(ValueError, match=f"ema: {decay} is not a decay"):
-        WeightEMA(decay)
+    with pytest.raises(TrainingError, match=rf"optimizer\.ema is {decay}: it must be between 0 and 1"):
+        OptimizerConfig(ema=decay)
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("lr", -1.0), ("lr", math.nan), ("lr_batch", 0)])
+def test_numbers_that_make_no_rate(name, value):
+    with pytest.raises(TrainingError, match=rf"optimizer\.{name} is {value}: it must be"):
+        OptimizerConfig(**{name: value})

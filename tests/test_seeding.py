@@ -54,9 +54,6 @@ def test_the_sign_counts(number):
     assert seed_of(3, -number) != seed_of(3, number)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="SeedSequence sees one row of 32-bit words, filled up with zeros: numbers run into each other"
-)
 @pytest.mark.parametrize(
     ("numbers", "others"),
     [

@@ -161,8 +161,10 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
     assert (first["epoch"], first["global_step"]) == (1, 6)
     with pytest.raises(SystemExit, match=r"trained on 2 images a step, this run has 4: go on with the same devices x"):
         train([*arguments, f"--ckpt_path={last}", "--trainer.accumulate_grad_batches=2"])
-    with pytest.raises(SystemExit, match="in batches of 2 images over all devices; this run has 1"):
+    with pytest.raises(SystemExit, match="trained with images per batch 2, this run has 1: go on with the same data"):
         train([*arguments, f"--ckpt_path={last}", "--data.batch_size=1"])
+    with pytest.raises(SystemExit, match=r"optimizer\.lr 0\.001, this run has 0\.01: go on with the same"):
+        train([*arguments, f"--ckpt_path={last}", "--model.optimizer.lr=0.01"])
     with pytest.raises(SystemExit, match="schedule was made for 8 steps, this run has 12"):
         train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
     train([*arguments, f"--ckpt_path={last}"])
@@ -200,11 +202,39 @@ def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (start,) = json.loads((trained / "environment.json").read_text())
-    assert start["seed"] == 0
+    assert start["settings"]["seed"] == 0
+    assert start["settings"]["detector"]["fpn_channels"] == 16
+    assert "RandomShortestSize" in start["settings"]["transform"]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     if commit.returncode == 0:
         assert start["git"]["commit"] == commit.stdout.strip()
+
+
+def test_going_on_from_a_finished_run_scores_the_same_weights(digits, tmp_path):
+    arguments = [*TINY, f"--data.root={digits}", "--trainer.max_epochs=1", "--model.optimizer.ema=0.9"]
+    folder = tmp_path / "run"
+    train([*arguments, f"--run_dir={folder}"])
+    found = (folder / "detections.json").read_text()
+    (folder / "detections.json").unlink()
+    train([*arguments, f"--run_dir={folder}", "--ckpt_path=last"])
+    assert (folder / "detections.json").read_text() == found
+    # From another checkpoint than the last one in a folder of its own, where nothing is written over.
+    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    train([*arguments, f"--run_dir={folder}", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"])
+    assert (tmp_path / "run-2" / "scores.json").exists()
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_checkpoints_that_are_none_are_refused(trained, digits, tmp_path):
+    arguments = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}"]
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(SystemExit, match=r"error: .*other\.ckpt: not a checkpoint of tools/train\.py"):
+        train([*arguments, f"--ckpt_path={path}"])
+    path.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes()[:9999])
+    with pytest.raises(SystemExit, match=r"error: .*other\.ckpt: cannot be read as weights"):
+        train([*arguments, f"--ckpt_path={path}"])
 
 
 def test_folders_are_numbered(tmp_path):

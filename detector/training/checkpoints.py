@@ -16,7 +16,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.loops.loop import _Loop
 from torchvision.models.detection import FasterRCNN
 
 from detector.models import DetectorConfig, ModelError, build_detector, read_weights, set_batch_norm_eps
@@ -29,7 +29,7 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt``, from which a run goes on exactly, and ``best.ckpt``, of the epoch with the best score.
+    """Writes ``last.ckpt``, from which a run goes on exactly, and ``best.ckpt``, with the weights of the best score.
 
     ``last.ckpt`` is written every so many steps, at the end of each epoch, and a step before each scoring. Never
     right before one: Lightning would take it as done when going on. Ctrl-C and SIGTERM end the step under way, write
@@ -45,7 +45,10 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.monitor = folder, every, monitor
         self.best: float | None = None
         self.written = 0
-        self._interrupted = False
+        self.signal: int | None = None  # that asked the run to stop
+        self._speaks = self._listens = False
+        self._process = os.getpid()
+        self._last_step: int | None = None  # of last.ckpt
 
     @property
     def last(self) -> Path:
@@ -56,31 +59,38 @@ class Checkpoints(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if (self.folder / BEST).exists():
+            self.best = state_dict["best"]
 
     @contextmanager
-    def stopping_on_ctrl_c(self, *, speaks: bool) -> Iterator[None]:
-        """Within, the first Ctrl-C lets the step under way end, and a second one does not.
+    def stopping_on_signals(self, *, speaks: bool) -> Iterator[None]:
+        """Within, the first Ctrl-C or SIGTERM lets the step under way end, and a second one does not.
 
         To be entered before the data loader's workers start: Ctrl-C reaches them too, and they inherit the handler.
         """
-        process = os.getpid()
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-            if speaks and os.getpid() == process:
-                print("\nStopping after this step. Ctrl-C again: at once, without saving.", file=sys.stderr, flush=True)
-
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets no other thread handle signals
             return
-        before = signal.signal(signal.SIGINT, handle)
+        self._speaks = speaks
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._listens = True
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            self._listens = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._listens:  # Lightning put its own in its place, which may wait for other ranks, and saves nothing
+            signal.signal(signal.SIGTERM, self._handle)
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:
+            # Under max_steps Lightning takes every run that goes on for one within an epoch: it would run the one
+            # that is done once more, empty, and count it twice.
+            loop.reset_restart_stage()
+            loop.epoch_progress.increment_completed()
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,67 +102,98 @@ class Checkpoints(Checkpoint):
         following = min(done + trainer.accumulate_grad_batches, int(trainer.num_training_batches))
         due = trainer.global_step % self.every == 0 or self._scoring_follows(trainer, following)
         if stop or due or trainer.should_stop or trainer.global_step == trainer.max_steps:
-            self._save(trainer, self.last)
+            self._save(trainer, LAST)
         if stop:
-            self._raise(trainer)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        whole = trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches  # or else saved after its last step
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and (self.best is None or score.item() > self.best):
-            self.best = score.item()
-            # First: a run killed in between scores this epoch once more.
-            self._save(trainer, self.folder / BEST)
-            if whole and trainer.is_global_zero:
-                link_whole(self.folder / BEST, self.last)
-        elif whole:
-            self._save(trainer, self.last)
-        if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches:
-            self._raise(trainer)
+            raise KeyboardInterrupt
 
     def on_validation_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *args: Any
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any
     ) -> None:
         # Ranks have different numbers of batches: each decides for itself.
-        if trainer.state.fn == "fit" and (self._interrupted or trainer.received_sigterm):
-            self._raise(trainer)
+        if trainer.state.fn == "fit" and self.signal is not None:
+            raise KeyboardInterrupt
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        within = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
+        if trainer.state.fn == "fit" and within and self._is_best(trainer):
+            self._save(trainer, BEST)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self._is_best(trainer):
+            # First: a run killed in between scores this epoch once more.
+            self._save(trainer, BEST)
+            if trainer.is_global_zero:
+                link_whole(self.folder / BEST, self.last)
+        elif self._last_step != trainer.global_step:
+            self._save(trainer, LAST)
+        if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches:
+            raise KeyboardInterrupt
+
+    def _is_best(self, trainer: lightning.Trainer) -> bool:
+        """Whether these weights were scored just now, and better than any before."""
+        score = trainer.callback_metrics.get(self.monitor)
+        scored_step = getattr(trainer.lightning_module, "scored_step", None)
+        if score is None or scored_step != trainer.global_step or (self.best is not None and score <= self.best):
+            return False
+        self.best = score.item()
+        return True
 
     def _scoring_follows(self, trainer: lightning.Trainer, done: int) -> bool:
-        """Whether the epoch ends, or scoring begins, after so many batches."""
+        """Whether the epoch ends, or scoring begins, after so many batches of it."""
         interval = trainer.val_check_batch
-        return done >= trainer.num_training_batches or (isinstance(interval, int) and done % interval == 0)
+        if done >= trainer.num_training_batches or not isinstance(interval, int):
+            return done >= trainer.num_training_batches
+        if trainer.check_val_every_n_epoch is None:  # counted from the beginning of the run
+            done += trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx
+        return done % interval == 0
 
-    def _save(self, trainer: lightning.Trainer, path: Path) -> None:
+    def _save(self, trainer: lightning.Trainer, name: str) -> None:
         weights: list[torch.Tensor] = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights)):
             raise TrainingError(
-                f"the weights are no longer finite after step {trainer.global_step}: lower --model.optimizer.lr, or "
-                "set --trainer.gradient_clip_val"
+                f"the weights are no longer finite after step {trainer.global_step}: start again with a lower "
+                "--model.optimizer.lr, or with --trainer.gradient_clip_val"
             )
-        trainer.save_checkpoint(path, weights_only=False)
+        trainer.save_checkpoint(self.folder / name, weights_only=False)
         self.written += 1
+        if name == LAST:
+            self._last_step = trainer.global_step
 
     def _stop(self, trainer: lightning.Trainer) -> bool:
-        stop = self._interrupted or trainer.received_sigterm
+        stop = self.signal is not None
         return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
 
-    def _raise(self, trainer: lightning.Trainer) -> None:
-        raise SIGTERMException if trainer.received_sigterm else KeyboardInterrupt
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        if self._speaks and os.getpid() == self._process:
+            print("\nStopping after this step. Once more: at once, without saving.", file=sys.stderr, flush=True)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's own writes the file elsewhere and moves it, across file systems perhaps, without a sync."""
+    """Writes a checkpoint whole or not at all, and reads one without unpickling.
+
+    Lightning's own writes the file elsewhere and moves it, across file systems perhaps, without a sync.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()  # torch.save straight to a file hides why it fails
         torch.save(checkpoint, buffer)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(path), buffer.getvalue())
+            write_whole(Path(path), buffer.getbuffer())
         except OSError as error:
             raise TrainingError(
-                f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}"
+                f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}; "
+                "make room, then go on"
             ) from error
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        checkpoint = read_weights(path)
+        if CHECKPOINT_KEY not in checkpoint:
+            raise ModelError(f"{path}: not a checkpoint of tools/train.py")
+        return checkpoint
 
 
 @dataclass(frozen=True)

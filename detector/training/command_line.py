@@ -1,5 +1,6 @@
 """The command lines of ``tools/train.py``, ``tools/browse.py`` and ``tools/eval.py``."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
@@ -23,7 +26,8 @@ from detector.training.run import Run, run_folder, unused_folder
 from detector.training.scoring import score_split
 from detector.training.task import DetectionTask
 
-OURS = (DataError, ModelError, TrainingError, OSError)  # their words are meant for the user
+# Their words are meant for the user.
+OURS = (DataError, ModelError, TrainingError, OSError, MisconfigurationException)
 
 
 class SavedConfig(SaveConfigCallback):
@@ -52,7 +56,7 @@ class TrainingCLI(LightningCLI):
             type=str | None,
             default=None,
             help="last: go on, exactly, from the last checkpoint of the last run in run_dir (or its numbered "
-            "siblings); FILE: from that one, in its own run folder.",
+            "siblings); FILE: from that one, in its own run folder if it is a last.ckpt, in a new one if not.",
         )
         parser.add_argument(
             "--save_every",
@@ -84,7 +88,6 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
         parser_kwargs={"description": description},
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
-        trainer_defaults={"num_sanity_val_steps": 0},
     )
 
 
@@ -96,7 +99,7 @@ def train(args: list[str] | None = None) -> None:
     except OURS as error:
         sys.exit(f"error: {sentence(error)}")
     except Interrupted as stop:
-        print(f"Stopped. {resuming_command(args, str(stop))}", file=sys.stderr)
+        rank_zero_only(print)(f"Stopped. {resuming_command(args, str(stop))}", file=sys.stderr)
         sys.exit(130)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -137,6 +140,8 @@ def resuming_command(args: list[str] | None, flag: str) -> str:
     """How to go on: the same command with another ``--ckpt_path``."""
     if not flag:
         return "There is no checkpoint yet: the same command starts again."
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"To go on: the same command with {flag}"
     given = list(sys.argv[1:] if args is None else args)
     for position, argument in reversed(list(enumerate(given))):
         if argument.startswith("--ckpt_path="):

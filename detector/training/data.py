@@ -1,5 +1,6 @@
 """A COCO-format data set for Lightning: splits, augmentation and loaders."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -99,15 +100,17 @@ class CocoDataModule(lightning.LightningDataModule):
             raise DataError(f"{self.root}: no box in {self.train_split} to train on")
 
     def split(self, name: str, *, train: bool = False) -> CocoDetection:
-        """One split as a data set."""
+        """One split as a data set; says what is not quite right with it."""
+        annotations = self.root / self.annotations.format(split=name)
         data = CocoDetection(
             self.root / self.images.format(split=name),
-            self.root / self.annotations.format(split=name),
+            annotations,
             transform=self.train_transform if train else None,
             seed=self.seed,
         )
-        if train and data.dropped_boxes:
-            rank_zero_info(f"{name}: {data.dropped_boxes} boxes of zero size are left out")
+        if data.coco.flaws:
+            flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.coco.flaws.items())
+            rank_zero_info(f"{name}: {flaws}; python tools/check.py {annotations} shows them")
         return data
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -115,6 +118,8 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         ranks, rank = self._ranks()
+        if math.ceil(len(self.val_set) / self.val_batch_size) < ranks:  # the same on every rank
+            raise DataError(f"{self.val_split} has {len(self.val_set)} images, too few to score on {ranks} devices")
         batches = ScoringBatches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
         return self._loader(self.val_set, batches)
 
@@ -128,20 +133,31 @@ class CocoDataModule(lightning.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         epoch, done = trainer.current_epoch, trainer.fit_loop.batch_idx + 1
-        if done >= trainer.num_training_batches:
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        # The second: an epoch that was cut short is over for Lightning as well.
+        if done >= trainer.num_training_batches or progress.processed > epoch:
             epoch, done = epoch + 1, 0
-        return {"epoch": epoch, "batches": done, "images_per_batch": self.batch_size * self._ranks()[0]}
+        return {"epoch": epoch, "batches": done} | self._what_order_depends_on()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         if self.trainer is None or self.trainer.state.fn != "fit":
             return  # a checkpoint that is only scored
-        size = self.batch_size * self._ranks()[0]
-        if state_dict["batches"] and state_dict["images_per_batch"] != size:
-            raise TrainingError(
-                f"the checkpoint was written within an epoch, in batches of {state_dict['images_per_batch']} images "
-                f"over all devices; this run has {size}: go on with the same devices x --data.batch_size"
-            )
+        for name, now in self._what_order_depends_on().items():
+            before = state_dict[name]
+            if before != now:
+                raise TrainingError(
+                    f"the checkpoint was trained with {name.replace('_', ' ')} {before}, this run has {now}: go on "
+                    "with the same data, seed and devices x --data.batch_size"
+                )
         self._position = state_dict
+
+    def _what_order_depends_on(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "training_images": len(self.train_set),
+            "images_per_batch": self.batch_size * self._ranks()[0],
+            "group_by_shape": int(self.group_by_shape),
+        }
 
     def _training_batches(self) -> TrainingBatches:
         ranks, rank = self._ranks()

@@ -22,20 +22,22 @@ def explained(error: BaseException, step: int, images: Sequence[int], upcoming: 
         error: what was raised.
         step: the optimizer step under way.
         images: the ids of the images under way,
-        upcoming: and of those that were to come next.
+        upcoming: and of those that were to come next, if they are known.
     """
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in OUT_OF_MEMORY):
+        where = upcoming if "Original Traceback" in text else images  # reading ahead, or computing
         return TrainingError(
-            f"out of memory in step {step}, on images {list(images)}: lower --data.batch_size (and set "
+            f"out of memory in step {step}, on images {list(where)}: lower --data.batch_size (and set "
             "--trainer.accumulate_grad_batches to keep the images a step), --data.max_size, --data.workers, or "
             "--model.detector.rois_per_image"
         )
     if "DataLoader worker (pid" in text:
         reason = " ".join(str(error.__cause__ or error).splitlines()[0].split())
+        following = f"The next images were {list(upcoming)}." if upcoming else "It was scoring."
         return TrainingError(
             f"a process that reads images died after step {step}, probably of too little memory or shared memory "
-            f"(/dev/shm): {reason} The next images were {list(upcoming)}. Lower --data.workers, or set it to 0 to "
+            f"(/dev/shm): {reason} {following} Lower --data.workers, or set it to 0 to "
             "see the reason"
         )
     return None

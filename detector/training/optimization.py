@@ -8,6 +8,8 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, SequentialLR
 
+from detector.training.failures import TrainingError
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -17,12 +19,13 @@ class OptimizerConfig:
         name: "adamw" or "sgd".
         lr: peak learning rate, for steps of lr_batch images.
         lr_batch: the images a step, over all devices and accumulated batches, that lr is meant for.
-        lr_rule: how the rate follows another number of images a step: "linear" (Goyal et al. 2017, usual for sgd),
-            "sqrt" (Malladi et al. 2022, for adamw), or "constant".
+        lr_rule: how the rate follows another number of images a step: "linear" (Goyal et al. 2017, found with sgd),
+            "sqrt" (Malladi et al. 2022, found with adamw), or "constant".
         weight_decay: of weights; norms and biases have none.
-        momentum: sgd only.
-        schedule: after the warm-up "cosine" down to 0 or "multistep"; or "onecycle", which has its own warm-up.
-        warmup_steps: steps over which the rate climbs linearly from a thousandth.
+        momentum: sgd only; the onecycle schedule takes its own, between 0.85 and 0.95.
+        schedule: after the warm-up "cosine" down to 0 or "multistep"; or "onecycle", which has its own warm-up. It is
+            made for max_epochs; max_steps beside them only stops a run early.
+        warmup_steps: steps over which the rate climbs linearly from a thousandth; half the run at most.
         milestones: multistep only: the epochs at which the rate is divided by 10.
         ema: decay of an exponential moving average of the weights, such as 0.9998, which is then what is scored and
             saved; it starts lower, so that short runs forget their beginning. Default: no average.
@@ -38,6 +41,15 @@ class OptimizerConfig:
     warmup_steps: int = 500
     milestones: tuple[int, ...] = (8, 11)
     ema: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, right, what in (
+            ("lr", self.lr > 0, "above 0"),
+            ("lr_batch", self.lr_batch >= 1, "1 or more"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, such as 0.9998"),
+        ):
+            if not right:
+                raise TrainingError(f"optimizer.{name} is {getattr(self, name)}: it must be {what}")
 
     def rate(self, images_per_step: int) -> float:
         """The peak learning rate for steps of so many images."""
@@ -63,18 +75,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: OptimizerConfig, steps: int, epochs: int) -> LRScheduler:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, settings: OptimizerConfig, steps: int, epochs: float
+) -> LRScheduler:
     """The course of the optimizer's learning rate over ``steps`` steps in ``epochs`` epochs; stepped once a step."""
     if settings.schedule == "onecycle":
         return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=max(steps, 1))
-    warmup_steps = max(min(settings.warmup_steps, steps // 2), 1)
-    warmup = LinearLR(optimizer, start_factor=1e-3, total_iters=warmup_steps)
+    warmup_steps = min(settings.warmup_steps, steps // 2)
     main: LRScheduler
     if settings.schedule == "cosine":
         main = CosineAnnealingLR(optimizer, max(steps - warmup_steps, 1))
     else:
-        milestones = [max(epoch * steps // epochs - warmup_steps, 1) for epoch in settings.milestones]
+        milestones = [max(round(epoch * steps / epochs) - warmup_steps, 1) for epoch in settings.milestones]
         main = MultiStepLR(optimizer, milestones)
+    if warmup_steps == 0:
+        return main
+    warmup = LinearLR(optimizer, start_factor=1e-3, total_iters=warmup_steps)
     return SequentialLR(optimizer, [warmup, main], [warmup_steps])
 
 
@@ -85,9 +101,6 @@ class WeightEMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 < decay < 1:
-            raise ValueError(f"ema: {decay} is not a decay; it must lie between 0 and 1, such as 0.9998")
-
         @torch.no_grad()
         def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
             steps = int(updates)

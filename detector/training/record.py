@@ -1,10 +1,10 @@
-"""What a run was made with, beside its checkpoints: command, versions, seed, data, git state."""
+"""What a run was made with, beside its checkpoints: command, versions, settings, git state."""
 
-import json
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +14,8 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from detector.coco import read_json
+from detector.training.failures import TrainingError
 from detector.training.files import write_json, write_whole
 
 FILE = "environment.json"
@@ -32,47 +34,78 @@ class RunRecord(Callback):
         self.folder, self.checkpoint = folder, checkpoint
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage != "fit":
+            return
+        self._agree(trainer)
+        if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE
-        starts = json.loads(path.read_text()) if path.exists() else []
+        starts = read_json(path) if path.exists() else []
         git, patch = git_state()
         if patch:
             name = f"uncommitted-{len(starts) + 1}.patch"
             write_whole(self.folder / name, patch)
             git["patch"] = name
-        start = describe(trainer) | {"git": git, "ckpt_path": self.checkpoint and str(self.checkpoint)}
+        checkpoint = self.checkpoint and str(self.checkpoint)
+        start = describe(trainer) | {"git": git, "ckpt_path": checkpoint, "settings": settings(trainer)}
         write_json(path, [*starts, start], indent=2)
+
+    def _agree(self, trainer: lightning.Trainer) -> None:
+        """Each rank looks for the checkpoint by itself, and may not see the same disk."""
+        if trainer.world_size > 1:
+            found: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(found, self.checkpoint and str(self.checkpoint))
+            if len(set(found)) > 1:
+                raise TrainingError(f"the processes do not find the same checkpoint to go on from: {found}")
 
 
 def describe(trainer: lightning.Trainer) -> dict[str, Any]:
     """The command, the machine and the versions."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
     device = trainer.strategy.root_device
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [sys.executable, *sys.argv],
         "folder": os.getcwd(),
-        "seed": data.seed,
-        "data": str(data.root.resolve()),
         "devices": trainer.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
-        "precision": trainer.precision,
         "machine": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
+def settings(trainer: lightning.Trainer) -> dict[str, Any]:
+    """What the run does, however it was started: from a configuration file or from Python."""
+    task: Any = trainer.lightning_module
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    names = ("train_split", "val_split", "annotations", "images", "batch_size", "val_batch_size", "group_by_shape")
+    return {
+        "seed": data.seed,
+        "data": {"root": str(data.root.resolve()), **{name: getattr(data, name) for name in names}},
+        "transform": str(data.train_transform),
+        "detector": asdict(task.detector),
+        "box_gradient": asdict(task.box_gradient),
+        "crop": task.crop,
+        "optimizer": asdict(task.optimizer),
+        "trainer": {
+            name: getattr(trainer, name)
+            for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
+        },
+    }
+
+
 def git_state() -> tuple[dict[str, Any], bytes]:
-    """The commit that this package lies at, and what is changed since; nothing outside a git checkout."""
+    """The commit that this package lies at, what is changed since, and how; nothing outside a git checkout."""
     folder = Path(__file__).parent
     try:
         if _git("rev-parse", "--show-toplevel").strip() != str(folder.parent.parent).encode():
             return {}, b""  # installed into some other project's checkout
-        return {"commit": _git("rev-parse", "HEAD").decode().strip()}, _git("diff", "HEAD", "--binary")
+        state: dict[str, Any] = {"commit": _git("rev-parse", "HEAD").decode().strip()}
+        if changed := _git("status", "--porcelain").decode().splitlines():
+            state["changed"] = changed
+        return state, _git("diff", "HEAD", "--binary")
     except (OSError, subprocess.SubprocessError):
         return {}, b""
 

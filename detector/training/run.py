@@ -1,5 +1,6 @@
 """A training run from its start, or from where it stopped, to its score, in a folder of its own."""
 
+import signal
 import sys
 import time
 import warnings
@@ -7,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from detector.coco import DataError
 from detector.models import ModelError
-from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
+from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO, load_checkpoint
 from detector.training.data import CocoDataModule
 from detector.training.failures import Interrupted, TrainingError, explained, sentence
 from detector.training.record import FILE as RECORD
@@ -37,8 +38,8 @@ def fit(
         task: what is trained.
         data: what it is trained and scored on.
         run_dir: folder for checkpoints, logs and scores; a new run beside an old one gets a number.
-        ckpt_path: "last": go on from the last checkpoint in the last folder of that name; or a checkpoint, to go on
-            from in its own folder.
+        ckpt_path: "last": go on from the last checkpoint in the last folder of that name; or a checkpoint: go on
+            from it, in its own folder if it is a run's last one, in a new folder if not.
         save_every: the steps between two checkpoints.
         trainer_options: of ``lightning.Trainer``: ``max_epochs``, ``devices``, ``precision``, ...
 
@@ -79,7 +80,9 @@ class Run:
             self.checkpoint = Path(ckpt_path)
             if not self.checkpoint.is_file():
                 raise ModelError(f"--ckpt_path {ckpt_path}: no such file")
-            self.folder = run_folder(self.checkpoint)
+            # From another than the last one, a run must not write over what came after it.
+            last = self.checkpoint.name == LAST
+            self.folder = run_folder(self.checkpoint) if last else unused_folder(Path(run_dir))
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=save_every)
 
     def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -94,15 +97,18 @@ class Run:
             logger = TensorBoardLogger(str(self.folder), name="", version="")
         if logger:
             callbacks.append(LearningRateMonitor("step"))
-        if given.get("enable_progress_bar") is not False:  # by default it would depend on whether rich is installed
+        theirs = _as_list(given.get("callbacks"))
+        # By default it would depend on whether rich is installed.
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
             callbacks.append(TQDMProgressBar())
         return {
-            "default_root_dir": str(self.folder),
-            "num_sanity_val_steps": 0,
             **given,
+            "default_root_dir": given.get("default_root_dir") or str(self.folder),
+            "num_sanity_val_steps": given.get("num_sanity_val_steps") or 0,
             "use_distributed_sampler": False,  # the batches know their ranks
+            "enable_checkpointing": True,
             "logger": logger,
-            "callbacks": [*_as_list(given.get("callbacks")), *callbacks],
+            "callbacks": [*theirs, *callbacks],
             "plugins": [*_as_list(given.get("plugins")), WholeCheckpointIO()],
         }
 
@@ -110,29 +116,31 @@ class Run:
         """Train, or go on, then score; see :func:`fit`."""
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
             warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position
-        if trainer.precision == "16-mixed" and trainer.strategy.root_device.type == "cpu":
-            rank_zero_warn("precision 16-mixed: a CPU has none, Lightning takes bf16-mixed")
         try:
-            with self.checkpoints.stopping_on_ctrl_c(speaks=trainer.is_global_zero):
+            with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
                 trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
-        except SystemExit:  # what Lightning makes of Ctrl-C and SIGTERM
-            raise Interrupted(self._how_to_go_on()) from None
+            return self._finish(trainer, task, data) if trainer.is_global_zero else None
+        except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+            last = self.checkpoints.last
+            raise Interrupted(f"--ckpt_path {last}" if last.exists() else "") from None
         except Exception as error:
+            if trainer.strategy.launcher is not None:  # or the other processes would wait for this one
+                trainer.strategy.launcher.kill(signal.SIGTERM)
             explanation = self._explanation(error, trainer, task, data)
             if explanation is None or explanation is error:
                 raise
             raise explanation from error
-        return self._finish(trainer, task, data) if trainer.is_global_zero else None
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
         """Score the val split with the weights as they are, draw examples, and say where everything lies."""
         if task.scored_step == trainer.global_step:
             scores = write_scores(data.val_set, task.results, self.folder)
-        else:  # it stopped within an epoch
+        else:  # it stopped within an epoch, or had been finished before
             device = trainer.strategy.root_device
+            model = load_checkpoint(self.checkpoints.last).model  # with averaged weights, if there are any
             with trainer.precision_plugin.forward_context():
                 scores = score_split(
-                    task.model.to(device),
+                    model.to(device),
                     data.val_set,
                     self.folder,
                     device=device,
@@ -154,21 +162,19 @@ class Run:
         print(f"  tensorboard --logdir {self.folder}")
         return scores
 
-    def _how_to_go_on(self) -> str:
-        last = self.checkpoints.last
-        return f"--ckpt_path {last}" if last.exists() else ""
-
     def _explanation(
         self, error: Exception, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule
     ) -> Exception | None:
         """The error in the words of a sentence, or ``None`` if it has to speak for itself."""
         known: Exception | None
+        upcoming: list[int] = []
         try:
-            upcoming = data.upcoming(2 * max(data.workers, 1))
+            if task.training:
+                upcoming = data.upcoming(2 * max(data.workers, 1))
         except Exception:  # it had not come that far
-            upcoming = []
+            pass
         known = explained(error, trainer.global_step, task.image_ids, upcoming)
-        if known is None and isinstance(error, (TrainingError, DataError)):
+        if known is None and isinstance(error, (TrainingError, DataError, OSError)):
             known = error
         last = self.checkpoints.last
         if known is None or (known is error and not last.exists()):

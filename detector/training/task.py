@@ -1,5 +1,6 @@
 """What is trained: a swapped detector, its losses, and its score on the val split."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -45,7 +46,7 @@ class DetectionTask(lightning.LightningModule):
         self.detector, self.box_gradient, self.crop, self.optimizer = detector, box_gradient, crop, optimizer
         self.model: Any = None  # a FasterRCNN, from configure_model on
         self.image_ids: list[int] = []  # of the batch under way
-        self.results: list[Result] = []  # of the last scoring, on every image of the val split
+        self.results: list[Result] = []  # on rank 0: of the last scoring, on every image of the val split
         self.scored_step: int | None = None  # the step after which that was
         self._resumed: dict[str, Any] | None = None
 
@@ -64,7 +65,7 @@ class DetectionTask(lightning.LightningModule):
         return [] if self.optimizer.ema is None else [WeightEMA(self.optimizer.ema)]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # Of anchors and RoIs see _losses; this is for what else a network may draw, such as dropout.
+        # Of anchors and RoIs see _draw_by_image; this is for what else a network may draw, such as dropout.
         torch.manual_seed(seed_of(self.data.seed, self.global_rank, self.current_epoch, batch_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -75,8 +76,8 @@ class DetectionTask(lightning.LightningModule):
         if not torch.isfinite(total):
             values = {name: loss.item() for name, loss in losses.items()}
             raise TrainingError(
-                f"the loss is not finite in step {self.global_step}, on images {self.image_ids}: {values}. Lower "
-                "--model.optimizer.lr, or set --trainer.gradient_clip_val"
+                f"the loss is not finite in step {self.global_step}, on images {self.image_ids}: {values}. Start "
+                "again with a lower --model.optimizer.lr, or with --trainer.gradient_clip_val"
             )
         size = len(images)
         self.log("train/loss", total, prog_bar=True, batch_size=size)
@@ -100,9 +101,9 @@ class DetectionTask(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         trainer = self.trainer
         if trainer.world_size > 1:
-            parts: list[list[Result]] = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, self.results)
-            self.results = [result for part in parts for result in part]
+            parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            torch.distributed.gather_object(self.results, parts)
+            self.results = [result for part in parts or [] for result in part]
         scores = evaluate(self.data.val_set.coco, self.results)[0] if trainer.is_global_zero else None
         scores = trainer.strategy.broadcast(scores)
         assert scores is not None
@@ -113,16 +114,17 @@ class DetectionTask(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trainer, settings = self.trainer, self.optimizer
         images = self.images_per_step
-        lr, steps = settings.rate(images), self._steps()
+        steps, steps_per_epoch = self._steps()
+        lr = settings.rate(images)
         self._check_resumed(images, steps)
         rank_zero_info(
             f"{images} images a step ({trainer.world_size} devices x {self.data.batch_size} images x "
             f"{trainer.accumulate_grad_batches} accumulated): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
             f"{settings.lr_batch} images, {settings.lr_rule}), {settings.name}, {settings.schedule}; {steps} steps, "
-            f"{steps // max(trainer.max_epochs or 1, 1)} an epoch"
+            f"{steps_per_epoch} an epoch"
         )
         optimizer = make_optimizer(self.model, settings, lr)
-        schedule = make_schedule(optimizer, settings, steps, max(trainer.max_epochs or 1, 1))
+        schedule = make_schedule(optimizer, settings, steps, steps / steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @property
@@ -139,19 +141,28 @@ class DetectionTask(lightning.LightningModule):
             "batch_norm_eps": batch_norm_eps(self.model),
             "category_ids": val_set.category_ids,
             "category_names": val_set.category_names,
+            "optimizer": asdict(self.optimizer),
             "images_per_step": self.images_per_step,
-            "steps": self._steps(),
+            "steps": self._steps()[0],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if CHECKPOINT_KEY not in checkpoint:
-            raise TrainingError("--ckpt_path is not a checkpoint of tools/train.py")
-        self._resumed = checkpoint[CHECKPOINT_KEY]
+        self._resumed = checkpoint[CHECKPOINT_KEY] if self.trainer.state.fn == "fit" else None
 
     def _check_resumed(self, images: int, steps: int) -> None:
-        """Refuse to go on from a checkpoint with a schedule that was made for another course."""
+        """Refuse to go on with other settings: optimizer and schedule would keep those of the checkpoint."""
         if self._resumed is None:
             return
+        for name, now in asdict(self.optimizer).items():
+            before = self._resumed["optimizer"][name]
+            if before != now:
+                raise TrainingError(
+                    f"the checkpoint was trained with optimizer.{name} {before}, this run has {now}: go on with the "
+                    "same, or start a new run"
+                )
+        before = list(self._resumed["category_names"])
+        if before != self.data.val_set.category_names:
+            raise TrainingError(f"the checkpoint was trained on the classes {before}, not on those of this data")
         before = self._resumed["images_per_step"]
         if before != images:
             raise TrainingError(
@@ -165,11 +176,16 @@ class DetectionTask(lightning.LightningModule):
                 f"{steps}: go on with the same data and --trainer.max_epochs"
             )
 
-    def _steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+    def _steps(self) -> tuple[int, int]:
+        """The steps that the schedule is made for, and those of an epoch."""
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()  # which counts the batches
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            return per_epoch * trainer.max_epochs, per_epoch
+        if trainer.max_steps < 1:
             raise TrainingError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
-        return int(steps)
+        return trainer.max_steps, per_epoch
 
     def _draw_by_image(self, targets: list[dict[str, Tensor]], epoch: int) -> None:
         self.image_ids = [int(target["image_id"]) for target in targets]
