@@ -137,7 +137,9 @@ class Run:
             scores = write_scores(data.val_set, task.results, self.folder)
         else:  # it stopped within an epoch, or had been finished before
             device = trainer.strategy.root_device
-            model = load_checkpoint(self.checkpoints.last).model  # with averaged weights, if there are any
+            last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
+            assert last is not None  # a run of no steps goes on from one
+            model = load_checkpoint(last).model  # with averaged weights, if there are any
             with trainer.precision_plugin.forward_context():
                 scores = score_split(
                     model.to(device),
