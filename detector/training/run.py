@@ -125,7 +125,7 @@ class Run:
             raise Interrupted(f"--ckpt_path {last}" if last.exists() else "") from None
         except Exception as error:
             if trainer.strategy.launcher is not None:  # or the other processes would wait for this one
-                trainer.strategy.launcher.kill(signal.SIGTERM)
+                trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
             explanation = self._explanation(error, trainer, task, data)
             if explanation is None or explanation is error:
                 raise
