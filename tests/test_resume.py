@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -117,29 +118,36 @@ def test_a_run_killed_three_times_ends_as_one_never_killed(flags, whole, tmp_pat
     assert_same_end(folder, whole)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    starts = json.loads((folder / "environment.json").read_text())
-    assert [bool(start["ckpt_path"]) for start in starts] == [False, True, True, True]
+    assert [bool(start["ckpt_path"]) for start in starts(folder)] == [False, True, True, True]
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_at_random_moments_ends_as_one_never_killed(flags, whole, tmp_path):
+def test_a_run_killed_ten_times_at_random_moments_ends_as_one_never_killed(flags, tmp_path):
+    flags = [*flags, "--trainer.max_epochs=6"]
     folder = tmp_path / "run"
-    command = [sys.executable, "tools/train.py", *flags, f"--run_dir={folder}"]
+    command = [sys.executable, "tools/train.py", *flags]
+    quiet = {"cwd": REPOSITORY, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, f"--run_dir={tmp_path / 'whole'}"], check=True, **quiet)
+    command += [f"--run_dir={folder}"]
     generator = random.Random(0)
-    kills, progress = 0, []
-    while kills < 10:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(timeout=generator.uniform(5, 12)) == 0
-            break  # it came to its end before it was killed
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
+    progress = []
+    while len(progress) < 10:
+        process = subprocess.Popen(command, **quiet)
+        while len(starts(folder)) <= len(progress):  # it is still being imported
+            with suppress(subprocess.TimeoutExpired):
+                assert process.wait(timeout=0.1) == 0, "it failed, or ended before it was killed ten times"
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=generator.uniform(0, 4))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
         last = folder / "checkpoints" / "last.ckpt"
         progress.append(torch.load(last, weights_only=True)["global_step"] if last.exists() else None)
-        command = [sys.executable, "tools/train.py", *flags, f"--run_dir={folder}", "--ckpt_path=last"]
-    print(f"killed {kills} times, the last checkpoint then being of step {progress}")
-    assert kills
-    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    assert_same_end(folder, whole)
+        command = [*command[: len(flags) + 3], "--ckpt_path=last"]
+    print(f"at the ten kills the last checkpoint was of step {progress}")
+    subprocess.run(command, check=True, **quiet)
+    assert_same_end(folder, tmp_path / "whole")
+
+
+def starts(folder):
+    path = folder / "environment.json"
+    return json.loads(path.read_text()) if path.exists() else []
