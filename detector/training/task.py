@@ -118,8 +118,8 @@ class DetectionTask(lightning.LightningModule):
         lr = settings.rate(images)
         self._check_resumed(images, steps)
         rank_zero_info(
-            f"{images} images a step ({trainer.world_size} devices x {self.data.batch_size} images x "
-            f"{trainer.accumulate_grad_batches} accumulated): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
+            f"{images} images a step (devices {trainer.world_size} x batch {self.data.batch_size} x accumulated "
+            f"{trainer.accumulate_grad_batches}): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
             f"{settings.lr_batch} images, {settings.lr_rule}), {settings.name}, {settings.schedule}; {steps} steps, "
             f"{steps_per_epoch} an epoch"
         )
