@@ -189,7 +189,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                     image, target = self.transform(image, target)
             except (ValueError, TypeError, RuntimeError) as error:
                 path = self.folder / info["file_name"]
-                raise DataError(f"{path}: the augmentation fails on this image: {error}") from error
+                reason = " ".join(str(error).split())  # in one line, or a worker's report would lose its beginning
+                raise DataError(f"{path}: the augmentation fails on this image: {reason}") from error
         image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import get_worker_info
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
+from test_resume import STUB
 from tiny_training import REPOSITORY, TINY
 
 from detector.coco import CocoDetection
@@ -171,3 +173,22 @@ def test_sigterm_ends_the_step_under_way_saves_and_stops(digits, tmp_path, monke
     assert f"--ckpt_path {last}" in capsys.readouterr().err
     assert torch.load(last, weights_only=True)["global_step"] == 3  # told in the first of its two batches
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_to_all_processes_of_the_group_does_not_kill_the_workers_first(digits, tmp_path):
+    stub = STUB.format(
+        setup="from detector.training.task import DetectionTask as owner\n"
+        "name, when = 'training_step', lambda task, batch, number: task.current_epoch == 1 and number == 0",
+    ).replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=3"]
+    done = subprocess.run(
+        [sys.executable, "-c", stub, *flags, "--data.workers=2", "--data.batch_size=2"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert done.returncode == 130, done.stderr
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"--ckpt_path {last}" in done.stderr
+    assert torch.load(last, weights_only=True)["global_step"] == 5

@@ -26,7 +26,7 @@ def test_example_runs(code, tmp_path, monkeypatch):
         code = code.replace("workers=2", "min_size=96, max_size=96, workers=0")
         code = code.replace("max_epochs=12", 'max_steps=1, accelerator="cpu"')
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_there_are_examples():

@@ -135,7 +135,7 @@ def test_batch_norm_eps_survives_a_checkpoint(trained, tmp_path):
     assert {model.get_submodule(name).eps for name in eps} == {0.25}
 
 
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monkeypatch, capsys, ctrl_c):
     folder = tmp_path / "run"
     last = folder / "checkpoints" / "last.ckpt"
     arguments = [*TINY, f"--data.root={digits}", "--data.batch_size=2", "--trainer.max_epochs=2"]
@@ -165,6 +165,8 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
         train([*arguments, f"--ckpt_path={last}", "--data.batch_size=1"])
     with pytest.raises(SystemExit, match=r"optimizer\.lr 0\.001, this run has 0\.01: go on with the same"):
         train([*arguments, f"--ckpt_path={last}", "--model.optimizer.lr=0.01"])
+    with pytest.raises(SystemExit, match=r"trained with fpn_channels 16, this run has 32: go on with the same"):
+        train([*arguments, f"--ckpt_path={last}", "--model.detector.fpn_channels=32"])
     with pytest.raises(SystemExit, match="schedule was made for 8 steps, this run has 12"):
         train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
     train([*arguments, f"--ckpt_path={last}"])
@@ -174,7 +176,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
-def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, capsys, ctrl_c):
     score = DetectionTask.validation_step
     scored = []
 
@@ -248,6 +250,7 @@ def test_folders_are_numbered(tmp_path):
     for name in ("run-2", "run-10", "run-x", "runs-11"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
     (tmp_path / "run-12").write_text("a file")
+    (tmp_path / "another-13").mkdir(mode=0)  # that nobody may look into
     assert unused_folder(folder) == tmp_path / "run-11"
     assert newest_folder(folder) == tmp_path / "run-10"
 

@@ -1,7 +1,6 @@
 """Checkpoints: when they are written, that they are written whole, and a detector out of one."""
 
 import io
-import os
 import signal
 import sys
 import threading
@@ -47,7 +46,6 @@ class Checkpoints(Checkpoint):
         self.written = 0
         self.signal: int | None = None  # that asked the run to stop
         self._speaks = self._listens = False
-        self._process = os.getpid()
         self._last_step: int | None = None  # of last.ckpt
 
     @property
@@ -64,16 +62,16 @@ class Checkpoints(Checkpoint):
 
     @contextmanager
     def stopping_on_signals(self, *, speaks: bool) -> Iterator[None]:
-        """Within, the first Ctrl-C or SIGTERM lets the step under way end, and a second one does not.
-
-        To be entered before the data loader's workers start: Ctrl-C reaches them too, and they inherit the handler.
-        """
+        """Within, the first Ctrl-C or SIGTERM lets the step under way end, and a second one does not."""
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets no other thread handle signals
             return
         self._speaks = speaks
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._listens = True
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._handle)
+        self._listens = before[signal.SIGTERM] is not signal.SIG_IGN
         try:
             yield
         finally:
@@ -122,7 +120,9 @@ class Checkpoints(Checkpoint):
         if self._is_best(trainer):
             # First: a run killed in between scores this epoch once more.
             self._save(trainer, BEST)
-            if trainer.is_global_zero:
+            whole = trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches
+            # One that stopped early was saved where it did, within the epoch.
+            if trainer.is_global_zero and (whole or self._last_step != trainer.global_step):
                 link_whole(self.folder / BEST, self.last)
         elif self._last_step != trainer.global_step:
             self._save(trainer, LAST)
@@ -133,10 +133,13 @@ class Checkpoints(Checkpoint):
         """Whether these weights were scored just now, and better than any before."""
         score = trainer.callback_metrics.get(self.monitor)
         scored_step = getattr(trainer.lightning_module, "scored_step", None)
-        if score is None or scored_step != trainer.global_step or (self.best is not None and score <= self.best):
+        if score is None or scored_step != trainer.global_step:
             return False
-        self.best = score.item()
-        return True
+        # Rank 0 decides: another may not see the file of the best.
+        better = trainer.strategy.broadcast(self.best is None or bool(score > self.best))
+        if better:
+            self.best = score.item()
+        return better
 
     def _scoring_follows(self, trainer: lightning.Trainer, done: int) -> bool:
         """Whether the epoch ends, or scoring begins, after so many batches of it."""
@@ -167,7 +170,7 @@ class Checkpoints(Checkpoint):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        if self._speaks and os.getpid() == self._process:
+        if self._speaks:
             print("\nStopping after this step. Once more: at once, without saving.", file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,11 +181,21 @@ class CocoDataModule(lightning.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
+            worker_init_fn=leave_signals_alone,
         )
 
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+
+
+def leave_signals_alone(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach all processes of a group: a worker must live until the step under way has ended.
+
+    It ends with its parent, which torch watches.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(samples: list[tuple[Tensor, Target]]) -> Batch:

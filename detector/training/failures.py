@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to mmap",
+    "shared memory(shm)",
+    "_alloc_failed",
+)
 
 
 class TrainingError(RuntimeError):
@@ -25,10 +33,13 @@ def explained(error: BaseException, step: int, images: Sequence[int], upcoming: 
         upcoming: and of those that were to come next, if they are known.
     """
     text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in OUT_OF_MEMORY):
-        where = upcoming if "Original Traceback" in text else images  # reading ahead, or computing
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in text.lower() for words in OUT_OF_MEMORY
+    ):
+        ids = list(upcoming if "Original Traceback" in text else images)  # reading ahead, or computing
+        where = f"on images {ids}" if ids else "while scoring"
         return TrainingError(
-            f"out of memory in step {step}, on images {list(where)}: lower --data.batch_size (and set "
+            f"out of memory in step {step}, {where}: lower --data.batch_size (and set "
             "--trainer.accumulate_grad_batches to keep the images a step), --data.max_size, --data.workers, or "
             "--model.detector.rois_per_image"
         )

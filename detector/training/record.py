@@ -19,6 +19,7 @@ from detector.training.failures import TrainingError
 from detector.training.files import write_json, write_whole
 
 FILE = "environment.json"
+HERE = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "pycocotools", "numpy", "pillow", "affine-crop-rcnn")
 
 
@@ -98,9 +99,8 @@ def settings(trainer: lightning.Trainer) -> dict[str, Any]:
 
 def git_state() -> tuple[dict[str, Any], bytes]:
     """The commit that this package lies at, what is changed since, and how; nothing outside a git checkout."""
-    folder = Path(__file__).parent
     try:
-        if _git("rev-parse", "--show-toplevel").strip() != str(folder.parent.parent).encode():
+        if Path(os.fsdecode(_git("rev-parse", "--show-toplevel").strip())).resolve() != HERE.parent.parent:
             return {}, b""  # installed into some other project's checkout
         state: dict[str, Any] = {"commit": _git("rev-parse", "HEAD").decode().strip()}
         if changed := _git("status", "--porcelain").decode().splitlines():
@@ -111,9 +111,7 @@ def git_state() -> tuple[dict[str, Any], bytes]:
 
 
 def _git(*arguments: str) -> bytes:
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, check=True, timeout=30
-    )
+    done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, check=True, timeout=30)
     return done.stdout
 
 

@@ -1,5 +1,6 @@
 """A training run from its start, or from where it stopped, to its score, in a folder of its own."""
 
+import re
 import signal
 import sys
 import time
@@ -121,11 +122,12 @@ class Run:
                 trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
             return self._finish(trainer, task, data) if trainer.is_global_zero else None
         except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
-            last = self.checkpoints.last
-            raise Interrupted(f"--ckpt_path {last}" if last.exists() else "") from None
+            raise self._interrupted() from None
         except Exception as error:
             if trainer.strategy.launcher is not None:  # or the other processes would wait for this one
                 trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+            if self.checkpoints.signal is not None:  # another rank stopped first
+                raise self._interrupted() from None
             explanation = self._explanation(error, trainer, task, data)
             if explanation is None or explanation is error:
                 raise
@@ -163,6 +165,10 @@ class Run:
                 print(f"  {name:22} {what}")
         print(f"  tensorboard --logdir {self.folder}")
         return scores
+
+    def _interrupted(self) -> Interrupted:
+        last = self.checkpoints.last
+        return Interrupted(f"--ckpt_path {last}" if last.exists() else "")
 
     def _explanation(
         self, error: Exception, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule
@@ -243,14 +249,10 @@ def newest_folder(folder: Path) -> Path:
 
 
 def _used_numbers(folder: Path) -> list[int]:
-    prefix = f"{folder.name}-"
     siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    names = [path.name for path in siblings if path.is_dir() and any(path.iterdir())]
-    return [1 for name in names if name == folder.name] + [
-        int(name.removeprefix(prefix))
-        for name in names
-        if name.startswith(prefix) and name.removeprefix(prefix).isdecimal()
-    ]
+    named = [path for path in siblings if re.fullmatch(rf"{re.escape(folder.name)}(-\d{{1,6}})?", path.name)]
+    numbers = [1 if path.name == folder.name else int(path.name.rpartition("-")[2]) for path in named]
+    return [number for number, path in zip(numbers, named) if path.is_dir() and any(path.iterdir())]
 
 
 def _numbered(folder: Path, number: int) -> Path:

@@ -147,7 +147,17 @@ class DetectionTask(lightning.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint[CHECKPOINT_KEY] if self.trainer.state.fn == "fit" else None
+        if self.trainer.state.fn != "fit":
+            return
+        self._resumed = saved = checkpoint[CHECKPOINT_KEY]
+        now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | asdict(self.detector)
+        before = {"category_names": saved["category_names"], "crop": saved["crop"]} | saved["detector"]
+        for name, value in now.items():
+            if _plain(before.get(name)) != _plain(value):
+                raise TrainingError(
+                    f"the checkpoint was trained with {name} {before.get(name)}, this run has {value}: go on with the "
+                    "same, or start a new run"
+                )
 
     def _check_resumed(self, images: int, steps: int) -> None:
         """Refuse to go on with other settings: optimizer and schedule would keep those of the checkpoint."""
@@ -155,14 +165,11 @@ class DetectionTask(lightning.LightningModule):
             return
         for name, now in asdict(self.optimizer).items():
             before = self._resumed["optimizer"][name]
-            if before != now:
+            if _plain(before) != _plain(now):
                 raise TrainingError(
                     f"the checkpoint was trained with optimizer.{name} {before}, this run has {now}: go on with the "
                     "same, or start a new run"
                 )
-        before = list(self._resumed["category_names"])
-        if before != self.data.val_set.category_names:
-            raise TrainingError(f"the checkpoint was trained on the classes {before}, not on those of this data")
         before = self._resumed["images_per_step"]
         if before != images:
             raise TrainingError(
@@ -190,3 +197,8 @@ class DetectionTask(lightning.LightningModule):
     def _draw_by_image(self, targets: list[dict[str, Tensor]], epoch: int) -> None:
         self.image_ids = [int(target["image_id"]) for target in targets]
         sample_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])
+
+
+def _plain(value: Any) -> Any:
+    """A list for a tuple, which a configuration file may have made of it."""
+    return list(value) if isinstance(value, tuple) else value
