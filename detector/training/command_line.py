@@ -3,7 +3,8 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,19 +92,27 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
     )
 
 
-def train(args: list[str] | None = None) -> None:
-    """Train as the command line says, then score the val split. Mistakes of the user end in one sentence."""
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """A mistake of the user ends the program in one sentence, Ctrl-C in a word."""
     try:
-        cli = parse(args, "Train an affine-crop R-CNN; see configs/ for complete settings.")
-        cli.run.train(cli.trainer, cli.model, cli.datamodule)
+        yield
     except OURS as error:
         sys.exit(f"error: {sentence(error)}")
-    except Interrupted as stop:
-        rank_zero_only(print)(f"Stopped. {resuming_command(args, str(stop))}", file=sys.stderr)
-        sys.exit(130)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def train(args: list[str] | None = None) -> None:
+    """Train as the command line says, then score the val split."""
+    with in_a_sentence():
+        cli = parse(args, "Train an affine-crop R-CNN; see configs/ for complete settings.")
+        try:
+            cli.run.train(cli.trainer, cli.model, cli.datamodule)
+        except Interrupted as stop:
+            rank_zero_only(print)(f"Stopped. {resuming_command(args, str(stop))}", file=sys.stderr)
+            sys.exit(130)
 
 
 class BrowsingCLI(TrainingCLI):
@@ -121,7 +130,7 @@ class BrowsingCLI(TrainingCLI):
 
 def browse_training_images(args: list[str] | None = None) -> None:
     """Draw a sheet of training images, as the command line of a training would augment them."""
-    try:
+    with in_a_sentence():
         description = "Draw training images as the model sees them; takes all flags of tools/train.py."
         cli = parse(args, description, BrowsingCLI)
         data, config = cli.datamodule, cli.config
@@ -129,11 +138,6 @@ def browse_training_images(args: list[str] | None = None) -> None:
         stored, augmented = data.split(data.train_split), data.split(data.train_split, train=True)
         browse(stored, augmented, Path(config.output), images=config.count, epochs=config.epochs)
         print(f"{config.output}: {data.train_split} of {data.root} as stored, and as the first epochs see it")
-    except OURS as error:
-        sys.exit(f"error: {sentence(error)}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def resuming_command(args: list[str] | None, flag: str) -> str:
@@ -183,7 +187,7 @@ def score(
         workers: processes that read images.
         device: cpu, cuda, cuda:1, ... Default: cuda if there is one.
     """
-    try:
+    with in_a_sentence():
         folder = find_root(root, dataset)
         data = CocoDetection(folder / images.format(split=split), folder / annotations.format(split=split))
         category_ids: Sequence[int | None]
@@ -215,11 +219,6 @@ def score(
             workers=workers,
         )
         print(f"\nscores.json, detections.json and examples.png are in {target}/")
-    except OURS as error:
-        sys.exit(f"error: {sentence(error)}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def match_categories(trained: TrainedDetector, data: CocoDetection) -> Sequence[int]:
