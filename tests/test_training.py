@@ -165,6 +165,18 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
         train([*arguments, f"--ckpt_path={last}", "--data.batch_size=1"])
     with pytest.raises(SystemExit, match=r"optimizer\.lr 0\.001, this run has 0\.01: go on with the same"):
         train([*arguments, f"--ckpt_path={last}", "--model.optimizer.lr=0.01"])
+    with pytest.raises(
+        SystemExit, match=r"trained with box_gradient\.crop 0\.2, this run has 0\.0: go on with the same"
+    ):
+        train([*arguments, f"--ckpt_path={last}", "--model.box_gradient.crop=0"])
+    old = tmp_path / "old" / "last.ckpt"
+    old.parent.mkdir()
+    content = torch.load(last, weights_only=True)
+    del content[CHECKPOINT_KEY]["box_gradient"]
+    torch.save(content, old)
+    with pytest.raises(SystemExit, match="of an earlier version of this project: it can be scored, not resumed"):
+        train([*arguments, f"--ckpt_path={old}"])
+    shutil.rmtree(old.parent)
     with pytest.raises(SystemExit, match=r"trained with fpn_channels 16, this run has 32: go on with the same"):
         train([*arguments, f"--ckpt_path={last}", "--model.detector.fpn_channels=32"])
     with pytest.raises(SystemExit, match="schedule was made for 8 steps, this run has 12"):

@@ -154,7 +154,7 @@ class Run:
         print(f"\nThe run is in {self.folder}/")
         for name, what in {
             f"checkpoints/{LAST}": "the weights that were scored",
-            f"checkpoints/{BEST}": "those of the epoch with the highest val AP",
+            f"checkpoints/{BEST}": "those with the highest val AP",
             "scores.json": f"the scores, AP {scores['AP']:.3f}",
             "detections.json": "detections in COCO's results format",
             "examples.png": "val images: the truth on the left, detections on the right",

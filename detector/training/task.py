@@ -138,6 +138,7 @@ class DetectionTask(lightning.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {
             "detector": asdict(self.detector),
             "crop": self.crop,
+            "box_gradient": asdict(self.box_gradient),
             "batch_norm_eps": batch_norm_eps(self.model),
             "category_ids": val_set.category_ids,
             "category_names": val_set.category_names,
@@ -150,8 +151,14 @@ class DetectionTask(lightning.LightningModule):
         if self.trainer.state.fn != "fit":
             return
         self._resumed = saved = checkpoint[CHECKPOINT_KEY]
-        now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | asdict(self.detector)
+        if "box_gradient" not in saved:
+            raise TrainingError(
+                "the checkpoint is of an earlier version of this project: it can be scored, not resumed"
+            )
         before = {"category_names": saved["category_names"], "crop": saved["crop"]} | saved["detector"]
+        before |= {f"box_gradient.{name}": value for name, value in saved["box_gradient"].items()}
+        now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | asdict(self.detector)
+        now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
         for name, value in now.items():
             if _plain(before.get(name)) != _plain(value):
                 raise TrainingError(
