@@ -3,14 +3,16 @@
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-# detector.coco takes its errors from here. What needs it in turn, to open files, imports it when called.
+from detector.errors import DataError, SizeError
+
+# detector.coco takes its problems from here. What needs it in turn, to open files, imports it when called.
 
 Level = Literal["error", "flaw", "note"]
 LEVELS: tuple[Level, ...] = ("error", "flaw", "note")
@@ -69,7 +71,7 @@ def check_dataset(
     Returns:
         The problems; a file that cannot be read is one of them.
     """
-    from detector.coco import DataError, read_json
+    from detector.coco import read_json
 
     try:
         data = read_json(annotations)
@@ -114,7 +116,7 @@ def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
     sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images if "id" in image}
     category_ids = {category["id"] for category in categories if "id" in category}
     # Where the list itself is not there, that has been said.
-    has_images, has_categories, has_annotations = (isinstance(data.get(name), list) for name in FIELDS)
+    has_images, has_categories, has_annotations = (isinstance(data.get(name), list) for name in LISTS)
     for position, annotation in enumerate(annotations):
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
         if image_id is not None and image_id not in sizes and has_images:
@@ -125,7 +127,8 @@ def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
             yield Problem("annotations of an unknown category", "error", f"{message}, and there is no such category")
         if annotation.get("id") == 0:
             message = f"{_where(path, 'annotations', position, annotation)} has id 0, which pycocotools takes for none"
-            yield Problem("annotations with id 0", "flaw", f"{message}: what detects it counts as a false detection")
+            what = "what detects it would count as a false detection; here annotations are numbered anew"
+            yield Problem("annotations with id 0", "note", f"{message}: {what}")
         if "bbox" in annotation:
             width, height = sizes.get(image_id, (None, None))
             found = _box_problem(annotation["bbox"], width, height)
@@ -138,6 +141,33 @@ def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
         yield from _unused(path, "categories", categories, used, "categories never used")
         used = {annotation.get("image_id") for annotation in annotations}
         yield from _unused(path, "images", images, used, "images without annotations")
+
+
+def result_problems(
+    path: str | Path, data: Any, image_ids: Container[int], category_ids: Container[int]
+) -> Iterator[Problem]:
+    """What is wrong with the content of a results file, all of level "error".
+
+    Args:
+        path: the file's name, for the messages.
+        data: what ``json.load`` made of it, whatever that is.
+        image_ids: of the annotations that it is to be scored with,
+        category_ids: likewise.
+    """
+    if not isinstance(data, list):
+        what = f"must hold a list of detections, not a {_kind(data)}"
+        if isinstance(data, dict) and "annotations" in data:
+            what += " (this is an annotation file)"
+        yield Problem("not a results file", "error", f"{path}: not a results file: it {what}")
+        return
+    for position, entry in enumerate(data):
+        if not _is_right(entry, RESULTS):
+            yield from _entry_problems(path, RESULTS, position, entry)
+            continue
+        for field, known in (("image_id", image_ids), ("category_id", category_ids)):
+            if entry[field] not in known:
+                message = f"{path}: {RESULTS}[{position}] has {field} {entry[field]}, which the annotations do not have"
+                yield Problem(f"results of an unknown {field}", "error", message)
 
 
 def file_problems(annotations_path: str | Path, images: Iterable[Entry], folder: str | Path) -> Iterator[Problem]:
@@ -162,7 +192,7 @@ def image_problem(folder: str | Path, image: Entry) -> Problem | None:
         folder: the folder that ``file_name`` is relative to.
         image: an entry of ``images``, with ``file_name``, ``width`` and ``height``.
     """
-    from detector.coco import DataError, SizeError, read_image
+    from detector.coco import read_image
 
     try:
         read_image(Path(folder) / image["file_name"], width=image["width"], height=image["height"])
@@ -221,6 +251,10 @@ def _is_box(value: Any) -> bool:
     return type(value) is list and len(value) == 4 and all(map(_is_number, value))
 
 
+def _is_box_of_size(value: Any) -> bool:
+    return _is_box(value) and min(value[2:]) >= 0
+
+
 def _is_flag(value: Any) -> bool:
     return value in (0, 1)  # also true and false
 
@@ -229,6 +263,8 @@ def _is_flag(value: Any) -> bool:
 INTEGER = (_is_integer, "an integer of 64 bits")
 SIZE = (_is_size, "an integer of at least 1")
 TEXT = (_is_text, "a string")
+BOX = (_is_box, "4 finite numbers, x, y, width and height")
+LISTS, RESULTS = ("images", "categories", "annotations"), "results"  # of an annotation file; the list of a results file
 FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {"id": INTEGER, "file_name": TEXT, "width": SIZE, "height": SIZE},
     "categories": {"id": INTEGER, "name": TEXT},
@@ -236,9 +272,15 @@ FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "id": INTEGER,
         "image_id": INTEGER,
         "category_id": INTEGER,
-        "bbox": (_is_box, "4 finite numbers, x, y, width and height"),
+        "bbox": BOX,
         "area": (_is_number, "a finite number"),
         "iscrowd": (_is_flag, "0 or 1"),
+    },
+    RESULTS: {
+        "image_id": INTEGER,
+        "category_id": INTEGER,
+        "bbox": (_is_box_of_size, "4 finite numbers, x, y, width and height, the latter two not negative"),
+        "score": (_is_number, "a finite number"),
     },
 }
 OPTIONAL = ("area", "iscrowd")
@@ -254,24 +296,28 @@ def _entries(path: str | Path, data: Entry, name: str) -> Generator[Problem, Non
         if _is_right(entry, name):
             entries.append(entry)
             continue
-        entries.append({})
-        if not isinstance(entry, dict):
-            message = f"{path}: {name}[{position}] must be a dict, got {_kind(entry)}"
-            yield Problem(f"{name} that are no dicts", "error", message)
-            continue
-        where = _where(path, name, position, entry)
-        for field, (fits, meant) in FIELDS[name].items():
-            if field not in entry:
-                if field not in OPTIONAL:
-                    message = f"{where}: {field!r} is missing, must be {meant}"
-                    yield Problem(f"{name} without {field}", "error", message)
-            elif fits(entry[field]):
-                entries[-1][field] = entry[field]
-            else:
-                message = f"{where} has {field} {_show(entry[field])}, must be {meant}"
-                yield Problem(f"{name} with a wrong {field}", "error", message)
+        yield from _entry_problems(path, name, position, entry)
+        fields = FIELDS[name].items() if isinstance(entry, dict) else ()
+        entries.append({field: entry[field] for field, (fits, _) in fields if field in entry and fits(entry[field])})
     yield from _repeated(path, name, entries, "id", "error")
     return entries
+
+
+def _entry_problems(path: str | Path, name: str, position: int, entry: Any) -> Iterator[Problem]:
+    """What is wrong with one entry of a list, field by field."""
+    if not isinstance(entry, dict):
+        message = f"{path}: {name}[{position}] must be a dict, got {_kind(entry)}"
+        yield Problem(f"{name} that are no dicts", "error", message)
+        return
+    where = _where(path, name, position, entry)
+    for field, (fits, meant) in FIELDS[name].items():
+        if field not in entry:
+            if field not in OPTIONAL:
+                message = f"{where}: {field!r} is missing, must be {meant}"
+                yield Problem(f"{name} without {field}", "error", message)
+        elif not fits(entry[field]):
+            message = f"{where} has {field} {_show(entry[field])}, must be {meant}"
+            yield Problem(f"{name} with a wrong {field}", "error", message)
 
 
 def _is_right(entry: Any, name: str) -> bool:

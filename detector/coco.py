@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,18 +20,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detector.checks import Problem, annotation_problems, file_problems
+from detector.errors import DataError, SizeError
 from detector.seeding import drawn_from, seed_of
+
+ROOT_VARIABLE = "DETECTOR_DATA"
 
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
-
-
-class DataError(ValueError):
-    """What is wrong with a data set: names the file, the entry, the field and the value."""
-
-
-class SizeError(DataError):
-    """An image has another size than its annotation says."""
 
 
 def read_json(path: str | Path) -> Any:
@@ -62,11 +59,14 @@ def read_coco(path: str | Path) -> COCO:
             :func:`~detector.checks.annotation_problems`, and how many more there are.
     """
     data = read_json(path)
-    flaws = _refuse(annotation_problems(path, data), f"{path}")
+    flaws = refuse(annotation_problems(path, data), f"{path}")
     for annotation in data["annotations"]:
         box = annotation["bbox"]
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", box[2] * box[3])
+    if any(annotation["id"] == 0 for annotation in data["annotations"]):
+        for number, annotation in enumerate(data["annotations"], start=1):
+            annotation["id"] = number  # pycocotools takes 0 for none; nothing else reads the ids
     coco = index_coco(data)
     coco.flaws = flaws
     return coco
@@ -106,15 +106,53 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
                     f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, its annotation says "
                     f"{width}x{height} (width x height)"
                 )
-            if upright.mode.startswith("I"):  # Pillow would clip it to white
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return v2.functional.pil_to_tensor(upright.convert("RGB"))
+            return v2.functional.pil_to_tensor(as_rgb(upright))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:  # decoders differ
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as an image (broken or cut off): {error}") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB; an alpha channel is dropped."""
+    if image.mode.startswith("I"):  # Pillow would clip it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def find_root(root: str | None, dataset: str | None) -> Path:
+    """The folder of a data set, by its path, or by its name in the folder that DETECTOR_DATA names.
+
+    Raises:
+        DataError: neither is told.
+    """
+    if root is not None:
+        return Path(root)
+    if dataset is None:
+        raise DataError("where is the data? Give its folder with --data.root FOLDER")
+    if ROOT_VARIABLE not in os.environ:
+        raise DataError(
+            f"where is the data? Give its folder with --data.root FOLDER, or set {ROOT_VARIABLE} to the folder "
+            f"that {dataset!r} lies in"
+        )
+    return Path(os.environ[ROOT_VARIABLE]) / dataset
+
+
+def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Images of different sizes stay a list; the detector pads them to one batch."""
+    images, targets = zip(*samples)
+    return list(images), list(targets)
+
+
+def leave_signals_alone(worker: int) -> None:
+    """For a loader's workers: Ctrl-C and SIGTERM reach all processes of a group, and what is under way must end first.
+
+    A worker ends with its parent, which torch watches.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
@@ -154,7 +192,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.image_ids: list[int] = sorted(self.coco.imgs)
         self._label = {category: label for label, category in enumerate(self.category_ids, start=1)}
         files = file_problems(annotations, self.coco.imgs.values(), self.folder)
-        _refuse(files, f"{annotations} --images {self.folder}")
+        refuse(files, f"{annotations} --images {self.folder}")
         kept = [self._boxes(image_id) for image_id in self.image_ids]
         self.targets = [(boxes, labels) for boxes, labels, _ in kept]
         self.dropped_boxes = sum(dropped for _, _, dropped in kept)
@@ -212,12 +250,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return boxes[kept], labels[kept], int((~kept).sum())
 
 
-def _refuse(problems: Iterable[Problem], checked: str) -> Counter[str]:
+def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[str]:
     """Raise the first error among problems; count the flaws. ``checked``: the arguments that make the tool list all."""
     problems = list(problems)
     messages = [problem.message for problem in problems if problem.level == "error"]
     if messages:
         more = len(messages) - 1
-        rest = f" (and {more:,} more problem{'s' * (more > 1)}: tools/check.py {checked} lists them)" if more else ""
-        raise DataError(messages[0] + rest)
+        lists = "" if checked is None else f": tools/check.py {checked} lists them"
+        raise DataError(messages[0] + (f" (and {more:,} more problem{'s' * (more > 1)}{lists})" if more else ""))
     return Counter(problem.kind for problem in problems if problem.level == "flaw")

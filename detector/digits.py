@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from detector.coco import DataError
+from detector.errors import DataError
 
 SPLITS = {"train": 400, "val": 80}
 SIZES = ((240, 192), (192, 240), (224, 208))  # width, height of the canvases, in pixels

@@ -1,22 +1,26 @@
 """Detectors by name: torchvision's R-CNN builders and timm backbones under torchvision's Faster R-CNN."""
 
+import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from detector.errors import ModelError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 PACKAGED = "packaged"
 # The published files whose batch norms torchvision runs with an eps of 0 when it fetches them itself.
@@ -27,8 +31,8 @@ COCO_V1_FILES = (
 )
 
 
-class ModelError(ValueError):
-    """What is wrong with a model's settings, weights or checkpoint."""
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,25 @@ class DetectorConfig:
     detections_per_image: int = 100
     score_threshold: float = 0.05
 
+    def __post_init__(self) -> None:
+        """Refuse what no detector can be built with: the settings may come from a file that anybody wrote."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            parts = list(value) if get_origin(kind) is tuple and isinstance(value, (tuple, list)) else [value]
+            if get_origin(kind) is tuple:
+                kinds = get_args(kind)
+                fits, meant = len(parts) == len(kinds) and all(map(_is_size, parts)), f"{len(kinds)} positive integers"
+            elif kind is int:
+                fits, meant = _is_size(value) or (name == "trainable_layers" and value == 0), "a positive integer"
+            elif kind is float:
+                fits, meant = type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"
+            elif kind is bool:
+                fits, meant = type(value) is bool, "true or false"
+            else:
+                fits, meant = type(value) is str or (value is None and name != "name"), "a name"
+            if not fits:
+                raise ModelError(f"detector.{name} must be {meant}, got {value!r}")
+
     def common_options(self) -> dict[str, Any]:
         """The settings that every torchvision Faster R-CNN takes, by torchvision's names."""
         return {
@@ -111,29 +134,27 @@ def build_detector(config: DetectorConfig, num_categories: int, *, pretrained: b
     return model.to(memory_format=torch.channels_last)
 
 
-def load_torchvision_detector(name: str, weights: str) -> GeneralizedRCNN:
-    """A stock torchvision R-CNN with weights, in eval mode.
+def load_torchvision_detector(name: str, weights: str) -> nn.Module:
+    """A stock torchvision detector with weights, in eval mode.
 
     Args:
-        name: one of :func:`torchvision_builders`.
+        name: one of :func:`torchvision_detectors`: an R-CNN, or one without a second stage.
         weights: a file of its state_dict, or a name that torchvision publishes ("DEFAULT", "COCO_V1"; fetched).
 
     Raises:
         ModelError: the name is not known, or the weights cannot be had or are another model's.
     """
-    if name not in torchvision_builders():
-        raise ModelError(f"{name!r} is not one of torchvision's R-CNNs: {', '.join(torchvision_builders())}")
+    if name not in torchvision_detectors():
+        raise ModelError(f"{name!r} is not one of torchvision's detectors: {', '.join(torchvision_detectors())}")
     if weights in torchvision.models.get_model_weights(name).__members__ or weights == "DEFAULT":
         with _fetching(name):
             return torchvision.models.get_model(name, weights=weights).eval()
     state = read_weights(weights)
     state = state.get("model", state)  # torchvision's own training script saves it under that name
-    try:
-        classes = state["roi_heads.box_predictor.cls_score.weight"].shape[0]
-        model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
-        model.load_state_dict(state)
-    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ModelError(f"{weights}: not the weights of {name}: {str(error).splitlines()[0]}") from None
+    classes = number_of_classes(name, state)
+    if classes is None:
+        raise ModelError(f"{weights}: not the weights of {name}")
+    model = load_weights(lambda: _without_weights(name, classes), state, f"{weights}: not the weights of {name}")
     if Path(weights).name in COCO_V1_FILES:
         set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.0))
     return model.eval()
@@ -158,6 +179,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         ModelError: the file is missing, broken, or holds anything else.
     """
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -167,6 +189,15 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: must hold a dict, not a {type(content).__name__}")
     return content
+
+
+def _check_sums(path: str | Path) -> None:
+    """torch.load reads a damaged number without a word; the file, a ZIP archive, holds a checksum of each tensor."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 @contextmanager
@@ -182,14 +213,76 @@ def _fetching(name: str) -> Iterator[None]:
         ) from None
 
 
-def torchvision_builders() -> list[str]:
-    """The names of torchvision's detectors with an RoI pooler."""
-    names = torchvision.models.list_models(module=torchvision.models.detection)
-    return [name for name in names if "rcnn" in name]
+def load_weights(build: Callable[[], Model], state: Any, refusal: str) -> Model:
+    """Build a model and load a state_dict into it, of which neither names nor shapes are trusted.
+
+    They are compared with a model that takes no memory first: what a file asks for cannot be larger than the file.
+
+    Args:
+        build: makes the model, with random weights.
+        state: a state_dict, or what a file holds in its place.
+        refusal: how the error begins: the file's name, and what it is not.
+
+    Raises:
+        ModelError: names or shapes differ from the model's.
+    """
+    with torch.device("meta"):
+        expected = build().state_dict()
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{refusal}: its weights are not tensors by name")
+    for name in [*expected, *state]:
+        shapes = [list(weights[name].shape) if name in weights else "missing" for weights in (state, expected)]
+        # torchvision's older files lack this count, which nothing reads.
+        if shapes[0] != shapes[1] and not name.endswith("num_batches_tracked"):
+            raise ModelError(f"{refusal}: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
+    model = build()
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def number_of_classes(name: str, state: dict[str, Any]) -> int | None:
+    """The classes, with the background, of a torchvision detector's state_dict; ``None`` if it is not one of it."""
+    with torch.device("meta"):
+        two, three = (_without_weights(name, classes).state_dict() for classes in (2, 3))
+    grows = next(key for key in two if two[key].shape != three[key].shape)
+    a_class = len(three[grows]) - len(two[grows])  # the rows of the layer that each class adds
+    weight = state.get(grows)
+    if not isinstance(weight, Tensor) or weight.dim() != two[grows].dim():
+        return None
+    return (len(weight) - len(two[grows])) // a_class + 2
+
+
+def published_names() -> list[str]:
+    """The names of the 91 classes of torchvision's published detectors: COCO's by id, the background, and gaps."""
+    return list(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+
+
+def settings_of(name: str, model: FasterRCNN) -> DetectorConfig:
+    """The settings that build a torchvision detector as its builder's own defaults did."""
+    rpn, heads, transform = model.rpn, model.roi_heads, model.transform
+    return DetectorConfig(
+        name=name,
+        min_size=transform.min_size[-1],
+        max_size=transform.max_size,
+        rpn_pre_nms_top_n=(rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]),
+        rpn_post_nms_top_n=(rpn._post_nms_top_n["training"], rpn._post_nms_top_n["testing"]),
+        rois_per_image=heads.fg_bg_sampler.batch_size_per_image,
+        detections_per_image=heads.detections_per_img,
+        score_threshold=heads.score_thresh,
+    )
+
+
+def _without_weights(name: str, classes: int) -> nn.Module:
+    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+
+
+def torchvision_detectors() -> list[str]:
+    """The names of torchvision's detectors, with an RoI pooler (R-CNN) or without."""
+    return torchvision.models.list_models(module=torchvision.models.detection)
 
 
 def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: bool) -> FasterRCNN:
-    names = [name for name in torchvision_builders() if name.startswith("fasterrcnn")]
+    names = [name for name in torchvision_detectors() if name.startswith("fasterrcnn")]
     if config.name not in names:
         raise ModelError(f"name: {config.name!r} is not known; choose one of {', '.join(names)}, or timm/BACKBONE")
     options = {**config.common_options(), "_skip_resize": True}
@@ -213,7 +306,8 @@ def _build_timm(config: DetectorConfig, num_categories: int, pretrained: bool) -
     backbone = TimmPyramid(
         config.name.removeprefix("timm/"),
         config.fpn_channels,
-        weights=config.weights_backbone if pretrained else None,
+        weights=config.weights_backbone,
+        pretrained=pretrained,
         frozen_batch_norm=config.frozen_batch_norm and config.weights_backbone is not None,
     )
     return FasterRCNN(
@@ -236,14 +330,17 @@ class TimmPyramid(nn.Module):
     Args:
         name: a timm model.
         channels: of every map.
-        weights: "DEFAULT", "packaged" or ``None``; see :class:`DetectorConfig`.
+        weights: "DEFAULT", "packaged" or ``None``; see :class:`DetectorConfig`. They say how images are normalised.
+        pretrained: ``False``: do not load them.
         frozen_batch_norm: see :class:`DetectorConfig`.
 
     Raises:
         ModelError: timm is missing, does not know the name, or the weights cannot be had.
     """
 
-    def __init__(self, name: str, channels: int, *, weights: str | None, frozen_batch_norm: bool) -> None:
+    def __init__(
+        self, name: str, channels: int, *, weights: str | None, pretrained: bool = True, frozen_batch_norm: bool
+    ) -> None:
         super().__init__()
         try:
             import timm
@@ -252,8 +349,10 @@ class TimmPyramid(nn.Module):
             raise ModelError('timm backbones need the package timm: pip install "affine-crop-rcnn[timm]"') from None
         if weights not in (None, "DEFAULT", PACKAGED):
             raise ModelError(f"weights_backbone: {weights!r} is not known for timm; choose DEFAULT, {PACKAGED} or null")
+        if not timm.is_model(name):  # create_model would look for others in a hub, or in a folder
+            raise ModelError(f"timm cannot build {name!r}: it has no such model")
         try:
-            body: Any = timm.create_model(name, pretrained=weights == "DEFAULT", features_only=True)
+            body: Any = timm.create_model(name, pretrained=pretrained and weights == "DEFAULT", features_only=True)
         except Exception as error:  # timm, its hub client and the network raise what they like
             raise ModelError(f"timm cannot build {name!r}: {' '.join(str(error).split())}") from None
         strides = body.feature_info.reduction()
@@ -264,10 +363,11 @@ class TimmPyramid(nn.Module):
             raise ModelError(f"{name} has NHWC feature maps; a pyramid needs NCHW, as convolutional backbones give")
         self.mean, self.std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
         if weights == PACKAGED:
+            self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
+        if weights == PACKAGED and pretrained:
             missing, _ = body.load_state_dict(_packaged_weights(name), strict=False)  # the classifier's are left over
             if missing:
                 raise ModelError(f"weights_backbone: the packaged weights lack {missing[0]}, which this timm expects")
-            self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
         channels_in = [body.feature_info.channels()[level] for level in self.levels]
         self.body = freeze_batch_norm_2d(body) if frozen_batch_norm else body
         self.fpn = FeaturePyramidNetwork(channels_in, channels, LastLevelMaxPool())

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from detector.coco import CocoDetection, DataError
+from detector.coco import CocoDetection
+from detector.errors import DataError
 from detector.training.data import CocoDataModule
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]

@@ -67,7 +67,6 @@ def test_results_are_rendered_again(results, tmp_path, capsys):
 
 
 def test_the_plot(results):
-    pytest.importorskip("matplotlib")
     assert (results / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 

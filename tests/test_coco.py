@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from detector.coco import CocoDetection, DataError, read_coco, read_image
+from detector.coco import CocoDetection, read_coco, read_image
+from detector.errors import DataError
 
 
 def dataset(root: Path, *, images=None, annotations=None, categories=None) -> dict:

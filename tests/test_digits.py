@@ -8,8 +8,9 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from detector.coco import CocoDetection, DataError
+from detector.coco import CocoDetection
 from detector.digits import write_digits
+from detector.errors import DataError
 
 SMALL = {"train": 6, "val": 4}
 

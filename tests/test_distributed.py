@@ -15,8 +15,9 @@ pytest.importorskip("timm")
 from test_resume import KILL_WITHIN, STUB, assert_equal
 from tiny_training import REPOSITORY, TINY
 
+from detector.command_line import score
 from detector.digits import write_digits
-from detector.training.command_line import score, train
+from detector.training.command_line import train
 
 # Scores a checkpoint, then trains an epoch; writes what every rank saw.
 SCRIPT = """

@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny_models import batch, copies, tiny_rcnn
 
-from detector.coco import DataError, index_coco, read_coco
+from detector.coco import index_coco, read_coco
+from detector.errors import DataError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict, to_results
 from detector.seeding import sample_by_image
 from detector.swap import swap_crop_head
@@ -106,7 +107,8 @@ def test_predict_restores_the_mode_and_reports_progress():
     done = []
     model = Fake().train()
     found = predict(model, batches, [5], on_batch=done.append)
-    assert [r["image_id"] for r in found] == [1, 2]
+    assert [r["image_id"] for r in found.results] == [1, 2]
+    assert found.image_ids == [1, 2]
     assert done == [2]
     assert model.training
 

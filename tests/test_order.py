@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from torch.utils.data import DataLoader
 
-from detector.training.order import ScoringBatches, TrainingBatches
+from detector.order import ScoringBatches, TrainingBatches
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**32 - 1)

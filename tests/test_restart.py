@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 
-from detector.training.checkpoints import CHECKPOINT_KEY, Checkpoints, WholeCheckpointIO
+from detector.pretrained import CHECKPOINT_KEY
+from detector.training.checkpoints import Checkpoints, WholeCheckpointIO
 from detector.training.data import CocoDataModule
 from detector.training.optimization import WeightEMA
 

@@ -19,16 +19,19 @@ pytest.importorskip("timm")
 
 from tiny_training import REPOSITORY, TINY
 
-from detector.coco import CocoDetection, DataError
+from detector.categories import match_categories
+from detector.coco import CocoDetection, find_root
+from detector.command_line import score
 from detector.digits import write_digits
+from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY
-from detector.models import DetectorConfig, ModelError
+from detector.folders import newest_folder, unused_folder
+from detector.models import DetectorConfig
 from detector.pooler import MultiScaleAffineCrop
+from detector.pretrained import CHECKPOINT_KEY, load_checkpoint, load_published
 from detector.training import fit
-from detector.training.checkpoints import CHECKPOINT_KEY, load_checkpoint
-from detector.training.command_line import browse_training_images, parse, published_categories, score, train
-from detector.training.data import CocoDataModule, find_root
-from detector.training.run import newest_folder, unused_folder
+from detector.training.command_line import browse_training_images, parse, train
+from detector.training.data import CocoDataModule
 from detector.training.task import DetectionTask
 
 
@@ -111,15 +114,16 @@ def test_eval_tool_scores_a_torchvision_detector(digits, tmp_path):
     assert "AP" in json.loads((output / "scores.json").read_text())
 
 
-def test_labels_of_published_weights_are_cocos_category_ids(digits):
-    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=91
-    )
+def test_labels_of_published_weights_are_cocos_category_ids(digits, tmp_path):
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    detector = load_published(name, str(tmp_path / "weights.pth"))
     data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
     with pytest.raises(ModelError, match="no category of the same id and name"):
-        published_categories(model, data)
+        match_categories(detector, data)
     data.category_ids, data.category_names = [1, 13, 90, 3], ["person", "stop sign", "toothbrush", "train"]
-    found = published_categories(model, data)  # 3 is the car
+    found = match_categories(detector, data)  # 3 is the car
     assert len(found) == 90
     assert {label: category for label, category in enumerate(found, start=1) if category} == {1: 1, 13: 13, 90: 90}
 
@@ -309,7 +313,7 @@ def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
     with pytest.raises(SystemExit, match="drei"):
         score(checkpoint=checkpoint, root=str(tmp_path), split="val")
-    with pytest.raises(SystemExit, match="give either"):
+    with pytest.raises(SystemExit, match="give one of"):
         score(root=str(digits), split="val")
     (tmp_path / "cut.ckpt").write_bytes(Path(checkpoint).read_bytes()[:5000])
     with pytest.raises(SystemExit, match=r"cut\.ckpt: cannot be read"):

@@ -552,8 +552,6 @@ def render(data: dict[str, Any], folder: Path) -> None:
         if _plotted(data["poolers"]):
             plot(data, folder / "benchmark.png")
             print(f"Written: {folder / 'benchmark.png'}", file=sys.stderr)
-    except ImportError:
-        print("No plot: it needs matplotlib (pip install matplotlib, then --render).", file=sys.stderr)
     except OSError as error:
         sys.exit(f"{folder} cannot be written to: {error}")
 

@@ -1,13 +1,14 @@
-"""Score a detector on a split of a data set in COCO's format.
+"""Score a detector, or a file of detections, on a split of a data set in COCO's format.
 
 python tools/eval.py --checkpoint runs/quickstart/checkpoints/last.ckpt --root data/digits --split val
 python tools/eval.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
+python tools/eval.py --results detections.json --annotations instances_val.json
 python tools/eval.py --help
 """
 
 from jsonargparse import auto_cli
 
-from detector.training.command_line import score
+from detector.command_line import score
 
 if __name__ == "__main__":
     auto_cli(score)

@@ -1,10 +1,10 @@
 """Training and scoring with Lightning; what ``tools/train.py`` and ``tools/eval.py`` do is callable from here."""
 
-from detector.training.checkpoints import load_checkpoint
+from detector.evaluation.scoring import score_split
+from detector.pretrained import load_checkpoint
 from detector.training.data import CocoDataModule
 from detector.training.optimization import OptimizerConfig
 from detector.training.run import fit
-from detector.training.scoring import score_split
 from detector.training.task import DetectionTask
 
 __all__ = ["CocoDataModule", "DetectionTask", "OptimizerConfig", "fit", "load_checkpoint", "score_split"]

@@ -4,9 +4,8 @@ import io
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,14 +15,13 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.loop import _Loop
-from torchvision.models.detection import FasterRCNN
 
-from detector.models import DetectorConfig, ModelError, build_detector, read_weights, set_batch_norm_eps
-from detector.swap import swap_crop_head
+from detector.errors import ModelError
+from detector.files import link_whole, write_whole
+from detector.models import read_weights
+from detector.pretrained import CHECKPOINT_KEY
 from detector.training.failures import TrainingError
-from detector.training.files import link_whole, write_whole
 
-CHECKPOINT_KEY = "affine_crop_rcnn"
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
@@ -197,37 +195,3 @@ class WholeCheckpointIO(TorchCheckpointIO):
         if CHECKPOINT_KEY not in checkpoint:
             raise ModelError(f"{path}: not a checkpoint of tools/train.py")
         return checkpoint
-
-
-@dataclass(frozen=True)
-class TrainedDetector:
-    """A detector out of a checkpoint, in eval mode, and the categories that its labels stand for."""
-
-    model: FasterRCNN
-    category_ids: Sequence[int]
-    category_names: Sequence[str]
-
-
-def load_checkpoint(path: str | Path) -> TrainedDetector:
-    """Build the detector of a checkpoint of ``tools/train.py`` and load its weights. Nothing is unpickled.
-
-    Raises:
-        ModelError: the file is missing, broken, or not such a checkpoint.
-    """
-    checkpoint = read_weights(path)
-    try:
-        saved = checkpoint[CHECKPOINT_KEY]
-        config = DetectorConfig(**saved["detector"])
-        category_ids, category_names = list(saved["category_ids"]), list(saved["category_names"])
-        model = build_detector(config, len(category_ids), pretrained=False)
-        if saved["crop"] == "affine":
-            swap_crop_head(model)
-        weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-        model.load_state_dict(weights)
-        set_batch_norm_eps(model, saved["batch_norm_eps"])
-    except ModelError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: not a checkpoint of tools/train.py, or damaged: {reason}") from None
-    return TrainedDetector(model.eval(), category_ids, category_names)

@@ -2,8 +2,6 @@
 
 import math
 import os
-import signal
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -13,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
-from detector.coco import CocoDetection, DataError, Target
+from detector.coco import CocoDetection, Target, collate, find_root, leave_signals_alone
+from detector.errors import DataError
+from detector.order import ScoringBatches, TrainingBatches
 from detector.training.failures import TrainingError
-from detector.training.order import ScoringBatches, TrainingBatches
 
 Batch = tuple[list[Tensor], list[Target]]
-ROOT_VARIABLE = "DETECTOR_DATA"
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -187,32 +185,3 @@ class CocoDataModule(lightning.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
-
-
-def leave_signals_alone(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach all processes of a group: a worker must live until the step under way has ended.
-
-    It ends with its parent, which torch watches.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def collate(samples: list[tuple[Tensor, Target]]) -> Batch:
-    """Images of different sizes stay a list; the detector pads them to one batch."""
-    images, targets = zip(*samples)
-    return list(images), list(targets)
-
-
-def find_root(root: str | None, dataset: str | None) -> Path:
-    """The folder of a data set, see :class:`CocoDataModule`. Raises :class:`DataError` if it is not told."""
-    if root is not None:
-        return Path(root)
-    if dataset is None:
-        raise DataError("where is the data? Give its folder with --data.root FOLDER")
-    if ROOT_VARIABLE not in os.environ:
-        raise DataError(
-            f"where is the data? Give its folder with --data.root FOLDER, or set {ROOT_VARIABLE} to the folder "
-            f"that {dataset!r} lies in"
-        )
-    return Path(os.environ[ROOT_VARIABLE]) / dataset

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from detector.errors import UserError
+
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -15,7 +17,7 @@ OUT_OF_MEMORY = (
 )
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Why training cannot go on."""
 
 
@@ -52,11 +54,3 @@ def explained(error: BaseException, step: int, images: Sequence[int], upcoming: 
             "see the reason"
         )
     return None
-
-
-def sentence(error: BaseException) -> str:
-    """What an error says, in one line. From a data loader's worker it comes with a traceback before it."""
-    text = str(error).strip() or type(error).__name__
-    if "Original Traceback" in text:
-        text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
-    return " ".join(text.split())

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from detector.coco import read_json
+from detector.environment import versions
+from detector.files import write_json, write_whole
 from detector.training.failures import TrainingError
-from detector.training.files import write_json, write_whole
 
 FILE = "environment.json"
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch", "torchvision", "lightning", "timm", "pycocotools", "numpy", "pillow", "affine-crop-rcnn")
 
 
 class RunRecord(Callback):
@@ -73,7 +72,7 @@ def describe(trainer: lightning.Trainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -113,10 +112,3 @@ def git_state() -> tuple[dict[str, Any], bytes]:
 def _git(*arguments: str) -> bytes:
     done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, check=True, timeout=30)
     return done.stdout
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,6 +1,5 @@
 """A training run from its start, or from where it stopped, to its score, in a folder of its own."""
 
-import re
 import signal
 import sys
 import time
@@ -13,14 +12,15 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from detector.coco import DataError
-from detector.models import ModelError
-from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO, load_checkpoint
+from detector.errors import DataError, ModelError, sentence
+from detector.evaluation.scoring import described, score_split, write_scores
+from detector.folders import newest_folder, run_folder, unused_folder
+from detector.pretrained import load_checkpoint
+from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
 from detector.training.data import CocoDataModule
-from detector.training.failures import Interrupted, TrainingError, explained, sentence
+from detector.training.failures import Interrupted, TrainingError, explained
 from detector.training.record import FILE as RECORD
 from detector.training.record import RunRecord
-from detector.training.scoring import score_split, write_scores
 from detector.training.task import DetectionTask
 
 
@@ -135,27 +135,37 @@ class Run:
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
         """Score the val split with the weights as they are, draw examples, and say where everything lies."""
+        device = trainer.strategy.root_device
+        last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
+        assert last is not None  # a run of no steps goes on from one
+        detector = load_checkpoint(last)  # with averaged weights, if there are any
+        about = described(
+            model=str(last),
+            crop=detector.crop,
+            weights=detector.digest(),
+            data=str(data.root),
+            split=data.val_split,
+            device=device.type,
+        )
         if task.scored_step == trainer.global_step:
-            scores = write_scores(data.val_set, task.results, self.folder)
+            scores = write_scores(data.val_set, task.results, self.folder, about=about)
         else:  # it stopped within an epoch, or had been finished before
-            device = trainer.strategy.root_device
-            last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
-            assert last is not None  # a run of no steps goes on from one
-            model = load_checkpoint(last).model  # with averaged weights, if there are any
             with trainer.precision_plugin.forward_context():
                 scores = score_split(
-                    model.to(device),
+                    detector.model.to(device),
                     data.val_set,
                     self.folder,
                     device=device,
                     batch_size=data.val_batch_size,
                     workers=data.workers,
+                    about=about,
                 )
         print(f"\nThe run is in {self.folder}/")
         for name, what in {
             f"checkpoints/{LAST}": "the weights that were scored",
             f"checkpoints/{BEST}": "those with the highest val AP",
             "scores.json": f"the scores, AP {scores['AP']:.3f}",
+            "report.json": "the scores by class, by size, image by image; tools/eval.py makes a page of it",
             "detections.json": "detections in COCO's results format",
             "examples.png": "val images: the truth on the left, detections on the right",
             "config.yaml": "all settings: --config takes it, for the same run again",
@@ -229,34 +239,6 @@ class StepTimes(Callback):
         if self._steps and trainer.is_global_zero:
             step, wait = self._stepped / self._steps, self._waited / self._steps
             print(f"{step:.3f} s a step, of which {wait:.3f} s were spent waiting for data")
-
-
-def run_folder(checkpoint: Path) -> Path:
-    """The run folder that a checkpoint lies in."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-
-
-def unused_folder(folder: Path) -> Path:
-    """``folder`` if no run is there, else ``folder-N`` with the number after the highest one that was used."""
-    numbers = _used_numbers(folder)
-    return _numbered(folder, max(numbers) + 1) if numbers else folder
-
-
-def newest_folder(folder: Path) -> Path:
-    """The last run of that name: the highest of ``folder``, ``folder-2``, ... that holds something."""
-    numbers = _used_numbers(folder)
-    return _numbered(folder, max(numbers)) if numbers else folder
-
-
-def _used_numbers(folder: Path) -> list[int]:
-    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    named = [path for path in siblings if re.fullmatch(rf"{re.escape(folder.name)}(-\d{{1,6}})?", path.name)]
-    numbers = [1 if path.name == folder.name else int(path.name.rpartition("-")[2]) for path in named]
-    return [number for number, path in zip(numbers, named) if path.is_dir() and any(path.iterdir())]
-
-
-def _numbered(folder: Path, number: int) -> Path:
-    return folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -15,9 +15,9 @@ from torch import Tensor
 from detector.box_gradient import BoxGradient
 from detector.evaluation import Result, detect_with_losses, evaluate, to_results
 from detector.models import DetectorConfig, batch_norm_eps, build_detector
+from detector.pretrained import CHECKPOINT_KEY
 from detector.seeding import drawn_from, sample_by_image, seed_of
 from detector.swap import swap_crop_head
-from detector.training.checkpoints import CHECKPOINT_KEY
 from detector.training.data import Batch, CocoDataModule
 from detector.training.failures import TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule

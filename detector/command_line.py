@@ -1,0 +1,359 @@
+"""The command lines of ``tools/eval.py``, ``tools/predict.py`` and ``tools/export.py``."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from tqdm import tqdm
+
+from detector.categories import labels_of_targets, match_categories
+from detector.coco import CocoDetection, find_root, read_coco
+from detector.errors import DataError, ModelError, in_a_sentence
+from detector.evaluation.augmented import AugmentedDetector
+from detector.evaluation.metric import Evaluator
+from detector.evaluation.ranks import gathered, joined
+from detector.evaluation.report import newest_report
+from detector.evaluation.results import crowded, read_results
+from detector.evaluation.scoring import described, run_detector, write_evaluation
+from detector.evaluation.timing import WARM_UP, measure_stages
+from detector.folders import run_folder, unused_folder
+from detector.image_files import find_images, predict_images
+from detector.pretrained import CONFIG, WEIGHTS, Crop, PretrainedDetector, load_detector, load_published
+
+
+def score(
+    checkpoint: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    results: str | None = None,
+    root: str | None = None,
+    dataset: str | None = None,
+    split: str = "val2017",
+    annotations: str = "annotations/instances_{split}.json",
+    images: str = "{split}",
+    output: str | None = None,
+    limit: int | None = None,
+    flip: bool = False,
+    sizes: list[int] | None = None,
+    min_score: float = 0.5,
+    evaluator: Evaluator = "pycocotools",
+    speed: int = 0,
+    batch_size: int = 1,
+    workers: int = 2,
+    device: str | None = None,
+) -> None:
+    """Score a detector with COCO's metric, by class, by size, and see what it takes for what.
+
+    Writes report.html (plots, the worst and the best images), report.json, scores.json and detections.json (COCO's
+    results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices.
+
+    Args:
+        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
+        model: or the name of a torchvision detector, such as fasterrcnn_resnet50_fpn or retinanet_resnet50_fpn,
+        weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
+        crop: "affine" scores it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
+        results: or no detector but a file of detections in COCO's results format.
+        root: the data set's folder. Default: the folder DATASET in the folder that DETECTOR_DATA names.
+        dataset: the data set's name, a folder of DETECTOR_DATA; used where root is not given.
+        split: the split to score on.
+        annotations: annotation file of a split, relative to root; {split} stands for the split.
+        images: image folder of a split, relative to root.
+        output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
+        limit: score only the first so many images.
+        flip: test-time augmentation: also look at each image mirrored.
+        sizes: test-time augmentation: look at each image with its shorter side resized to each of these pixels,
+            "[640, 800, 1024]".
+        min_score: detections below it are left out of the confusion matrix and of the pictures.
+        evaluator: "faster-coco-eval" computes the same numbers in C++ (its package is an extra).
+        speed: also time each stage, on so many images one at a time, after the scoring; 50 is a good number.
+        batch_size: images at a time; with more than 1 they are padded to one size, which changes scores a little.
+        workers: processes that read images.
+        device: cpu, cuda, cuda:1, ... Default: cuda if there is one.
+    """
+    with in_a_sentence():
+        sources = [source for source in (checkpoint, model, results) if source is not None]
+        if len(sources) != 1:
+            raise ModelError("give one of --checkpoint FILE, --model NAME --weights FILE, or --results FILE")
+        for name, value, least in (("limit", limit, 1), ("speed", speed, 0), ("batch_size", batch_size, 1)):
+            if value is not None and value < least:
+                raise ModelError(f"--{name} must be at least {least}, got {value}")
+        if not 0 <= min_score <= 1:
+            raise ModelError(f"--min_score must be from 0 to 1, got {min_score}")
+        if results is not None:
+            _score_results(results, root, dataset, split, annotations, images, output, limit, min_score, evaluator)
+            return
+        folder = find_root(root, dataset)
+        data = CocoDetection(folder / images.format(split=split), folder / annotations.format(split=split))
+        detector, called = _load(checkpoint, model, weights, crop)
+        category_ids = match_categories(detector, data)
+        place = _device(device)
+        if output is not None:
+            target = Path(output)
+        else:
+            target = unused_folder(_beside(checkpoint, f"eval-{model or Path(str(checkpoint)).stem}-{split}", split))
+        network: nn.Module = detector.model.to(place)
+        notes = []
+        labels = proposals = None
+        if flip or sizes:
+            network = AugmentedDetector(network, flip=flip, sizes=sizes or ()).to(place)
+            looks = [f"{size} pixels" for size in sizes or ()] + ["mirrored"] * flip
+            notes.append(f"Test-time augmentation: {', '.join(looks)}. Neither losses nor proposals are of one look.")
+        else:
+            heads = getattr(network, "roi_heads", None)
+            labels = labels_of_targets(category_ids, data)
+            if heads is not None and (heads.has_mask() or heads.has_keypoint()):
+                labels = None
+                notes.append("No losses: those of masks and key points need annotations that are not read here.")
+            elif labels is None:
+                notes.append("No losses: the data has objects of classes that the detector does not know.")
+            proposals = isinstance(network, GeneralizedRCNN)
+        with joined() as (rank, ranks):
+            found = gathered(
+                run_detector(
+                    network,
+                    data,
+                    category_ids,
+                    device=place,
+                    batch_size=batch_size,
+                    workers=workers,
+                    limit=limit,
+                    labels=None if labels is None else labels.to(place),
+                    proposals=bool(proposals),
+                    ranks=ranks,
+                    rank=rank,
+                )
+            )
+        if found is None:  # another process has it all
+            return
+        if found.stopped:
+            notes.append(f"Stopped by Ctrl-C: these are the first {len(found.image_ids):,} of {len(data):,} images.")
+        elif limit is not None:
+            notes.append(f"Limited to the first {len(found.image_ids):,} of {len(data):,} images.")
+        stages = None
+        if speed and not found.stopped:
+            with tqdm(total=speed + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
+                stages = measure_stages(detector.model, data, images=speed, device=place, on_image=bar.update)
+        write_evaluation(
+            data.coco,
+            found.results,
+            target,
+            about=described(
+                model=called,
+                crop=detector.crop,
+                weights=detector.digest(),
+                data=str(folder),
+                split=split,
+                device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+                evaluator=evaluator,
+            ),
+            split=data,
+            image_ids=found.image_ids,
+            evaluator=evaluator,
+            min_score=min_score,
+            losses=found.mean_losses(),
+            proposals=found.proposals,
+            speed=stages,
+            notes=notes,
+        )
+        _say_where(target)
+        if found.stopped:
+            sys.exit(130)
+
+
+def predict(
+    images: Sequence[str],
+    *,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    output: str | None = None,
+    min_score: float = 0.5,
+    annotations: str | None = None,
+    pictures: bool = True,
+    batch_size: int = 8,
+    workers: int = 2,
+    device: str | None = None,
+) -> int:
+    """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
+    with in_a_sentence():
+        files = find_images(images, None if annotations is None else read_coco(annotations))
+        detector, called = _load(checkpoint, model, weights, crop)
+        detector.to(_device(device))
+        target = unused_folder(Path("runs") / "predict") if output is None else Path(output)
+        with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
+
+            def report(broken: str | None) -> None:
+                bar.update()
+                if broken is not None:
+                    tqdm.write(f"skipped: {broken}", file=sys.stderr)
+
+            done = predict_images(
+                detector,
+                files,
+                target,
+                min_score=min_score,
+                pictures=pictures,
+                batch_size=batch_size,
+                workers=workers,
+                about={"model": called, "crop": detector.crop},
+                on_image=report,
+            )
+        found = sum(len(image["detections"]) for image in done.images)
+        of = f" of {len(files):,}" if len(done.images) < len(files) else ""
+        what = "pictures/, predictions.json and detections.json" if pictures else "predictions.json and detections.json"
+        print(f"{found:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
+        if done.broken:
+            print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
+        if done.stopped:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 3 if done.broken else 0
+
+
+def export(
+    checkpoint: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    format: Literal["onnx", "pretrained"] = "onnx",
+    output: str | None = None,
+    batch_size: int = 1,
+    speed: int = 0,
+) -> None:
+    """Export a detector: as one ONNX file, or as a folder in the format of Hugging Face's hub.
+
+    The ONNX file holds the whole detector, from pixels to boxes, in standard operators; it takes images of any size.
+    It is run by onnxruntime and compared with PyTorch before it is called done. The folder holds model.safetensors,
+    config.json and a model card with the scores of the last evaluation of these weights.
+
+    Args:
+        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
+        model: or the name of a torchvision R-CNN, such as fasterrcnn_resnet50_fpn,
+        weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
+        crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
+        format: "onnx" or "pretrained".
+        output: the file, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
+        batch_size: onnx only: the number of images that it takes at a time.
+        speed: onnx only: also time onnxruntime beside PyTorch, on so many rounds.
+    """
+    with in_a_sentence():
+        if batch_size < 1 or speed < 0:
+            raise ModelError("--batch_size must be at least 1, --speed at least 0")
+        detector, called = _load(checkpoint, model, weights, crop)
+        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).is_file() else Path("runs")
+        if format == "pretrained":
+            target = home / "pretrained" if output is None else Path(output)
+            if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
+                raise ModelError(f"--output {target}: holds something else already; give a folder of its own")
+            report = newest_report(home, detector.digest())
+            detector.save_pretrained(target, model_card_kwargs={"report": report})
+            print(f"{target}/: {WEIGHTS}, {CONFIG} and README.md, the model card")
+            if report is None:
+                print("The card has no scores: tools/eval.py has not scored these weights in this run's folder.")
+            else:
+                print(f"The card has the scores of {report['about']['time']}: AP {report['scores']['AP']:.3f}")
+            return
+        _export_onnx(detector, home / "detector.onnx" if output is None else Path(output), batch_size, speed)
+
+
+def _score_results(
+    results: str,
+    root: str | None,
+    dataset: str | None,
+    split: str,
+    annotations: str,
+    images: str,
+    output: str | None,
+    limit: int | None,
+    min_score: float,
+    evaluator: Evaluator,
+) -> None:
+    """Score a results file; the images are looked at only to draw them, and may be missing."""
+    alone = root is None and dataset is None and Path(annotations).is_file()
+    folder = Path() if alone else find_root(root, dataset)
+    file = folder / annotations.format(split=split)
+    truth = read_coco(file)
+    found = read_results(results, truth)
+    notes = []
+    data = None
+    if not alone:
+        try:
+            data = CocoDetection(folder / images.format(split=split), file)
+        except DataError as error:
+            notes.append(f"No pictures: {error}")
+    image_ids = sorted(truth.imgs)[:limit]
+    if limit is not None:
+        notes.append(f"Limited to the first {len(image_ids):,} of {len(truth.imgs):,} images.")
+    if count := crowded(found):
+        notes.append(f"{count:,} images have more than 100 results of one class; the metric looks at the best 100.")
+    kept = set(image_ids)
+    target = unused_folder(Path("runs") / f"eval-{Path(results).stem}") if output is None else Path(output)
+    write_evaluation(
+        truth,
+        [result for result in found if result["image_id"] in kept],
+        target,
+        about=described(
+            model=results,
+            crop=None,
+            weights=None,
+            data=str(file),
+            split=None if alone else split,
+            device="none",
+            evaluator=evaluator,
+        ),
+        split=data,
+        image_ids=image_ids,
+        evaluator=evaluator,
+        min_score=min_score,
+        notes=notes,
+    )
+    _say_where(target)
+
+
+def _load(
+    checkpoint: str | None, model: str | None, weights: str | None, crop: Crop | None
+) -> tuple[PretrainedDetector, str]:
+    """The detector that a command line names, and what to call it."""
+    if checkpoint is not None:
+        detector, called = load_detector(checkpoint), checkpoint
+    elif model is None:
+        raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
+    elif weights is None:
+        raise ModelError("--model needs --weights: a state_dict file, or DEFAULT for the published ones")
+    else:
+        detector, called = load_published(model, weights), f"{model}, {weights}"
+    if crop is not None:
+        detector.crop_by(crop)
+    return detector, called
+
+
+def _beside(checkpoint: str | None, name: str, short: str) -> Path:
+    """Where results go: into the run's folder, if it is a run's checkpoint."""
+    if checkpoint is not None and Path(checkpoint).is_file():
+        return run_folder(Path(checkpoint)) / f"eval-{short}"
+    return Path("runs") / name
+
+
+def _device(device: str | None) -> torch.device:
+    try:
+        if device is not None:
+            place = torch.device(device)
+        elif torch.cuda.is_available():
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        else:
+            place = torch.device("cpu")
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def _say_where(folder: Path) -> None:
+    print(f"\nreport.html, report.json, scores.json and detections.json are in {folder}/")

@@ -1,0 +1,65 @@
+"""The training losses of images that a detector is scored on, beside its detections."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+
+@torch.no_grad()
+def detect_with_losses(
+    model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Detections and the training losses of the same images; of an R-CNN by one pass of backbone and RPN.
+
+    The model is in eval mode, but for the flags by which its parts choose what to return: batch norm and dropout do
+    not take part, and no statistic changes. The losses of an R-CNN are those of the proposals of testing, which are
+    fewer than in training.
+
+    Args:
+        model: a torchvision detector; put in eval mode for the call.
+        images: [3, H, W] in 0..1.
+        targets: as in training.
+
+    Returns:
+        What the model returns in eval mode, and the losses by torchvision's names.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if not isinstance(model, GeneralizedRCNN):
+            detections = model(images)
+            with overridden(model, training=True):
+                return detections, model(images, targets)
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch, resized = model.transform(images, targets)
+        features = model.backbone(batch.tensors)
+        if isinstance(features, Tensor):
+            features = {"0": features}
+        rpn, heads = model.rpn, model.roi_heads
+        pre_nms, post_nms = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
+        # In training mode it returns its losses; its proposals are still those of testing.
+        with overridden(rpn, training=True, pre_nms_top_n=lambda: pre_nms, post_nms_top_n=lambda: post_nms):
+            proposals, losses = rpn(batch, features, resized)
+        with overridden(heads, training=True):
+            losses = losses | heads(features, proposals, batch.image_sizes, resized)[1]
+        detections, _ = heads(features, proposals, batch.image_sizes)
+        return model.transform.postprocess(detections, batch.image_sizes, sizes), losses
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def overridden(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Within, a module has these attributes of its own; afterwards those that it had, or its class's."""
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del module.__dict__[name]
+        module.__dict__.update(before)

@@ -1,0 +1,109 @@
+"""How much of the truth an RPN's proposals cover, before the head sees them."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from pycocotools import mask
+from pycocotools.coco import COCO
+from torch import Tensor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.transform import resize_boxes
+from torchvision.ops import box_convert
+
+from detector.evaluation.losses import overridden
+from detector.evaluation.metric import match
+
+COUNTS = (100, 300, 1000)  # proposals an image at which recall is measured
+LEAST_IOU = 0.5  # of COCO's thresholds
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A proposal that may cover an object; all others cannot, whatever else is proposed."""
+
+    image_id: int
+    rank: int  # from 0, by the RPN's objectness
+    box: list[float]  # x, y, width, height in pixels of the annotated image
+
+
+@dataclass
+class ProposalRecorder:
+    """Keeps an R-CNN's proposals of the last batch, up to the largest of :data:`COUNTS`; the head gets its own number.
+
+    Use :meth:`recording` around the model's calls, and :meth:`hits` after each.
+    """
+
+    _boxes: list[Tensor] = field(default_factory=list)  # [P, 4] (x1, y1, x2, y2) in pixels of the resized images
+    _sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    @contextmanager
+    def recording(self, model: GeneralizedRCNN) -> Iterator[None]:
+        """Within, the model's detections are what they are without."""
+        rpn = model.rpn
+        to_head = rpn._post_nms_top_n["testing"]
+
+        def record(
+            module: object, inputs: tuple[ImageList, object], output: tuple[list[Tensor], dict[str, Tensor]]
+        ) -> tuple[list[Tensor], dict[str, Tensor]]:
+            self._boxes, self._sizes = output[0], inputs[0].image_sizes
+            return [boxes[:to_head] for boxes in output[0]], output[1]
+
+        handle = rpn.register_forward_hook(record)
+        try:
+            # Suppression comes before the cut, so more of them change nothing for the first.
+            with overridden(rpn, post_nms_top_n=lambda: max(to_head, *COUNTS)):
+                yield
+        finally:
+            handle.remove()
+
+    def hits(self, truth: COCO, image_ids: list[int], sizes: list[tuple[int, int]]) -> list[Hit]:
+        """The recorded proposals that may cover an object.
+
+        Args:
+            truth: the annotations.
+            image_ids: of the last batch,
+            sizes: and their sizes, (height, width), in pixels.
+        """
+        hits = []
+        for image_id, size, boxes, resized in zip(image_ids, sizes, self._boxes, self._sizes, strict=True):
+            objects = [a["bbox"] for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
+            if not objects or not len(boxes):
+                continue
+            boxes = resize_boxes(boxes[: max(COUNTS)], resized, size)
+            proposals = box_convert(boxes.double().cpu(), "xyxy", "xywh").numpy()
+            covers = mask.iou(proposals, np.array(objects, dtype=float), [0] * len(objects)).max(axis=1) >= LEAST_IOU
+            hits += [Hit(image_id, int(rank), proposals[rank].tolist()) for rank in covers.nonzero()[0]]
+        return hits
+
+
+def recall(truth: COCO, hits: Iterable[Hit], image_ids: Iterable[int]) -> list[dict[str, float]]:
+    """Average recall over IoU 0.50 to 0.95, whatever the class, by pycocotools.
+
+    Args:
+        truth: the annotations.
+        hits: of all images.
+        image_ids: the images that were looked at.
+
+    Returns:
+        For each of :data:`COUNTS` a dict: ``at``, ``AR``, and by the objects' size ``ARs``, ``ARm`` and ``ARl``; -1
+        where there is no object of that size.
+    """
+    any_class = next(iter(truth.cats), None)
+    if any_class is None:
+        return []
+    hits, image_ids = list(hits), list(image_ids)
+    rows = []
+    for count in COUNTS:
+        results = [
+            {"image_id": hit.image_id, "category_id": any_class, "bbox": hit.box, "score": -float(hit.rank)}
+            for hit in hits
+            if hit.rank < count
+        ]
+        scorer = match(truth, results, image_ids, by_class=False, max_detections=(count,))
+        recalls = scorer.eval["recall"][:, 0, :, 0]  # [thresholds, sizes]
+        names = ("AR", "ARs", "ARm", "ARl")
+        rows.append({"at": count} | {name: float(recalls[:, size].mean()) for size, name in enumerate(names)})
+    return rows

@@ -1,0 +1,210 @@
+"""Score a split from end to end: run a detector over it, evaluate, print, write."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from detector.coco import CocoDetection, collate, leave_signals_alone
+from detector.environment import versions
+from detector.evaluation.metric import Evaluator, Result, evaluator_version, match
+from detector.evaluation.page import render_page
+from detector.evaluation.pictures import draw_examples, worst_and_best
+from detector.evaluation.prediction import Predictions, predict
+from detector.evaluation.report import Report, as_text, make_report
+from detector.files import write_json, write_whole
+from detector.order import ScoringBatches
+
+
+def score_split(
+    model: nn.Module,
+    split: CocoDetection,
+    folder: Path,
+    *,
+    category_ids: Sequence[int | None] | None = None,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    workers: int = 2,
+    about: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Score a detector on a split, print pycocotools' table, and write everything to a folder.
+
+    Args:
+        model: a detector on ``device``.
+        split: the data, without a transform.
+        folder: see :func:`write_scores`.
+        category_ids: the category id of each label, from label 1 on; those of ``split`` by default.
+        device: where to run.
+        batch_size: images at a time.
+        workers: processes that read images.
+        about: see :func:`described`.
+
+    Returns:
+        The scores, as :func:`~detector.evaluation.evaluate`.
+    """
+    found = run_detector(
+        model,
+        split,
+        split.category_ids if category_ids is None else category_ids,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    return write_scores(split, found.results, folder, about=about or {})
+
+
+def write_scores(
+    split: CocoDetection, results: list[Result], folder: Path, *, about: Mapping[str, Any]
+) -> dict[str, float]:
+    """Score results, print pycocotools' table, and write what a training run leaves.
+
+    ``scores.json``, ``detections.json`` (COCO's results format), ``report.json`` (see :func:`make_report`) and
+    ``examples.png`` (a few images, the truth on the left, detections on the right).
+    """
+    scorer = match(split.coco, results)
+    report, table = make_report(scorer, results, about=about)
+    scores = _write(report, table, results, folder)
+    draw_examples(split, results, folder / "examples.png")
+    return scores
+
+
+def write_evaluation(
+    truth: COCO,
+    results: list[Result],
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    split: CocoDetection | None = None,
+    image_ids: Sequence[int] | None = None,
+    evaluator: Evaluator = "pycocotools",
+    **extras: Any,
+) -> Report:
+    """Score results, print all tables, and write ``scores.json``, ``detections.json``, ``report.json`` and a page.
+
+    Args:
+        truth: the annotations.
+        results: COCO's results format.
+        folder: where to.
+        about: see :func:`described`.
+        split: the images, to draw some of them on the page.
+        image_ids: the images to score; all of ``truth`` by default.
+        evaluator: see :func:`~detector.evaluation.evaluate`.
+        extras: of :func:`~detector.evaluation.report.make_report`.
+    """
+    scorer = match(truth, results, image_ids, evaluator=evaluator)
+    report, table = make_report(scorer, results, about=about, **extras)
+    _write(report, table, results, folder)  # first: drawing may fail on a damaged image, or on a full disk
+    print(as_text(report))
+    pictures = [] if split is None else worst_and_best(split, results, report)
+    write_whole(folder / "report.html", render_page(report, pictures).encode())
+    return report
+
+
+def described(
+    *,
+    model: str,
+    crop: str | None,
+    weights: str | None,
+    data: str,
+    split: str | None,
+    device: str,
+    evaluator: Evaluator = "pycocotools",
+) -> dict[str, Any]:
+    """How an evaluation is made.
+
+    Args:
+        model: where it came from: a file, a folder, a name.
+        crop: "affine" or "roi_align".
+        weights: their digest, by which a model card knows the scores as its own.
+        data: the data set, or the annotation file.
+        split: of the data.
+        device: that it runs on.
+        evaluator: that scores it.
+    """
+    return {
+        "model": model,
+        "crop": crop,
+        "weights": weights,
+        "data": data,
+        "split": split,
+        "device": device,
+        "evaluator": evaluator_version(evaluator),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": {name: version for name, version in versions().items() if version is not None},
+    }
+
+
+def run_detector(
+    model: nn.Module,
+    split: CocoDetection,
+    category_ids: Sequence[int | None],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    workers: int = 2,
+    limit: int | None = None,
+    labels: Tensor | None = None,
+    proposals: bool = False,
+    ranks: int = 1,
+    rank: int = 0,
+) -> Predictions:
+    """Run a detector over a split, or a rank's part of it, with a progress bar.
+
+    Args:
+        model, split, category_ids, device, batch_size, workers: as for :func:`score_split`.
+        limit: only the first so many images.
+        labels: see :func:`~detector.evaluation.predict`.
+        proposals: also keep those that may cover an object.
+        ranks: how many processes share the split,
+        rank: and this one's number. Batches are those of a single process.
+
+    Returns:
+        What was found; after Ctrl-C in a single process, what had been found by then.
+    """
+    images = len(split) if limit is None else min(limit, len(split))
+    loader: DataLoader[Any] = DataLoader(
+        split,
+        batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_alone,
+    )
+    found = Predictions()
+    with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:
+        try:
+            predict(
+                model,
+                loader,
+                category_ids,
+                device=device,
+                labels=labels,
+                proposals_of=split.coco if proposals else None,
+                on_batch=lambda done: bar.update(done * ranks),
+                into=found,
+            )
+        except KeyboardInterrupt:
+            if ranks > 1 or not found.image_ids:
+                raise
+            found.stopped = True
+    return found
+
+
+def _write(report: Report, table: str, results: list[Result], folder: Path) -> dict[str, float]:
+    """Print pycocotools' table; write the numbers and the detections. Returns the scores, -1 for an undefined one."""
+    scores = {name: -1.0 if score is None else score for name, score in report["scores"].items()}
+    print(table)
+    print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "detections.json", results)
+    write_json(folder / "scores.json", scores)
+    write_json(folder / "report.json", report, indent=1)
+    return scores

@@ -1,0 +1,113 @@
+"""One image in, named detections out, to look at in a notebook."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from detector.coco import as_rgb, read_image
+from detector.drawing import draw
+from detector.errors import DataError
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in an image, the best first. A notebook shows it as a picture.
+
+    Args:
+        image: [3, H, W], uint8.
+        boxes: [L, 4], float32, (x1, y1, x2, y2) in pixels of the image.
+        labels: [L], int64, from 1 on.
+        scores: [L], float32.
+        category_names: the name of each label, that of label 1 first.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    category_names: Sequence[str]
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection."""
+        return [self.category_names[label - 1] for label in self.labels.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Plain values, a detection at a time: ``name``, ``label``, ``score`` and ``box`` (x1, y1, x2, y2)."""
+        for name, label, score, box in zip(
+            self.names, self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
+        ):
+            yield {"name": name, "label": label, "score": score, "box": box}
+
+    def draw(self, *, min_score: float = 0.0) -> Image.Image:
+        """The picture with boxes, names and scores; enlarged if it is small."""
+        target = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
+        return draw(self.image, target, self.category_names, min_score=min_score)
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.draw().save(file, "PNG")
+        return file.getvalue()
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[1:]
+        lines = [f"{len(self)} detections in an image of {width} x {height} pixels (x1, y1, x2, y2):"]
+        for found in self:
+            corners = ", ".join(f"{side:.1f}" for side in found["box"])
+            lines.append(f"  {found['score']:.3f}  {found['name']}  ({corners})")
+        return "\n".join(lines)
+
+
+def as_image(image: ImageLike) -> Tensor:
+    """An image of any kind as a tensor.
+
+    Args:
+        image: a path; a PIL image of any mode; an array [H, W, 3], [H, W, 4] (alpha is dropped) or [H, W]; or a
+            tensor [3, H, W] or [1, H, W]. Arrays and tensors are uint8, or float in 0..1; RGB.
+
+    Returns:
+        [3, H, W], uint8.
+
+    Raises:
+        DataError: it cannot be read, or has another shape, dtype or range of values.
+    """
+    if isinstance(image, str | Path):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return v2.functional.pil_to_tensor(as_rgb(image))
+    if isinstance(image, np.ndarray):
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+            raise DataError(f"an image array must be [H, W, 3], [H, W, 4] or [H, W], got {list(image.shape)}")
+        if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
+            raise DataError(f"an image array must be uint8, or float in 0..1, got {image.dtype}")
+        channels_last = torch.from_numpy(np.ascontiguousarray(image))
+        pixels = channels_last[None] if image.ndim == 2 else channels_last.permute(2, 0, 1)[:3]
+    elif isinstance(image, Tensor):
+        if image.dim() != 3 or image.shape[0] not in (1, 3):
+            raise DataError(f"an image tensor must be [3, H, W] or [1, H, W], got {list(image.shape)}")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise DataError(f"an image tensor must be uint8, or float in 0..1, got {image.dtype}")
+        pixels = image.detach().cpu()
+    else:
+        raise DataError(f"an image must be a path, a PIL image, an array or a tensor, got {type(image).__name__}")
+    if pixels[0].numel() == 0:
+        raise DataError(f"an image must have pixels, got shape {list(image.shape)}")
+    if pixels.is_floating_point():
+        low, high = pixels.min().item(), pixels.max().item()
+        if not (low >= 0 and high <= 1):  # also NaN
+            raise DataError(f"a float image must lie in 0..1 (RGB, not normalised), got {low:.4g} to {high:.4g}")
+        pixels = (pixels * 255).round().to(torch.uint8)
+    return pixels.expand(3, -1, -1).contiguous()

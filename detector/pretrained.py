@@ -1,0 +1,332 @@
+"""A trained detector and its categories: out of a checkpoint, or a folder or repository of Hugging Face's hub."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+from detector.coco import read_json
+from detector.errors import DataError, ModelError
+from detector.files import write_json, write_whole
+from detector.inference import Detections, ImageLike, as_image
+from detector.model_card import model_card
+from detector.models import (
+    DetectorConfig,
+    batch_norm_eps,
+    build_detector,
+    load_torchvision_detector,
+    load_weights,
+    number_of_classes,
+    published_names,
+    read_weights,
+    set_batch_norm_eps,
+    settings_of,
+)
+from detector.swap import restore_roi_align, swap_crop_head
+
+CHECKPOINT_KEY = "affine_crop_rcnn"  # of what a training checkpoint holds for this file
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the hub's names
+
+Crop = Literal["affine", "roi_align"]
+
+
+class PretrainedDetector(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="affine-crop-rcnn",
+    pipeline_tag="object-detection",
+    tags=["object-detection", "torchvision", "faster-rcnn"],
+):
+    """A torchvision detector with the categories that its labels stand for, in eval mode.
+
+    ``PretrainedDetector.from_pretrained(folder or hub name)`` and :meth:`save_pretrained` are Hugging Face's, with
+    the weights in safetensors; ``push_to_hub`` is inherited. :func:`load_detector` also takes checkpoints.
+
+    Args:
+        model: the detector.
+        category_ids: of each label, from 1 on; ``None`` where no category belongs to one.
+        category_names: likewise.
+        settings: what ``model`` was built by, without which it cannot be saved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        category_ids: Sequence[int | None],
+        category_names: Sequence[str],
+        *,
+        settings: DetectorConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.category_ids, self.category_names = list(category_ids), list(category_names)
+        self.settings = settings
+        self.eval()
+
+    @property
+    def crop(self) -> Crop | None:
+        """How its pools crop; ``None`` for a detector without them."""
+        heads = getattr(self.model, "roi_heads", None)
+        if heads is None:
+            return None
+        return "affine" if type(heads.box_roi_pool).__name__ == "MultiScaleAffineCrop" else "roi_align"
+
+    def crop_by(self, crop: Crop) -> None:
+        """Swap the affine crop in, or out.
+
+        Raises:
+            ModelError: the detector has no second stage, or none that can be swapped.
+        """
+        try:
+            (swap_crop_head if crop == "affine" else restore_roi_align)(self.model)
+        except TypeError as error:
+            raise ModelError(f"--crop {crop}: {error}") from None
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The detector's own call: images [3, H, W] in 0..1, and for each a dict of boxes, labels and scores."""
+        return self.model(images)
+
+    @torch.inference_mode()
+    def detect(self, image: ImageLike, *, min_score: float = 0.5) -> Detections:
+        """Find the objects in one image.
+
+        Args:
+            image: a path, a PIL image, an array [H, W, 3] or [H, W], or a tensor [3, H, W] or [1, H, W]; uint8, or
+                float in 0..1; RGB.
+            min_score: detections below it are left out, 0 to 1.
+
+        Returns:
+            What was found, the best first; a notebook draws it.
+
+        Raises:
+            DataError: the image cannot be read or used; says why.
+        """
+        pixels = as_image(image)
+        device = next(self.parameters()).device
+        training = self.training
+        self.eval()
+        try:
+            (found,) = self.model([pixels.to(device).float() / 255])
+        finally:
+            self.train(training)
+        kept = found["scores"] >= min_score
+        boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
+        return Detections(pixels, boxes, labels, scores, self.category_names)
+
+    def digest(self) -> str:
+        """A hash of all weights, by which a report of scores knows them again."""
+        return digest_of(self.model.state_dict())
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write ``model.safetensors``, ``config.json`` and ``README.md``, a model card, to a folder.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            options: of Hugging Face's ``save_pretrained``: ``push_to_hub``, ``repo_id``, and in ``model_card_kwargs``
+                ``report``: the dict of a ``report.json`` of ``tools/eval.py``, whose scores the card shows.
+
+        Raises:
+            ModelError: the detector was not built from a :class:`~detector.models.DetectorConfig`.
+            OSError: the files cannot be written.
+        """
+        if self.settings is None:
+            raise ModelError("only detectors that tools/train.py can build can be saved: a Faster R-CNN")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert self.settings is not None
+        weights = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
+        write_whole(save_directory / WEIGHTS, safetensors.torch.save(weights))
+        categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.category_names)]
+        config = {
+            "detector": asdict(self.settings),
+            "crop": self.crop,
+            "categories": categories,
+            "batch_norm_eps": batch_norm_eps(self.model),
+            "weights_digest": digest_of(weights),
+        }
+        write_json(save_directory / CONFIG, config, indent=2)
+
+    def generate_model_card(self, *args: Any, report: dict[str, Any] | None = None, **options: Any) -> ModelCard:
+        """The text of ``README.md`` beside the weights."""
+        assert self.settings is not None
+        return model_card(self._hub_mixin_info.model_card_data, self.settings, self.crop, self.category_names, report)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PretrainedDetector":
+        """Load what :meth:`save_pretrained` wrote. Nothing is unpickled.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or the name of a repository of Hugging Face's hub (fetched).
+            options: of Hugging Face's ``from_pretrained``: ``revision``, ``token``, ``local_files_only``, ...
+
+        Raises:
+            ModelError: there is no such folder and it cannot be fetched, or a file is missing, damaged, or not of a
+                detector of this project.
+        """
+        source = Path(pretrained_model_name_or_path)
+        for name in (CONFIG, WEIGHTS):
+            if source.is_dir() and not (source / name).is_file():
+                raise ModelError(f"{source}: not a folder of save_pretrained: it has no {name}")
+        try:
+            return super().from_pretrained(str(source), **options)
+        except ModelError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:  # of the hub's client, and of what it fetches by
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"{source}: no such folder, and the hub has it not to give: {reason}") from None
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **model_kwargs: Any,
+    ) -> "PretrainedDetector":
+        folder = Path(model_id)
+        if not folder.is_dir():
+            for name in (CONFIG, WEIGHTS):
+                file = hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+                folder = Path(file).parent
+        try:
+            config = read_json(folder / CONFIG)
+        except DataError as error:
+            raise ModelError(str(error)) from None
+        try:
+            weights = safetensors.torch.load_file(folder / WEIGHTS)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ModelError(f"{folder / WEIGHTS}: cannot be read as weights (cut off?): {error}") from None
+        refusal = f"{folder / CONFIG}: not of a detector of this project, or damaged"
+        try:
+            if config["weights_digest"] != digest_of(weights):
+                raise ModelError(f"{folder / WEIGHTS}: not the weights that {CONFIG} was written with, or damaged")
+            categories = [(category["id"], category["name"]) for category in config["categories"]]
+            detector = _assemble(
+                config["detector"], config["crop"], categories, weights, config["batch_norm_eps"], refusal
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{refusal}: {type(error).__name__} {error}") from None
+        return detector.to(map_location)
+
+
+def load_detector(source: str | Path) -> PretrainedDetector:
+    """A trained detector from wherever it is. Nothing is unpickled.
+
+    Args:
+        source: a checkpoint of ``tools/train.py``, a folder of :meth:`PretrainedDetector.save_pretrained`, or the
+            name of a repository of Hugging Face's hub, "owner/name".
+
+    Raises:
+        ModelError: it is not there, damaged, or another program's; says which.
+    """
+    path = Path(source)
+    if path.is_dir() or (not path.exists() and path.suffix != ".ckpt" and len(path.parts) == 2):
+        return PretrainedDetector.from_pretrained(source)
+    return load_checkpoint(path)
+
+
+def load_checkpoint(path: str | Path) -> PretrainedDetector:
+    """Build the detector of a checkpoint of ``tools/train.py`` and load its weights. Nothing is unpickled.
+
+    Raises:
+        ModelError: the file is missing, broken, or not such a checkpoint.
+    """
+    checkpoint = read_weights(path)
+    refusal = f"{path}: not a checkpoint of tools/train.py, or damaged"
+    try:
+        saved = checkpoint[CHECKPOINT_KEY]
+        weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
+        categories = list(zip(saved["category_ids"], saved["category_names"], strict=True))
+        return _assemble(saved["detector"], saved["crop"], categories, weights, saved["batch_norm_eps"], refusal)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{refusal}: {type(error).__name__} {error}") from None
+
+
+def load_published(name: str, weights: str) -> PretrainedDetector:
+    """A torchvision detector by name, with weights.
+
+    Args:
+        name: one of :func:`~detector.models.torchvision_detectors`.
+        weights: a file of its state_dict, or a name that torchvision publishes ("DEFAULT"; fetched).
+
+    Returns:
+        The detector. With 91 classes its categories are COCO's; of others nothing is known but their number: then
+        the ids are ``None`` and the names "class 1", "class 2", ...
+
+    Raises:
+        ModelError: the name is not known, or the weights cannot be had or are another model's.
+    """
+    model = load_torchvision_detector(name, weights)
+    classes = number_of_classes(name, model.state_dict())
+    assert classes is not None
+    settings = settings_of(name, model) if isinstance(model, FasterRCNN) and name.startswith("fasterrcnn") else None
+    published = published_names()
+    if classes == len(published):
+        ids = [i if known != "N/A" else None for i, known in enumerate(published)][1:]
+        return PretrainedDetector(model, ids, published[1:], settings=settings)
+    names = [f"class {label}" for label in range(1, classes)]
+    return PretrainedDetector(model, [None] * (classes - 1), names, settings=settings)
+
+
+def digest_of(weights: dict[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and values."""
+    total = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        total.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        total.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()}"
+
+
+def _assemble(
+    settings: Any, crop: Any, categories: list[tuple[Any, Any]], weights: Any, eps: Any, refusal: str
+) -> PretrainedDetector:
+    """Build a detector from what a file says, of which nothing is trusted."""
+    if crop not in ("affine", "roi_align"):
+        raise ModelError(f"{refusal}: crop must be affine or roi_align, got {crop!r}")
+    for category_id, name in categories:
+        if (type(category_id) is not int and category_id is not None) or type(name) is not str:
+            raise ModelError(f"{refusal}: a category must have an id and a name, got {category_id!r} and {name!r}")
+    try:
+        config = DetectorConfig(**settings)
+    except (ModelError, TypeError) as error:
+        raise ModelError(f"{refusal}: {error}") from None
+    model = load_weights(lambda: build_detector(config, len(categories), pretrained=False), weights, refusal)
+    known = batch_norm_eps(model)
+    if not isinstance(eps, dict) or eps.keys() != known.keys():
+        raise ModelError(f"{refusal}: batch_norm_eps does not name the model's batch norms")
+    if not all(type(value) in (int, float) and 0 <= value <= 1 for value in eps.values()):
+        raise ModelError(f"{refusal}: batch_norm_eps must be numbers from 0 to 1")
+    set_batch_norm_eps(model, eps)
+    if crop == "affine":
+        swap_crop_head(model)
+    return PretrainedDetector(
+        model, [category_id for category_id, _ in categories], [name for _, name in categories], settings=config
+    )
