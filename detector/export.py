@@ -244,7 +244,7 @@ def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
             torch.onnx.export(
                 _Traced(model),
                 (images, torch.tensor(0.5)),
-                content,
+                content,  # type: ignore[arg-type]
                 input_names=["images", "score_threshold"],
                 output_names=outputs,
                 dynamic_axes=axes,
@@ -267,8 +267,8 @@ def _check_graph(graph: Any, *, swapped: bool) -> None:
     if foreign or graph.functions:
         names = ", ".join([*foreign, *(f.name for f in graph.functions)])
         raise ExportError(f"the exported graph has operators that are not ONNX's own: {names}")
-    names = {name for _, name in operators}
-    if swapped and ("RoiAlign" in names or "GridSample" not in names):
+    kinds = {name for _, name in operators}
+    if swapped and ("RoiAlign" in kinds or "GridSample" not in kinds):
         raise ExportError("the exported graph of a swapped model must crop by GridSample alone, and does not")
 
 
@@ -285,6 +285,7 @@ def _session(content: bytes) -> Any:
     onnxruntime = _package("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would slow PyTorch's
     options.log_severity_level = 4  # what goes wrong is raised as well
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])

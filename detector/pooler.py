@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import log2
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +92,10 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         )
 
     def _level_mapper(self, scales: list[float]) -> Callable[[Tensor], Tensor]:
-        first, last = (-torch.log2(s).round() if isinstance(s, Tensor) else -int(log2(s)) for s in (scales[0], scales[-1]))
+        first, last = (
+            -torch.log2(scale).round() if isinstance(scale, Tensor) else -int(log2(scale))
+            for scale in (scales[0], scales[-1])
+        )
         mapper = LevelMapper(first, last, self.canonical_scale, self.canonical_level)
 
         def level_of(corners: Tensor) -> Tensor:
@@ -107,8 +111,10 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe_sampler(self.sampler)})"
 
 
-def _scale(map_height: int, image_height: int) -> float:
-    """The power of two that is nearest to a map's pixels per pixel of the image."""
-    if torch.onnx.is_in_onnx_export():  # the heights are tensors there, and other images have others
-        return torch.pow(2.0, torch.log2(map_height / image_height).round())
-    return 2.0 ** round(log2(map_height / image_height))
+def _scale(map_height: int, image_height: int) -> Any:
+    """The power of two that is nearest to a map's pixels per pixel of the image, a number.
+
+    When a graph for ONNX is traced, heights and scale are tensors: other images have others.
+    """
+    ratio: Any = map_height / image_height
+    return torch.pow(2.0, torch.log2(ratio).round()) if isinstance(ratio, Tensor) else 2.0 ** round(log2(ratio))
