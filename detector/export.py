@@ -11,7 +11,6 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -237,8 +236,7 @@ def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
     axes |= {field + suffix: {0: f"detections{suffix}"} for suffix in suffixes for field in FIELDS}
     content = io.BytesIO()
     # The exporter is deprecated, and warns of each branch that it follows; torchvision's are meant to be followed.
-    # When it fails it prints the whole graph.
-    with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
