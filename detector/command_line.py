@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from detector.evaluation.report import newest_report
 from detector.evaluation.results import crowded, read_results
 from detector.evaluation.scoring import described, run_detector, write_evaluation
 from detector.evaluation.timing import WARM_UP, measure_stages
+from detector.export import compare_speed, export_onnx
 from detector.folders import run_folder, unused_folder
 from detector.image_files import find_images, predict_images
 from detector.pretrained import CONFIG, WEIGHTS, Crop, PretrainedDetector, load_detector, load_published
@@ -246,7 +247,7 @@ def export(
     with in_a_sentence():
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
-        detector, called = _load(checkpoint, model, weights, crop)
+        detector, _ = _load(checkpoint, model, weights, crop)
         home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).is_file() else Path("runs")
         if format == "pretrained":
             target = home / "pretrained" if output is None else Path(output)
@@ -260,7 +261,24 @@ def export(
             else:
                 print(f"The card has the scores of {report['about']['time']}: AP {report['scores']['AP']:.3f}")
             return
-        _export_onnx(detector, home / "detector.onnx" if output is None else Path(output), batch_size, speed)
+        file = home / "detector.onnx" if output is None else Path(output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        network: Any = detector.model
+        export_onnx(
+            network,
+            file,
+            batch_size=batch_size,
+            class_names=detector.category_names,
+            category_ids=detector.category_ids,
+        )
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; onnxruntime detects what PyTorch does")
+        if speed:
+            side = min(network.transform.min_size[-1], network.transform.max_size)
+            seconds = compare_speed(network, file, (side, side), speed)
+            print(
+                f"{batch_size} x {side} x {side} pixels, {speed} rounds: PyTorch {1000 * seconds['pytorch']:.1f} ms, "
+                f"onnxruntime {1000 * seconds['onnxruntime']:.1f} ms, {seconds['ratio']:.2f} times"
+            )
 
 
 def _score_results(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from detector.gather_sampler import crop_by_gather
 from detector.geometry import geometry_dtype
 from detector.grid_sampler import crop_by_grid
-from detector.sampling import adaptive_samples, fixed_samples, roi_axes
+from detector.sampling import adaptive_samples, fixed_samples, makes_graph, roi_axes
 
 Sampler = Literal["auto", "grid_sample", "gather"]
 # Below, grid_sample is faster: a row of the gather's table costs more to find than to read.
@@ -113,7 +113,9 @@ def crop_levels(
             raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
     index, corners, counts = _split_boxes(maps[0], boxes)
     images = maps[0].shape[0]
-    known = (index >= 0) & (index < images) & (index == index.floor())  # false for NaN
+    known = (index >= 0) & (index < images)  # false for NaN
+    if index.is_floating_point():
+        known = known & (index == index.floor())
     look = _may_look(corners)
     if look:
         _check_values(index, known, corners, images)
@@ -131,8 +133,10 @@ def crop_levels(
         samples = [fixed_samples(y, x, level, image, sampling_ratio)]
     else:
         samples, counts = adaptive_samples(y, x, level, image), None
-    if sampler == "auto":
-        sampler = _measured_fastest(maps, len(corners) * prod(bins) * max(sampling_ratio, 1) ** 2)
+    if torch.onnx.is_in_onnx_export():
+        sampler = "grid_sample"  # the gather has no operator in ONNX
+    elif sampler == "auto":
+        sampler = _measured_fastest(maps, corners.shape[0] * prod(bins) * max(sampling_ratio, 1) ** 2)
     if sampler == "gather":
         crops = crop_by_gather(maps, samples)
     else:
@@ -192,7 +196,7 @@ def describe_sampler(sampler: Sampler) -> str:
 
 def _measured_fastest(maps: Sequence[Tensor], samples: int) -> Sampler:
     """What "auto" stands for, as :func:`affine_crop` says, for a number of samples (at least; adaptive: bins)."""
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling():
         return "grid_sample"
     if maps[0].is_cuda and torch.are_deterministic_algorithms_enabled():
         return "gather"
@@ -219,10 +223,11 @@ def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tenso
             _check_boxes(f"boxes[{i}]", image_boxes, input, 4, "[L, 4] (x1, y1, x2, y2)")
         if len(boxes) > images:
             raise ValueError(f"boxes has {len(boxes)} images, but input has a batch of {images}")
-        counts = [len(image_boxes) for image_boxes in boxes] + [0] * (images - len(boxes))
+        # Not len, which would be a constant in an exported graph.
+        counts = [image_boxes.shape[0] for image_boxes in boxes] + [0] * (images - len(boxes))
         corners = torch.cat(list(boxes)) if boxes else input.new_zeros(0, 4, dtype=geometry_dtype(input))
         # Not in the boxes' dtype: bfloat16 counts to 256.
-        of_image = [corners.new_full((count,), i, dtype=torch.int64) for i, count in enumerate(counts)]
+        of_image = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(boxes)]
         index = torch.cat(of_image or [corners.new_zeros(0, dtype=torch.int64)])
     else:
         raise TypeError(f"boxes must be a [K, 5] tensor or a sequence of [L, 4] tensors, got {type(boxes).__name__}")
@@ -230,8 +235,8 @@ def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tenso
 
 
 def _may_look(tensor: Tensor) -> bool:
-    """Whether values can be looked at for free: not under compile or on a GPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be looked at for free: not on a GPU, nor while a graph is made that others go through."""
+    return tensor.device.type == "cpu" and not makes_graph()
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from detector.sampling import OUTSIDE, Samples
+from detector.sampling import OUTSIDE, Samples, makes_graph
 
 # The most elements that one call of grid_sample may return (float32: 256 MiB). More are taken in chunks.
 MAX_SAMPLED_ELEMENTS = 2**26
@@ -33,7 +33,9 @@ def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: lis
 
 
 def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
-    if torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
+    if torch.onnx.is_in_onnx_export():
+        crops = _average_selected(maps, group)
+    elif torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
         of_levels = [_average_masked(source, group, level) for level, source in enumerate(maps)]
         crops = torch.stack(of_levels).sum(dim=0)
     elif len(maps) == 1:
@@ -44,6 +46,19 @@ def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None
         # Not every RoI is on a level.
         crops = crops.new_zeros(len(group.level), *crops.shape[1:]).index_copy(0, torch.cat(rois), crops)
     return crops / group.count.to(crops.dtype)[:, None, None, None] if isinstance(group.count, Tensor) else crops
+
+
+def _average_selected(maps: Sequence[Tensor], group: Samples) -> Tensor:
+    """:func:`_average` of each level and image, whose RoIs are found in the graph. [M, C, bins, bins]"""
+    rois, crops = [], []
+    for level, source in enumerate(maps):
+        for i, image in enumerate(source.split(1)):
+            own = torch.where((group.level == level) & (group.image == i))[0]
+            part = group.select(own)
+            rois.append(own)
+            crops.append(_average_batched(image, part.y[None], part.x[None], _divisor(group))[0])
+    found = torch.cat(crops)
+    return found.new_zeros(group.level.shape[0], *found.shape[1:]).index_copy(0, torch.cat(rois), found)
 
 
 def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
@@ -63,9 +78,9 @@ def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor
     Images go through one call on the batch axis, their grids padded to the same length: on a CPU grid_sample runs
     one thread per image.
     """
-    images, rois = source.shape[0], len(group.image)
+    images, rois = source.shape[0], group.image.shape[0]
     divisor = _divisor(group)
-    if images == 1 or rois == 0:
+    if images == 1 or (not makes_graph() and rois == 0):
         return _average_batched(source[:1], group.y[None][:images], group.x[None][:images], divisor).flatten(0, 1)
     order = None
     if counts is None:
@@ -73,13 +88,11 @@ def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor
         if (group.image.diff() < 0).any():
             order = group.image.argsort(stable=True)
             group = replace(group, y=group.y[order], x=group.x[order])
-    longest = max(counts)
     y, x = group.y.split(counts), group.x.split(counts)
-    if images * longest > 2 * rois:  # padding would cost more than it saves
+    if makes_graph() or images * max(counts) > 2 * rois:  # padding would cost more than it saves
         of_images = [
             _average_batched(source[i : i + 1], y_image[None], x_image[None], divisor)[0]
             for i, (y_image, x_image) in enumerate(zip(y, x))
-            if len(y_image)
         ]
     else:
         padded_y, padded_x = (pad_sequence(list(p), batch_first=True, padding_value=OUTSIDE) for p in (y, x))
@@ -100,12 +113,13 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
 
     A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
     """
-    images, rois, bins_y, rows = y.shape
-    bins_x, columns = x.shape[2:]
+    images, rois = y.shape[:2]
+    # Constants in ONNX too. A size that is computed onnxruntime infers, which it cannot where there are no RoIs.
+    bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:], *x.shape[2:]))
     channels = source.shape[1]
     if channels == 0:  # grid_sample takes no such map
         return source.new_zeros(images, rois, 0, bins_y, bins_x)
-    if not torch.compiler.is_compiling():
+    if not makes_graph():
         row = images * channels * bins_y * bins_x * columns  # elements for one row of samples in each bin
         fit = max(MAX_SAMPLED_ELEMENTS // max(row * rows, 1), 1)
         if rois > fit:
@@ -116,12 +130,16 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
         if rows > fit:
             slices = [_average_batched(source, y_slice, x, divisor) for y_slice in y.split(fit, dim=3)]
             return torch.stack(slices).sum(dim=0)
-    y, x = y.to(source.dtype).flatten(2), x.to(source.dtype).flatten(2)
-    shape = (images, rois, y.shape[2], x.shape[2])
+    y = y.to(source.dtype).reshape(images, rois, bins_y * rows)
+    x = x.to(source.dtype).reshape(images, rois, bins_x * columns)
+    shape = (images, rois, bins_y * rows, bins_x * columns)
     grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
     sampled = F.grid_sample(
         source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
     )  # [N, C, M * bins * rows, bins * columns]
+    if makes_graph():  # pooling takes no empty tensor, in onnxruntime either, and here it is not known
+        windows = sampled.reshape(images, channels, rois, bins_y, rows, bins_x, columns)
+        return (windows.sum(dim=(4, 6)) / divisor).transpose(1, 2)
     if rois and images and rows * columns > 1:  # pooling takes no empty tensor
         sampled = _WindowMean.apply(sampled, (rows, columns), divisor)
     return sampled.reshape(images, channels, rois, bins_y, bins_x).transpose(1, 2)

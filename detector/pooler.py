@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import log2
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         if not image_shapes:
             raise ValueError("image_shapes must have the size of at least one image, got none")
         largest = max(height for height, _ in image_shapes)
-        scales = [2.0 ** round(log2(feature.shape[-2] / largest)) for feature in features]
+        scales = [_scale(feature.shape[-2], largest) for feature in features]
         several = len(features) > 1
         return crop_levels(
             features,
@@ -91,7 +92,11 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         )
 
     def _level_mapper(self, scales: list[float]) -> Callable[[Tensor], Tensor]:
-        mapper = LevelMapper(-int(log2(scales[0])), -int(log2(scales[-1])), self.canonical_scale, self.canonical_level)
+        first, last = (
+            -torch.log2(scale).round() if isinstance(scale, Tensor) else -int(log2(scale))
+            for scale in (scales[0], scales[-1])
+        )
+        mapper = LevelMapper(first, last, self.canonical_scale, self.canonical_level)
 
         def level_of(corners: Tensor) -> Tensor:
             """-1 for a negative area, as in torchvision; 0 for what is not finite, for the crop to answer."""
@@ -104,3 +109,12 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe_sampler(self.sampler)})"
+
+
+def _scale(map_height: int, image_height: int) -> Any:
+    """The power of two that is nearest to a map's pixels per pixel of the image, a number.
+
+    When a graph for ONNX is traced, heights and scale are tensors: other images have others.
+    """
+    ratio: Any = map_height / image_height
+    return torch.pow(2.0, torch.log2(ratio).round()) if isinstance(ratio, Tensor) else 2.0 ** round(log2(ratio))

@@ -19,7 +19,8 @@ class AttachedRPN(RegionProposalNetwork):
         """Proposals of each image, [L, 4] (x1, y1, x2, y2) in pixels, and in training the RPN's own losses."""
         maps = list(features.values())
         objectness, deltas = self.head(maps)
-        anchors_per_level = [o.shape[1:].numel() for o in objectness]
+        # Not numel, which would be a constant in an exported graph.
+        anchors_per_level = [o.shape[1] * o.shape[2] * o.shape[3] for o in objectness]
         # The anchors take their dtype from the maps, of which only shape, dtype and device are read.
         shapes = [m.new_empty((), dtype=torch.promote_types(m.dtype, torch.float32)).expand(m.shape) for m in maps]
         anchors = self.anchor_generator(images, shapes)

@@ -24,6 +24,11 @@ from detector.geometry import boxes_in_frame, boxes_to_theta
 OUTSIDE = 3.0
 
 
+def makes_graph() -> bool:
+    """Whether the code runs to be compiled or exported: neither values nor the number of RoIs may decide anything."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis (x or y) of K RoIs.
