@@ -15,7 +15,7 @@ from detector.categories import labels_of_targets, match_categories
 from detector.coco import CocoDetection, find_root, read_coco
 from detector.errors import DataError, ModelError, in_a_sentence
 from detector.evaluation.augmented import AugmentedDetector
-from detector.evaluation.metric import Evaluator
+from detector.evaluation.metric import Evaluator, evaluator_version
 from detector.evaluation.ranks import gathered, joined
 from detector.evaluation.report import newest_report
 from detector.evaluation.results import crowded, read_results
@@ -81,9 +81,11 @@ def score(
         sources = [source for source in (checkpoint, model, results) if source is not None]
         if len(sources) != 1:
             raise ModelError("give one of --checkpoint FILE, --model NAME --weights FILE, or --results FILE")
-        for name, value, least in (("limit", limit, 1), ("speed", speed, 0), ("batch_size", batch_size, 1)):
-            if value is not None and value < least:
-                raise ModelError(f"--{name} must be at least {least}, got {value}")
+        least = {"limit": (limit, 1), "speed": (speed, 0), "batch_size": (batch_size, 1), "workers": (workers, 0)}
+        for name, (value, lowest) in least.items():
+            if value is not None and value < lowest:
+                raise ModelError(f"--{name} must be at least {lowest}, got {value}")
+        evaluator_version(evaluator)  # now, not after the run
         if not 0 <= min_score <= 1:
             raise ModelError(f"--min_score must be from 0 to 1, got {min_score}")
         if results is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -395,7 +396,10 @@ class TestFasterEvaluator:
         assert evaluate(coco, [], evaluator="faster-coco-eval")[0] == evaluate(coco, [])[0]
 
     def test_its_package_is_named_where_it_is_missing(self, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
+        def missing(name):
+            raise metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(metadata, "version", missing)
         with pytest.raises(ModelError, match=r"affine-crop-rcnn\[faster\]"):
             evaluate(truth([]), [], evaluator="faster-coco-eval")
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -138,18 +138,24 @@ def summary(scorer: COCOeval) -> tuple[dict[str, float], str]:
 
 
 def evaluator_version(evaluator: Evaluator) -> str:
-    """Its name and version, as in "pycocotools 2.0.11"."""
-    return f"{evaluator} {metadata.version(evaluator)}"
+    """Its name and version, as in "pycocotools 2.0.11".
+
+    Raises:
+        ModelError: there is none of that name, or its package is missing.
+    """
+    if evaluator not in get_args(Evaluator):
+        raise ModelError(f"the evaluator must be one of {', '.join(get_args(Evaluator))}, got {evaluator!r}")
+    try:
+        return f"{evaluator} {metadata.version(evaluator)}"
+    except metadata.PackageNotFoundError:
+        raise ModelError(f'{evaluator} is not installed: pip install "affine-crop-rcnn[faster]"') from None
 
 
 def _accumulated_fast(scorer: COCOeval) -> dict[str, Any]:
     """What ``scorer.accumulate()`` would leave in ``scorer.eval``, by faster-coco-eval."""
-    try:
-        from faster_coco_eval import COCOeval_faster
-    except ImportError:
-        raise ModelError(
-            'the evaluator faster-coco-eval is not installed: pip install "affine-crop-rcnn[faster]"'
-        ) from None
+    evaluator_version("faster-coco-eval")  # or it is missing
+    from faster_coco_eval import COCOeval_faster
+
     fast = COCOeval_faster(scorer.cocoGt, scorer.cocoDt, iouType="bbox", print_function=lambda *words: None)
     for name in ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats"):
         setattr(fast.params, name, getattr(scorer.params, name))

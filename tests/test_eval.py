@@ -1,0 +1,408 @@
+"""tools/eval.py from end to end, and what it measures beside the scores: losses, stages, several looks at an image."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import weakref
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from tiny_models import SIZE, batch, copies, tiny_rcnn
+from torchvision.models.detection import RetinaNet
+from torchvision.ops import nms
+
+from detector import swap_crop_head
+from detector.coco import CocoDetection
+from detector.command_line import score
+from detector.evaluation import detect_with_losses
+from detector.evaluation.augmented import AugmentedDetector
+from detector.evaluation.scoring import run_detector
+from detector.evaluation.timing import STAGES, measure_stages
+from detector.models import DetectorConfig, batch_norm_eps, build_detector
+from detector.pretrained import CHECKPOINT_KEY, PretrainedDetector
+
+REPOSITORY = Path(__file__).parent.parent
+NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
+CONFIG = DetectorConfig(name=NAME, min_size=64, max_size=96, score_threshold=0.0, detections_per_image=20)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing is written into the repository."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five images of coloured rectangles, of three classes."""
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    (root / "val").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    generator = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, 6):
+        pixels = np.full((60, 80, 3), 40 * i, dtype=np.uint8)
+        for category in (3, 5, 8)[: 1 + i % 3]:
+            x, y = (int(v) for v in generator.integers(0, 40, 2))
+            pixels[y : y + 20, x : x + 30] = 25 * category
+            box = {"bbox": [x, y, 30, 20], "area": 600, "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": category, **box})
+        Image.fromarray(pixels).save(root / "val" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 80, "height": 60})
+    categories = [{"id": i, "name": f"<b>{i}</b>"} for i in (3, 5, 8)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture(scope="module")
+def split(data):
+    return CocoDetection(data / "val", data / "annotations" / "instances_val.json")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of random weights, in a run's folder."""
+    torch.manual_seed(0)
+    model = build_detector(CONFIG, 3)
+    path = tmp_path_factory.mktemp("runs") / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    saved = {
+        "detector": asdict(CONFIG),
+        "crop": "affine",
+        "batch_norm_eps": batch_norm_eps(model),
+        "category_ids": [3, 5, 8],
+        "category_names": ["<b>3</b>", "<b>5</b>", "<b>8</b>"],
+    }
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({CHECKPOINT_KEY: saved, "state_dict": state}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoint, data, tmp_path_factory):
+    """The folder of an evaluation with everything."""
+    folder = tmp_path_factory.mktemp("eval")
+    score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(folder), speed=2, workers=0)
+    return folder
+
+
+def test_everything_is_written(scored, checkpoint, data, split):
+    assert {path.name for path in scored.iterdir()} == {"report.html", "report.json", "scores.json", "detections.json"}
+    report = json.loads((scored / "report.json").read_text())
+    assert report["about"]["model"] == str(checkpoint)
+    assert report["about"]["crop"] == "affine"
+    assert report["about"]["images"] == 5
+    assert report["about"]["weights"].startswith("sha256:")
+    assert report["about"]["detections"] == len(json.loads((scored / "detections.json").read_text())) > 20
+    assert set(report["losses"]) == {
+        "loss",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_objectness",
+        "loss_rpn_box_reg",
+    }
+    assert [row["at"] for row in report["proposals"]["rows"]] == [100, 300, 1000]
+    assert [row["stage"] for row in report["speed"]["rows"]] == [*STAGES, "total"]
+    assert report["notes"] == []
+    page = (scored / "report.html").read_text()
+    assert "<b>3</b>" not in page
+    assert "&lt;b&gt;3&lt;/b&gt;" in page
+    assert page.count("data:image/jpeg") >= 2
+    scores = json.loads((scored / "scores.json").read_text())
+    assert {name: None if value == -1 else value for name, value in scores.items()} == report["scores"]
+
+
+def test_a_results_file_alone_gets_the_same_scores(scored, data, tmp_path, capsys):
+    annotations = str(data / "annotations" / "instances_val.json")
+    score(results=str(scored / "detections.json"), annotations=annotations)
+    folder = tmp_path / "runs" / "eval-detections"
+    assert json.loads((folder / "scores.json").read_text()) == json.loads((scored / "scores.json").read_text())
+    assert "data:image" not in (folder / "report.html").read_text()
+    score(results=str(scored / "detections.json"), root=str(data), split="val")  # a second run, with pictures
+    assert "data:image" in (tmp_path / "runs" / "eval-detections-2" / "report.html").read_text()
+    report = json.loads((folder / "report.json").read_text())
+    assert report["losses"] is None
+    assert report["speed"] is None
+    assert "in runs/eval-detections/" in capsys.readouterr().out
+
+
+def test_by_default_results_lie_in_the_runs_folder(checkpoint, data):
+    score(checkpoint=str(checkpoint), root=str(data), split="val", limit=2, workers=0)
+    report = json.loads((checkpoint.parent.parent / "eval-val" / "report.json").read_text())
+    assert report["about"]["images"] == 2
+    assert "first 2 of 5 images" in report["notes"][0]
+
+
+def test_both_evaluators(scored, data, tmp_path):
+    pytest.importorskip("faster_coco_eval")
+    score(
+        results=str(scored / "detections.json"),
+        root=str(data),
+        split="val",
+        output=str(tmp_path / "fast"),
+        evaluator="faster-coco-eval",
+    )
+    one, two = (json.loads((folder / "scores.json").read_text()) for folder in (scored, tmp_path / "fast"))
+    assert one == pytest.approx(two, abs=1e-6)
+    assert "faster-coco-eval" in json.loads((tmp_path / "fast" / "report.json").read_text())["about"]["evaluator"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of"),
+        ({"checkpoint": "a", "results": "b"}, "give one of"),
+        ({"checkpoint": "nothing.ckpt"}, "nothing.ckpt: no such file"),
+        ({"model": NAME}, "--model needs --weights"),
+        ({"model": "nothing", "weights": "w.pth"}, "not one of torchvision's detectors"),
+        ({"limit": 0}, "--limit must be at least 1"),
+        ({"batch_size": 0}, "--batch_size must be at least 1"),
+        ({"workers": -1}, "--workers must be at least 0"),
+        ({"min_score": 1.5}, "--min_score must be from 0 to 1"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "abacus"}, "--device abacus"),
+        ({"sizes": [0]}, "sizes must be at least 1 pixel"),
+        ({"split": "test"}, "instances_test.json: no such file"),
+        ({"evaluator": "other"}, "evaluator"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(options, message, checkpoint, data):
+    if not {"checkpoint", "model", "results"} & set(options) and options:
+        options = {"checkpoint": str(checkpoint)} | options
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        score(**{"root": str(data), "split": "val", "workers": 0} | options)
+
+
+def test_results_that_do_not_belong_to_the_data(tmp_path, data):
+    annotations = str(data / "annotations" / "instances_val.json")
+    for content, message in (
+        ([{"image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1], "score": 0.5}], r"has image_id 9, which"),
+        ([{"image_id": 1, "category_id": 4, "bbox": [0, 0, 1, 1], "score": 0.5}], r"has category_id 4, which"),
+        ({"images": []}, "not a results file"),
+    ):
+        (tmp_path / "found.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match=message):
+            score(results="found.json", annotations=annotations)
+
+
+def test_ctrl_c_scores_what_was_seen(checkpoint, data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("detector.evaluation.prediction.detect_with_losses", stopping_after(3, seen))
+    with pytest.raises(SystemExit) as stop:
+        score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(tmp_path / "out"), workers=0)
+    assert stop.value.code == 130
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["about"]["images"] == 3
+    assert "Stopped by Ctrl-C: these are the first 3 of 5 images." in report["notes"]
+
+
+def stopping_after(images, seen):
+    def detect(model, given, targets):
+        if len(seen) == images:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return detect_with_losses(model, given, targets)
+
+    return detect
+
+
+def test_one_stage_detectors_are_scored_with_their_losses(data, tmp_path):
+    """Any torchvision detector by name, the number of classes read off the weights."""
+    name = "ssdlite320_mobilenet_v3_large"
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=4)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    options = {"model": name, "weights": "w.pth", "root": str(data), "split": "val", "workers": 0}
+    score(output="out", limit=3, speed=1, **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["about"]["crop"] is None
+    assert report["proposals"] is None
+    assert set(report["losses"]) == {"loss", "bbox_regression", "classification"}
+    stages = ["decode and transform", "backbone", "head", "post-processing", "total"]
+    assert [row["stage"] for row in report["speed"]["rows"]] == stages
+    with pytest.raises(SystemExit, match=r"--crop affine: .* has no RoI pooler"):
+        score(crop="affine", **options)
+    with pytest.raises(SystemExit, match="resizes every image to"):
+        score(sizes=[64], **options)
+
+
+def test_losses_of_a_one_stage_detector_are_those_of_training():
+    model = RetinaNet(tiny_rcnn().backbone, 3, min_size=SIZE, max_size=SIZE, score_thresh=0.0)
+    model.anchor_generator = tiny_rcnn().rpn.anchor_generator
+    model.head = torchvision.models.detection.retinanet.RetinaNetHead(8, 2, 3)
+    images, targets = batch()
+    model.train()
+    with torch.no_grad():
+        wanted = model(images, copies(targets))
+    detections, losses = detect_with_losses(model, images, copies(targets))
+    assert losses.keys() == wanted.keys()
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, wanted[name])
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(detections[0]["boxes"], model.eval()(images)[0]["boxes"])
+
+
+class TestSeveralLooks:
+    def test_one_look_is_the_detector_itself(self):
+        model = tiny_rcnn().eval()
+        images, _ = batch()
+        with torch.no_grad():
+            wanted, found = model(images), AugmentedDetector(model)(images)
+        for one, two in zip(wanted, found, strict=True):
+            kept = suppressed(one, model.roi_heads.nms_thresh)
+            for name in ("boxes", "labels", "scores"):
+                assert torch.equal(one[name][kept], two[name])
+
+    def test_mirrored_images_give_mirrored_detections(self):
+        """The looks at an image and at its mirror image are the same two: so is what comes of them, mirrored."""
+        model = swap_crop_head(tiny_rcnn()).eval()
+        image = batch()[0][0]
+        with torch.no_grad():
+            there = AugmentedDetector(model, flip=True)([image])[0]
+            back = AugmentedDetector(model, flip=True)([image.flip(-1)])[0]
+            single = model([image])[0]
+        x1, y1, x2, y2 = back["boxes"].unbind(1)
+        torch.testing.assert_close(torch.stack([SIZE - x2, y1, SIZE - x1, y2], 1), there["boxes"])
+        torch.testing.assert_close(back["scores"], there["scores"])
+        assert not torch.equal(single["scores"], there["scores"])
+        assert len(there["scores"]) <= 20
+        assert (there["scores"].diff() <= 0).all()
+
+    def test_sizes_are_the_detectors_own_setting(self):
+        model = tiny_rcnn().eval()
+        larger = tiny_rcnn(min_size=96, max_size=96).eval()
+        larger.load_state_dict(model.state_dict())
+        images, _ = batch()
+        with torch.no_grad():
+            wanted, found = larger(images), AugmentedDetector(model, sizes=[96])(images)
+            both = AugmentedDetector(model, sizes=[64, 96])(images)
+        for one, two, three in zip(wanted, found, both, strict=True):
+            assert torch.equal(one["boxes"][suppressed(one, 0.5)], two["boxes"])
+            assert three["scores"].max() >= two["scores"].max()
+        assert "min_size" not in model.transform.__dict__ or model.transform.min_size == (SIZE,)
+        assert model.transform.max_size == SIZE
+
+    def test_the_limit_grows_with_the_size(self):
+        model = tiny_rcnn(min_size=60, max_size=100).eval()
+        assert AugmentedDetector(model, sizes=[30, 120]).sizes == [(30, 50), (120, 200)]
+
+    def test_on_the_command_line(self, checkpoint, data, tmp_path):
+        options = {"root": str(data), "split": "val", "output": str(tmp_path / "out"), "workers": 0}
+        score(checkpoint=str(checkpoint), flip=True, sizes=[64, 80], **options)
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["losses"] is None
+        assert report["proposals"] is None
+        assert "64 pixels, 80 pixels, mirrored" in report["notes"][0]
+
+
+def suppressed(detections, iou):
+    """What is left of the detections after another suppression by class, in order."""
+    kept = [
+        torch.where(detections["labels"] == label)[0][nms(detections["boxes"][mask], detections["scores"][mask], iou)]
+        for label in detections["labels"].unique()
+        for mask in [detections["labels"] == label]
+    ]
+    kept = torch.cat(kept)
+    return kept[detections["scores"][kept].argsort(descending=True, stable=True)]
+
+
+class TestStages:
+    @pytest.mark.parametrize("kind", ["box", "mask", "keypoint"])
+    def test_every_stage_takes_time_and_they_add_up(self, split, kind, monkeypatch):
+        """By a clock that ticks once a look: nothing that is measured twice, nothing left out."""
+        ticks = iter(range(10**6))
+        monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+        model = swap_crop_head(tiny_rcnn(kind))
+        model.train()
+        done = []
+        found = measure_stages(model, split, images=4, on_image=done.append)
+        assert model.training
+        assert len(done) == 7
+        rows = {row["stage"]: row["ms"] for row in found["rows"]}
+        assert list(rows) == [*STAGES, "total"]
+        assert sum(rows.values()) - rows["total"] == pytest.approx(rows["total"])
+        pools = {"box": 1, "mask": 2, "keypoint": 2}[kind]
+        assert rows["crop"] == 1000 * pools  # one tick for each module
+        assert rows["head"] == 2000 * pools
+        assert rows["decode and transform"] == 2000
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_each_row(self, split):
+        found = measure_stages(tiny_rcnn(), split, images=2)
+        assert found["images"] == 2
+        for row in found["rows"]:
+            assert 0 <= row["low"] <= row["ms"] <= row["high"]
+            assert row["images_per_second"] == pytest.approx(1000 / row["ms"], rel=0.01)
+
+
+def test_nothing_of_an_images_size_is_kept(split):
+    """Memory stays flat: while a batch is computed, the images of those before are gone."""
+    alive = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, images):
+            before = [reference() for reference in alive]
+            assert sum(image is not None for image in before[:-1]) == 0
+            alive.extend(weakref.ref(image) for image in images)
+            boxes = torch.tensor([[1.0, 2, 30, 40]], requires_grad=True) + images[0].sum() * 0
+            return [{"boxes": boxes, "labels": torch.ones(1).long(), "scores": torch.ones(1)}]
+
+    found = run_detector(Watching(), split, split.category_ids, workers=0)
+    assert len(alive) == 5
+    assert found.image_ids == [1, 2, 3, 4, 5]
+    assert all(isinstance(result["bbox"][0], float) for result in found.results)
+
+
+def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
+    model = tiny_rcnn("mask")
+    detector = PretrainedDetector(model, [3, 5], ["<b>3</b>", "<b>5</b>"])
+    monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
+    options = {"root": str(data), "split": "val", "workers": 0, "output": "out"}
+    score(model="maskrcnn", weights="w.pth", crop="affine", **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["losses"] is None
+    assert "No losses: those of masks" in report["notes"][0]
+    assert report["proposals"]["rows"]
+    assert report["about"]["crop"] == "affine"
+
+
+def test_objects_of_unknown_classes_leave_no_losses(data, tmp_path, monkeypatch):
+    detector = PretrainedDetector(tiny_rcnn(), [3, 5], ["<b>3</b>", "<b>5</b>"])
+    monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
+    score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["losses"] is None
+    assert "does not know" in report["notes"][0]
+
+
+def test_two_processes_give_the_results_of_one(checkpoint, data, scored, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(REPOSITORY / "tools" / "eval.py")]
+    command += [f"--checkpoint={checkpoint}", f"--root={data}", "--split=val", "--workers=0", "--output=out"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("IoU=0.90") == 1
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (scored, tmp_path / "out"))
+    assert two["about"]["images"] == 5
+    assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
+    assert one["confusion"] == two["confusion"]
+    found = [json.loads((folder / "detections.json").read_text()) for folder in (scored, tmp_path / "out")]
+    assert [r["image_id"] for r in found[0]] == [r["image_id"] for r in found[1]]
+
+
+def test_help_teaches():
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "eval.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    for option in ("--checkpoint", "--results", "--limit", "--speed", "--flip", "--sizes", "--evaluator"):
+        assert option in done.stdout
