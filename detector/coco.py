@@ -146,13 +146,9 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
     return list(images), list(targets)
 
 
-def leave_signals_alone(worker: int) -> None:
-    """For a loader's workers: Ctrl-C and SIGTERM reach all processes of a group, and what is under way must end first.
-
-    A worker ends with its parent, which torch watches.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def leave_ctrl_c_alone(worker: int) -> None:
+    """For a loader's workers: it reaches all processes in a terminal, of which the first decides what is to be done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):

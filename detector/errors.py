@@ -1,6 +1,7 @@
 """What a user can mend, said in one sentence."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,8 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except known as error:
+        # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
+        traceback.clear_frames(error.__traceback__)
         sys.exit(f"error: {sentence(error)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

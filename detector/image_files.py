@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detector.coco import leave_signals_alone, read_image
+from detector.coco import leave_ctrl_c_alone, read_image
 from detector.drawing import draw
 from detector.errors import DataError
 from detector.evaluation.metric import Result, to_results
@@ -134,7 +134,7 @@ def predict_images(
     category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
     picture_of = _picture_names(files)
     loader: DataLoader[Any] = DataLoader(
-        _Files(files), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_alone
+        _Files(files), batch_size=None, num_workers=workers, worker_init_fn=leave_ctrl_c_alone
     )
     (folder / "pictures" if pictures else folder).mkdir(parents=True, exist_ok=True)
     try:

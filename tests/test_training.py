@@ -1,6 +1,7 @@
 """tools/train.py and tools/eval.py from end to end, on a handful of digits."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -333,6 +334,7 @@ def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
             checkpoint=checkpoint, root=str(tmp_path / "digits"), split="val", output=str(tmp_path / "out"), workers=1
         )
     assert re.fullmatch(rf"error: .*{broken.name}: cannot be read as an image .*", str(stop.value.code))
+    assert not multiprocessing.active_children()  # at exit Python would wait for them
     assert not (tmp_path / "out").exists()
 
 

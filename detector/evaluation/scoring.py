@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from detector.coco import CocoDetection, collate, leave_signals_alone
+from detector.coco import CocoDetection, collate, leave_ctrl_c_alone
 from detector.environment import versions
 from detector.evaluation.metric import Evaluator, Result, evaluator_version, match
 from detector.evaluation.page import render_page
@@ -176,7 +176,7 @@ def run_detector(
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=leave_signals_alone,
+        worker_init_fn=leave_ctrl_c_alone,
     )
     found = Predictions()
     with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:

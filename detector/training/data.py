@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from typing import Any, Literal
 
 import lightning
@@ -11,12 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
-from detector.coco import CocoDetection, Target, collate, find_root, leave_signals_alone
+from detector.coco import CocoDetection, Target, collate, find_root
 from detector.errors import DataError
 from detector.order import ScoringBatches, TrainingBatches
 from detector.training.failures import TrainingError
 
 Batch = tuple[list[Tensor], list[Target]]
+
+
+def leave_signals_alone(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach all processes of a group: a worker must live until the step under way has ended.
+
+    It ends with its parent, which torch watches.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class CocoDataModule(lightning.LightningDataModule):
