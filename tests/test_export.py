@@ -162,6 +162,22 @@ def test_no_proposals(export, fpn, batch):
     assert assert_detects_alike(run, model, images) == [0] * batch
 
 
+def test_another_number_of_proposals_than_the_examples(export, monkeypatch):
+    model = tiny(fpn=False, rpn_score_thresh=0.5)
+    run = export(model)
+    counts = set()
+    pooled = type(model.roi_heads.box_roi_pool).forward
+
+    def counting(pool, x, boxes, image_shapes):
+        counts.add(len(boxes[0]))
+        return pooled(pool, x, boxes, image_shapes)
+
+    monkeypatch.setattr(MultiScaleAffineCrop, "forward", counting)
+    for size in [(64, 64), (48, 40), (64, 12), (30, 64)]:
+        assert_detects_alike(run, model, noise(*size))
+    assert len(counts) > 1
+
+
 @pytest.mark.parametrize("opset", [16, 20])
 def test_opsets(export, opset):
     model = tiny()
