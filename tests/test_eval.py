@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import weakref
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from tiny_models import SIZE, batch, copies, tiny_rcnn
+from tiny_models import SIZE, batch, copies, tiny_rcnn, write_checkpoint
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import nms
 
@@ -25,12 +24,10 @@ from detector.evaluation import detect_with_losses
 from detector.evaluation.augmented import AugmentedDetector
 from detector.evaluation.scoring import run_detector
 from detector.evaluation.timing import STAGES, measure_stages
-from detector.models import DetectorConfig, batch_norm_eps, build_detector
-from detector.pretrained import CHECKPOINT_KEY, PretrainedDetector
+from detector.pretrained import PretrainedDetector
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
-CONFIG = DetectorConfig(name=NAME, min_size=64, max_size=96, score_threshold=0.0, detections_per_image=20)
 
 
 @pytest.fixture(autouse=True)
@@ -70,20 +67,7 @@ def split(data):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of random weights, in a run's folder."""
-    torch.manual_seed(0)
-    model = build_detector(CONFIG, 3)
-    path = tmp_path_factory.mktemp("runs") / "run" / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    saved = {
-        "detector": asdict(CONFIG),
-        "crop": "affine",
-        "batch_norm_eps": batch_norm_eps(model),
-        "category_ids": [3, 5, 8],
-        "category_names": ["<b>3</b>", "<b>5</b>", "<b>8</b>"],
-    }
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    torch.save({CHECKPOINT_KEY: saved, "state_dict": state}, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("runs") / "run" / "checkpoints" / "last.ckpt")
 
 
 @pytest.fixture(scope="module")

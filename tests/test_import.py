@@ -33,3 +33,10 @@ def test_import_detector_imports_neither_lightning_nor_what_training_needs():
 def test_public_name(name):
     assert name in detector.__all__
     assert getattr(detector, name).__doc__
+
+
+@pytest.mark.parametrize("module", ["command_line", "pretrained", "evaluation", "export", "image_files"])
+def test_what_comes_after_training_does_not_import_lightning(module):
+    code = f"import sys, detector.{module}; print('lightning' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tiny_models import write_checkpoint
 
 from detector.digits import write_digits
 
@@ -14,9 +16,7 @@ README = (REPOSITORY / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize(
-    "code", EXAMPLES, ids=lambda code: re.search(r"import (\w+)", code.split("detector ")[1]).group(1)
-)
+@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: re.search(r"from detector\S* import (\w+)", code).group(1))
 def test_example_runs(code, tmp_path, monkeypatch):
     # Without a network, and small.
     code = code.replace('weights="DEFAULT"', "weights=None, weights_backbone=None, min_size=96, max_size=96")
@@ -25,6 +25,10 @@ def test_example_runs(code, tmp_path, monkeypatch):
         write_digits(tmp_path / "FOLDER", splits={"train": 3, "val": 2})
         code = code.replace("workers=2", "min_size=96, max_size=96, workers=0")
         code = code.replace("max_epochs=12", 'max_steps=1, accelerator="cpu"')
+    if "runs/bccd" in code:
+        path = tmp_path / "runs" / "bccd" / "checkpoints" / "last.ckpt"
+        write_checkpoint(path)
+        Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
 
@@ -40,7 +44,7 @@ def test_nothing_is_left_to_be_filled_in():
 
 
 def test_named_files_exist():
-    for path in re.findall(r"(?:configs|tools|\.github/assets)/[\w.]+\.(?:yaml|py|png)", README):
+    for path in re.findall(r"(?:configs|tools|\.github/assets)/[\w.]+\.(?:yaml|py|png|jpg)", README):
         assert (REPOSITORY / path).is_file(), path
 
 
