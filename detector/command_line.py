@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
@@ -100,22 +100,9 @@ def score(
             target = Path(output)
         else:
             target = unused_folder(_beside(checkpoint, f"eval-{model or Path(str(checkpoint)).stem}-{split}", split))
-        network: nn.Module = detector.model.to(place)
-        notes = []
-        labels = proposals = None
-        if flip or sizes:
-            network = AugmentedDetector(network, flip=flip, sizes=sizes or ()).to(place)
-            looks = [f"{size} pixels" for size in sizes or ()] + ["mirrored"] * flip
-            notes.append(f"Test-time augmentation: {', '.join(looks)}. Neither losses nor proposals are of one look.")
-        else:
-            heads = getattr(network, "roi_heads", None)
-            labels = labels_of_targets(category_ids, data)
-            if heads is not None and (heads.has_mask() or heads.has_keypoint()):
-                labels = None
-                notes.append("No losses: those of masks and key points need annotations that are not read here.")
-            elif labels is None:
-                notes.append("No losses: the data has objects of classes that the detector does not know.")
-            proposals = isinstance(network, GeneralizedRCNN)
+        target.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
+        detector.to(place)
+        network, labels, proposals, notes = _what_to_run(detector, category_ids, data, flip, sizes or [])
         with joined() as (rank, ranks):
             found = gathered(
                 run_detector(
@@ -126,8 +113,8 @@ def score(
                     batch_size=batch_size,
                     workers=workers,
                     limit=limit,
-                    labels=None if labels is None else labels.to(place),
-                    proposals=bool(proposals),
+                    labels=labels,
+                    proposals=proposals,
                     ranks=ranks,
                     rank=rank,
                 )
@@ -141,7 +128,10 @@ def score(
         stages = None
         if speed and not found.stopped:
             with tqdm(total=speed + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
-                stages = measure_stages(detector.model, data, images=speed, device=place, on_image=bar.update)
+                try:
+                    stages = measure_stages(detector.model, data, images=speed, device=place, on_image=bar.update)
+                except KeyboardInterrupt:  # the scores are worth keeping
+                    notes.append("No times: stopped by Ctrl-C while they were taken.")
         write_evaluation(
             data.coco,
             found.results,
@@ -281,6 +271,32 @@ def export(
                 f"{batch_size} x {side} x {side} pixels, {speed} rounds: PyTorch {1000 * seconds['pytorch']:.1f} ms, "
                 f"onnxruntime {1000 * seconds['onnxruntime']:.1f} ms, {seconds['ratio']:.2f} times"
             )
+
+
+def _what_to_run(
+    detector: PretrainedDetector, category_ids: Sequence[int | None], data: CocoDetection, flip: bool, sizes: list[int]
+) -> tuple[nn.Module, Tensor | None, bool, list[str]]:
+    """The network, its labels of the data's (for the losses, if there can be any), whether it has proposals, notes."""
+    network: Any = detector.model
+    if flip or sizes:
+        looks = [f"{size} pixels" for size in sizes] + ["mirrored"] * flip
+        notes = [
+            f"Test-time augmentation: {', '.join(looks)}. Losses and proposals are of a single look, and left out."
+        ]
+        return AugmentedDetector(network, flip=flip, sizes=sizes), None, False, notes
+    two_stages = isinstance(network, GeneralizedRCNN)
+    if two_stages and (network.roi_heads.has_mask() or network.roi_heads.has_keypoint()):
+        notes = ["No losses: those of masks and key points need annotations that are not read here."]
+        return network, None, True, notes
+    labels = labels_of_targets(category_ids, data)
+    if labels is None:
+        return (
+            network,
+            None,
+            two_stages,
+            ["No losses: the data has objects of classes that the detector does not know."],
+        )
+    return network, labels.to(next(network.parameters()).device), two_stages, []
 
 
 def _score_results(

@@ -188,6 +188,37 @@ def test_ctrl_c_scores_what_was_seen(checkpoint, data, tmp_path, monkeypatch):
     assert "Stopped by Ctrl-C: these are the first 3 of 5 images." in report["notes"]
 
 
+def test_ctrl_c_while_times_are_taken_keeps_the_scores(checkpoint, data, tmp_path, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detector.command_line.measure_stages", stop)
+    options = {"root": str(data), "split": "val", "output": str(tmp_path / "out"), "workers": 0}
+    score(checkpoint=str(checkpoint), limit=2, speed=5, **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["speed"] is None
+    assert report["about"]["images"] == 2
+    assert "No times" in " ".join(report["notes"])
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_run(checkpoint, data, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("detector.command_line.run_detector", None)
+    with pytest.raises(SystemExit, match="file"):
+        score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_scores_as_the_cpu_does(checkpoint, data, scored, tmp_path):
+    score(checkpoint=str(checkpoint), root=str(data), split="val", output="gpu", device="cuda", speed=2)
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (scored, tmp_path / "gpu"))
+    assert two["scores"] == pytest.approx(one["scores"], abs=0.05)
+    assert set(two["losses"]) == set(one["losses"])
+    assert two["proposals"]["rows"][0]["at"] == 100
+    score(checkpoint=str(checkpoint), root=str(data), split="val", output="looks", device="cuda", flip=True)
+
+
 def stopping_after(images, seen):
     def detect(model, given, targets):
         if len(seen) == images:
