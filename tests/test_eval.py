@@ -1,5 +1,6 @@
 """tools/eval.py from end to end, and what it measures beside the scores: losses, stages, several looks at an image."""
 
+import errno
 import json
 import os
 import re
@@ -206,6 +207,28 @@ def test_a_folder_that_cannot_be_is_refused_before_the_run(checkpoint, data, tmp
     monkeypatch.setattr("detector.command_line.run_detector", None)
     with pytest.raises(SystemExit, match="file"):
         score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(tmp_path / "file" / "out"))
+
+
+def test_scores_are_printed_on_a_full_disk_and_written_to_a_closed_pipe(scored, data, tmp_path, monkeypatch, capsys):
+    options = {"results": str(scored / "detections.json"), "root": str(data), "split": "val"}
+
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("detector.evaluation.scoring.write_json", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            score(output="full", **options)
+    assert "IoU=0.90" in capsys.readouterr().out
+
+    def closed(*arguments, **settings):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", closed)
+        with pytest.raises(SystemExit, match="Broken pipe"):
+            score(output="closed", **options)
+    assert json.loads((tmp_path / "closed" / "scores.json").read_text())
 
 
 @pytest.mark.gpu

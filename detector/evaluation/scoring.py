@@ -201,10 +201,12 @@ def run_detector(
 def _write(report: Report, table: str, results: list[Result], folder: Path) -> dict[str, float]:
     """Print pycocotools' table; write the numbers and the detections. Returns the scores, -1 for an undefined one."""
     scores = {name: -1.0 if score is None else score for name, score in report["scores"].items()}
-    print(table)
-    print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "detections.json", results)
-    write_json(folder / "scores.json", scores)
-    write_json(folder / "report.json", report, indent=1)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "detections.json", results)
+        write_json(folder / "scores.json", scores)
+        write_json(folder / "report.json", report, indent=1)
+    finally:  # whichever fails, a full disk or a pipe that was closed, the other has the scores
+        print(table)
+        print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
     return scores
