@@ -1,6 +1,7 @@
 """tools/eval.py from end to end, and what it measures beside the scores: losses, stages, several looks at an image."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -221,11 +222,12 @@ def test_scores_are_printed_on_a_full_disk_and_written_to_a_closed_pipe(scored, 
             score(output="full", **options)
     assert "IoU=0.90" in capsys.readouterr().out
 
-    def closed(*arguments, **settings):
-        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    class ClosedPipe(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.print", closed)
+        patch.setattr("sys.stdout", ClosedPipe())
         with pytest.raises(SystemExit, match="Broken pipe"):
             score(output="closed", **options)
     assert json.loads((tmp_path / "closed" / "scores.json").read_text())
