@@ -267,10 +267,10 @@ class PretrainedDetector(
             weights = safetensors.torch.load_file(folder / WEIGHTS)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder / WEIGHTS}: cannot be read as weights (cut off?): {error}") from None
-        refusal = f"{folder / CONFIG}: not of a detector of this project, or damaged"
-        with _refusing(refusal):
+        refusal = "not of a detector of this project, or damaged"
+        with _refusing(folder / CONFIG, refusal):
             if config["weights_digest"] != digest_of(weights):
-                raise ModelError(f"{folder / WEIGHTS}: not the weights that {CONFIG} was written with, or damaged")
+                raise ModelError(f"{WEIGHTS} beside it is damaged, or of another detector")
             categories = [(category["id"], category["name"]) for category in config["categories"]]
             detector = _assemble(
                 config["detector"], config["crop"], categories, weights, config["batch_norm_eps"], refusal
@@ -302,16 +302,16 @@ def _fetch(repository: str, local_files_only: bool, **options: Any) -> Path:
 
 
 @contextmanager
-def _refusing(refusal: str) -> Iterator[None]:
-    """What goes wrong with a file's content, of whatever type, as a :class:`ModelError`."""
+def _refusing(path: Path, refusal: str) -> Iterator[None]:
+    """What goes wrong with a file's content, of whatever type, as a :class:`ModelError` that names the file."""
     try:
         yield
-    except ModelError:
-        raise
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     except KeyError as error:
-        raise ModelError(f"{refusal}: it has no {error}") from None
+        raise ModelError(f"{path}: {refusal}: it has no {error}") from None
     except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all numbers
-        raise ModelError(f"{refusal}: {sentence(error)}") from None
+        raise ModelError(f"{path}: {refusal}: {sentence(error)}") from None
 
 
 def load_detector(source: str | Path) -> PretrainedDetector:
@@ -337,8 +337,8 @@ def load_checkpoint(path: str | Path) -> PretrainedDetector:
         ModelError: the file is missing, broken, or not such a checkpoint.
     """
     checkpoint = read_weights(path)
-    refusal = f"{path}: not a checkpoint of tools/train.py, or damaged"
-    with _refusing(refusal):
+    refusal = "not a checkpoint of tools/train.py, or damaged"
+    with _refusing(Path(path), refusal):
         saved = checkpoint[CHECKPOINT_KEY]
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         categories = list(zip(saved["category_ids"], saved["category_names"], strict=True))
@@ -390,7 +390,8 @@ def _assemble(
         if (type(category_id) is not int and category_id is not None) or type(name) is not str:
             raise ModelError(f"{refusal}: a category must have an id and a name, got {category_id!r} and {name!r}")
     try:
-        config = DetectorConfig(**settings)
+        # JSON makes lists of tuples.
+        config = DetectorConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
     except (ModelError, TypeError) as error:
         raise ModelError(f"{refusal}: {error}") from None
     model = load_weights(lambda: build_detector(config, len(categories), pretrained=False), weights, refusal)
