@@ -184,7 +184,7 @@ def predict(
     device: str | None = None,
 ) -> int:
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
-    with in_a_sentence():
+    with in_a_sentence(MemoryError, torch.OutOfMemoryError):
         files = find_images(images, None if annotations is None else read_coco(annotations))
         detector, called = _load(checkpoint, model, weights, crop)
         detector.to(_device(device))
@@ -344,6 +344,8 @@ def _load(
 ) -> tuple[PretrainedDetector, str]:
     """The detector that a command line names, and what to call it."""
     if checkpoint is not None:
+        if model is not None or weights is not None:
+            raise ModelError("give --checkpoint, or --model with --weights, not both")
         detector, called = load_detector(checkpoint), checkpoint
     elif model is None:
         raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")

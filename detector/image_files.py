@@ -72,7 +72,7 @@ def find_images(given: Sequence[str | Path], annotations: COCO | None = None) ->
     found: dict[Path, tuple[Path, str]] = {}  # by where it really lies: path and name
     for one in map(str, given):
         path = Path(one)
-        if path.is_dir():
+        if path.is_dir() and one:  # "", a shell's empty variable, is not the folder that one is in
             images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             named = [(p, p.relative_to(path).as_posix()) for p in images]
             # Hidden files and folders are not meant: a Mac leaves "._photo.jpg" beside "photo.jpg".

@@ -27,7 +27,7 @@ def tiny_checkpoint(crop="affine", names=NAMES, ids=IDS, settings=SETTINGS):
     torch.manual_seed(0)
     model = build_detector(settings, len(names), pretrained=False)
     set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.25))
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=1.0)
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=20.0)
     return {
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
         CHECKPOINT_KEY: {
