@@ -249,7 +249,7 @@ def export(
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
         detector, _ = _load(checkpoint, model, weights, crop)
-        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).is_file() else Path("runs")
+        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
         if format == "pretrained":
             target = home / "pretrained" if output is None else Path(output)
             if not _may_save_to(target):
