@@ -266,6 +266,8 @@ def export(
                 print(f"The card has the scores of {report['about']['time']}.")
             return
         file = home / "detector.onnx" if output is None else Path(output)
+        if file.is_dir():
+            raise ModelError(f"--output {file}: is a folder; name a file, such as {file / 'detector.onnx'}")
         file.parent.mkdir(parents=True, exist_ok=True)
         network: Any = detector.model
         export_onnx(

@@ -361,6 +361,11 @@ def test_export_overwrites_nobodys_folder(checkpoint, tmp_path):
     assert {path.name for path in other.iterdir()} == FILES
 
 
+def test_export_of_a_file_wants_no_folder(checkpoint, tmp_path):
+    with pytest.raises(SystemExit, match=rf"--output {tmp_path}: is a folder; name a file, such as {tmp_path}/"):
+        export(checkpoint=str(checkpoint), output=str(tmp_path))
+
+
 def test_export_says_that_the_disk_is_full(checkpoint, tmp_path, monkeypatch):
     BREAK["write"](monkeypatch)
     with pytest.raises(SystemExit, match="No space left on device"):
