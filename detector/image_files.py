@@ -17,7 +17,7 @@ from detector.coco import leave_signals_alone, read_image
 from detector.drawing import draw
 from detector.errors import DataError
 from detector.evaluation.metric import Result, to_results
-from detector.files import write_json, write_whole
+from detector.files import write_json
 from detector.pretrained import PretrainedDetector
 
 BATCH_PIXELS = 2**25  # of a batch of more than one image: 400 MB as floats
@@ -201,8 +201,9 @@ def _write_picture(path: Path, picture: Image.Image) -> None:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=90)
     try:
-        write_whole(path, content.getbuffer())
+        path.write_bytes(content.getbuffer())  # not write_whole: thousands of pictures need not wait for the disk
     except OSError as error:
+        path.unlink(missing_ok=True)  # a half of it
         raise OSError(error.errno, f"the picture cannot be written: {error.strerror}", str(path)) from None
 
 

@@ -391,7 +391,8 @@ def _assemble(
             raise ModelError(f"{refusal}: a category must have an id and a name, got {category_id!r} and {name!r}")
     try:
         # JSON makes lists of tuples.
-        config = DetectorConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        config = DetectorConfig(**fields)
     except (ModelError, TypeError) as error:
         raise ModelError(f"{refusal}: {error}") from None
     model = load_weights(lambda: build_detector(config, len(categories), pretrained=False), weights, refusal)
