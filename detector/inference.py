@@ -118,8 +118,6 @@ def as_image(image: ImageLike) -> Tensor:
 
 def _from_pil(image: Image.Image) -> Tensor:
     try:
-        if 0 in image.size:
-            return torch.empty(3, image.height, image.width, dtype=torch.uint8)
         return v2.functional.pil_to_tensor(as_rgb(ImageOps.exif_transpose(image)))
     except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is read only now
         raise DataError(f"the PIL image cannot be read (broken or cut off): {error}") from None
