@@ -118,7 +118,6 @@ class PretrainedDetector(
         boxes, labels, scores = (found[name][kept] for name in ("boxes", "labels", "scores"))
         return Detections(pixels, boxes, labels, scores, self.category_names)
 
-    # Not inference_mode: what the model caches in it could not be trained with afterwards.
     @torch.no_grad()
     def look_at(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Find the objects in images of one size, in eval mode, which is left as it was.

