@@ -12,7 +12,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
 from detector.categories import labels_of_targets, match_categories
-from detector.coco import CocoDetection, find_root, read_coco
+from detector.coco import CocoDetection, find_root, read_coco, read_json
 from detector.errors import DataError, ModelError, in_a_sentence
 from detector.evaluation.augmented import AugmentedDetector
 from detector.evaluation.metric import Evaluator, evaluator_version
@@ -24,7 +24,8 @@ from detector.evaluation.timing import WARM_UP, measure_stages
 from detector.export import compare_speed, export_onnx
 from detector.folders import run_folder, unused_folder
 from detector.image_files import find_images, predict_images
-from detector.pretrained import CONFIG, WEIGHTS, Crop, PretrainedDetector, load_detector, load_published
+from detector.model_card import is_generated
+from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop, PretrainedDetector, load_detector, load_published
 
 
 def score(
@@ -175,7 +176,7 @@ def predict(
     device: str | None = None,
 ) -> int:
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
-    with in_a_sentence():
+    with in_a_sentence(MemoryError, torch.OutOfMemoryError):
         files = find_images(images, None if annotations is None else read_coco(annotations))
         detector, called = _load(checkpoint, model, weights, crop)
         detector.to(_device(device))
@@ -240,20 +241,25 @@ def export(
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
         detector, _ = _load(checkpoint, model, weights, crop)
-        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).is_file() else Path("runs")
+        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
         if format == "pretrained":
             target = home / "pretrained" if output is None else Path(output)
-            if target.exists() and not (target / CONFIG).is_file() and any(target.iterdir()):
+            if not _may_save_to(target):
                 raise ModelError(f"--output {target}: holds something else already; give a folder of its own")
             report = newest_report(home, detector.digest())
+            generated = is_generated(target / CARD)
             detector.save_pretrained(target, model_card_kwargs={"report": report})
-            print(f"{target}/: {WEIGHTS}, {CONFIG} and README.md, the model card")
-            if report is None:
+            print(f"{target}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
+            if not generated:
+                print(f"{CARD} is as it was: it is not one that this program wrote.")
+            elif report is None:
                 print("The card has no scores: tools/eval.py has not scored these weights in this run's folder.")
             else:
-                print(f"The card has the scores of {report['about']['time']}: AP {report['scores']['AP']:.3f}")
+                print(f"The card has the scores of {report['about']['time']}.")
             return
         file = home / "detector.onnx" if output is None else Path(output)
+        if file.is_dir():
+            raise ModelError(f"--output {file}: is a folder; name a file, such as {file / 'detector.onnx'}")
         file.parent.mkdir(parents=True, exist_ok=True)
         network: Any = detector.model
         export_onnx(
@@ -358,6 +364,8 @@ def _load(
 ) -> tuple[PretrainedDetector, str]:
     """The detector that a command line names, and what to call it."""
     if checkpoint is not None:
+        if model is not None or weights is not None:
+            raise ModelError("give --checkpoint, or --model with --weights, not both")
         detector, called = load_detector(checkpoint), checkpoint
     elif model is None:
         raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
@@ -368,6 +376,18 @@ def _load(
     if crop is not None:
         detector.crop_by(crop)
     return detector, called
+
+
+def _may_save_to(folder: Path) -> bool:
+    """Whether a folder is not there, empty, or one of save_pretrained, which may be replaced."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    try:
+        return not any(folder.iterdir()) or "weights_digest" in read_json(folder / CONFIG)
+    except (DataError, TypeError):  # another program's
+        return False
 
 
 def _beside(checkpoint: str | None, name: str, short: str) -> Path:

@@ -1,12 +1,14 @@
 """Detections in any number of image files: pictures, and the numbers as JSON."""
 
+import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +20,8 @@ from detector.evaluation.metric import Result, to_results
 from detector.files import write_json
 from detector.pretrained import PretrainedDetector
 
+BATCH_PIXELS = 2**25  # of a batch of more than one image: 400 MB as floats
+JPEG_SIDE = 65500  # pixels, the format's limit
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # in folders
 
 
@@ -69,13 +73,14 @@ def find_images(given: Sequence[str | Path], annotations: COCO | None = None) ->
     found: dict[Path, tuple[Path, str]] = {}  # by where it really lies: path and name
     for one in map(str, given):
         path = Path(one)
-        if path.is_dir():
+        if path.is_dir() and one:  # "", a shell's empty variable, is not the folder that one is in
             images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            # Hidden ones are not images, whatever their names: a Mac leaves "._photo.jpg" beside "photo.jpg".
-            named = [(p, p.relative_to(path).as_posix()) for p in images if not p.name.startswith(".")]
+            named = [(p, p.relative_to(path).as_posix()) for p in images]
+            # Hidden files and folders are not meant: a Mac leaves "._photo.jpg" beside "photo.jpg".
+            named = [(p, name) for p, name in named if not any(part.startswith(".") for part in name.split("/"))]
             if not named:
                 raise DataError(f"{one}: the folder holds no image ({', '.join(SUFFIXES)})")
-        elif path.exists():
+        elif path.is_file():
             named = [(path, path.name)]
         else:
             named = [(p, p.name) for p in sorted(map(Path, glob(one, recursive=True))) if p.is_file()]
@@ -86,16 +91,19 @@ def find_images(given: Sequence[str | Path], annotations: COCO | None = None) ->
     if annotations is None:
         return [ImageFile(path, name, number) for number, (path, name) in enumerate(found.values(), start=1)]
     known = {image["file_name"]: image for image in annotations.imgs.values()}
-    missing = next((name for _, name in found.values() if name not in known), None)
-    if missing is not None:
-        raise DataError(f"{missing} is not among the images of the annotations; without them images are numbered")
-    return [
-        ImageFile(path, name, known[name]["id"], (known[name]["width"], known[name]["height"]))
-        for path, name in found.values()
-    ]
+    files: dict[str, ImageFile] = {}
+    for path, name in found.values():
+        if name not in known:
+            raise DataError(
+                f"{path}: the annotations have no image {name!r} (a file goes by its name, a file in a folder by its "
+                "path from there); without annotations images are numbered"
+            )
+        if name in files:
+            raise DataError(f"{path} and {files[name].path} are both {name!r} of the annotations; give one of them")
+        files[name] = ImageFile(path, name, known[name]["id"], (known[name]["width"], known[name]["height"]))
+    return list(files.values())
 
 
-@torch.inference_mode()
 def predict_images(
     detector: PretrainedDetector,
     files: Sequence[ImageFile],
@@ -118,41 +126,52 @@ def predict_images(
             interrupted or fails.
         min_score: of detections in pictures and in ``predictions.json``.
         pictures: ``False``: the numbers alone.
-        batch_size: at most so many images at a time. Only images of one size go together, of those that follow one
-            another, so nothing is padded and the results do not depend on it.
+        batch_size: at most so many images at a time, fewer of large ones. Only images of one size go together, of
+            those that follow one another, so nothing is padded and the results do not depend on it.
         workers: processes that read images.
         about: more for the head of ``predictions.json``.
         on_image: called after each image, with a sentence if it is broken.
 
     Raises:
+        DataError: a picture would be written over one of the images.
         OSError: something cannot be written.
     """
     done = Predicted()
-    device = next(detector.parameters()).device
     # Where no category belongs to a label, the label stands for itself.
     unknown = not any(category is not None for category in detector.category_ids)
     category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
-    picture_of = _picture_names(files)
+    picture_of = [folder / "pictures" / name for name in _picture_names(files)] if pictures else []
+    originals = {file.path.resolve() for file in files}
+    for picture in picture_of:
+        if picture.resolve() in originals:
+            raise DataError(f"{picture}: is one of the images, and its picture would be written over it")
     loader: DataLoader[Any] = DataLoader(
         _Files(files), batch_size=None, num_workers=workers, worker_init_fn=leave_ctrl_c_alone
     )
+
+    def put_aside(index: int, reason: str) -> None:
+        file = files[index]
+        done.broken.append({"file_name": file.name, "path": str(file.path), "error": reason})
+        on_image(reason)
+
     (folder / "pictures" if pictures else folder).mkdir(parents=True, exist_ok=True)
     try:
         for batch in _of_one_size(loader, batch_size):
             if isinstance(batch, _Broken):
-                file = files[batch.index]
-                done.broken.append({"file_name": file.name, "path": str(file.path), "error": batch.reason})
-                on_image(batch.reason)
+                put_aside(batch.index, batch.reason)
                 continue
-            found = detector.model([pixels.to(device).float() / 255 for _, pixels in batch])
+            try:
+                found = detector.look_at([pixels for _, pixels in batch])
+            except DataError as error:
+                for index, _ in batch:
+                    put_aside(index, f"{files[index].path}: {error}")
+                continue
             for (index, pixels), detections in zip(batch, found, strict=True):
                 file = files[index]
-                detections = {name: detections[name].cpu() for name in ("boxes", "labels", "scores")}
                 if pictures:
-                    drawn = draw(pixels, detections, detector.category_names, min_score=min_score)
-                    path = folder / "pictures" / picture_of[index]
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    drawn.save(path, quality=90)
+                    _write_picture(
+                        picture_of[index], draw(pixels, detections, detector.category_names, min_score=min_score)
+                    )
                 done.results += to_results([detections], [file.id], category_ids)
                 done.images.append(_as_dict(file, pixels, detections, detector, category_ids, min_score))
                 on_image(None)
@@ -163,9 +182,29 @@ def predict_images(
             {"id": i, "name": name} for i, name in zip(category_ids, detector.category_names) if i is not None
         ]
         head = {**(about or {}), "min_score": min_score, "categories": categories}
-        write_json(folder / "predictions.json", head | {"images": done.images, "broken": done.broken}, indent=1)
-        write_json(folder / "detections.json", done.results)
+        try:
+            _write_numbers(folder, head, done)
+        except KeyboardInterrupt:  # so late, or once more
+            done.stopped = True
+            _write_numbers(folder, head, done)
     return done
+
+
+def _write_numbers(folder: Path, head: dict[str, Any], done: Predicted) -> None:
+    write_json(folder / "predictions.json", head | {"images": done.images, "broken": done.broken}, indent=1)
+    write_json(folder / "detections.json", done.results)
+
+
+def _write_picture(path: Path, picture: Image.Image) -> None:
+    picture.thumbnail((JPEG_SIDE, JPEG_SIDE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=90)
+    try:
+        path.write_bytes(content.getbuffer())  # not write_whole: thousands of pictures need not wait for the disk
+    except OSError as error:
+        path.unlink(missing_ok=True)  # a half of it
+        raise OSError(error.errno, f"the picture cannot be written: {error.strerror}", str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -188,7 +227,9 @@ class _Files(Dataset[Item | _Broken]):
         file = self.files[index]
         width, height = file.size or (None, None)
         try:
-            return index, read_image(file.path, width=width, height=height)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's, of photographs as large as bombs, and of palettes
+                return index, read_image(file.path, width=width, height=height)
         except DataError as error:
             return _Broken(index, str(error))
 
@@ -197,8 +238,12 @@ def _of_one_size(items: Iterable[Item | _Broken], most: int) -> Iterator[list[It
     """Neighbours of one size together, in order; what is broken on its own."""
     batch: list[Item] = []
     for item in items:
-        full = isinstance(item, _Broken) or len(batch) == most or (batch and batch[0][1].shape != item[1].shape)
-        if batch and full:
+        if batch and (
+            isinstance(item, _Broken)
+            or len(batch) == most
+            or batch[0][1].shape != item[1].shape
+            or (len(batch) + 1) * item[1][0].numel() > BATCH_PIXELS
+        ):
             yield batch
             batch = []
         if isinstance(item, _Broken):
@@ -211,7 +256,7 @@ def _of_one_size(items: Iterable[Item | _Broken], most: int) -> Iterator[list[It
 
 def _picture_names(files: Sequence[ImageFile]) -> list[str]:
     """A name for each picture, none twice, whatever the file system thinks of upper and lower case."""
-    used: set[str] = set()
+    used = {str(parent).lower() for file in files for parent in Path(file.name).parents}  # those are folders
     names = []
     for file in files:
         base = str(Path(file.name).with_suffix(""))

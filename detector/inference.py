@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -19,7 +19,7 @@ from detector.errors import DataError
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detections:
     """What was found in an image, the best first. A notebook shows it as a picture.
 
@@ -75,8 +75,9 @@ def as_image(image: ImageLike) -> Tensor:
     """An image of any kind as a tensor.
 
     Args:
-        image: a path; a PIL image of any mode; an array [H, W, 3], [H, W, 4] (alpha is dropped) or [H, W]; or a
-            tensor [3, H, W] or [1, H, W]. Arrays and tensors are uint8, or float in 0..1; RGB.
+        image: a path; a PIL image of any mode; an array [H, W, 3], [H, W, 4] (alpha is dropped), [H, W, 1] or
+            [H, W]; or a tensor [3, H, W] or [1, H, W]. Arrays and tensors are uint8, or float in 0..1; RGB. Paths and
+            PIL images are turned upright by their EXIF orientation, as a viewer does.
 
     Returns:
         [3, H, W], uint8.
@@ -87,13 +88,14 @@ def as_image(image: ImageLike) -> Tensor:
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):
-        return v2.functional.pil_to_tensor(as_rgb(image))
-    if isinstance(image, np.ndarray):
+        pixels = _from_pil(image)
+    elif isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
             raise DataError(f"an image array must be [H, W, 3], [H, W, 4] or [H, W], got {list(image.shape)}")
         if image.dtype != np.uint8 and not np.issubdtype(image.dtype, np.floating):
             raise DataError(f"an image array must be uint8, or float in 0..1, got {image.dtype}")
-        channels_last = torch.from_numpy(np.ascontiguousarray(image))
+        # A copy: the array may be read-only, and of a byte order or a width that torch lacks.
+        channels_last = torch.from_numpy(np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32))
         pixels = channels_last[None] if image.ndim == 2 else channels_last.permute(2, 0, 1)[:3]
     elif isinstance(image, Tensor):
         if image.dim() != 3 or image.shape[0] not in (1, 3):
@@ -101,13 +103,21 @@ def as_image(image: ImageLike) -> Tensor:
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise DataError(f"an image tensor must be uint8, or float in 0..1, got {image.dtype}")
         pixels = image.detach().cpu()
+        pixels = pixels.float() if pixels.is_floating_point() else pixels
     else:
         raise DataError(f"an image must be a path, a PIL image, an array or a tensor, got {type(image).__name__}")
-    if pixels[0].numel() == 0:
-        raise DataError(f"an image must have pixels, got shape {list(image.shape)}")
+    if pixels.numel() == 0:
+        raise DataError(f"an image must have pixels, got {pixels.shape[2]} x {pixels.shape[1]} of them")
     if pixels.is_floating_point():
         low, high = pixels.min().item(), pixels.max().item()
         if not (low >= 0 and high <= 1):  # also NaN
             raise DataError(f"a float image must lie in 0..1 (RGB, not normalised), got {low:.4g} to {high:.4g}")
         pixels = (pixels * 255).round().to(torch.uint8)
     return pixels.expand(3, -1, -1).contiguous()
+
+
+def _from_pil(image: Image.Image) -> Tensor:
+    try:
+        return v2.functional.pil_to_tensor(as_rgb(ImageOps.exif_transpose(image)))
+    except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is read only now
+        raise DataError(f"the PIL image cannot be read (broken or cut off): {error}") from None

@@ -1,10 +1,12 @@
 """The text beside a saved detector: what it is, how to use it, how well it scores."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from detector.errors import DataError
 from detector.models import DetectorConfig
 
 # The numbers of a report that the card shows, and what they are.
@@ -19,6 +21,18 @@ SCORES = {
     "AR100": "recall, up to 100 detections an image",
 }
 LISTED = 100  # class names
+# By this line a card is known as one that nobody wrote by hand.
+GENERATED = (
+    "<!-- Written by affine-crop-rcnn, which replaces this file when it saves again; to keep it, delete this line -->"
+)
+
+
+def is_generated(path: Path) -> bool:
+    """Whether the file is a card of :func:`model_card`, or not there."""
+    try:
+        return GENERATED in path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
 
 
 def model_card(
@@ -36,12 +50,17 @@ def model_card(
         crop: "affine" or "roi_align".
         names: of the classes.
         report: the dict of a ``report.json``; without one the card says that there are no scores.
+
+    Raises:
+        DataError: the report lacks what the card shows.
     """
     data = ModelCardData(**data.to_dict())
     title = f"Affine-crop R-CNN: {settings.name}"
     by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
     listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
     lines = [
+        GENERATED,
+        "",
         f"# {title}",
         "",
         f"A Faster R-CNN (`{settings.name}`) that crops its features by {by}, made with affine-crop-rcnn.",
@@ -62,34 +81,52 @@ def model_card(
     if report is None:
         lines += ["It was not scored before it was saved (`tools/eval.py` does that)."]
     else:
-        about, scores = report["about"], report["scores"]
-        where = f"{about['data']}, {about['split']}" if about.get("split") else str(about["data"])
-        lines += [
-            f"By {about['evaluator']} on {about['images']} images with {about['objects']} objects of {_code(where)}, "
-            f"{about['time'][:10]}:",
-            "",
-            "| | | |",
-            "|---|---|---|",
-            *(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items()),
-            "",
-            "```sh",
-            " ".join(about["command"].split()).replace("`", "'"),
-            "```",
-        ]
-        data.model_name = title
-        data.eval_results = [
-            EvalResult(
-                task_type="object-detection",
-                dataset_type=str(about["data"]),
-                dataset_name=where,
-                metric_type=name,
-                metric_value=round(scores[name], 4),
-            )
-            for name in ("AP", "AP50", "AP75")
-            if scores.get(name) is not None
-        ]
+        try:
+            lines += _scores(report)
+            data.model_name = title
+            data.eval_results = _results(report)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"report: not of tools/eval.py, or damaged: {type(error).__name__} {error}") from None
     # Not a template: names come from files that anybody wrote.
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
+
+
+def _scores(report: dict[str, Any]) -> list[str]:
+    about, scores = report["about"], report["scores"]
+    return [
+        f"By {_code(about['evaluator'])} on {int(about['images'])} images with {int(about['objects'])} objects of "
+        f"{_code(_where(about))}, {_code(about['time'][:10])}:",
+        "",
+        "| | | |",
+        "|---|---|---|",
+        *(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items()),
+        "",
+        *(f"- {_code(note)}\n" for note in report["notes"]),
+        "```sh",
+        " ".join(about["command"].split()).replace("`", "'"),
+        "```",
+    ]
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    about, scores = report["about"], report["scores"]
+    return [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type=Path(about["data"]).name,
+            dataset_name=_where(about),
+            metric_type=name,
+            metric_value=round(scores[name], 4),
+        )
+        for name in ("AP", "AP50", "AP75")
+        if scores.get(name) is not None
+    ]
+
+
+def _where(about: dict[str, Any]) -> str:
+    """The data set's name, not where it lies on somebody's disk."""
+    name = Path(about["data"]).name
+    return f"{name}, {about['split']}" if about.get("split") else name
 
 
 def _number(value: float | None) -> str:
@@ -98,4 +135,5 @@ def _number(value: float | None) -> str:
 
 def _code(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
+    plain = " ".join(text.split()).replace("`", "'").replace("|", "/")
+    return f"`{plain or ' '}`"

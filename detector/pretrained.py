@@ -2,23 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.utils import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detector.coco import read_json
-from detector.errors import DataError, ModelError
+from detector.errors import DataError, ModelError, sentence
 from detector.files import write_json, write_whole
 from detector.inference import Detections, ImageLike, as_image
-from detector.model_card import model_card
+from detector.model_card import is_generated, model_card
 from detector.models import (
     DetectorConfig,
     batch_norm_eps,
@@ -34,7 +37,7 @@ from detector.models import (
 from detector.swap import restore_roi_align, swap_crop_head
 
 CHECKPOINT_KEY = "affine_crop_rcnn"  # of what a training checkpoint holds for this file
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the hub's names
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the hub's names
 
 Crop = Literal["affine", "roi_align"]
 
@@ -95,7 +98,6 @@ class PretrainedDetector(
         """The detector's own call: images [3, H, W] in 0..1, and for each a dict of boxes, labels and scores."""
         return self.model(images)
 
-    @torch.inference_mode()
     def detect(self, image: ImageLike, *, min_score: float = 0.5) -> Detections:
         """Find the objects in one image.
 
@@ -111,36 +113,93 @@ class PretrainedDetector(
             DataError: the image cannot be read or used; says why.
         """
         pixels = as_image(image)
+        (found,) = self.look_at([pixels])
+        kept = found["scores"] >= min_score
+        boxes, labels, scores = (found[name][kept] for name in ("boxes", "labels", "scores"))
+        return Detections(pixels, boxes, labels, scores, self.category_names)
+
+    @torch.no_grad()
+    def look_at(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Find the objects in images of one size, in eval mode, which is left as it was.
+
+        Args:
+            images: [3, H, W] each, uint8, on any device.
+
+        Returns:
+            For each, on the CPU: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] and ``scores`` [L].
+
+        Raises:
+            DataError: they are so narrow that nothing is left of them in the size that the detector sees.
+        """
+        self._refuse_narrow(*images[0].shape[1:])
         device = next(self.parameters()).device
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            (found,) = self.model([pixels.to(device).float() / 255])
+            found = self.model([pixels.to(device).float().div_(255) for pixels in images])
         finally:
-            self.train(training)
-        kept = found["scores"] >= min_score
-        boxes, labels, scores = (found[name][kept].cpu() for name in ("boxes", "labels", "scores"))
-        return Detections(pixels, boxes, labels, scores, self.category_names)
+            for module, mode in modes:
+                module.training = mode
+        return [{name: one[name].cpu() for name in ("boxes", "labels", "scores")} for one in found]
+
+    def _refuse_narrow(self, height: int, width: int) -> None:
+        resize = getattr(self.model, "transform", None)
+        if not isinstance(resize, GeneralizedRCNNTransform) or resize.fixed_size is not None:
+            return
+        short, long = sorted((height, width))
+        if short * min(resize.min_size[-1] / short, resize.max_size / long) < 1:
+            raise DataError(
+                f"an image of {width} x {height} pixels is too narrow: resized to at most {resize.max_size} pixels, "
+                "it would be none wide"
+            )
 
     def digest(self) -> str:
         """A hash of all weights, by which a report of scores knows them again."""
         return digest_of(self.model.state_dict())
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        model_card_kwargs: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        config: None = None,
+        **options: Any,
+    ) -> str | None:
         """Write ``model.safetensors``, ``config.json`` and ``README.md``, a model card, to a folder.
+
+        What is there is replaced, each file whole or not at all; but a model card that somebody else wrote stays.
 
         Args:
             save_directory: the folder; made if it is not there.
-            options: of Hugging Face's ``save_pretrained``: ``push_to_hub``, ``repo_id``, and in ``model_card_kwargs``
-                ``report``: the dict of a ``report.json`` of ``tools/eval.py``, whose scores the card shows.
+            model_card_kwargs: ``report``: the dict of a ``report.json`` of ``tools/eval.py``, whose scores the card
+                shows.
+            push_to_hub: also to Hugging Face's hub.
+            repo_id: the repository there; the folder's name by default.
+            config: not used; Hugging Face's ``push_to_hub`` passes it.
+            options: of Hugging Face's ``push_to_hub``.
+
+        Returns:
+            The address on the hub, if it went there.
 
         Raises:
             ModelError: the detector was not built from a :class:`~detector.models.DetectorConfig`.
+            DataError: the report lacks what the card shows.
             OSError: the files cannot be written.
         """
         if self.settings is None:
             raise ModelError("only detectors that tools/train.py can build can be saved: a Faster R-CNN")
-        return super().save_pretrained(save_directory, **options)
+        card = self.generate_model_card(**(model_card_kwargs or {}))
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not the mixin's own, which deletes config.json before the rest is written, and leaves old scores in a card.
+        self._save_pretrained(folder)
+        if is_generated(folder / CARD):
+            write_whole(folder / CARD, str(card).encode())
+        if push_to_hub:
+            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
+        return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert self.settings is not None
@@ -162,56 +221,43 @@ class PretrainedDetector(
         return model_card(self._hub_mixin_info.model_card_data, self.settings, self.crop, self.category_names, report)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> "PretrainedDetector":
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        map_location: str | torch.device = "cpu",
+    ) -> "PretrainedDetector":
         """Load what :meth:`save_pretrained` wrote. Nothing is unpickled.
 
         Args:
-            pretrained_model_name_or_path: the folder, or the name of a repository of Hugging Face's hub (fetched).
-            options: of Hugging Face's ``from_pretrained``: ``revision``, ``token``, ``local_files_only``, ...
+            pretrained_model_name_or_path: the folder, for which no network is tried, or the name of a repository of
+                Hugging Face's hub (fetched).
+            revision, token, cache_dir, force_download, local_files_only: Hugging Face's, of the fetching.
+            map_location: the device to load it to.
 
         Raises:
             ModelError: there is no such folder and it cannot be fetched, or a file is missing, damaged, or not of a
                 detector of this project.
         """
-        source = Path(pretrained_model_name_or_path)
-        for name in (CONFIG, WEIGHTS):
-            if source.is_dir() and not (source / name).is_file():
-                raise ModelError(f"{source}: not a folder of save_pretrained: it has no {name}")
-        try:
-            return super().from_pretrained(str(source), **options)
-        except ModelError:
-            raise
-        except (OSError, ValueError, RuntimeError) as error:  # of the hub's client, and of what it fetches by
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"{source}: no such folder, and the hub has it not to give: {reason}") from None
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **model_kwargs: Any,
-    ) -> "PretrainedDetector":
-        folder = Path(model_id)
-        if not folder.is_dir():
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
             for name in (CONFIG, WEIGHTS):
-                file = hf_hub_download(
-                    model_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-                folder = Path(file).parent
+                if not (folder / name).is_file():
+                    raise ModelError(f"{folder}: not a folder of save_pretrained: it has no {name}")
+        else:
+            folder = _fetch(
+                str(folder),
+                local_files_only,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+            )
         try:
             config = read_json(folder / CONFIG)
         except DataError as error:
@@ -220,19 +266,51 @@ class PretrainedDetector(
             weights = safetensors.torch.load_file(folder / WEIGHTS)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder / WEIGHTS}: cannot be read as weights (cut off?): {error}") from None
-        refusal = f"{folder / CONFIG}: not of a detector of this project, or damaged"
-        try:
+        refusal = "not of a detector of this project, or damaged"
+        with _refusing(folder / CONFIG, refusal):
             if config["weights_digest"] != digest_of(weights):
-                raise ModelError(f"{folder / WEIGHTS}: not the weights that {CONFIG} was written with, or damaged")
+                raise ModelError(f"{WEIGHTS} beside it is damaged, or of another detector")
             categories = [(category["id"], category["name"]) for category in config["categories"]]
             detector = _assemble(
                 config["detector"], config["crop"], categories, weights, config["batch_norm_eps"], refusal
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, ModelError):
-                raise
-            raise ModelError(f"{refusal}: {type(error).__name__} {error}") from None
         return detector.to(map_location)
+
+
+def _fetch(repository: str, local_files_only: bool, **options: Any) -> Path:
+    """The folder of the hub's cache that the files of a repository are fetched to."""
+    unreachable = None
+    try:
+        if not local_files_only:
+            try:
+                address = hf_hub_url(repository, CONFIG, revision=options["revision"])
+                get_hf_file_metadata(address, token=options["token"])
+            except (HfHubHTTPError, ValueError):  # it answers, or is not asked: what is wrong is said below
+                pass
+            except Exception as error:  # of the network; the download would try again for half a minute
+                unreachable = error
+        local_files_only |= unreachable is not None
+        files = [
+            hf_hub_download(repository, name, local_files_only=local_files_only, **options)
+            for name in (CONFIG, WEIGHTS)
+        ]
+    except Exception as error:  # of the hub's client, and of what it fetches by
+        reason = f"cannot be reached: {sentence(unreachable)}" if unreachable else f"has it not to give: {error}"
+        raise ModelError(f"{repository}: no such folder, and the hub {' '.join(reason.split())}") from None
+    return Path(files[-1]).parent
+
+
+@contextmanager
+def _refusing(path: Path, refusal: str) -> Iterator[None]:
+    """What goes wrong with a file's content, of whatever type, as a :class:`ModelError` that names the file."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except KeyError as error:
+        raise ModelError(f"{path}: {refusal}: it has no {error}") from None
+    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all numbers
+        raise ModelError(f"{path}: {refusal}: {sentence(error)}") from None
 
 
 def load_detector(source: str | Path) -> PretrainedDetector:
@@ -258,16 +336,12 @@ def load_checkpoint(path: str | Path) -> PretrainedDetector:
         ModelError: the file is missing, broken, or not such a checkpoint.
     """
     checkpoint = read_weights(path)
-    refusal = f"{path}: not a checkpoint of tools/train.py, or damaged"
-    try:
+    refusal = "not a checkpoint of tools/train.py, or damaged"
+    with _refusing(Path(path), refusal):
         saved = checkpoint[CHECKPOINT_KEY]
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         categories = list(zip(saved["category_ids"], saved["category_names"], strict=True))
         return _assemble(saved["detector"], saved["crop"], categories, weights, saved["batch_norm_eps"], refusal)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{refusal}: {type(error).__name__} {error}") from None
 
 
 def load_published(name: str, weights: str) -> PretrainedDetector:
@@ -315,7 +389,9 @@ def _assemble(
         if (type(category_id) is not int and category_id is not None) or type(name) is not str:
             raise ModelError(f"{refusal}: a category must have an id and a name, got {category_id!r} and {name!r}")
     try:
-        config = DetectorConfig(**settings)
+        # JSON makes lists of tuples.
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        config = DetectorConfig(**fields)
     except (ModelError, TypeError) as error:
         raise ModelError(f"{refusal}: {error}") from None
     model = load_weights(lambda: build_detector(config, len(categories), pretrained=False), weights, refusal)
