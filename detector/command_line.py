@@ -405,8 +405,8 @@ def _device(device: str | None) -> torch.device:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         else:
             place = torch.device("cpu")
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from None
     return place
 

@@ -7,9 +7,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms import v2
 
+from detector.names import short
+
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one a class, in turn.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-LEGIBLE_WIDTH = 440  # pixels; a smaller picture is enlarged by a whole factor, so that captions fit beside boxes
+LEGIBLE_SIDE = 440  # pixels; a picture whose longer side is smaller is enlarged, so that captions fit beside boxes
 FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
 
@@ -27,7 +29,7 @@ def draw(image: Tensor, target: dict[str, Tensor], names: Sequence[str], *, min_
         The picture, enlarged if it is small.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image.cpu(), torch.uint8, scale=True))
-    factor = max(round(LEGIBLE_WIDTH / picture.width), 1)
+    factor = max(round(LEGIBLE_SIDE / max(picture.size)), 1)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(FONT_SIZE)
@@ -38,9 +40,12 @@ def draw(image: Tensor, target: dict[str, Tensor], names: Sequence[str], *, min_
         x1, y1, x2, y2 = (coordinate * factor for coordinate in box)
         color = COLORS[(label - 1) % len(COLORS)]
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=2)
-        caption = names[label - 1] if score is None else f"{names[label - 1]} {score:.2f}"
+        name = short(names[label - 1], 40)
+        caption = name if score is None else f"{name} {score:.2f}"
         # Above the box, where it hides none of the object; inside at the upper edge of the picture.
-        plate = pen.textbbox((x1 + 2, y1 if y1 >= FONT_SIZE + 3 else y1 + FONT_SIZE + 3), caption, font, anchor="lb")
+        lower = y1 if y1 >= FONT_SIZE + 3 else y1 + FONT_SIZE + 3
+        left = max(min(x1 + 2, picture.width - pen.textlength(caption, font) - 2), 2)
+        plate = pen.textbbox((left, lower), caption, font, anchor="lb")
         pen.rectangle((plate[0] - 2, plate[1] - 1, plate[2] + 2, plate[3] + 1), fill=color)
         pen.text(
             (plate[0], plate[3]),

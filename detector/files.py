@@ -40,13 +40,15 @@ def link_whole(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """The name of a new file that, once it is written, takes the place of another."""
+    """The name of a new file that, once it is written, takes the place of another. An error names the latter."""
     # In the same folder: a move from elsewhere would be a copy, which can be cut off.
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)  # it may be a second name of a good file, left by a run that was killed
     try:
         yield unfinished
         os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)  # also where both were names of one file, and nothing was moved
     if os.name == "posix":  # the folder's entry must reach the disk as well

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detector.errors import ModelError
+from detector.errors import DataError, ModelError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -147,7 +148,7 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
     if name not in torchvision_detectors():
         raise ModelError(f"{name!r} is not one of torchvision's detectors: {', '.join(torchvision_detectors())}")
     if weights in torchvision.models.get_model_weights(name).__members__ or weights == "DEFAULT":
-        with _fetching(name):
+        with _fetching(name, "give a file of weights"):
             return torchvision.models.get_model(name, weights=weights).eval()
     state = read_weights(weights)
     state = state.get("model", state)  # torchvision's own training script saves it under that name
@@ -201,16 +202,28 @@ def _check_sums(path: str | Path) -> None:
 
 
 @contextmanager
-def _fetching(name: str) -> Iterator[None]:
+def _fetching(name: str, instead: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
         raise ModelError(f"weights: torchvision publishes no {error} for {name}") from None
     except OSError as error:  # URLError is one
         raise ModelError(
-            f"the weights of {name} cannot be fetched ({error}): they need a network once; without one, "
-            "set weights and weights_backbone to null, or give a file"
+            f"the weights of {name} cannot be fetched ({error}): they need a network once; without one, {instead}"
         ) from None
+
+
+def refuse_narrow(model: nn.Module, height: int, width: int) -> None:
+    """Raise :class:`DataError` for an image of which nothing is left in the size that a detector resizes it to."""
+    resize = getattr(model, "transform", None)
+    if not isinstance(resize, GeneralizedRCNNTransform) or resize.fixed_size is not None:
+        return
+    short, long = sorted((height, width))
+    if short * min(resize.min_size[-1] / short, resize.max_size / long) < 1:
+        raise DataError(
+            f"an image of {width} x {height} pixels is too narrow: resized to at most {resize.max_size} pixels, it "
+            "would be none wide"
+        )
 
 
 def load_weights(build: Callable[[], Model], state: Any, refusal: str) -> Model:
@@ -292,7 +305,7 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: 
         options["trainable_backbone_layers"] = config.trainable_layers
     if weights is None:
         options["num_classes"] = num_categories + 1
-    with _fetching(config.name):
+    with _fetching(config.name, "set weights and weights_backbone to null"):
         model = torchvision.models.get_model(config.name, weights=weights, weights_backbone=backbone, **options)
     predictor = model.roi_heads.box_predictor
     if predictor.cls_score.out_features != num_categories + 1:

@@ -15,7 +15,6 @@ from huggingface_hub.utils import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detector.coco import read_json
 from detector.errors import DataError, ModelError, sentence
@@ -31,6 +30,7 @@ from detector.models import (
     number_of_classes,
     published_names,
     read_weights,
+    refuse_narrow,
     set_batch_norm_eps,
     settings_of,
 )
@@ -131,7 +131,7 @@ class PretrainedDetector(
         Raises:
             DataError: they are so narrow that nothing is left of them in the size that the detector sees.
         """
-        self._refuse_narrow(*images[0].shape[1:])
+        refuse_narrow(self.model, images[0].shape[1], images[0].shape[2])
         device = next(self.parameters()).device
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
@@ -141,17 +141,6 @@ class PretrainedDetector(
             for module, mode in modes:
                 module.training = mode
         return [{name: one[name].cpu() for name in ("boxes", "labels", "scores")} for one in found]
-
-    def _refuse_narrow(self, height: int, width: int) -> None:
-        resize = getattr(self.model, "transform", None)
-        if not isinstance(resize, GeneralizedRCNNTransform) or resize.fixed_size is not None:
-            return
-        short, long = sorted((height, width))
-        if short * min(resize.min_size[-1] / short, resize.max_size / long) < 1:
-            raise DataError(
-                f"an image of {width} x {height} pixels is too narrow: resized to at most {resize.max_size} pixels, "
-                "it would be none wide"
-            )
 
     def digest(self) -> str:
         """A hash of all weights, by which a report of scores knows them again."""

@@ -155,6 +155,7 @@ def test_both_evaluators(scored, data, tmp_path):
         ({"min_score": 1.5}, "--min_score must be from 0 to 1"),
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"device": "abacus"}, "--device abacus"),
+        ({"device": "meta"}, "--device meta"),
         ({"sizes": [0]}, "sizes must be at least 1 pixel"),
         ({"split": "test"}, "instances_test.json: no such file"),
         ({"evaluator": "other"}, "evaluator"),
@@ -288,6 +289,17 @@ def test_losses_of_a_one_stage_detector_are_those_of_training():
     assert model.training
     with torch.no_grad():
         assert torch.equal(detections[0]["boxes"], model.eval()(images)[0]["boxes"])
+
+
+def test_an_image_that_is_too_narrow_is_named(checkpoint, data, tmp_path):
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (1, 900)).save(tmp_path / "val" / "1.png")
+    content = json.loads((data / "annotations" / "instances_val.json").read_text())
+    content |= {"images": [{"id": 4, "file_name": "1.png", "width": 1, "height": 900}], "annotations": []}
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="image 4: an image of 1 x 900 pixels is too narrow"):
+        score(checkpoint=str(checkpoint), root=str(tmp_path), split="val", workers=0, output="out")
 
 
 class TestSeveralLooks:

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from detector.drawing import COLORS
+from detector.names import clean, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,6 @@ DASH = "–"  # noqa: RUF001  stands for a number that there is none of
 INK = "#000000"  # drawn in the colour of the page's text, light or dark
 LINES = tuple(color for color in COLORS if color not in (INK, "#F0E442"))  # yellow cannot be seen on white
 SIDE = 720  # pixels, the longer side of a picture
-LONGEST_NAME = 60  # characters
 CLASSES = 20  # that a confusion matrix shows by name
 WORST = 50  # images in the table
 # rcParams of every plot, over matplotlib's own defaults: what the user's matplotlibrc says does not count.
@@ -137,24 +137,6 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> tuple[d
 
 
 # Text and numbers
-
-
-def clean(text: str) -> str:
-    """One line without control characters or marks that turn the direction of what follows."""
-    kept = []
-    for character in text:
-        category = unicodedata.category(character)
-        if category == "Cs":  # half a surrogate pair, which no file can be written with
-            kept.append("\ufffd")
-        elif category != "Cf":
-            kept.append(" " if category in ("Cc", "Zl", "Zp") else character)
-    return " ".join("".join(kept).split())
-
-
-def short(text: str, longest: int = LONGEST_NAME) -> str:
-    """:func:`clean` text, cut to a number of characters."""
-    text = clean(text)
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
 def verbatim(text: str) -> Markup:

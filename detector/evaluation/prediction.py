@@ -11,9 +11,11 @@ from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from detector.errors import DataError
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.metric import Result, to_results
 from detector.evaluation.proposals import Hit, ProposalRecorder
+from detector.models import refuse_narrow
 
 
 @dataclass
@@ -88,6 +90,11 @@ def predict(
             for images, targets in batches:
                 image_ids = [int(target["image_id"]) for target in targets]
                 sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+                for image_id, (height, width) in zip(image_ids, sizes, strict=True):
+                    try:
+                        refuse_narrow(model, height, width)
+                    except DataError as error:
+                        raise DataError(f"image {image_id}: {error}") from None
                 images = [image.to(device) for image in images]
                 if labels is None:
                     detections = model(images)

@@ -13,6 +13,7 @@ from detector.errors import DataError
 from detector.evaluation.confusion import confusion
 from detector.evaluation.metric import SUMMARY, Result, summary
 from detector.evaluation.proposals import COUNTS, Hit, recall
+from detector.names import short
 
 Report = dict[str, Any]
 SIZES = {  # COCO's, in its order
@@ -166,7 +167,7 @@ def as_text(report: Report, *, classes: int = 100) -> str:
     names, confused = report["confusion"]["names"], report["confusion"]["matrix"]
     title = f"Taken for what (score from {report['confusion']['min_score']}, IoU from {report['confusion']['iou']})"
     if len(names) <= 12:
-        heads = [[_short(name, 12) for name in names] + ["missed"], [_short(name) for name in names] + ["nothing"]]
+        heads = [[short(name, 12) for name in names] + ["missed"], [short(name, 30) for name in names] + ["nothing"]]
         parts += [
             f"{title}: rows are the truth, columns what was detected",
             text_table([["", *heads[0]], *([name, *row] for name, row in zip(heads[1], confused))]),
@@ -177,7 +178,7 @@ def as_text(report: Report, *, classes: int = 100) -> str:
             key=lambda pair: (-pair[0], *pair[1:]),
         )[:10]
         if pairs:
-            lines = [[_short(names[t]), "for", _short(names[d]), count] for count, t, d in pairs]
+            lines = [[short(names[t], 30), "for", short(names[d], 30), count] for count, t, d in pairs]
             parts += [f"{title}: most often", text_table(lines)]
     if report["losses"] is not None:
         parts += ["Losses", text_table([list(report["losses"]), [f"{v:.4f}" for v in report["losses"].values()]])]
@@ -202,7 +203,7 @@ def as_text(report: Report, *, classes: int = 100) -> str:
 def text_table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows of cells as aligned text: words on the left, numbers on the right with three decimals, "-" for none."""
     cells = [
-        ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else _short(str(c)) for c in row] for row in rows
+        ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else short(str(c), 30) for c in row] for row in rows
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*cells)]
     words = any(isinstance(row[0], str) for row in rows[1:])
@@ -214,12 +215,6 @@ def text_table(rows: Sequence[Sequence[Any]]) -> str:
         for row in cells
     ]
     return "\n".join(f"  {line}".rstrip() for line in lines)
-
-
-def _short(text: str, length: int = 30) -> str:
-    """On one line and not too long: names come from files that anybody wrote."""
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return printable if len(printable) <= length else f"{printable[: length - 3]}..."
 
 
 def _number(value: float) -> float | None:

@@ -1,0 +1,21 @@
+"""Names and notes from files that anybody may have written, made fit to be shown."""
+
+import unicodedata
+
+
+def clean(text: str) -> str:
+    """One line without control characters or marks that turn the direction of what follows."""
+    kept = []
+    for character in text:
+        category = unicodedata.category(character)
+        if category == "Cs":  # half a surrogate pair, which no file can be written with
+            kept.append("\ufffd")
+        elif category != "Cf":
+            kept.append(" " if category in ("Cc", "Zl", "Zp") else character)
+    return " ".join("".join(kept).split())
+
+
+def short(text: str, longest: int = 60) -> str:
+    """:func:`clean` text, cut to a number of characters."""
+    text = clean(text)
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "\u2026"
