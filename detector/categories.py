@@ -14,8 +14,9 @@ from detector.pretrained import PretrainedDetector
 def match_categories(detector: PretrainedDetector, data: CocoDetection) -> Sequence[int | None]:
     """The category ids of a detector's labels, as the data has them.
 
-    A trained detector's classes must all be there, by id and name. Of torchvision's published ones, with COCO's 90
-    ids, those that are there are used. Of weights that name no classes only the number must be the data's.
+    A trained detector's classes must be the data's, by id and name, but for some of which the data has no object. Of
+    torchvision's published ones, with COCO's 90 ids, those that are there are used. Of weights that name no classes
+    only the number must be the data's.
 
     Returns:
         The category id of each label, from label 1 on; ``None`` for one to leave out.
@@ -41,6 +42,12 @@ def match_categories(detector: PretrainedDetector, data: CocoDetection) -> Seque
             raise ModelError(
                 f"the checkpoint was trained on category {category} {name!r}, which is "
                 f"{known.get(category, 'missing')!r} in the data: not the same set of classes"
+            )
+    for category in sorted({data.category_ids[label - 1] for _, labels in data.targets for label in labels.tolist()}):
+        if category not in ids:
+            raise ModelError(
+                f"the data has objects of category {category} {known[category]!r}, on which the checkpoint was not "
+                "trained: not the same set of classes"
             )
     return ids
 

@@ -122,7 +122,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_root(root: str | None, dataset: str | None) -> Path:
+def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:
     """The folder of a data set, by its path, or by its name in the folder that DETECTOR_DATA names.
 
     Raises:
@@ -131,10 +131,10 @@ def find_root(root: str | None, dataset: str | None) -> Path:
     if root is not None:
         return Path(root)
     if dataset is None:
-        raise DataError("where is the data? Give its folder with --data.root FOLDER")
+        raise DataError(f"where is the data? Give its folder with {flag} FOLDER")
     if ROOT_VARIABLE not in os.environ:
         raise DataError(
-            f"where is the data? Give its folder with --data.root FOLDER, or set {ROOT_VARIABLE} to the folder "
+            f"where is the data? Give its folder with {flag} FOLDER, or set {ROOT_VARIABLE} to the folder "
             f"that {dataset!r} lies in"
         )
     return Path(os.environ[ROOT_VARIABLE]) / dataset

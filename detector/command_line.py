@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from detector.categories import labels_of_targets, match_categories
 from detector.coco import CocoDetection, find_root, read_coco, read_json
-from detector.errors import DataError, ModelError, in_a_sentence
+from detector.errors import DataError, ModelError, UserError, in_a_sentence, sentence
 from detector.evaluation.augmented import AugmentedDetector
 from detector.evaluation.metric import Evaluator, evaluator_version
 from detector.evaluation.ranks import gathered, joined
@@ -25,6 +25,8 @@ from detector.export import compare_speed, export_onnx
 from detector.folders import run_folder, unused_folder
 from detector.image_files import find_images, predict_images
 from detector.model_card import is_generated
+from detector.models import refuse_narrow
+from detector.overriding import overridden
 from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop, PretrainedDetector, load_detector, load_published
 
 
@@ -90,10 +92,27 @@ def score(
         if not 0 <= min_score <= 1:
             raise ModelError(f"--min_score must be from 0 to 1, got {min_score}")
         if results is not None:
-            _score_results(results, root, dataset, split, annotations, images, output, limit, min_score, evaluator)
+            detectors = {"weights": weights, "crop": crop, "device": device, "flip": flip or None, "sizes": sizes}
+            unused = [
+                f"--{name}" for name, value in (detectors | {"speed": speed or None}).items() if value is not None
+            ]
+            if unused:
+                raise ModelError(f"{' and '.join(unused)}: of a detector; a results file is scored as it is")
+            _score_results(
+                results,
+                root=root,
+                dataset=dataset,
+                split=split,
+                annotations=annotations,
+                images=images,
+                output=output,
+                limit=limit,
+                min_score=min_score,
+                evaluator=evaluator,
+            )
             return
-        folder = find_root(root, dataset)
-        data = CocoDetection(folder / images.format(split=split), folder / annotations.format(split=split))
+        folder = find_root(root, dataset, flag="--root")
+        data = CocoDetection(folder / images.replace("{split}", split), folder / annotations.replace("{split}", split))
         detector, called = _load(checkpoint, model, weights, crop)
         category_ids = match_categories(detector, data)
         place = _device(device)
@@ -104,35 +123,34 @@ def score(
         target.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
         detector.to(place)
         network, labels, proposals, notes = _what_to_run(detector, category_ids, data, flip, sizes or [])
+        _refuse_narrow_images(network, data, limit)
         with joined() as (rank, ranks):
-            found = gathered(
-                run_detector(
-                    network,
-                    data,
-                    category_ids,
-                    device=place,
-                    batch_size=batch_size,
-                    workers=workers,
-                    limit=limit,
-                    labels=labels,
-                    proposals=proposals,
-                    ranks=ranks,
-                    rank=rank,
-                )
+            part = run_detector(
+                network,
+                data,
+                category_ids,
+                device=place,
+                batch_size=batch_size,
+                workers=workers,
+                limit=limit,
+                labels=labels,
+                proposals=proposals,
+                ranks=ranks,
+                rank=rank,
             )
+            found = gathered(part)
         if found is None:  # another process has it all
             return
-        if found.stopped:
-            notes.append(f"Stopped by Ctrl-C: these are the first {len(found.image_ids):,} of {len(data):,} images.")
+        seen = f"these are the first {len(found.image_ids):,} of {len(data):,} images"
+        if isinstance(found.stopped, KeyboardInterrupt):
+            notes.append(f"Stopped by Ctrl-C: {seen}.")
+        elif found.stopped is not None:
+            notes.append(f"Stopped by an image ({sentence(found.stopped)}): {seen}.")
         elif limit is not None:
-            notes.append(f"Limited to the first {len(found.image_ids):,} of {len(data):,} images.")
+            notes.append(f"Limited: {seen}.")
         stages = None
-        if speed and not found.stopped:
-            with tqdm(total=speed + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
-                try:
-                    stages = measure_stages(detector.model, data, images=speed, device=place, on_image=bar.update)
-                except KeyboardInterrupt:  # the scores are worth keeping
-                    notes.append("No times: stopped by Ctrl-C while they were taken.")
+        if speed and found.stopped is None and found.image_ids:
+            stages = _times(detector.model, data, speed, len(found.image_ids), place, notes)
         write_evaluation(
             data.coco,
             found.results,
@@ -152,12 +170,15 @@ def score(
             min_score=min_score,
             losses=found.mean_losses(),
             proposals=found.proposals,
+            kept_proposals=found.kept_proposals,
             speed=stages,
             notes=notes,
         )
         _say_where(target)
-        if found.stopped:
+        if isinstance(found.stopped, KeyboardInterrupt):
             sys.exit(130)
+        if found.stopped is not None:
+            raise found.stopped
 
 
 def predict(
@@ -176,7 +197,7 @@ def predict(
     device: str | None = None,
 ) -> int:
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
-    with in_a_sentence(MemoryError, torch.OutOfMemoryError):
+    with in_a_sentence():
         files = find_images(images, None if annotations is None else read_coco(annotations))
         detector, called = _load(checkpoint, model, weights, crop)
         detector.to(_device(device))
@@ -242,6 +263,8 @@ def export(
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
         detector, _ = _load(checkpoint, model, weights, crop)
         home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
+        if format == "pretrained" and (batch_size > 1 or speed):
+            raise ModelError("--batch_size and --speed are of --format onnx")
         if format == "pretrained":
             target = home / "pretrained" if output is None else Path(output)
             if not _may_save_to(target):
@@ -262,14 +285,15 @@ def export(
             raise ModelError(f"--output {file}: is a folder; name a file, such as {file / 'detector.onnx'}")
         file.parent.mkdir(parents=True, exist_ok=True)
         network: Any = detector.model
-        export_onnx(
+        compared = export_onnx(
             network,
             file,
             batch_size=batch_size,
             class_names=detector.category_names,
             category_ids=detector.category_ids,
         )
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; onnxruntime detects what PyTorch does")
+        same = "onnxruntime detects what PyTorch does" if compared else "not compared: onnxruntime is not installed"
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
         if speed:
             side = min(network.transform.min_size[-1], network.transform.max_size)
             seconds = compare_speed(network, file, (side, side), speed)
@@ -286,9 +310,7 @@ def _what_to_run(
     network: Any = detector.model
     if flip or sizes:
         looks = [f"{size} pixels" for size in sizes] + ["mirrored"] * flip
-        notes = [
-            f"Test-time augmentation: {', '.join(looks)}. Losses and proposals are of a single look, and left out."
-        ]
+        notes = [f"Test-time augmentation: {', '.join(looks)}. Losses, proposals and times are of a single look."]
         return AugmentedDetector(network, flip=flip, sizes=sizes), None, False, notes
     two_stages = isinstance(network, GeneralizedRCNN)
     if two_stages and (network.roi_heads.has_mask() or network.roi_heads.has_keypoint()):
@@ -296,17 +318,43 @@ def _what_to_run(
         return network, None, True, notes
     labels = labels_of_targets(category_ids, data)
     if labels is None:
-        return (
-            network,
-            None,
-            two_stages,
-            ["No losses: the data has objects of classes that the detector does not know."],
-        )
+        unknown = sorted(set(data.category_names) - set(detector.category_names))
+        notes = [f"Of classes that the detector does not know ({', '.join(unknown)[:200]}) it finds none. No losses."]
+        return network, None, two_stages, notes
     return network, labels.to(next(network.parameters()).device), two_stages, []
+
+
+def _times(
+    model: nn.Module, data: CocoDetection, rounds: int, images: int, place: torch.device, notes: list[str]
+) -> dict[str, Any] | None:
+    """The times of the stages on the images that were scored. Whatever happens: the scores are worth keeping."""
+    with tqdm(total=rounds + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
+        try:
+            return measure_stages(model, data, images=rounds, among=images, device=place, on_image=bar.update)
+        except (KeyboardInterrupt, UserError, RuntimeError, MemoryError) as stop:
+            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else sentence(stop)[:200]
+            notes.append(f"No times: stopped by {reason} while they were taken.")
+            return None
+
+
+def _refuse_narrow_images(network: Any, data: CocoDetection, limit: int | None) -> None:
+    """Before the run, of which nothing would come: images of which nothing is left in the size that is looked at."""
+    several = isinstance(network, AugmentedDetector)
+    model = network.model if several else network
+    own = (model.transform.min_size[-1], model.transform.max_size)
+    for min_size, max_size in network.sizes if several else [own]:
+        with overridden(model.transform, min_size=(min_size,), max_size=max_size):
+            for image_id in data.image_ids[:limit]:
+                info = data.coco.imgs[image_id]
+                try:
+                    refuse_narrow(model, info["height"], info["width"])
+                except DataError as error:
+                    raise DataError(f"{info['file_name']} (id {image_id}): {error}") from None
 
 
 def _score_results(
     results: str,
+    *,
     root: str | None,
     dataset: str | None,
     split: str,
@@ -318,16 +366,18 @@ def _score_results(
     evaluator: Evaluator,
 ) -> None:
     """Score a results file; the images are looked at only to draw them, and may be missing."""
-    alone = root is None and dataset is None and Path(annotations).is_file()
-    folder = Path() if alone else find_root(root, dataset)
-    file = folder / annotations.format(split=split)
+    if int(os.environ.get("RANK", 0)) > 0:  # there is nothing to share
+        return
+    alone = root is None and dataset is None
+    folder = Path() if alone else find_root(root, dataset, flag="--root")
+    file = folder / annotations.replace("{split}", split)
     truth = read_coco(file)
     found = read_results(results, truth)
     notes = []
     data = None
     if not alone:
         try:
-            data = CocoDetection(folder / images.format(split=split), file)
+            data = CocoDetection(folder / images.replace("{split}", split), file)
         except DataError as error:
             notes.append(f"No pictures: {error}")
     image_ids = sorted(truth.imgs)[:limit]
@@ -401,6 +451,8 @@ def _device(device: str | None) -> torch.device:
     try:
         if device is not None:
             place = torch.device(device)
+            if place == torch.device("cuda"):
+                place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         elif torch.cuda.is_available():
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         else:

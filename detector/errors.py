@@ -30,6 +30,22 @@ def sentence(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to mmap",
+    "shared memory(shm)",
+    "_alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, whoever says it: Python, PyTorch, or a process that reads images."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
 @contextmanager
 def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
     """A mistake of the user ends the program in one sentence, Ctrl-C in a word.
@@ -44,6 +60,13 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
         sys.exit(f"error: {sentence(error)}")
+    except (MemoryError, RuntimeError) as error:
+        reader_died = "DataLoader worker (pid" in str(error)
+        if not reader_died and not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+        what = "a process that reads images died, probably of too little memory" if reader_died else "out of memory"
+        sys.exit(f"error: {what}: take fewer or smaller images at a time, or fewer workers ({sentence(error)[:200]})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,6 +6,7 @@ data-dependent expression Eq(4*u1, 0)", torch 2.14). The crop alone goes through
 """
 
 import copy
+import importlib.util
 import io
 import json
 import time
@@ -34,8 +35,8 @@ FIELDS = ("boxes", "labels", "scores")
 BOX_TOLERANCE, SCORE_TOLERANCE = 3e-4, 2e-3
 # The share of detections that must be the same: rounding puts one now and then on the other side of a threshold.
 SHARE = 0.9
-# Detections that the comparison wants to see; it lowers the score threshold for them.
-COMPARED = 20
+# Detections that the comparison wants to see of each image, at least and about; the score threshold is set for them.
+COMPARED = (10, 20)
 
 
 class ExportError(UserError, RuntimeError):
@@ -51,7 +52,7 @@ def export_onnx(
     opset: int = 18,
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int | None] | None = None,
-) -> None:
+) -> bool:
     """Write a Faster R-CNN as one ONNX file, whole or not at all. The model is left as it is.
 
     The graph takes ``images`` [batch_size, 3, height, width], float32, RGB in 0..1, of any height and width; it
@@ -75,6 +76,9 @@ def export_onnx(
             list of objects with "label", "name" and "category_id".
         category_ids: of labels 1, 2, ..., in the data set; ``None`` for one that has none.
 
+    Returns:
+        Whether onnxruntime was there to compare.
+
     Raises:
         ExportError: a package is missing, the model is not an R-CNN that can be exported, or the graph is wrong.
         ValueError: ``batch_size``, ``example_size``, ``opset``, ``class_names`` or ``category_ids`` do not fit.
@@ -93,14 +97,12 @@ def export_onnx(
     graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, height, width), opset))
     onnx.helper.set_model_props(graph, metadata)
     _check_graph(graph, swapped=isinstance(model.roi_heads.box_roi_pool, MultiScaleAffineCrop))
-    try:
-        _package("onnxruntime")
-    except ExportError:
-        pass
-    else:
+    compared = importlib.util.find_spec("onnxruntime") is not None
+    if compared:
         _compare(model, graph.SerializeToString(), side, batch_size)
     _fix_threshold(graph, model.roi_heads.score_thresh)
     write_whole(Path(path), graph.SerializeToString())
+    return compared
 
 
 def compare_speed(
@@ -323,20 +325,22 @@ def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) ->
 
 
 def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """PyTorch's detections, and the score threshold: the model's, or a lower one for noise has few objects."""
+    """PyTorch's detections, and a score threshold by which each image has some: in noise there are few objects."""
     heads = model.roi_heads
     before = heads.score_thresh
     try:
         with torch.no_grad():
-            found = model(list(images))
-            if min(len(image["scores"]) for image in found) < COMPARED:
-                heads.score_thresh = -1.0
-                scores = torch.cat([image["scores"][: COMPARED + 1] for image in model(list(images))]).sort().values
-                # Between two scores, so that rounding does not decide which side of it a box is on.
-                gap = scores.diff().argmax() if len(scores) > 1 else 0
-                heads.score_thresh = float(scores[gap : gap + 2].mean()) if len(scores) else before
-                found = model(list(images))
-            return found, torch.tensor(heads.score_thresh)
+            heads.score_thresh = -1.0
+            scores = [image["scores"] for image in model(list(images))]
+            if all(len(of_image) for of_image in scores):
+                least, most = (min(of_image[:n][-1] for of_image in scores) for n in COMPARED)
+                between = torch.cat(scores).sort().values
+                between = between[(between >= most) & (between <= least)]
+                # In the largest gap, so that rounding does not decide which side of it a box is on.
+                gap = int(between.diff().argmax()) if len(between) > 1 else 0
+                middle = float(between[gap : gap + 2].mean())
+                heads.score_thresh = middle if middle < least else middle * (1 - 1e-3)
+            return model(list(images)), torch.tensor(heads.score_thresh)
     finally:
         heads.score_thresh = before
 

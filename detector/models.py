@@ -29,6 +29,7 @@ COCO_V1_FILES = (
     "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
     "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
     "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+    "retinanet_resnet50_fpn_coco-eeacb38b.pth",
 )
 
 
@@ -152,8 +153,8 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
             return torchvision.models.get_model(name, weights=weights).eval()
     state = read_weights(weights)
     state = state.get("model", state)  # torchvision's own training script saves it under that name
-    classes = number_of_classes(name, state)
-    if classes is None:
+    classes = number_of_classes(name, state) if isinstance(state, dict) else None
+    if classes is None or classes < 2:
         raise ModelError(f"{weights}: not the weights of {name}")
     model = load_weights(lambda: _without_weights(name, classes), state, f"{weights}: not the weights of {name}")
     if Path(weights).name in COCO_V1_FILES:

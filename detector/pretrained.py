@@ -140,7 +140,8 @@ class PretrainedDetector(
         finally:
             for module, mode in modes:
                 module.training = mode
-        return [{name: one[name].cpu() for name in ("boxes", "labels", "scores")} for one in found]
+        # One-stage detectors have an output for label 0 as well, which is the background.
+        return [{name: one[name][one["labels"] > 0].cpu() for name in ("boxes", "labels", "scores")} for one in found]
 
     def digest(self) -> str:
         """A hash of all weights, by which a report of scores knows them again."""

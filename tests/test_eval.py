@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -17,15 +18,19 @@ import torchvision
 from PIL import Image
 from tiny_models import SIZE, batch, copies, tiny_rcnn, write_checkpoint
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.ops import nms
 
 from detector import swap_crop_head
 from detector.coco import CocoDetection
 from detector.command_line import score
-from detector.evaluation import detect_with_losses
+from detector.errors import DataError
+from detector.evaluation import detect_with_losses, to_results
 from detector.evaluation.augmented import AugmentedDetector
 from detector.evaluation.scoring import run_detector
 from detector.evaluation.timing import STAGES, measure_stages
+from detector.models import published_names
 from detector.pretrained import PretrainedDetector
 
 REPOSITORY = Path(__file__).parent.parent
@@ -156,7 +161,8 @@ def test_both_evaluators(scored, data, tmp_path):
         ({"device": "cuda:99"}, "--device cuda:99"),
         ({"device": "abacus"}, "--device abacus"),
         ({"device": "meta"}, "--device meta"),
-        ({"sizes": [0]}, "sizes must be at least 1 pixel"),
+        ({"sizes": [0]}, "sizes must be 32 to 10000 pixels"),
+        ({"sizes": [100000]}, "sizes must be 32 to 10000 pixels"),
         ({"split": "test"}, "instances_test.json: no such file"),
         ({"evaluator": "other"}, "evaluator"),
     ],
@@ -189,19 +195,6 @@ def test_ctrl_c_scores_what_was_seen(checkpoint, data, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["about"]["images"] == 3
     assert "Stopped by Ctrl-C: these are the first 3 of 5 images." in report["notes"]
-
-
-def test_ctrl_c_while_times_are_taken_keeps_the_scores(checkpoint, data, tmp_path, monkeypatch):
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("detector.command_line.measure_stages", stop)
-    options = {"root": str(data), "split": "val", "output": str(tmp_path / "out"), "workers": 0}
-    score(checkpoint=str(checkpoint), limit=2, speed=5, **options)
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["speed"] is None
-    assert report["about"]["images"] == 2
-    assert "No times" in " ".join(report["notes"])
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_run(checkpoint, data, tmp_path, monkeypatch):
@@ -291,14 +284,15 @@ def test_losses_of_a_one_stage_detector_are_those_of_training():
         assert torch.equal(detections[0]["boxes"], model.eval()(images)[0]["boxes"])
 
 
-def test_an_image_that_is_too_narrow_is_named(checkpoint, data, tmp_path):
+def test_an_image_that_is_too_narrow_is_named(checkpoint, data, tmp_path, monkeypatch):
     (tmp_path / "val").mkdir()
     Image.new("RGB", (1, 900)).save(tmp_path / "val" / "1.png")
     content = json.loads((data / "annotations" / "instances_val.json").read_text())
     content |= {"images": [{"id": 4, "file_name": "1.png", "width": 1, "height": 900}], "annotations": []}
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match="image 4: an image of 1 x 900 pixels is too narrow"):
+    monkeypatch.setattr("detector.command_line.run_detector", None)  # before the run
+    with pytest.raises(SystemExit, match=r"1.png \(id 4\): an image of 1 x 900 pixels is too narrow"):
         score(checkpoint=str(checkpoint), root=str(tmp_path), split="val", workers=0, output="out")
 
 
@@ -344,7 +338,7 @@ class TestSeveralLooks:
 
     def test_the_limit_grows_with_the_size(self):
         model = tiny_rcnn(min_size=60, max_size=100).eval()
-        assert AugmentedDetector(model, sizes=[30, 120]).sizes == [(30, 50), (120, 200)]
+        assert AugmentedDetector(model, sizes=[36, 120]).sizes == [(36, 60), (120, 200)]
 
     def test_on_the_command_line(self, checkpoint, data, tmp_path):
         options = {"root": str(data), "split": "val", "output": str(tmp_path / "out"), "workers": 0}
@@ -414,8 +408,9 @@ def test_nothing_of_an_images_size_is_kept(split):
 
 
 def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
-    model = tiny_rcnn("mask")
-    detector = PretrainedDetector(model, [3, 5], ["<b>3</b>", "<b>5</b>"])
+    model = tiny_rcnn("mask", box_predictor=FastRCNNPredictor(16, 4))
+    model.roi_heads.mask_predictor = MaskRCNNPredictor(8, 8, 4)
+    detector = PretrainedDetector(model, [3, 5, 8], ["<b>3</b>", "<b>5</b>", "<b>8</b>"])
     monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
     options = {"root": str(data), "split": "val", "workers": 0, "output": "out"}
     score(model="maskrcnn", weights="w.pth", crop="affine", **options)
@@ -426,13 +421,111 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
     assert report["about"]["crop"] == "affine"
 
 
-def test_objects_of_unknown_classes_leave_no_losses(data, tmp_path, monkeypatch):
+def test_objects_of_classes_that_a_checkpoint_does_not_know_are_refused(data, monkeypatch):
     detector = PretrainedDetector(tiny_rcnn(), [3, 5], ["<b>3</b>", "<b>5</b>"])
     monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
-    score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
+    with pytest.raises(SystemExit, match="objects of category 8 '<b>8</b>', on which the checkpoint was not trained"):
+        score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
+
+
+def test_published_classes_may_be_others_than_the_datas(data, tmp_path, monkeypatch):
+    """COCO's 90 of which the data has one, and objects of two that it does not know."""
+    root = tmp_path / "people"
+    shutil.copytree(data, root)
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text().replace('"category_id": 3', '"category_id": 1'))
+    content["categories"][0] = {"id": 1, "name": "person"}
+    path.write_text(json.dumps(content))
+    names = published_names()
+    detector = PretrainedDetector(tiny_rcnn(box_predictor=FastRCNNPredictor(16, 91)), list(range(1, 91)), names[1:])
+    monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
+    score(model="some", weights="w.pth", root=str(root), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None
-    assert "does not know" in report["notes"][0]
+    assert "(<b>5</b>, <b>8</b>) it finds none" in report["notes"][0]
+    assert {r["category_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} <= {1}
+
+
+def test_losses_are_the_same_every_time(scored, checkpoint, data, tmp_path):
+    options = {"root": str(data), "split": "val", "workers": 0, "output": "again"}
+    score(checkpoint=str(checkpoint), **options)
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (scored, tmp_path / "again"))
+    assert one["losses"] == two["losses"]
+
+
+@pytest.mark.parametrize("fails", [DataError("broken"), RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_whatever_happens_while_times_are_taken_the_scores_are_kept(fails, checkpoint, data, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise fails
+
+    monkeypatch.setattr("detector.command_line.measure_stages", fail)
+    options = {"root": str(data), "split": "val", "output": "out", "workers": 0}
+    score(checkpoint=str(checkpoint), limit=2, speed=5, **options)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["speed"] is None
+    assert report["about"]["images"] == 2
+    assert "No times" in " ".join(report["notes"])
+
+
+def test_only_images_that_were_scored_are_timed(split, monkeypatch):
+    seen = []
+    get = CocoDetection.__getitem__
+    monkeypatch.setattr(CocoDetection, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
+    measure_stages(tiny_rcnn(), split, images=4, among=2)
+    assert set(seen) == {0, 1}
+
+
+def test_no_images_at_all(checkpoint, data, tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "annotations").mkdir()
+    content = json.loads((data / "annotations" / "instances_val.json").read_text()) | {"images": [], "annotations": []}
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    options = {"root": str(tmp_path), "split": "val", "output": "out", "workers": 0}
+    score(checkpoint=str(checkpoint), speed=3, **options)
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["AP"] == -1
+
+
+def test_memory_that_runs_out_is_a_sentence(checkpoint, data, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("detector.evaluation.prediction.detect_with_losses", fail)
+    with pytest.raises(SystemExit, match="out of memory: take fewer or smaller images"):
+        score(checkpoint=str(checkpoint), root=str(data), split="val", workers=0, output="out")
+
+
+def test_a_damaged_image_of_a_results_file_is_noted_on_the_page(scored, data, tmp_path):
+    root = tmp_path / "shapes"
+    shutil.copytree(data, root)
+    report = json.loads((scored / "report.json").read_text())
+    name = report["images"][0]["file_name"]  # the worst, of which there is a picture
+    (root / "val" / name).write_bytes(b"no image")
+    score(results=str(scored / "detections.json"), root=str(root), split="val", output="out")
+    assert "cannot be read as an image" in (tmp_path / "out" / "report.html").read_text()
+    assert "data:image" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [{"flip": True}, {"sizes": [64]}, {"speed": 3}, {"crop": "affine"}, {"device": "cpu"}, {"weights": "w"}]
+)
+def test_what_is_of_a_detector_is_refused_with_a_results_file(options, scored, data):
+    with pytest.raises(SystemExit, match=rf"--{next(iter(options))}: of a detector"):
+        score(results=str(scored / "detections.json"), root=str(data), split="val", **options)
+
+
+def test_braces_in_names_are_no_fields(scored, data, tmp_path):
+    (tmp_path / "{a}").mkdir()
+    shutil.copy(data / "annotations" / "instances_val.json", tmp_path / "{a}" / "val.json")
+    score(results=str(scored / "detections.json"), annotations="{a}/{split}.json", split="val", output="out")
+    with pytest.raises(SystemExit, match=r"nothing\.json: no such file"):
+        score(results=str(scored / "detections.json"), annotations="nothing.json")
+    with pytest.raises(SystemExit, match=r"its folder with --root FOLDER"):
+        score(checkpoint="some.ckpt")
+
+
+def test_label_0_is_the_background():
+    found = {"boxes": torch.zeros(2, 4), "labels": torch.tensor([0, 2]), "scores": torch.ones(2)}
+    assert [r["category_id"] for r in to_results([found], [1], [3, 7])] == [7]
 
 
 def test_two_processes_give_the_results_of_one(checkpoint, data, scored, tmp_path):
@@ -448,8 +541,13 @@ def test_two_processes_give_the_results_of_one(checkpoint, data, scored, tmp_pat
     assert two["about"]["images"] == 5
     assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
     assert one["confusion"] == two["confusion"]
+    assert one["losses"] == pytest.approx(two["losses"], abs=1e-4)
+    assert one["proposals"] == two["proposals"]
+    assert one["images"] == two["images"]
     found = [json.loads((folder / "detections.json").read_text()) for folder in (scored, tmp_path / "out")]
     assert [r["image_id"] for r in found[0]] == [r["image_id"] for r in found[1]]
+    for ours, theirs in zip(*found, strict=True):
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
 
 
 def test_help_teaches():

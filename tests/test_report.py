@@ -186,9 +186,11 @@ def test_text_shows_every_table():
         about={},
         losses={"loss": 0.5, "loss_classifier": 0.25},
         proposals=[Hit(1, 5, [0, 0, 20, 20])],
+        kept_proposals=200,
         speed=speed,
         notes=["A note."],
     )
+    assert report["proposals"]["kept"] == 200
     text = as_text(report)
     for words in ("0.50   0.55", "small", "missed", "nothing", "0.2500", "backbone", "800.0", "Note: A note.", "1000"):
         assert words in text, words

@@ -335,7 +335,10 @@ def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
         )
     assert re.fullmatch(rf"error: .*{broken.name}: cannot be read as an image .*", str(stop.value.code))
     assert not multiprocessing.active_children()  # at exit Python would wait for them
-    assert not list((tmp_path / "out").iterdir())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())  # what was found before is not lost
+    assert report["about"]["images"] == 2
+    assert f"{broken.name}: cannot be read as an image" in report["notes"][0]
+    assert "the first 2 of 4 images" in report["notes"][0]
 
 
 def test_full_disk_leaves_the_scores_that_were_there(trained, digits, tmp_path, monkeypatch):

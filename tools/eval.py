@@ -6,9 +6,15 @@ python tools/eval.py --results detections.json --annotations instances_val.json
 python tools/eval.py --help
 """
 
-from jsonargparse import auto_cli
-
-from detector.command_line import score
+import sys
 
 if __name__ == "__main__":
-    auto_cli(score)
+    try:
+        from jsonargparse import auto_cli
+
+        from detector.command_line import score
+
+        auto_cli(score)
+    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -5,9 +5,15 @@ python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --outp
 python tools/export.py --help
 """
 
-from jsonargparse import auto_cli
-
-from detector.command_line import export
+import sys
 
 if __name__ == "__main__":
-    auto_cli(export)
+    try:
+        from jsonargparse import auto_cli
+
+        from detector.command_line import export
+
+        auto_cli(export)
+    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

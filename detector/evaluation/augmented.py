@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from detector.errors import ModelError
-from detector.evaluation.losses import overridden
+from detector.overriding import overridden
+
+SMALLEST, LARGEST = 32, 10_000  # pixels; below, an image has no feature map; above, it fills the memory
 
 
 class AugmentedDetector(nn.Module):
@@ -25,7 +27,7 @@ class AugmentedDetector(nn.Module):
             model's own threshold.
 
     Raises:
-        ModelError: ``sizes`` of a detector that resizes images to one fixed size (SSD).
+        ModelError: a size is out of range, or the detector resizes images to one fixed size (SSD).
     """
 
     def __init__(
@@ -35,8 +37,8 @@ class AugmentedDetector(nn.Module):
         transform: Any = model.transform  # torchvision's
         if sizes and getattr(transform, "fixed_size", None) is not None:
             raise ModelError(f"sizes: {type(model).__name__} resizes every image to {tuple(transform.fixed_size)}")
-        if any(size < 1 for size in sizes):
-            raise ModelError(f"sizes must be at least 1 pixel, got {list(sizes)}")
+        if not all(SMALLEST <= size <= LARGEST for size in sizes):
+            raise ModelError(f"sizes must be {SMALLEST} to {LARGEST} pixels, got {list(sizes)}")
         self.model: Any = model
         self.flip = flip
         own = transform.min_size[-1]

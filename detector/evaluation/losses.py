@@ -1,12 +1,10 @@
 """The training losses of images that a detector is scored on, beside its detections."""
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+
+from detector.overriding import overridden
 
 
 @torch.no_grad()
@@ -50,16 +48,3 @@ def detect_with_losses(
         return model.transform.postprocess(detections, batch.image_sizes, sizes), losses
     finally:
         model.train(training)
-
-
-@contextlib.contextmanager
-def overridden(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Within, a module has these attributes of its own; afterwards those that it had, or its class's."""
-    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
-    module.__dict__.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del module.__dict__[name]
-        module.__dict__.update(before)

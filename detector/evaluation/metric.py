@@ -41,7 +41,7 @@ def to_results(
         boxes = box_convert(detection["boxes"].detach().cpu().double(), "xyxy", "xywh")
         rows = zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist())
         for box, label, score in rows:
-            category_id = category_ids[label - 1]
+            category_id = category_ids[label - 1] if label > 0 else None  # 0 is the background
             if category_id is not None:
                 results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
     return results

@@ -126,9 +126,9 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> tuple[d
         ("strictness", "By IoU and size", scored, ""),
         ("classes", "By class", report["by_class"], "No table of classes: there are none."),
         ("confusion", "Confusions", report["confusion"]["names"], ""),
-        ("proposals", "Proposals", report["proposals"], "No proposals: they need the model, not its detections alone."),
-        ("losses", "Losses", report["losses"], "No losses: they need the model, not its detections alone."),
-        ("speed", "Speed", report["speed"], "No speed: it was not measured."),
+        ("proposals", "Proposals", report["proposals"], ""),
+        ("losses", "Losses", report["losses"], ""),
+        ("speed", "Speed", report["speed"], ""),
         ("pictures", "Worst and best images", pictures, "No pictures: no images were given."),
         ("images", "The worst images", report["images"], "No table of images: there are none."),
     ]

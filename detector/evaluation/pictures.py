@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detector.coco import CocoDetection
 from detector.drawing import draw, sheet
+from detector.errors import DataError
 from detector.evaluation.metric import Result
 from detector.evaluation.page import Picture
 
@@ -28,7 +29,10 @@ def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> No
 
 
 def worst_and_best(split: CocoDetection, results: list[Result], report: dict[str, Any]) -> list[Picture]:
-    """The pictures of a page: images that went worst, and of those with objects the ones that went best."""
+    """The pictures of a page: images that went worst, and of those with objects the ones that went best.
+
+    One that cannot be read is left out, and the report's notes say so.
+    """
     outcomes = report["images"]
     best = [one for one in reversed(outcomes) if one["objects"]]
     best.sort(key=lambda one: (-one["f1"], -one["objects"]))
@@ -38,7 +42,13 @@ def worst_and_best(split: CocoDetection, results: list[Result], report: dict[str
     ]
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
     min_score = report["confusion"]["min_score"]
-    return [Picture(kind, one, *_pair(split, results, index_of[one["id"]], min_score)) for kind, one in chosen]
+    pictures = []
+    for kind, one in chosen:
+        try:
+            pictures.append(Picture(kind, one, *_pair(split, results, index_of[one["id"]], min_score)))
+        except DataError as error:  # of a results file's images nothing was read before
+            report["notes"].append(f"No picture of image {one['id']}: {error}")
+    return pictures
 
 
 def _pair(split: CocoDetection, results: list[Result], index: int, min_score: float) -> tuple[Image.Image, Image.Image]:

@@ -15,7 +15,7 @@ from detector.errors import DataError
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.metric import Result, to_results
 from detector.evaluation.proposals import Hit, ProposalRecorder
-from detector.models import refuse_narrow
+from detector.seeding import sample_by_image, seed_of
 
 
 @dataclass
@@ -27,14 +27,16 @@ class Predictions:
         results: COCO's results format.
         losses: sums over the images, by torchvision's names; empty if they were not asked for.
         proposals: see :mod:`~detector.evaluation.proposals`; ``None`` if they were not asked for.
-        stopped: by Ctrl-C, before the end.
+        kept_proposals: how many of an image's proposals the head sees.
+        stopped: what ended the run before its end: Ctrl-C, or an image that cannot be read.
     """
 
     image_ids: list[int] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     losses: Counter[str] = field(default_factory=Counter)
     proposals: list[Hit] | None = None
-    stopped: bool = False
+    kept_proposals: int = 0
+    stopped: KeyboardInterrupt | DataError | None = None
 
     def add(self, other: "Predictions") -> None:
         """Take in another rank's."""
@@ -86,21 +88,18 @@ def predict(
         with ExitStack() as stack:
             if proposals_of is not None:
                 assert isinstance(model, GeneralizedRCNN)
-                stack.enter_context(recorder.recording(model))
+                done.kept_proposals = stack.enter_context(recorder.recording(model))
             for images, targets in batches:
                 image_ids = [int(target["image_id"]) for target in targets]
                 sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-                for image_id, (height, width) in zip(image_ids, sizes, strict=True):
-                    try:
-                        refuse_narrow(model, height, width)
-                    except DataError as error:
-                        raise DataError(f"image {image_id}: {error}") from None
                 images = [image.to(device) for image in images]
                 if labels is None:
                     detections = model(images)
                 else:
                     relabelled = [t | {"labels": labels[t["labels"]]} for t in targets]
                     on_device = [{name: value.to(device) for name, value in t.items()} for t in relabelled]
+                    if isinstance(model, GeneralizedRCNN):  # the same in each run, and by any number of processes
+                        sample_by_image(model, [seed_of(0, 0, image_id) for image_id in image_ids])
                     detections, losses = detect_with_losses(model, images, on_device)
                     done.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})
                 if proposals_of is not None:
@@ -110,5 +109,7 @@ def predict(
                 done.results += to_results(detections, image_ids, category_ids)
                 on_batch(len(images))
     finally:
+        if labels is not None and isinstance(model, GeneralizedRCNN):
+            sample_by_image(model, None)
         model.train(training)
     return done

@@ -13,8 +13,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_convert
 
-from detector.evaluation.losses import overridden
 from detector.evaluation.metric import match
+from detector.overriding import overridden
 
 COUNTS = (100, 300, 1000)  # proposals an image at which recall is measured
 LEAST_IOU = 0.5  # of COCO's thresholds
@@ -40,8 +40,8 @@ class ProposalRecorder:
     _sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @contextmanager
-    def recording(self, model: GeneralizedRCNN) -> Iterator[None]:
-        """Within, the model's detections are what they are without."""
+    def recording(self, model: GeneralizedRCNN) -> Iterator[int]:
+        """Within, the model's detections are what they are without. Gives the number that its head sees."""
         rpn = model.rpn
         to_head = rpn._post_nms_top_n["testing"]
 
@@ -55,7 +55,7 @@ class ProposalRecorder:
         try:
             # Suppression comes before the cut, so more of them change nothing for the first.
             with overridden(rpn, post_nms_top_n=lambda: max(to_head, *COUNTS)):
-                yield
+                yield to_head
         finally:
             handle.remove()
 

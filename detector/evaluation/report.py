@@ -12,7 +12,7 @@ from detector.coco import read_json
 from detector.errors import DataError
 from detector.evaluation.confusion import confusion
 from detector.evaluation.metric import SUMMARY, Result, summary
-from detector.evaluation.proposals import COUNTS, Hit, recall
+from detector.evaluation.proposals import Hit, recall
 from detector.names import short
 
 Report = dict[str, Any]
@@ -32,6 +32,7 @@ def make_report(
     min_score: float = 0.5,
     losses: Mapping[str, float] | None = None,
     proposals: Sequence[Hit] | None = None,
+    kept_proposals: int = 0,
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> tuple[Report, str]:
@@ -44,6 +45,7 @@ def make_report(
         min_score: of detections in the confusion matrix and the images' outcomes.
         losses: of a mean image.
         proposals: those that may cover an object.
+        kept_proposals: how many of an image's proposals the head sees.
         speed: of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences.
 
@@ -113,7 +115,7 @@ def make_report(
     }
     if proposals is not None:
         rows = [{name: _number(value) for name, value in row.items()} for row in recall(truth, proposals, image_ids)]
-        report["proposals"] = {"kept": max(COUNTS), "rows": rows}
+        report["proposals"] = {"kept": kept_proposals, "rows": rows}
     return report, table
 
 

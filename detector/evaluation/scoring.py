@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from detector.coco import CocoDetection, collate, leave_ctrl_c_alone
 from detector.environment import versions
+from detector.errors import DataError
 from detector.evaluation.metric import Evaluator, Result, evaluator_version, match
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best
@@ -168,7 +169,7 @@ def run_detector(
         rank: and this one's number. Batches are those of a single process.
 
     Returns:
-        What was found; after Ctrl-C in a single process, what had been found by then.
+        What was found; in a single process also after Ctrl-C, or an image that cannot be read: what was found before.
     """
     images = len(split) if limit is None else min(limit, len(split))
     loader: DataLoader[Any] = DataLoader(
@@ -191,10 +192,10 @@ def run_detector(
                 on_batch=lambda done: bar.update(done * ranks),
                 into=found,
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DataError) as stop:
             if ranks > 1 or not found.image_ids:
                 raise
-            found.stopped = True
+            found.stopped = stop
     return found
 
 

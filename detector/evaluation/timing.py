@@ -23,6 +23,7 @@ def measure_stages(
     split: CocoDetection,
     *,
     images: int = 50,
+    among: int | None = None,
     device: torch.device | str = "cpu",
     on_image: Callable[[int], Any] = lambda images: None,
 ) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def measure_stages(
         model: a torchvision detector, stock or swapped; put in eval mode for the run.
         split: the data, without a transform.
         images: how many are counted, spread over the split, some more than once if it has fewer.
+        among: only of the first so many.
         device: where the model is.
         on_image: called with 1 after each image.
 
@@ -43,10 +45,11 @@ def measure_stages(
     model.eval()
     device = torch.device(device)
     times: dict[str, list[float]] = defaultdict(list)
+    first = len(split) if among is None else among
     try:
         with _Stopwatch(model, device).running() as watch:
             for number in range(-WARM_UP, images):
-                index = (number * len(split)) // images % len(split)
+                index = (number * first) // images % first
                 watch.reset()
                 start = watch.now()
                 image = split[index][0].to(device)

@@ -2,19 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
-
-from detector.errors import UserError
-
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "unable to mmap",
-    "shared memory(shm)",
-    "_alloc_failed",
-)
+from detector.errors import UserError, is_out_of_memory
 
 
 class TrainingError(UserError, RuntimeError):
@@ -35,9 +23,7 @@ def explained(error: BaseException, step: int, images: Sequence[int], upcoming: 
         upcoming: and of those that were to come next, if they are known.
     """
     text = str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in text.lower() for words in OUT_OF_MEMORY
-    ):
+    if is_out_of_memory(error):
         ids = list(upcoming if "Original Traceback" in text else images)  # reading ahead, or computing
         where = f"on images {ids}" if ids else "while scoring"
         return TrainingError(
