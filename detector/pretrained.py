@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from detector.coco import read_json
-from detector.errors import DataError, ModelError
+from detector.errors import DataError, ModelError, shown
 from detector.files import write_json, write_whole
 from detector.inference import Detections, ImageLike, as_image
 from detector.model_card import model_card
@@ -177,11 +177,19 @@ class PretrainedDetector(
         for name in (CONFIG, WEIGHTS):
             if source.is_dir() and not (source / name).is_file():
                 raise ModelError(f"{source}: not a folder of save_pretrained: it has no {name}")
+        if source.is_dir():  # Hugging Face's part reads the file before ours, and expects a right one
+            try:
+                config = read_json(source / CONFIG)
+            except DataError as error:
+                raise ModelError(str(error)) from None
+            if not isinstance(config, dict):
+                raise ModelError(f"{source / CONFIG}: must hold a dict, not a {type(config).__name__}")
         try:
             return super().from_pretrained(str(source), **options)
         except ModelError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:  # of the hub's client, and of what it fetches by
+        except (OSError, ValueError, RuntimeError, AttributeError) as error:
+            # of the hub's client, of what it fetches by, and of a config.json there that is no dict
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"{source}: no such folder, and the hub has it not to give: {reason}") from None
 
@@ -228,7 +236,7 @@ class PretrainedDetector(
             detector = _assemble(
                 config["detector"], config["crop"], categories, weights, config["batch_norm_eps"], refusal
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(f"{refusal}: {type(error).__name__} {error}") from None
@@ -261,10 +269,12 @@ def load_checkpoint(path: str | Path) -> PretrainedDetector:
     refusal = f"{path}: not a checkpoint of tools/train.py, or damaged"
     try:
         saved = checkpoint[CHECKPOINT_KEY]
+        if not isinstance(saved, dict):
+            raise TypeError(f"{CHECKPOINT_KEY} must be a dict, not a {type(saved).__name__}")
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         categories = list(zip(saved["category_ids"], saved["category_names"], strict=True))
         return _assemble(saved["detector"], saved["crop"], categories, weights, saved["batch_norm_eps"], refusal)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{refusal}: {type(error).__name__} {error}") from None
@@ -310,10 +320,11 @@ def _assemble(
 ) -> PretrainedDetector:
     """Build a detector from what a file says, of which nothing is trusted."""
     if crop not in ("affine", "roi_align"):
-        raise ModelError(f"{refusal}: crop must be affine or roi_align, got {crop!r}")
+        raise ModelError(f"{refusal}: crop must be affine or roi_align, got {shown(crop)}")
     for category_id, name in categories:
         if (type(category_id) is not int and category_id is not None) or type(name) is not str:
-            raise ModelError(f"{refusal}: a category must have an id and a name, got {category_id!r} and {name!r}")
+            got = f"{shown(category_id)} and {shown(name)}"
+            raise ModelError(f"{refusal}: a category must have an id and a name, got {got}")
     try:
         config = DetectorConfig(**settings)
     except (ModelError, TypeError) as error:

@@ -1055,3 +1055,24 @@ def test_checkpoints_that_run_code_or_fill_the_memory(tmp_path, saved):
         with pytest.raises(ModelError, match=path.stem):
             load_torchvision_detector("fasterrcnn_resnet50_fpn", str(path))
     assert not Path("it-ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b'"model"', b'{"detector": ', b"[" * 100_000, b"\xff\xfe", b""])
+def test_a_folder_whose_config_is_none(tmp_path, saved, content):
+    (tmp_path / "model.safetensors").write_bytes((saved[2] / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"config\.json: (must hold a dict|not valid JSON)"):
+        load_detector(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [(None, torch.zeros(2)), ("crop", LAUGHS), ("category_ids", [LAUGHS, 1])])
+def test_a_checkpoint_with_something_else_in_a_field(tmp_path, saved, field, value):
+    content = copy.deepcopy(saved[1])
+    if field is None:
+        content[CHECKPOINT_KEY] = value
+    else:
+        content[CHECKPOINT_KEY][field] = value
+    (tmp_path / "last.ckpt").write_bytes(as_file(content))
+    with pytest.raises(ModelError, match=r"last\.ckpt: not a checkpoint") as error:
+        load_detector(tmp_path / "last.ckpt")
+    in_a_sentence(error.value, tmp_path)
