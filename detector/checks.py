@@ -1,7 +1,6 @@
 """What can be wrong with a data set in COCO's format: all of it at once, each problem in one sentence."""
 
 import os
-import reprlib
 import sys
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from detector.errors import DataError, SizeError
+from detector.errors import DataError, SizeError, shown
 
 # detector.coco takes its problems from here. What needs it in turn, to open files, imports it when called.
 
 Level = Literal["error", "flaw", "note"]
 LEVELS: tuple[Level, ...] = ("error", "flaw", "note")
+MOST_AREA = 1e10  # square pixels: COCO's metric passes over objects of a larger area, or of one below 0
 ROUNDING = 1.0  # pixels by which a box may reach outside its image: those of COCO's own files do, by less
 
 Entry = dict[str, Any]
@@ -134,7 +134,7 @@ def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
             found = _box_problem(annotation["bbox"], width, height)
             if found is not None:
                 kind, what = found
-                message = f"{_where(path, 'annotations', position, annotation)} has bbox {_show(annotation['bbox'])}"
+                message = f"{_where(path, 'annotations', position, annotation)} has bbox {shown(annotation['bbox'])}"
                 yield Problem(kind, "flaw", f"{message}, {what}")
     if has_annotations:
         used = {annotation.get("category_id") for annotation in annotations}
@@ -247,8 +247,17 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
+def _is_coordinate(value: Any) -> bool:
+    # Beyond, areas overflow, or vanish, and an IoU is no number, which pycocotools counts as a match.
+    return _is_number(value) and (value == 0 or 1e-100 <= abs(value) <= 1e9)
+
+
+def _is_area(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= MOST_AREA
+
+
 def _is_box(value: Any) -> bool:
-    return type(value) is list and len(value) == 4 and all(map(_is_number, value))
+    return type(value) is list and len(value) == 4 and all(map(_is_coordinate, value))
 
 
 def _is_box_of_size(value: Any) -> bool:
@@ -263,7 +272,7 @@ def _is_flag(value: Any) -> bool:
 INTEGER = (_is_integer, "an integer of 64 bits")
 SIZE = (_is_size, "an integer of at least 1")
 TEXT = (_is_text, "a string")
-BOX = (_is_box, "4 finite numbers, x, y, width and height")
+BOX = (_is_box, "4 finite numbers, x, y, width and height, each 0 or from 1e-100 to 1e9 in size")
 LISTS, RESULTS = ("images", "categories", "annotations"), "results"  # of an annotation file; the list of a results file
 FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {"id": INTEGER, "file_name": TEXT, "width": SIZE, "height": SIZE},
@@ -273,13 +282,13 @@ FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
         "image_id": INTEGER,
         "category_id": INTEGER,
         "bbox": BOX,
-        "area": (_is_number, "a finite number"),
+        "area": (_is_area, "a number from 0 to 1e10"),
         "iscrowd": (_is_flag, "0 or 1"),
     },
     RESULTS: {
         "image_id": INTEGER,
         "category_id": INTEGER,
-        "bbox": (_is_box_of_size, "4 finite numbers, x, y, width and height, the latter two not negative"),
+        "bbox": (_is_box_of_size, f"{BOX[1]}, the latter two not negative"),
         "score": (_is_number, "a finite number"),
     },
 }
@@ -316,7 +325,7 @@ def _entry_problems(path: str | Path, name: str, position: int, entry: Any) -> I
                 message = f"{where}: {field!r} is missing, must be {meant}"
                 yield Problem(f"{name} without {field}", "error", message)
         elif not fits(entry[field]):
-            message = f"{where} has {field} {_show(entry[field])}, must be {meant}"
+            message = f"{where} has {field} {shown(entry[field])}, must be {meant}"
             yield Problem(f"{name} with a wrong {field}", "error", message)
 
 
@@ -334,7 +343,7 @@ def _repeated(path: str | Path, name: str, entries: list[Entry], field: str, lev
     for position, entry in enumerate(entries):
         if field in entry and first.setdefault(entry[field], position) != position:
             message = (
-                f"{_where(path, name, position, entry)}: {field} {_show(entry[field])} is used twice, first by "
+                f"{_where(path, name, position, entry)}: {field} {shown(entry[field])} is used twice, first by "
                 f"{name}[{first[entry[field]]}]"
             )
             yield Problem(f"{name} with the same {field}", level, message)
@@ -343,7 +352,7 @@ def _repeated(path: str | Path, name: str, entries: list[Entry], field: str, lev
 def _unused(path: str | Path, name: str, entries: list[Entry], used: set[Any], kind: str) -> Iterator[Problem]:
     for position, entry in enumerate(entries):
         if "id" in entry and entry["id"] not in used:
-            called = _show(entry.get("name", entry.get("file_name")))
+            called = shown(entry.get("name", entry.get("file_name")))
             yield Problem(kind, "note", f"{_where(path, name, position, entry)}, {called}, has no annotation")
 
 
@@ -382,7 +391,7 @@ def _file_problems(path: str | Path, images: Iterable[Any], folder: Path) -> Ite
             inside, there = file.is_relative_to(root), file.is_file()
         except (OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
             pass
-        where = f"{_where(path, 'images', position, image)} has file_name {_show(name)}"
+        where = f"{_where(path, 'images', position, image)} has file_name {shown(name)}"
         if not inside:
             yield position, Problem("image files outside their folder", "error", f"{where}, outside {folder}")
         elif not there:
@@ -392,8 +401,11 @@ def _file_problems(path: str | Path, images: Iterable[Any], folder: Path) -> Ite
 def _image_problems(
     folder: Path, images: list[Entry], workers: int, on_image: Callable[[int], Any]
 ) -> Iterator[Problem]:
+    from detector.coco import without_pillows_warnings
+
     on_image(len(images))
-    with ThreadPoolExecutor(workers) as executor:
+    # Also around all threads: what each of them sets and takes back is all threads' own.
+    with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
         try:
             results = executor.map(partial(image_problem, folder), images)
             for left, problem in zip(reversed(range(len(images))), results):
@@ -410,19 +422,7 @@ def _list(data: Any, name: str) -> list[Any]:
 
 
 def _where(path: str | Path, name: str, position: int, entry: Entry) -> str:
-    return f"{path}: {name}[{position}]" + (f" (id {_show(entry['id'])})" if "id" in entry else "")
-
-
-_short = reprlib.Repr()
-_short.maxstring, _short.maxother = 200, 200
-
-
-def _show(value: Any) -> str:
-    """A value of JSON on one line, cut where it is long."""
-    try:
-        return _short.repr(value)
-    except ValueError:  # Python's limit to the digits of an integer
-        return "an integer of thousands of digits"
+    return f"{path}: {name}[{position}]" + (f" (id {shown(entry['id'])})" if "id" in entry else "")
 
 
 def _kind(value: Any) -> str:

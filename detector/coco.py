@@ -3,10 +3,13 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
+import stat
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,14 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detector.checks import Problem, annotation_problems, file_problems
+from detector.checks import MOST_AREA, Problem, annotation_problems, file_problems
 from detector.errors import DataError, SizeError
 from detector.seeding import drawn_from, seed_of
 
 ROOT_VARIABLE = "DETECTOR_DATA"
+# What a file may be, whatever it is called. Pillow knows more, and runs Ghostscript on a file that says it is an EPS.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # or it writes on stderr what is wrong with a file
 
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -61,9 +67,10 @@ def read_coco(path: str | Path) -> COCO:
     data = read_json(path)
     flaws = refuse(annotation_problems(path, data), f"{path}")
     for annotation in data["annotations"]:
-        box = annotation["bbox"]
+        _, _, width, height = annotation["bbox"]
         annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", box[2] * box[3])
+        # A box of a negative size is an object that nobody can find, as one without a size is.
+        annotation.setdefault("area", min(max(width, 0) * max(height, 0), MOST_AREA))
     if any(annotation["id"] == 0 for annotation in data["annotations"]):
         for number, annotation in enumerate(data["annotations"], start=1):
             annotation["id"] = number  # pycocotools takes 0 for none; nothing else reads the ids
@@ -88,7 +95,7 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
     not. The annotation's size decides: the pixels as stored if they fit it, else the pixels turned upright.
 
     Args:
-        path: any format that Pillow reads.
+        path: one of :data:`FORMATS`, so far as this Pillow reads them.
         width: the annotation's width, in pixels; ``None``: turn upright, as a viewer does.
         height: the annotation's height.
 
@@ -96,10 +103,21 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
         [3, H, W], uint8.
 
     Raises:
-        DataError: the file is missing, broken or cut off, or has another size than the annotation says.
+        DataError: the file is missing, broken or cut off, has more pixels than Pillow's ``Image.MAX_IMAGE_PIXELS``, or
+            another size than the annotation says.
     """
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(path) as image:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a folder; a pipe, of which nothing would ever come
+            raise DataError(f"{path}: cannot be read as an image: it is no regular file")
+        with without_pillows_warnings(), Image.open(path, formats=formats) as image:
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.size[0] * image.size[1] > most:  # Pillow only warns, up to twice as many
+                raise DataError(
+                    f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, more than the {most:,} that are "
+                    "read: a small file may say that, and fill the memory"
+                )
             upright = ImageOps.exif_transpose(image) if width is None or image.size != (width, height) else image
             if width is not None and upright.size != (width, height):
                 raise SizeError(
@@ -109,10 +127,18 @@ def read_image(path: str | Path, *, width: int | None = None, height: int | None
             return v2.functional.pil_to_tensor(as_rgb(upright))
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:  # decoders differ
+    except Exception as error:  # decoders raise what they like: struct.error, TypeError, SyntaxError, ...
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as an image (broken or cut off): {error}") from None
+
+
+@contextlib.contextmanager
+def without_pillows_warnings() -> Iterator[None]:
+    """Within, Pillow's remarks about an image (its EXIF data, its size) do not reach the terminal."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -1,9 +1,11 @@
 """What a user can mend, said in one sentence."""
 
+import reprlib
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -20,6 +22,25 @@ class SizeError(DataError):
 
 class ModelError(UserError, ValueError):
     """What is wrong with a model's settings, weights or checkpoint."""
+
+
+class _Short(reprlib.Repr):
+    def repr_instance(self, value: Any, level: int) -> str:
+        plain = value is None or isinstance(value, (bool, float, complex))
+        return repr(value) if plain else f"<{type(value).__name__}>"
+
+
+_short = _Short()
+_short.maxlevel, _short.maxstring, _short.maxother = 5, 200, 200  # a kilobyte of lists may be shown as gigabytes
+
+
+def shown(value: Any) -> str:
+    """A value of a file that anybody may have written, on one line, cut where it is long or deep."""
+    try:
+        text = _short.repr(value)
+    except ValueError:  # Python's limit to the digits of an integer
+        return "an integer of thousands of digits"
+    return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def sentence(error: BaseException) -> str:

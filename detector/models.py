@@ -1,5 +1,7 @@
 """Detectors by name: torchvision's R-CNN builders and timm backbones under torchvision's Faster R-CNN."""
 
+import math
+import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,11 +21,12 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detector.errors import DataError, ModelError
+from detector.errors import DataError, ModelError, shown
 
 Model = TypeVar("Model", bound=nn.Module)
 
 PACKAGED = "packaged"
+MOST_PIXELS = 10_000  # of the side of an image that a detector is built for
 # The published files whose batch norms torchvision runs with an eps of 0 when it fetches them itself.
 COCO_V1_FILES = (
     "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
@@ -89,7 +92,10 @@ class DetectorConfig:
                 kinds = get_args(kind)
                 fits, meant = len(parts) == len(kinds) and all(map(_is_size, parts)), f"{len(kinds)} positive integers"
             elif kind is int:
-                fits, meant = _is_size(value) or (name == "trainable_layers" and value == 0), "a positive integer"
+                fits, meant = (
+                    _is_size(value) or (name == "trainable_layers" and type(value) is int and value == 0),
+                    "a positive integer",
+                )
             elif kind is float:
                 fits, meant = type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"
             elif kind is bool:
@@ -97,7 +103,10 @@ class DetectorConfig:
             else:
                 fits, meant = type(value) is str or (value is None and name != "name"), "a name"
             if not fits:
-                raise ModelError(f"detector.{name} must be {meant}, got {value!r}")
+                raise ModelError(f"detector.{name} must be {meant}, got {shown(value)}")
+        for name in ("min_size", "max_size"):
+            if getattr(self, name) > MOST_PIXELS:  # every image would be enlarged to it
+                raise ModelError(f"detector.{name} must be at most {MOST_PIXELS}, got {getattr(self, name)}")
 
     def common_options(self) -> dict[str, Any]:
         """The settings that every torchvision Faster R-CNN takes, by torchvision's names."""
@@ -151,7 +160,7 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
     if weights in torchvision.models.get_model_weights(name).__members__ or weights == "DEFAULT":
         with _fetching(name, "give a file of weights"):
             return torchvision.models.get_model(name, weights=weights).eval()
-    state = read_weights(weights)
+    state = read_weights(weights, legacy=True)  # as torchvision's own older files are
     state = state.get("model", state)  # torchvision's own training script saves it under that name
     classes = number_of_classes(name, state) if isinstance(state, dict) else None
     if classes is None or classes < 2:
@@ -174,14 +183,23 @@ def set_batch_norm_eps(model: nn.Module, eps: dict[str, float]) -> None:
         setattr(model.get_submodule(name), "eps", float(value))  # noqa: B010 (a Module's attributes are untyped)
 
 
-def read_weights(path: str | Path) -> dict[str, Any]:
+def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
     """Read a file of tensors and plain values; nothing in it is executed.
+
+    Args:
+        path: what ``torch.save`` wrote.
+        legacy: also take the format before torch 1.6, in which damage to a number cannot be seen.
 
     Raises:
         ModelError: the file is missing, broken, or holds anything else.
     """
     try:
-        _check_sums(path)
+        with open(path, "rb"):
+            pass
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
+        elif not legacy:
+            raise ValueError("not a ZIP archive, as torch.save writes it")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -193,13 +211,21 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_sums(path: str | Path) -> None:
-    """torch.load reads a damaged number without a word; the file, a ZIP archive, holds a checksum of each tensor."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+def _check_archive(path: str | Path) -> None:
+    """What torch.load would take without a word: a damaged number, and a small file that fills the memory."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError("it holds more than its size, packed, as torch.save never writes it")
+        if len({member.filename.lower() for member in members}) < len(members):
+            raise ValueError("it holds two members of one name")  # of which only one would be looked at
+        damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
+        for member in members:
+            # The one function that weights_only=True calls and that makes any amount of memory out of a number.
+            if member.filename.lower().endswith(".pkl") and b"\nbytearray\n" in archive.read(member):
+                raise ValueError("it holds a bytearray, which no weights are")
 
 
 @contextmanager
@@ -238,20 +264,39 @@ def load_weights(build: Callable[[], Model], state: Any, refusal: str) -> Model:
         refusal: how the error begins: the file's name, and what it is not.
 
     Raises:
-        ModelError: names or shapes differ from the model's.
+        ModelError: names, shapes or kinds of numbers differ from the model's, or a number is not finite.
     """
-    with torch.device("meta"):
-        expected = build().state_dict()
+    try:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except (ValueError, RuntimeError) as error:  # a ModelError; torchvision's; sizes whose product no integer holds
+        raise ModelError(f"{refusal}: cannot be built: {' '.join(str(error).split())}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{refusal}: its weights are not tensors by name")
     for name in [*expected, *state]:
         shapes = [list(weights[name].shape) if name in weights else "missing" for weights in (state, expected)]
         # torchvision's older files lack this count, which nothing reads.
-        if shapes[0] != shapes[1] and not name.endswith("num_batches_tracked"):
+        if shapes[0] != shapes[1] and not str(name).endswith("num_batches_tracked"):
             raise ModelError(f"{refusal}: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+            raise ModelError(f"{refusal}: {name} is no plain tensor")
+    stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
+    if sum(value.numel() * value.element_size() for value in state.values()) > sum(stored.values()):
+        raise ModelError(f"{refusal}: its weights are larger than what it holds of them")
+    for name in state.keys() & expected.keys():
+        _check_values(name, state[name], expected[name], refusal)
     model = build()
     model.load_state_dict(state, strict=False)
     return model
+
+
+def _check_values(name: str, value: Tensor, expected: Tensor, refusal: str) -> None:
+    """Numbers that a model can compute with: NaN and infinity would make it find nothing, without a word."""
+    if value.is_floating_point() != expected.is_floating_point() or value.is_complex():
+        raise ModelError(f"{refusal}: {name} is {value.dtype} in the file, {expected.dtype} in the model")
+    if not math.isfinite(value.sum(dtype=torch.float64).item()) and not value.isfinite().all():
+        raise ModelError(f"{refusal}: {name} holds NaN or infinity (did the training diverge?)")
 
 
 def number_of_classes(name: str, state: dict[str, Any]) -> int | None:

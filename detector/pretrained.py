@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 
 from detector.coco import read_json
-from detector.errors import DataError, ModelError, sentence
+from detector.errors import DataError, ModelError, sentence, shown
 from detector.files import write_json, write_whole
 from detector.inference import Detections, ImageLike, as_image
 from detector.model_card import is_generated, model_card
@@ -258,6 +258,8 @@ class PretrainedDetector(
             raise ModelError(f"{folder / WEIGHTS}: cannot be read as weights (cut off?): {error}") from None
         refusal = "not of a detector of this project, or damaged"
         with _refusing(folder / CONFIG, refusal):
+            if not isinstance(config, dict):
+                raise TypeError(f"it must hold a dict, not a {type(config).__name__}")
             if config["weights_digest"] != digest_of(weights):
                 raise ModelError(f"{WEIGHTS} beside it is damaged, or of another detector")
             categories = [(category["id"], category["name"]) for category in config["categories"]]
@@ -299,7 +301,13 @@ def _refusing(path: Path, refusal: str) -> Iterator[None]:
         raise ModelError(f"{path}: {error}") from None
     except KeyError as error:
         raise ModelError(f"{path}: {refusal}: it has no {error}") from None
-    except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all numbers
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise ModelError(f"{path}: {refusal}: {sentence(error)}") from None
 
 
@@ -329,6 +337,8 @@ def load_checkpoint(path: str | Path) -> PretrainedDetector:
     refusal = "not a checkpoint of tools/train.py, or damaged"
     with _refusing(Path(path), refusal):
         saved = checkpoint[CHECKPOINT_KEY]
+        if not isinstance(saved, dict):
+            raise TypeError(f"{CHECKPOINT_KEY} must be a dict, not a {type(saved).__name__}")
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         categories = list(zip(saved["category_ids"], saved["category_names"], strict=True))
         return _assemble(saved["detector"], saved["crop"], categories, weights, saved["batch_norm_eps"], refusal)
@@ -374,10 +384,11 @@ def _assemble(
 ) -> PretrainedDetector:
     """Build a detector from what a file says, of which nothing is trusted."""
     if crop not in ("affine", "roi_align"):
-        raise ModelError(f"{refusal}: crop must be affine or roi_align, got {crop!r}")
+        raise ModelError(f"{refusal}: crop must be affine or roi_align, got {shown(crop)}")
     for category_id, name in categories:
         if (type(category_id) is not int and category_id is not None) or type(name) is not str:
-            raise ModelError(f"{refusal}: a category must have an id and a name, got {category_id!r} and {name!r}")
+            got = f"{shown(category_id)} and {shown(name)}"
+            raise ModelError(f"{refusal}: a category must have an id and a name, got {got}")
     try:
         # JSON makes lists of tuples.
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}

@@ -14,7 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from detector.checks import Findings, Problem, annotation_problems, check_dataset, file_problems, image_problem, report
+from detector.checks import (
+    BOX,
+    Findings,
+    Problem,
+    annotation_problems,
+    check_dataset,
+    file_problems,
+    image_problem,
+    report,
+)
 from detector.coco import CocoDetection, read_coco
 from detector.digits import write_digits
 from detector.errors import DataError
@@ -108,6 +117,15 @@ CASES = [
     (boxed(1, 2, 3, "4"), "annotations with a wrong bbox", "error", "'4'"),
     (boxed(1, 2, 3, True), "annotations with a wrong bbox", "error", "True"),
     (changed("annotations", 0, "bbox", value={}), "annotations with a wrong bbox", "error", "bbox {}"),
+    (changed("annotations", 0, "area", value=-1), "annotations with a wrong area", "error", "number from 0 to 1e10"),
+    (
+        changed("annotations", 0, "area", value=2e10),
+        "annotations with a wrong area",
+        "error",
+        "a number from 0 to 1e10",
+    ),
+    (boxed(0, 0, 1e200, 1e200), "annotations with a wrong bbox", "error", "each 0 or from 1e-100 to 1e9 in size"),
+    (boxed(0, 0, 1e-200, 1e-200), "annotations with a wrong bbox", "error", "each 0 or from 1e-100 to 1e9 in size"),
     (changed("annotations", 0, "area", value="1"), "annotations with a wrong area", "error", "area '1', must be"),
     (
         changed("annotations", 0, "iscrowd", value=2),
@@ -209,7 +227,7 @@ def test_one_sentence_says_how_many_more_there_are(tmp_path):
         path.write_text(json.dumps(data))
         with pytest.raises(DataError) as error:
             read_coco(path)
-        first = f"{path}: annotations[0] (id 1) has bbox None, must be 4 finite numbers, x, y, width and height"
+        first = f"{path}: annotations[0] (id 1) has bbox None, must be {BOX[1]}"
         assert str(error.value) == first + (f" (and {more}tools/check.py {path} lists them)" if more else "")
 
 
@@ -325,6 +343,15 @@ def test_a_folder_instead_of_an_image_is_found_when_it_is_opened(tmp_path):
     assert kinds(check_dataset(path, tmp_path / "images")) == [("error", "unreadable images")]
 
 
+def test_a_value_is_shown_in_a_line_however_large_it_is():
+    value = ["ha"]
+    for _ in range(30):
+        value = [value] * 10
+    for large in (value, {"a": value}, "n" * 10**6, 10**5000, [10**5000]):
+        (problem,) = annotation_problems("a.json", changed("annotations", 0, "bbox", value=large))
+        assert len(problem.message) < 1000
+
+
 def test_image_folder_that_is_not_there(tmp_path):
     path = write(tmp_path)
     for folder in (tmp_path / "nowhere", path, tmp_path / ("l" * 5000)):
@@ -369,11 +396,13 @@ def test_images_that_cannot_be_read_as_annotated(tmp_path, suffix):
 
 
 def test_a_decoder_that_fails_in_its_own_way_is_an_unreadable_image(tmp_path, monkeypatch):
-    def avif(path):
+    root = write(tmp_path).parent
+
+    def avif(path, **options):
         raise RuntimeError("Failed to decode image: Missing or empty image item")
 
     monkeypatch.setattr(Image, "open", avif)
-    problem = image_problem(tmp_path, VALID["images"][0])
+    problem = image_problem(root / "images", VALID["images"][0])
     assert (problem.kind, problem.level) == ("unreadable images", "error")
     assert "Missing or empty image item" in problem.message
 

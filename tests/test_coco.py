@@ -1,6 +1,9 @@
 """Reading COCO's layout: what is mapped, dropped, turned, refused."""
 
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +151,50 @@ def test_broken_images_are_named(tmp_path):
     for path, reason in ((cut, "cut off"), (text, "cannot be read"), (tmp_path / "none.jpg", "no such image")):
         with pytest.raises(DataError, match=rf"{path.name}.*{reason}"):
             read_image(path)
+
+
+def png(*chunks: tuple[bytes, bytes], width=8, height=6) -> bytes:
+    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = (b"IDAT", zlib.compress(bytes(9 * 6)))
+    parts = [head, *chunks, pixels, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+
+
+def test_one_limit_to_an_images_size_without_a_warning(tmp_path, recwarn):
+    path = tmp_path / "image.png"
+    path.write_bytes(png())
+    assert read_image(path).shape == (3, 6, 8)
+    for width in (9_000, 15_000, 60_000):  # Pillow warns of the first two, and reads them
+        path.write_bytes(png(width=width, height=10_000))
+        with pytest.raises(DataError, match=r"image\.png.*(more than the 89,478,485 that are read|exceeds limit)"):
+            read_image(path)
+    assert not recwarn.list
+
+
+def test_a_file_that_is_no_photograph_is_not_given_to_other_programs(tmp_path):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"  # which Ghostscript would run
+    with pytest.raises(DataError, match=r"image\.jpg: cannot be read as an image"):
+        read_image(path)
+
+
+def test_exif_data_that_is_cut_off(tmp_path):
+    path = tmp_path / "image.png"
+    path.write_bytes(png((b"eXIf", b"MM\0*")))
+    assert read_image(path, width=8, height=6).shape == (3, 6, 8)  # nobody asked for it
+    with pytest.raises(DataError, match=r"image\.png: cannot be read as an image"):
+        read_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(DataError, match=r"image\.png.*no regular file"):
+        read_image(tmp_path / "image.png")
 
 
 IMAGE = {"id": 1, "file_name": "a.png", "width": 30, "height": 20}

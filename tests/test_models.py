@@ -7,7 +7,13 @@ from torchvision.models.detection import FasterRCNN
 
 from detector import restore_roi_align, swap_crop_head
 from detector.errors import ModelError
-from detector.models import DetectorConfig, build_detector, load_torchvision_detector, read_weights
+from detector.models import (
+    DetectorConfig,
+    build_detector,
+    load_torchvision_detector,
+    load_weights,
+    read_weights,
+)
 
 LITE0 = DetectorConfig(
     name="timm/tf_efficientnet_lite0",
@@ -163,3 +169,50 @@ def test_nothing_is_unpickled(tmp_path):
         with pytest.raises(ModelError, match=name):
             read_weights(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.index_fill(0, torch.tensor(1), float("nan")), "NaN or infinity"),
+        (lambda value: value.index_fill(0, torch.tensor(1), float("inf")), "NaN or infinity"),
+        (lambda value: value.long(), "torch.int64 in the file"),
+        (lambda value: value.to(torch.complex64), "torch.complex64 in the file"),
+        (lambda value: value.to_sparse(), "no plain tensor"),
+        (lambda value: value.to("meta"), "no plain tensor"),
+        (lambda value: torch.zeros(1).expand(3), "larger than what it holds"),
+    ],
+)
+def test_weights_that_are_no_weights(change, message):
+    state = torch.nn.Linear(2, 3).state_dict()
+    load_weights(lambda: torch.nn.Linear(2, 3), state, "file")
+    state["bias"] = change(state["bias"])
+    with pytest.raises(ModelError, match=f"^file: .*{message}"):
+        load_weights(lambda: torch.nn.Linear(2, 3), state, "file")
+
+
+def test_what_cannot_be_built_is_the_files_fault():
+    def build():
+        return build_detector(DetectorConfig(name="timm/resnet18", weights="COCO_V1"), 2)
+
+    pytest.importorskip("timm")
+    with pytest.raises(ModelError, match=r"^file: cannot be built: weights: 'COCO_V1'"):
+        load_weights(build, {}, "file")
+    with pytest.raises(ModelError, match=r"^file: cannot be built: "):  # more numbers than an integer counts
+        load_weights(lambda: torch.nn.Linear(2**40, 2**40), {}, "file")
+
+
+@pytest.mark.parametrize("value", [True, torch.zeros(2), False, 1.0])
+def test_settings_are_plain_values(value):
+    with pytest.raises(ModelError, match="trainable_layers must be a positive integer"):
+        DetectorConfig(trainable_layers=value)
+    with pytest.raises(ModelError, match="max_size must be at most 10000"):
+        DetectorConfig(max_size=10**9)
+
+
+def test_the_format_before_checksums_is_read_only_where_it_is_asked_for(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    assert read_weights(path, legacy=True)["a"].tolist() == [1, 1]
+    with pytest.raises(ModelError, match="not a ZIP archive"):
+        read_weights(path)

@@ -356,6 +356,22 @@ class TestResultsFile:
         with pytest.raises(DataError, match=rf"'{field}' is missing.*1 more problem"):
             self.read(tmp_path, [bad, bad])
 
+    @pytest.mark.parametrize("size", [1e200, 1e-200])
+    def test_boxes_whose_iou_is_no_number_would_match_everything(self, tmp_path, size):
+        box = [0, 0, size, size]
+        coco = truth([(1, 5, box)])
+        coco.anns[1]["area"] = 1
+        assert evaluate(coco, [result(1, [0, 0, size, size / 8])])[0]["AP50"] == pytest.approx(1)  # pycocotools
+        with pytest.raises(DataError, match="each 0 or from 1e-100 to 1e9 in size"):
+            self.read(tmp_path, [result(1, box)])
+
+    def test_scores_are_floats(self, tmp_path):
+        lowest = result(1, [0, 0, 20, 20], -(2**63))
+        others = [result(1, [50, 50, 20, 20], -n) for n in range(5)]
+        found = self.read(tmp_path, [lowest, *others])
+        assert all(type(one["score"]) is float for one in found)
+        assert evaluate(truth([(1, 5, [0, 0, 20, 20])]), found)[0]["AP50"] == pytest.approx(1 / 6)
+
     def test_other_files(self, tmp_path):
         with pytest.raises(DataError, match=r"not a results file.*this is an annotation file"):
             self.read(tmp_path, {"images": [], "annotations": [], "categories": []})
@@ -414,6 +430,17 @@ def test_annotation_id_0_is_an_object_like_any_other(tmp_path):
     (tmp_path / "truth.json").write_text(json.dumps(data))
     found = [result(1, [0, 0, 20, 20]), result(2, [0, 0, 20, 20])]
     assert evaluate(read_coco(tmp_path / "truth.json"), found)[0]["AP"] == pytest.approx(1)
+
+
+def test_a_box_of_a_negative_size_is_an_object_that_nobody_finds(tmp_path):
+    data = truth([(1, 5, [0, 0, 20, 20]), (1, 5, [60, 60, 10, -5]), (1, 5, [60, 60, -10, -5])]).dataset
+    for annotation in data["annotations"]:
+        del annotation["area"]
+    (tmp_path / "truth.json").write_text(json.dumps(data))
+    coco, found = read_coco(tmp_path / "truth.json"), [result(1, [0, 0, 20, 20])]
+    report, _ = make_report(match(coco, found), found, about={})
+    assert report["scores"]["AR100"] == pytest.approx(1 / 3)
+    assert report["about"]["objects"] == sum(report["confusion"]["matrix"][0]) == 3
 
 
 def test_the_newest_report_of_the_same_weights_is_found(tmp_path):

@@ -24,7 +24,11 @@ def read_results(path: str | Path, truth: COCO) -> list[Result]:
     """
     data = read_json(path)
     refuse(result_problems(path, data, truth.imgs.keys(), truth.cats.keys()))
-    return [{name: entry[name] for name in ("image_id", "category_id", "bbox", "score")} for entry in data]
+    # Scores as floats: numpy would sort the largest integers by their negative, which is no integer of 64 bits.
+    return [
+        {**{name: entry[name] for name in ("image_id", "category_id", "bbox")}, "score": float(entry["score"])}
+        for entry in data
+    ]
 
 
 def crowded(results: list[Result], most: int = 100) -> int:
