@@ -15,7 +15,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 import detector.pooler
 from detector import AffineCrop, MultiScaleAffineCrop, swap_crop_head
-from detector.export import ExportError, compare_speed, export_onnx
+from detector.export import ExportError, _detect, compare_speed, export_onnx
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -373,3 +373,32 @@ def test_torch_export_of_the_pooler():
         arguments = inputs(size, sides)
         expected = PoolOfImages(MultiScaleRoIAlign(list(STRIDES), 3, 2, **SMALL))(*arguments)
         torch.testing.assert_close(module(*arguments), expected, rtol=0, atol=1e-4)
+
+
+def test_every_image_is_compared_by_several_detections():
+    """Of a trained detector one score may stand far above the others: a gap that is no place for a threshold."""
+
+    class Trained(nn.Module):
+        scores = [torch.tensor([0.99, *torch.linspace(0.05, 0.01, 40).tolist()]), torch.linspace(0.3, 0.02, 15)]
+
+        def __init__(self):
+            super().__init__()
+            self.roi_heads = nn.Module()
+            self.roi_heads.score_thresh = 0.5
+
+        def forward(self, images):
+            kept = [scores[scores > self.roi_heads.score_thresh] for scores in self.scores]
+            return [{"boxes": torch.zeros(len(s), 4), "labels": torch.ones(len(s)).long(), "scores": s} for s in kept]
+
+    model = Trained()
+    found, threshold = _detect(model, torch.zeros(2, 3, 4, 4))
+    assert all(len(image["scores"]) >= 10 for image in found)
+    assert model.roi_heads.score_thresh == 0.5
+    assert 0 < threshold < 0.05
+
+
+def test_without_onnxruntime_nothing_is_compared_and_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert export_onnx(tiny(), tmp_path / "model.onnx") is False
+    monkeypatch.undo()
+    assert export_onnx(tiny(), tmp_path / "model.onnx") is True
