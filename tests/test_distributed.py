@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 from test_resume import KILL_WITHIN, STUB, assert_equal
 from tiny_training import REPOSITORY, TINY
 
-from detector.command_line import score
+from detector.command_line.evaluate import score
 from detector.digits import write_digits
 from detector.training.command_line import train
 

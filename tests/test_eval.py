@@ -24,7 +24,7 @@ from torchvision.ops import nms
 
 from detector import swap_crop_head
 from detector.coco import CocoDetection
-from detector.command_line import score
+from detector.command_line.evaluate import score
 from detector.errors import DataError
 from detector.evaluation import detect_with_losses, to_results
 from detector.evaluation.augmented import AugmentedDetector
@@ -199,7 +199,7 @@ def test_ctrl_c_scores_what_was_seen(checkpoint, data, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_is_refused_before_the_run(checkpoint, data, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("detector.command_line.run_detector", None)
+    monkeypatch.setattr("detector.command_line.evaluate.run_detector", None)
     with pytest.raises(SystemExit, match="file"):
         score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(tmp_path / "file" / "out"))
 
@@ -291,7 +291,7 @@ def test_an_image_that_is_too_narrow_is_named(checkpoint, data, tmp_path, monkey
     content |= {"images": [{"id": 4, "file_name": "1.png", "width": 1, "height": 900}], "annotations": []}
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    monkeypatch.setattr("detector.command_line.run_detector", None)  # before the run
+    monkeypatch.setattr("detector.command_line.evaluate.run_detector", None)  # before the run
     with pytest.raises(SystemExit, match=r"1.png \(id 4\): an image of 1 x 900 pixels is too narrow"):
         score(checkpoint=str(checkpoint), root=str(tmp_path), split="val", workers=0, output="out")
 
@@ -411,7 +411,7 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
     model = tiny_rcnn("mask", box_predictor=FastRCNNPredictor(16, 4))
     model.roi_heads.mask_predictor = MaskRCNNPredictor(8, 8, 4)
     detector = PretrainedDetector(model, [3, 5, 8], ["<b>3</b>", "<b>5</b>", "<b>8</b>"])
-    monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
+    monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
     options = {"root": str(data), "split": "val", "workers": 0, "output": "out"}
     score(model="maskrcnn", weights="w.pth", crop="affine", **options)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -423,7 +423,7 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
 
 def test_objects_of_classes_that_a_checkpoint_does_not_know_are_refused(data, monkeypatch):
     detector = PretrainedDetector(tiny_rcnn(), [3, 5], ["<b>3</b>", "<b>5</b>"])
-    monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
+    monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
     with pytest.raises(SystemExit, match="objects of category 8 '<b>8</b>', on which the checkpoint was not trained"):
         score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
 
@@ -438,7 +438,7 @@ def test_published_classes_may_be_others_than_the_datas(data, tmp_path, monkeypa
     path.write_text(json.dumps(content))
     names = published_names()
     detector = PretrainedDetector(tiny_rcnn(box_predictor=FastRCNNPredictor(16, 91)), list(range(1, 91)), names[1:])
-    monkeypatch.setattr("detector.command_line.load_published", lambda name, weights: detector)
+    monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
     score(model="some", weights="w.pth", root=str(root), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None
@@ -458,7 +458,7 @@ def test_whatever_happens_while_times_are_taken_the_scores_are_kept(fails, check
     def fail(*arguments, **options):
         raise fails
 
-    monkeypatch.setattr("detector.command_line.measure_stages", fail)
+    monkeypatch.setattr("detector.command_line.evaluate.measure_stages", fail)
     options = {"root": str(data), "split": "val", "output": "out", "workers": 0}
     score(checkpoint=str(checkpoint), limit=2, speed=5, **options)
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -379,10 +379,9 @@ def test_every_image_is_compared_by_several_detections():
     """Of a trained detector one score may stand far above the others: a gap that is no place for a threshold."""
 
     class Trained(nn.Module):
-        scores = [torch.tensor([0.99, *torch.linspace(0.05, 0.01, 40).tolist()]), torch.linspace(0.3, 0.02, 15)]
-
         def __init__(self):
             super().__init__()
+            self.scores = [torch.tensor([0.99, *torch.linspace(0.05, 0.01, 40)]), torch.linspace(0.3, 0.02, 15)]
             self.roi_heads = nn.Module()
             self.roi_heads.score_thresh = 0.5
 

@@ -35,7 +35,18 @@ def test_public_name(name):
     assert getattr(detector, name).__doc__
 
 
-@pytest.mark.parametrize("module", ["command_line", "pretrained", "evaluation", "export", "image_files"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "command_line.evaluate",
+        "command_line.predict",
+        "command_line.export",
+        "pretrained",
+        "evaluation",
+        "export",
+        "image_files",
+    ],
+)
 def test_what_comes_after_training_does_not_import_lightning(module):
     code = f"import sys, detector.{module}; print('lightning' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

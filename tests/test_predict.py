@@ -23,9 +23,10 @@ from test_files import BREAK
 from tiny_detector import IDS, NAMES, scene, tiny_checkpoint
 from tiny_training import REPOSITORY
 
-from detector import command_line, image_files
+from detector import image_files
 from detector.coco import read_coco
-from detector.command_line import predict
+from detector.command_line import predict as predict_command
+from detector.command_line.predict import predict
 from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.results import read_results
@@ -612,7 +613,7 @@ def test_a_wrong_command_line_is_2(arguments, capsys):
 
 def test_the_tool_hands_everything_on(monkeypatch):
     given = {}
-    monkeypatch.setattr(command_line, "predict", lambda images, **options: given.update(options, images=images) or 0)
+    monkeypatch.setattr(predict_command, "predict", lambda images, **options: given.update(options, images=images) or 0)
     assert tool.main(["a.png", "b", "--checkpoint", "c"]) == 0
     assert given == {
         "images": ["a.png", "b"],

@@ -19,7 +19,7 @@ from test_files import BREAK
 from tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
 
 from detector import pretrained as module
-from detector.command_line import export
+from detector.command_line.export import export
 from detector.errors import DataError, ModelError
 from detector.models import batch_norm_eps
 from detector.pretrained import (

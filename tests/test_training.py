@@ -22,7 +22,7 @@ from tiny_training import REPOSITORY, TINY
 
 from detector.categories import match_categories
 from detector.coco import CocoDetection, find_root
-from detector.command_line import score
+from detector.command_line.evaluate import score
 from detector.digits import write_digits
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY

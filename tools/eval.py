@@ -12,7 +12,7 @@ if __name__ == "__main__":
     try:
         from jsonargparse import auto_cli
 
-        from detector.command_line import score
+        from detector.command_line.evaluate import score
 
         auto_cli(score)
     except KeyboardInterrupt:  # while torch is imported, which takes seconds

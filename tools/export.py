@@ -11,7 +11,7 @@ if __name__ == "__main__":
     try:
         from jsonargparse import auto_cli
 
-        from detector.command_line import export
+        from detector.command_line.export import export
 
         auto_cli(export)
     except KeyboardInterrupt:  # while torch is imported, which takes seconds

@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = vars(parse(arguments))
     # Not above: torch takes seconds to import, in which --help is read, or Ctrl-C pressed.
-    from detector.command_line import predict
+    from detector.command_line.predict import predict
 
     return predict(options.pop("images"), pictures=not options.pop("no_pictures"), **options)
 

@@ -8,7 +8,6 @@ a score that are mostly right, and boxes of nothing.
 """
 
 import argparse
-import resource
 import time
 
 import numpy as np
@@ -68,7 +67,6 @@ for evaluator, rounds in (("pycocotools", 1), ("faster-coco-eval", options.round
         start = time.perf_counter()
         scores[evaluator] = evaluate(truth, results, evaluator=evaluator)[0]
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if rounds > 1 else ""
     median = sorted(seconds)[len(seconds) // 2]
     print(

@@ -1,10 +1,10 @@
-"""The command lines of ``tools/eval.py``, ``tools/predict.py`` and ``tools/export.py``."""
+"""The command line of ``tools/eval.py``."""
 
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,19 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
 from detector.categories import labels_of_targets, match_categories
-from detector.coco import CocoDetection, find_root, read_coco, read_json
+from detector.coco import CocoDetection, find_root, read_coco
+from detector.command_line.source import load_source, pick_device
 from detector.errors import DataError, ModelError, UserError, in_a_sentence, sentence
 from detector.evaluation.augmented import AugmentedDetector
 from detector.evaluation.metric import Evaluator, evaluator_version
 from detector.evaluation.ranks import gathered, joined
-from detector.evaluation.report import newest_report
 from detector.evaluation.results import crowded, read_results
 from detector.evaluation.scoring import described, run_detector, write_evaluation
 from detector.evaluation.timing import WARM_UP, measure_stages
-from detector.export import compare_speed, export_onnx
 from detector.folders import run_folder, unused_folder
-from detector.image_files import find_images, predict_images
-from detector.model_card import is_generated
 from detector.models import refuse_narrow
 from detector.overriding import overridden
-from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop, PretrainedDetector, load_detector, load_published
+from detector.pretrained import Crop, PretrainedDetector
 
 
 def score(
@@ -113,9 +110,9 @@ def score(
             return
         folder = find_root(root, dataset, flag="--root")
         data = CocoDetection(folder / images.replace("{split}", split), folder / annotations.replace("{split}", split))
-        detector, called = _load(checkpoint, model, weights, crop)
+        detector, called = load_source(checkpoint, model, weights, crop)
         category_ids = match_categories(detector, data)
-        place = _device(device)
+        place = pick_device(device)
         if output is not None:
             target = Path(output)
         else:
@@ -179,128 +176,6 @@ def score(
             sys.exit(130)
         if found.stopped is not None:
             raise found.stopped
-
-
-def predict(
-    images: Sequence[str],
-    *,
-    checkpoint: str | None = None,
-    model: str | None = None,
-    weights: str | None = None,
-    crop: Crop | None = None,
-    output: str | None = None,
-    min_score: float = 0.5,
-    annotations: str | None = None,
-    pictures: bool = True,
-    batch_size: int = 8,
-    workers: int = 2,
-    device: str | None = None,
-) -> int:
-    """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
-    with in_a_sentence():
-        files = find_images(images, None if annotations is None else read_coco(annotations))
-        detector, called = _load(checkpoint, model, weights, crop)
-        detector.to(_device(device))
-        target = unused_folder(Path("runs") / "predict") if output is None else Path(output)
-        with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
-
-            def report(broken: str | None) -> None:
-                bar.update()
-                if broken is not None:
-                    tqdm.write(f"skipped: {broken}", file=sys.stderr)
-
-            done = predict_images(
-                detector,
-                files,
-                target,
-                min_score=min_score,
-                pictures=pictures,
-                batch_size=batch_size,
-                workers=workers,
-                about={"model": called, "crop": detector.crop},
-                on_image=report,
-            )
-        found = sum(len(image["detections"]) for image in done.images)
-        of = f" of {len(files):,}" if len(done.images) < len(files) else ""
-        what = "pictures/, predictions.json and detections.json" if pictures else "predictions.json and detections.json"
-        print(f"{found:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
-        if done.broken:
-            print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
-        if done.stopped:
-            print("interrupted", file=sys.stderr)
-            return 130
-        return 3 if done.broken else 0
-
-
-def export(
-    checkpoint: str | None = None,
-    model: str | None = None,
-    weights: str | None = None,
-    crop: Crop | None = None,
-    format: Literal["onnx", "pretrained"] = "onnx",
-    output: str | None = None,
-    batch_size: int = 1,
-    speed: int = 0,
-) -> None:
-    """Export a detector: as one ONNX file, or as a folder in the format of Hugging Face's hub.
-
-    The ONNX file holds the whole detector, from pixels to boxes, in standard operators; it takes images of any size.
-    It is run by onnxruntime and compared with PyTorch before it is called done. The folder holds model.safetensors,
-    config.json and a model card with the scores of the last evaluation of these weights.
-
-    Args:
-        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
-        model: or the name of a torchvision R-CNN, such as fasterrcnn_resnet50_fpn,
-        weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
-        crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
-        format: "onnx" or "pretrained".
-        output: the file, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
-        batch_size: onnx only: the number of images that it takes at a time.
-        speed: onnx only: also time onnxruntime beside PyTorch, on so many rounds.
-    """
-    with in_a_sentence():
-        if batch_size < 1 or speed < 0:
-            raise ModelError("--batch_size must be at least 1, --speed at least 0")
-        detector, _ = _load(checkpoint, model, weights, crop)
-        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
-        if format == "pretrained" and (batch_size > 1 or speed):
-            raise ModelError("--batch_size and --speed are of --format onnx")
-        if format == "pretrained":
-            target = home / "pretrained" if output is None else Path(output)
-            if not _may_save_to(target):
-                raise ModelError(f"--output {target}: holds something else already; give a folder of its own")
-            report = newest_report(home, detector.digest())
-            generated = is_generated(target / CARD)
-            detector.save_pretrained(target, model_card_kwargs={"report": report})
-            print(f"{target}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
-            if not generated:
-                print(f"{CARD} is as it was: it is not one that this program wrote.")
-            elif report is None:
-                print("The card has no scores: tools/eval.py has not scored these weights in this run's folder.")
-            else:
-                print(f"The card has the scores of {report['about']['time']}.")
-            return
-        file = home / "detector.onnx" if output is None else Path(output)
-        if file.is_dir():
-            raise ModelError(f"--output {file}: is a folder; name a file, such as {file / 'detector.onnx'}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        network: Any = detector.model
-        compared = export_onnx(
-            network,
-            file,
-            batch_size=batch_size,
-            class_names=detector.category_names,
-            category_ids=detector.category_ids,
-        )
-        same = "onnxruntime detects what PyTorch does" if compared else "not compared: onnxruntime is not installed"
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
-        if speed:
-            side = min(network.transform.min_size[-1], network.transform.max_size)
-            seconds = compare_speed(network, file, (side, side), speed)
-            print(
-                f"{batch_size} x {side} x {side} pixels, {speed} rounds: PyTorch {1000 * seconds['pytorch']:.1f} ms, "
-                f"onnxruntime {1000 * seconds['onnxruntime']:.1f} ms, {seconds['ratio']:.2f} times"
-            )
 
 
 def _what_to_run(
@@ -409,58 +284,11 @@ def _score_results(
     _say_where(target)
 
 
-def _load(
-    checkpoint: str | None, model: str | None, weights: str | None, crop: Crop | None
-) -> tuple[PretrainedDetector, str]:
-    """The detector that a command line names, and what to call it."""
-    if checkpoint is not None:
-        if model is not None or weights is not None:
-            raise ModelError("give --checkpoint, or --model with --weights, not both")
-        detector, called = load_detector(checkpoint), checkpoint
-    elif model is None:
-        raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
-    elif weights is None:
-        raise ModelError("--model needs --weights: a state_dict file, or DEFAULT for the published ones")
-    else:
-        detector, called = load_published(model, weights), f"{model}, {weights}"
-    if crop is not None:
-        detector.crop_by(crop)
-    return detector, called
-
-
-def _may_save_to(folder: Path) -> bool:
-    """Whether a folder is not there, empty, or one of save_pretrained, which may be replaced."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    try:
-        return not any(folder.iterdir()) or "weights_digest" in read_json(folder / CONFIG)
-    except (DataError, TypeError):  # another program's
-        return False
-
-
 def _beside(checkpoint: str | None, name: str, short: str) -> Path:
     """Where results go: into the run's folder, if it is a run's checkpoint."""
     if checkpoint is not None and Path(checkpoint).is_file():
         return run_folder(Path(checkpoint)) / f"eval-{short}"
     return Path("runs") / name
-
-
-def _device(device: str | None) -> torch.device:
-    try:
-        if device is not None:
-            place = torch.device(device)
-            if place == torch.device("cuda"):
-                place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        elif torch.cuda.is_available():
-            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        else:
-            place = torch.device("cpu")
-        torch.zeros(1, device=place).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return place
 
 
 def _say_where(folder: Path) -> None:

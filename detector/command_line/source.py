@@ -1,0 +1,39 @@
+"""Which detector a command line names, and where it runs."""
+
+import os
+
+import torch
+
+from detector.errors import ModelError
+from detector.pretrained import Crop, PretrainedDetector, load_detector, load_published
+
+
+def load_source(
+    checkpoint: str | None, model: str | None, weights: str | None, crop: Crop | None
+) -> tuple[PretrainedDetector, str]:
+    """The detector that a command line names, and what to call it."""
+    if checkpoint is not None:
+        if model is not None or weights is not None:
+            raise ModelError("give --checkpoint, or --model with --weights, not both")
+        detector, called = load_detector(checkpoint), checkpoint
+    elif model is None:
+        raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
+    elif weights is None:
+        raise ModelError("--model needs --weights: a state_dict file, or DEFAULT for the published ones")
+    else:
+        detector, called = load_published(model, weights), f"{model}, {weights}"
+    if crop is not None:
+        detector.crop_by(crop)
+    return detector, called
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device of a name; by default a GPU if there is one. Of several processes each gets a GPU of its own."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    return place
