@@ -69,8 +69,6 @@ for evaluator, rounds in (("pycocotools", 1), ("faster-coco-eval", options.round
         seconds.append(time.perf_counter() - start)
     spread = f" ({min(seconds):.1f} to {max(seconds):.1f})" if rounds > 1 else ""
     median = sorted(seconds)[len(seconds) // 2]
-    print(
-        f"{evaluator_version(evaluator)}: {median:.1f} s{spread}, AP {scores[evaluator]['AP']:.4f}, peak {peak:.1f} GiB"
-    )
+    print(f"{evaluator_version(evaluator)}: {median:.1f} s{spread}, AP {scores[evaluator]['AP']:.4f}")
 worst = max(abs(scores["pycocotools"][name] - scores["faster-coco-eval"][name]) for name in SUMMARY)
 print(f"largest difference of the 12 numbers: {worst:.1e}")
