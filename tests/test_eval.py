@@ -16,7 +16,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from tiny_models import SIZE, batch, copies, tiny_rcnn, write_checkpoint
+from tiny_detector import tiny_checkpoint
+from tiny_models import SIZE, batch, copies, tiny_rcnn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
@@ -74,7 +75,10 @@ def split(data):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of random weights, in a run's folder."""
-    return write_checkpoint(tmp_path_factory.mktemp("runs") / "run" / "checkpoints" / "last.ckpt")
+    path = tmp_path_factory.mktemp("runs") / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(tiny_checkpoint(ids=[3, 5, 8], names=["<b>3</b>", "<b>5</b>", "<b>8</b>"]), path)
+    return path
 
 
 @pytest.fixture(scope="module")

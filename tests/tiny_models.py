@@ -1,7 +1,6 @@
 """Small torchvision detectors, hand-built, that a test can run forward and backward in a fraction of a second."""
 
 from collections import OrderedDict
-from dataclasses import asdict
 
 import torch
 from torch import nn
@@ -12,9 +11,6 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
-
-from detector.models import DetectorConfig, batch_norm_eps, build_detector
-from detector.pretrained import CHECKPOINT_KEY
 
 CHANNELS = 8
 CLASSES = 3
@@ -111,27 +107,3 @@ def batch(dtype=torch.float32, seed=0):
 def copies(targets):
     """Fresh targets: torchvision's transform changes the dicts that it is given."""
     return [dict(target) for target in targets]
-
-
-def write_checkpoint(path):
-    """A checkpoint as tools/train.py writes it, of random weights, for three classes. Returns its path."""
-    config = DetectorConfig(
-        name="fasterrcnn_mobilenet_v3_large_320_fpn",
-        min_size=64,
-        max_size=96,
-        score_threshold=0.0,
-        detections_per_image=20,
-    )
-    torch.manual_seed(0)
-    model = build_detector(config, 3)
-    saved = {
-        "detector": asdict(config),
-        "crop": "affine",
-        "batch_norm_eps": batch_norm_eps(model),
-        "category_ids": [3, 5, 8],
-        "category_names": ["<b>3</b>", "<b>5</b>", "<b>8</b>"],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    torch.save({CHECKPOINT_KEY: saved, "state_dict": state}, path)
-    return path
