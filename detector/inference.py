@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from detector.coco import as_rgb, read_image
 from detector.drawing import draw
 from detector.errors import DataError
+from detector.names import clean
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -67,7 +68,7 @@ class Detections:
         lines = [f"{len(self)} detections in an image of {width} x {height} pixels (x1, y1, x2, y2):"]
         for found in self:
             corners = ", ".join(f"{side:.1f}" for side in found["box"])
-            lines.append(f"  {found['score']:.3f}  {found['name']}  ({corners})")
+            lines.append(f"  {found['score']:.3f}  {clean(found['name'])}  ({corners})")
         return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from detector.errors import DataError
 from detector.models import DetectorConfig
+from detector.names import clean
 
 # The numbers of a report that the card shows, and what they are.
 SCORES = {
@@ -135,5 +136,5 @@ def _number(value: float | None) -> str:
 
 def _code(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    plain = " ".join(text.split()).replace("`", "'").replace("|", "/")
+    plain = clean(text).replace("`", "'").replace("|", "/")
     return f"`{plain or ' '}`"

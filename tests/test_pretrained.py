@@ -697,3 +697,15 @@ def test_a_digest_tells_names_types_shapes_and_values_apart():
         {"a": one["a"]},
     ]
     assert len({digest_of(one), *map(digest_of, others)}) == 6
+
+
+def test_names_that_no_file_can_be_written_with(tmp_path):
+    names = ["a\ud800", "b\nc", "</svg>$x$"]  # JSON may hold half a surrogate pair
+    torch.save(tiny_checkpoint(names=names), tmp_path / "last.ckpt")
+    detector = load_detector(tmp_path / "last.ckpt")
+    detector.save_pretrained(tmp_path / "saved")
+    assert load_detector(tmp_path / "saved").category_names == names
+    found = detector.detect(scene(), min_score=0)
+    assert len(found)
+    repr(found).encode()
+    found._repr_png_()

@@ -207,6 +207,13 @@ def test_many_classes_are_listed_by_what_is_confused_most(coco):
     assert " for " in text
 
 
+def test_two_classes_of_one_name_have_a_curve_each():
+    coco = truth([(1, 5, [0, 0, 20, 20]), (2, 7, [0, 0, 90, 90])])
+    coco = index_coco({**coco.dataset, "categories": [{"id": 7, "name": "a"}, {"id": 5, "name": "a"}]})
+    report, _ = make_report(match(coco, []), [], about={})
+    assert set(report["curves"]["by_class"]) == {"a (5)", "a (7)"}
+
+
 def test_names_cannot_break_a_table():
     rows = text_table([["", "AP"], ["a\nb\x1b[31m" + "c" * 100, 0.5], ["d", None]]).splitlines()
     assert len(rows) == 3

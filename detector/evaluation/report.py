@@ -99,7 +99,7 @@ def make_report(
                 f"{iou:.2f}": precision[thresholds.index(iou)][:, scored, 0, -1].mean(axis=1).tolist()
                 for iou in (CURVES if scored else ())
             },
-            "by_class": {categories[k]["name"]: at_half[:, k].tolist() for k in scored},
+            "by_class": {_called(categories, k): at_half[:, k].tolist() for k in scored},
         },
         "confusion": {
             "names": [category["name"] for category in categories],
@@ -217,6 +217,13 @@ def text_table(rows: Sequence[Sequence[Any]]) -> str:
         for row in cells
     ]
     return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _called(categories: Sequence[Mapping[str, Any]], k: int) -> str:
+    """The name of a category, with its id where another one is called the same."""
+    name: str = categories[k]["name"]
+    alone = sum(category["name"] == name for category in categories) == 1
+    return name if alone else f"{name} ({categories[k]['id']})"
 
 
 def _number(value: float) -> float | None:
