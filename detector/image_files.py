@@ -1,7 +1,6 @@
 """Detections in any number of image files: pictures, and the numbers as JSON."""
 
 import io
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
@@ -227,9 +226,7 @@ class _Files(Dataset[Item | _Broken]):
         file = self.files[index]
         width, height = file.size or (None, None)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of photographs as large as bombs, and of palettes
-                return index, read_image(file.path, width=width, height=height)
+            return index, read_image(file.path, width=width, height=height)
         except DataError as error:
             return _Broken(index, str(error))
 

@@ -910,7 +910,7 @@ TENSORS = [
 ]
 
 
-@amounts(200, 2_000)
+@amounts(100, 2_000)
 def test_checkpoints_of_another_structure(tmp_path, saved, amount):
     digest, checkpoint, _ = saved
     path = tmp_path / "last.ckpt"
