@@ -75,10 +75,8 @@ def confusion(
                 if not ignored:
                     column = found_class[int(detection)] if detection else background
                     matrix[place[truth.anns[object_id]["category_id"]], column] += 1
-            for number, covered, ignored in zip(
-                match_of["dtIds"], match_of["dtMatches"][0], match_of["dtIgnore"][0], strict=True
-            ):
-                if not covered and not ignored:
+            for number, covered in zip(match_of["dtIds"], match_of["dtMatches"][0], strict=True):
+                if not covered:  # what lies on a crowd is covered by it
                     matrix[background, found_class[number]] += 1
         change = matrix - before
         found = int(np.trace(change))
