@@ -34,6 +34,7 @@ from detector.models import (
     set_batch_norm_eps,
     settings_of,
 )
+from detector.pooler import MultiScaleAffineCrop
 from detector.swap import restore_roi_align, swap_crop_head
 
 CHECKPOINT_KEY = "affine_crop_rcnn"  # of what a training checkpoint holds for this file
@@ -81,7 +82,7 @@ class PretrainedDetector(
         heads = getattr(self.model, "roi_heads", None)
         if heads is None:
             return None
-        return "affine" if type(heads.box_roi_pool).__name__ == "MultiScaleAffineCrop" else "roi_align"
+        return "affine" if isinstance(heads.box_roi_pool, MultiScaleAffineCrop) else "roi_align"
 
     def crop_by(self, crop: Crop) -> None:
         """Swap the affine crop in, or out.
@@ -301,13 +302,7 @@ def _refusing(path: Path, refusal: str) -> Iterator[None]:
         raise ModelError(f"{path}: {error}") from None
     except KeyError as error:
         raise ModelError(f"{path}: {refusal}: it has no {error}") from None
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path}: {refusal}: {sentence(error)}") from None
 
 

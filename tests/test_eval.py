@@ -29,7 +29,7 @@ from detector.command_line.evaluate import score
 from detector.errors import DataError
 from detector.evaluation import detect_with_losses, to_results
 from detector.evaluation.augmented import AugmentedDetector
-from detector.evaluation.scoring import run_detector
+from detector.evaluation.scoring import run_detector, score_split
 from detector.evaluation.timing import STAGES, measure_stages
 from detector.models import published_names
 from detector.pretrained import PretrainedDetector
@@ -391,6 +391,22 @@ class TestStages:
         for row in found["rows"]:
             assert 0 <= row["low"] <= row["ms"] <= row["high"]
             assert row["images_per_second"] == pytest.approx(1000 / row["ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("stop", [DataError("broken"), KeyboardInterrupt()])
+def test_the_scores_of_a_run_are_of_all_images_or_there_are_none(split, tmp_path, monkeypatch, stop):
+    """As tools/train.py scores at its end: a part would score as if the other objects had been missed."""
+    get = CocoDetection.__getitem__
+
+    def fail(self, index):
+        if index == 3:
+            raise stop
+        return get(self, index)
+
+    monkeypatch.setattr(CocoDetection, "__getitem__", fail)
+    with pytest.raises(type(stop)):
+        score_split(tiny_rcnn(), split, tmp_path / "out", category_ids=[3, 5], workers=0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_of_an_images_size_is_kept(split):

@@ -16,23 +16,20 @@ SMALLEST, LARGEST = 32, 10_000  # pixels; below, an image has no feature map; ab
 class AugmentedDetector(nn.Module):
     """A torchvision detector that merges the detections of several looks at each image.
 
-    All looks' detections go together through one suppression by class, and the best are kept.
+    All looks' detections go together through one suppression by class, by the model's own threshold, and the best
+    are kept.
 
     Args:
         model: a torchvision detector, in eval mode.
         flip: also look at each image mirrored, left to right.
         sizes: look at each with its shorter side resized to these pixels, instead of the model's own size. The
             limit to the longer side grows and shrinks in proportion.
-        iou: of two detections of a class that overlap by more than this, the better one is kept; by default the
-            model's own threshold.
 
     Raises:
         ModelError: a size is out of range, or the detector resizes images to one fixed size (SSD).
     """
 
-    def __init__(
-        self, model: nn.Module, *, flip: bool = False, sizes: Sequence[int] = (), iou: float | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, *, flip: bool = False, sizes: Sequence[int] = ()) -> None:
         super().__init__()
         transform: Any = model.transform  # torchvision's
         if sizes and getattr(transform, "fixed_size", None) is not None:
@@ -44,7 +41,7 @@ class AugmentedDetector(nn.Module):
         own = transform.min_size[-1]
         self.sizes = [(size, round(transform.max_size * size / own)) for size in sizes] or [(own, transform.max_size)]
         settings: Any = getattr(model, "roi_heads", model)
-        self.iou = settings.nms_thresh if iou is None else iou
+        self.iou = settings.nms_thresh
         self.most = settings.detections_per_img
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:

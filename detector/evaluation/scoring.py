@@ -50,6 +50,9 @@ def score_split(
 
     Returns:
         The scores, as :func:`~detector.evaluation.evaluate`.
+
+    Raises:
+        DataError: an image cannot be read; nothing is written.
     """
     found = run_detector(
         model,
@@ -59,6 +62,8 @@ def score_split(
         batch_size=batch_size,
         workers=workers,
     )
+    if found.stopped is not None:  # a part of the detections would score as if the rest had been missed
+        raise found.stopped
     return write_scores(split, found.results, folder, about=about or {})
 
 
