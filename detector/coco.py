@@ -30,8 +30,9 @@ from detector.seeding import drawn_from, seed_of
 ROOT_VARIABLE = "DETECTOR_DATA"
 # What a file may be, whatever it is called. Pillow knows more, and runs Ghostscript on a file that says it is an EPS.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-MEMORY = (
-    25  # bytes a pixel that a large image takes until its picture is drawn, the floats that the model sees among them
+TOO_LARGE = (
+    "a small file may say that, and fill the memory; one that is meant is let through by --max_pixels of "
+    "tools/predict.py, max_pixels of detect, and takes about 40 bytes of memory a pixel"
 )
 _opening = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # or it writes on stderr what is wrong with a file
@@ -132,9 +133,11 @@ def read_image(
             raise DataError(f"{path}: cannot be read as an image: it is no regular file")
         with without_pillows_warnings(), _open(path, formats, max_pixels) as image:
             if most is not None and image.size[0] * image.size[1] > most:  # Pillow only warns, up to twice as many
-                size = f"{image.size[0]}x{image.size[1]} pixels, more than the {most:,} that are read"
-                raise DataError(f"{path}: the image has {size}{_allowed(image.size[0] * image.size[1])}")
-            deep = image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))  # as Pillow unpacks it
+                raise DataError(
+                    f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, more than the {most:,} that are "
+                    f"read: {TOO_LARGE}"
+                )
+            deep = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))  # Pillow drops the lower 8
             upright = ImageOps.exif_transpose(image) if width is None or image.size != (width, height) else image
             if width is not None and upright.size != (width, height):
                 raise SizeError(
@@ -146,17 +149,15 @@ def read_image(
             except DataError as error:
                 raise DataError(f"{path}: {error}") from None
             if remarks is not None:
-                if deep and int(pixels.max()) < 64:
-                    remarks.append(
-                        "colours of 16 bits that use at most 14: only the upper 8 are read, so they are dark"
-                    )
+                if deep and 0 < int(pixels.max()) < 64:
+                    remarks.append("dark colours of 16 bits, of which only the upper 8 are read; save them with 8")
                 if _has_more_frames(image):
                     remarks.append("several frames or pages, of which the first was taken")
             return pixels
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {str(error).rstrip('.')}{_allowed()}") from None
+        raise DataError(f"{path}: {str(error).rstrip('.')}: {TOO_LARGE}") from None
     except Exception as error:  # decoders raise what they like: struct.error, TypeError, SyntaxError, ...
         if isinstance(error, DataError):
             raise
@@ -174,14 +175,6 @@ def _open(path: str | Path, formats: list[str], max_pixels: int | None) -> Image
             return Image.open(path, formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = before
-
-
-def _allowed(pixels: int | None = None) -> str:
-    memory = f"{MEMORY} bytes a pixel" if pixels is None else f"{pixels * MEMORY / 1e9:.1f} GB"
-    return (
-        ": a small file may say that, and fill the memory; one that is meant is let through by --max_pixels of "
-        f"tools/predict.py, max_pixels of detect (it takes about {memory} of memory)"
-    )
 
 
 def _has_more_frames(image: Image.Image) -> bool:

@@ -178,15 +178,12 @@ def predict_images(
     picture_of = [f"{PICTURES}/{name}" for name in _picture_names(files)] if pictures else []
     earlier = _earlier_pictures(folder)
     originals = {file.path.resolve() for file in files}
-    for picture in picture_of:
+    for picture in (*earlier, *picture_of):
         if (folder / picture).resolve() in originals:
-            raise DataError(f"{folder / picture}: is one of the images, and its picture would be written over it")
-    for picture in earlier:
-        if (folder / picture).resolve() in originals:
-            raise DataError(
-                f"{folder / picture}: is one of the images, and a picture of the run before, which would be removed; "
-                "give another folder to write to"
+            what = (
+                "a picture of the run before, which goes" if picture in earlier else "its picture would be written over"
             )
+            raise DataError(f"{folder / picture}: is one of the images, and {what}; write to another folder")
     loader: DataLoader[Any] = DataLoader(
         _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=leave_ctrl_c_alone
     )

@@ -72,7 +72,7 @@ def model_card(
     listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
     url = project_url()
     project, clone = (PACKAGE, "its repository") if url is None else (f"[{PACKAGE}]({url})", f"[its repository]({url})")
-    extra = "[timm]" if settings.name.startswith("timm/") else ""
+    install = 'pip install -e ".[timm]"' if settings.name.startswith("timm/") else "pip install -e ."
     lines = [
         GENERATED,
         "",
@@ -82,7 +82,7 @@ def model_card(
         f"It finds {len(names)} classes: {listed}. Test images are resized to {settings.min_size} pixels on the "
         f"shorter side, at most {settings.max_size} on the longer.",
         "",
-        f'It takes `pip install -e ".{extra}"` in a clone of {clone}.',
+        f"To load it, `{install}` in a clone of {clone}.",
         "",
         "```python",
         "from detector.pretrained import PretrainedDetector",

@@ -124,7 +124,7 @@ class PretrainedDetector(
                 one another are looked at together.
             min_score: detections below it are left out, 0 to 1.
             max_pixels: the most that an image at a path may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``,
-                about 89 million. A large image takes about 25 bytes a pixel.
+                about 89 million. A large image takes about 40 bytes a pixel.
 
         Returns:
             What was found, the best first; a notebook draws it. Of a list, or tuple, a list.

@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         metavar="N",
         help="read images of up to so many pixels; default: 89478485, Pillow's limit, for a small file may unpack to "
-        "anything; a large image takes about 25 bytes of memory a pixel, and 3 more of each that waits in a reader",
+        "anything; a large image takes about 40 bytes of memory a pixel",
     )
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda if there is one")
     options = parser.parse_args(underscored(sys.argv[1:] if arguments is None else arguments))

@@ -45,7 +45,7 @@ def export(
         suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
         if format == "onnx" and suffix not in ("", ".onnx"):
             raise ModelError(
-                f"--output {output}: no {suffix} file can be written; --format onnx writes one file, NAME.onnx, and --format "
+                f"--output {output}: no {suffix} file can be written, but by --format onnx NAME.onnx, by --format "
                 "pretrained a folder"
             )
         detector, _ = load_source(checkpoint, model, weights, crop)
