@@ -215,9 +215,16 @@ def test_what_is_broken_behind_the_first_frame_does_not_matter(tmp_path):
     frames = [Image.new("L", (64, 48), grey) for grey in (10, 200)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
     content = path.read_bytes()
-    for cut in range(len(content) - 20, len(content)):
+    read = 0
+    for cut in range(len(content)):
         path.write_bytes(content[:cut])
-        assert (read_image(path, remarks=[]) == 10).all()
+        try:
+            pixels = read_image(path)
+        except DataError:
+            continue
+        assert torch.equal(read_image(path, remarks=[]), pixels)
+        read += 1
+    assert read > 10
 
 
 def rotated(path: Path, orientation: int) -> torch.Tensor:

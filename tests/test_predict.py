@@ -440,6 +440,7 @@ def test_pictures_of_an_earlier_run_go_and_nothing_else(photos, checkpoint):
                 "pictures/../mine.jpg",
                 "pictures/link/outside.jpg",
                 "pictures/link.jpg",
+                "pictures/inner.jpg",
                 "pictures/mine.txt",
                 "pictures/folder.jpg",
                 "mine.jpg",
@@ -457,6 +458,7 @@ def test_a_file_that_claims_others_files_removes_none(home, checkpoint, content)
         Path(name).write_bytes(b"mine")
     os.symlink(home, "out/pictures/link")
     os.symlink(home / "outside.jpg", "out/pictures/link.jpg")
+    os.symlink(home / "out/pictures/folder.jpg/mine.jpg", "out/pictures/inner.jpg")
     Path("out", "predictions.json").write_bytes(content.replace(b"/{home}", str(home).encode()))
     before = {path: path.lstat().st_ino for path in home.rglob("*")}
     assert predict(["in"], checkpoint=checkpoint, output="out", workers=0) == 0
