@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, overload
 
 import safetensors.torch
 import torch
@@ -41,7 +41,6 @@ CHECKPOINT_KEY = "affine_crop_rcnn"  # of what a training checkpoint holds for t
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the hub's names
 
 Crop = Literal["affine", "roi_align"]
-AnyImage = TypeVar("AnyImage", bound=ImageLike)
 BATCH_SIZE = 8  # of a list of images, those of one size that follow one another
 
 
@@ -106,12 +105,12 @@ class PretrainedDetector(
 
     @overload
     def detect(
-        self, image: list[AnyImage] | tuple[AnyImage, ...], *, min_score: float = 0.5, max_pixels: int | None = None
+        self, image: list[Any] | tuple[Any, ...], *, min_score: float = 0.5, max_pixels: int | None = None
     ) -> list[Detections]: ...
 
     def detect(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: ImageLike | list[Any] | tuple[Any, ...],
         *,
         min_score: float = 0.5,
         max_pixels: int | None = None,
@@ -133,7 +132,7 @@ class PretrainedDetector(
             DataError: an image cannot be read or used; says why, and which of a list.
         """
         if not isinstance(image, list | tuple):
-            return self._detect([as_image(image, max_pixels=max_pixels)], min_score)[0]  # type: ignore[arg-type]
+            return self._detect([as_image(image, max_pixels=max_pixels)], min_score)[0]
         images = []
         for number, one in enumerate(image):
             try:
