@@ -8,13 +8,15 @@ python tools/eval.py --help
 
 import sys
 
+from predict import underscored  # tools/predict.py
+
 if __name__ == "__main__":
     try:
         from jsonargparse import auto_cli
 
         from detector.command_line.evaluate import score
 
-        auto_cli(score)
+        auto_cli(score, args=underscored(sys.argv[1:]))
     except KeyboardInterrupt:  # while torch is imported, which takes seconds
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -35,13 +35,19 @@ def export(
         weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
         crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
         format: "onnx" or "pretrained".
-        output: the file, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
+        output: the file, NAME.onnx, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
         batch_size: onnx only: the number of images that it takes at a time.
         speed: onnx only: also time onnxruntime beside PyTorch, on so many rounds.
     """
     with in_a_sentence():
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
+        suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
+        if format == "onnx" and suffix not in ("", ".onnx"):
+            raise ModelError(
+                f"--output {output}: no {suffix} file can be written, but by --format onnx NAME.onnx, by --format "
+                "pretrained a folder"
+            )
         detector, _ = load_source(checkpoint, model, weights, crop)
         home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
         if format == "pretrained" and (batch_size > 1 or speed):
