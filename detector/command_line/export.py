@@ -10,7 +10,7 @@ from detector.evaluation.report import newest_report
 from detector.export import compare_speed, export_onnx
 from detector.folders import run_folder
 from detector.model_card import is_generated
-from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop
+from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop, checkpoint_of
 
 
 def export(
@@ -30,7 +30,8 @@ def export(
     config.json and a model card with the scores of the last evaluation of these weights.
 
     Args:
-        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
+        checkpoint: a checkpoint of tools/train.py or its run's folder (the last one), a folder of save_pretrained, or a
+            name on Hugging Face's hub.
         model: or the name of a torchvision R-CNN, such as fasterrcnn_resnet50_fpn,
         weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
         crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
@@ -42,6 +43,7 @@ def export(
     with in_a_sentence():
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
+        checkpoint = None if checkpoint is None else checkpoint_of(checkpoint)
         detector, _ = load_source(checkpoint, model, weights, crop)
         home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
         if format == "pretrained" and (batch_size > 1 or speed):

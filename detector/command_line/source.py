@@ -5,7 +5,7 @@ import os
 import torch
 
 from detector.errors import ModelError
-from detector.pretrained import Crop, PretrainedDetector, load_detector, load_published
+from detector.pretrained import Crop, PretrainedDetector, checkpoint_of, load_detector, load_published
 
 
 def load_source(
@@ -15,7 +15,8 @@ def load_source(
     if checkpoint is not None:
         if model is not None or weights is not None:
             raise ModelError("give --checkpoint, or --model with --weights, not both")
-        detector, called = load_detector(checkpoint), checkpoint
+        called = checkpoint_of(checkpoint)
+        detector = load_detector(called)
     elif model is None:
         raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
     elif weights is None:
