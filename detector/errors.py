@@ -80,7 +80,7 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
         yield
         print(end="", flush=True)  # not at exit, where Python would complain
     except known as error:
-        if isinstance(error, BrokenPipeError) and _is_cut_off():
+        if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
             sys.exit(141)  # what a shell says of a program that SIGPIPE ended, as of others before `| head`
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
@@ -99,10 +99,10 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
         _is_cut_off()
 
 
-def _is_cut_off() -> bool:
-    """Whether the standard output cannot be written to; what is left of it goes nowhere then."""
+def _is_cut_off(probe: str = "") -> bool:
+    """Whether the standard output fails to take ``probe`` and what is left to be written; then that goes nowhere."""
     try:
-        print(end="", flush=True)
+        print(probe, end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

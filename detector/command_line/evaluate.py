@@ -24,7 +24,7 @@ from detector.evaluation.timing import WARM_UP, measure_stages
 from detector.folders import run_folder, unused_folder
 from detector.models import refuse_narrow
 from detector.overriding import overridden
-from detector.pretrained import Crop, PretrainedDetector, checkpoint_of
+from detector.pretrained import Crop, PretrainedDetector
 
 
 def score(
@@ -124,14 +124,14 @@ def score(
             return
         folder = find_root(root, dataset, flag="--root")
         data = CocoDetection(folder / images.replace("{split}", split), folder / pattern.replace("{split}", split))
-        checkpoint = None if checkpoint is None else checkpoint_of(checkpoint)
         detector, called = load_source(checkpoint, model, weights, crop)
         category_ids = match_categories(detector, data)
         place = pick_device(device)
         if output is not None:
             target = Path(output)
         else:
-            target = unused_folder(_beside(checkpoint, f"eval-{model or Path(str(checkpoint)).stem}-{split}", split))
+            file = None if checkpoint is None else called
+            target = unused_folder(_beside(file, f"eval-{model or Path(called).stem}-{split}", split))
         target.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
         detector.to(place)
         network, labels, proposals, notes = _what_to_run(detector, category_ids, data, flip, sizes or [])

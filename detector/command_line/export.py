@@ -10,7 +10,7 @@ from detector.evaluation.report import newest_report
 from detector.export import compare_speed, export_onnx
 from detector.folders import run_folder
 from detector.model_card import is_generated
-from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop, checkpoint_of
+from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop
 
 
 def export(
@@ -43,9 +43,8 @@ def export(
     with in_a_sentence():
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
-        checkpoint = None if checkpoint is None else checkpoint_of(checkpoint)
-        detector, _ = load_source(checkpoint, model, weights, crop)
-        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
+        detector, called = load_source(checkpoint, model, weights, crop)
+        home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
         if format == "pretrained" and (batch_size > 1 or speed):
             raise ModelError("--batch_size and --speed are of --format onnx")
         if format == "pretrained":

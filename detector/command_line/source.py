@@ -11,7 +11,7 @@ from detector.pretrained import Crop, PretrainedDetector, checkpoint_of, load_de
 def load_source(
     checkpoint: str | None, model: str | None, weights: str | None, crop: Crop | None
 ) -> tuple[PretrainedDetector, str]:
-    """The detector that a command line names, and what to call it."""
+    """The detector that a command line names, and what to call it; of a run's folder, the checkpoint that was taken."""
     if checkpoint is not None:
         if model is not None or weights is not None:
             raise ModelError("give --checkpoint, or --model with --weights, not both")
