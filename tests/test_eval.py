@@ -39,6 +39,7 @@ from detector.models import published_names
 from detector.pretrained import PretrainedDetector, load_detector
 
 REPOSITORY = Path(__file__).parent.parent
+TOOLS = REPOSITORY / "tools"
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
 
@@ -242,15 +243,15 @@ def test_scores_of_a_training_are_printed_on_a_full_disk(split, tmp_path, monkey
     assert "IoU=0.90" in capsys.readouterr().out
 
 
-def piped(tool, *arguments, unbuffered=False, output=None):
-    """Run a tool whose output nobody reads."""
+def piped(*command, unbuffered=False, output=None):
+    """Run Python where nobody reads the output."""
     reading, writing = os.pipe()
     os.close(reading)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONUNBUFFERED": "1"} if unbuffered else {})
-    command = [sys.executable, str(REPOSITORY / "tools" / tool), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    words = [sys.executable, *map(str, command)]
     try:
         return subprocess.run(
-            command, stdout=output or writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=300
+            words, stdout=output or writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=300
         )
     finally:
         os.close(writing)
@@ -260,7 +261,7 @@ def piped(tool, *arguments, unbuffered=False, output=None):
 def test_all_is_written_though_nobody_reads(unbuffered, scored, data, tmp_path):
     """Unbuffered, the first line that is printed fails, else what is left at the end."""
     options = ["--results", scored / "detections.json", "--root", data, "--split", "val", "--output", "closed"]
-    done = piped("eval.py", *options, unbuffered=unbuffered)
+    done = piped(TOOLS / "eval.py", *options, unbuffered=unbuffered)
     assert done.stderr == ""
     assert done.returncode == 141
     assert {path.name for path in (tmp_path / "closed").iterdir()} == FILES
@@ -269,10 +270,11 @@ def test_all_is_written_though_nobody_reads(unbuffered, scored, data, tmp_path):
 
 
 def test_other_tools_end_quietly_as_well(checkpoint, data, tmp_path):
-    done = piped("predict.py", data / "val" / "1.png", f"--checkpoint={checkpoint}", "--output=p", "--workers=0")
+    image = data / "val" / "1.png"
+    done = piped(TOOLS / "predict.py", image, f"--checkpoint={checkpoint}", "--output=p", "--workers=0")
     assert (done.returncode, done.stderr) == (141, "")
     assert (tmp_path / "p" / "predictions.json").exists()
-    done = piped("check.py", data / "annotations" / "instances_val.json", "--images", data / "val")
+    done = piped(TOOLS / "check.py", data / "annotations" / "instances_val.json", "--images", data / "val")
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -280,9 +282,20 @@ def test_other_tools_end_quietly_as_well(checkpoint, data, tmp_path):
 def test_an_output_that_cannot_be_written_is_a_sentence(scored, data):
     options = ["--results", scored / "detections.json", "--root", data, "--split", "val", "--pictures", "0"]
     with open("/dev/full", "w") as full:
-        done = piped("eval.py", *options, output=full)
+        done = piped(TOOLS / "eval.py", *options, output=full)
     assert done.stderr.strip() == "error: [Errno 28] No space left on device"
     assert done.returncode == 1
+
+
+def test_a_mistake_is_told_though_nobody_reads():
+    script = """
+from detector.errors import UserError, in_a_sentence
+with in_a_sentence():
+    print("some words")
+    raise UserError("a mistake")
+"""
+    done = piped("-c", script)
+    assert (done.returncode, done.stderr) == (1, "error: a mistake\n")
 
 
 def test_another_broken_pipe_is_a_mistake_all_the_same():
@@ -338,8 +351,8 @@ def test_pictures_show_what_was_counted(scored, data, split, monkeypatch):
     """The boxes that are drawn are those of the counts beside them."""
     found = json.loads((scored / "detections.json").read_text())
     report = json.loads((scored / "report.json").read_text())
-    report["confusion"]["min_score"] = 0.3
-    _, outcomes = confusion(split.coco, found, split.image_ids, min_score=0.3)
+    report["confusion"]["min_score"] = least = float(np.median([one["score"] for one in found]))
+    _, outcomes = confusion(split.coco, found, split.image_ids, min_score=least)
     report["images"] = [{**asdict(one), "f1": one.f1} for one in outcomes]
     seen = []
     monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", lambda image, boxes, split: seen.append(boxes))
