@@ -457,12 +457,13 @@ def test_small_pictures_of_any_mode_stay_small(report):
 def test_pictures_open_without_a_script_and_are_inside_once(report, html):
     """The browser's own popover: Escape and focus are its business. Here it is seen when it is closed as well."""
     opened = re.findall(r'<button type="button" popovertarget="([\w-]+)"[^>]*><img ', html)
-    assert opened == re.findall(r'<div class="picture" id="([\w-]+)" popover ', html) == ["worst-1", "best-1"]
+    assert opened == re.findall(r'<div class="picture" id="([\w-]+)" popover>', html) == ["worst-1", "best-1"]
     assert re.search(r"\.picture \{ display: block; position: static;", html)
     assert re.search(r"\.picture:popover-open \{ position: fixed;[^}]*overflow: auto;", html)
     # never smaller than its own pixels, of which the labels are 15 high
     assert 'style="--width: 960px; --ratio: 960 / 600"' in html
     assert ".picture:popover-open button { width: max(var(--width)," in html
+    assert ".place { width: min(100%, var(--width), 32rem * var(--ratio));" in html  # however narrow, not a mile long
     assert html.count("data:image/jpeg") == 2
 
 

@@ -75,7 +75,7 @@ def score(
             "[640, 800, 1024]".
         min_score: detections below it are left out of the confusion matrix and of the pictures.
         evaluator: "faster-coco-eval" computes the same numbers in C++ (its package is an extra).
-        pictures: how many of the worst images the page shows, and how many of the best: 0.1 MB each.
+        pictures: how many of the worst images the page shows, and of the best; a picture takes 0.1 to 0.2 MB.
         speed: also time each stage, on so many images one at a time, after the scoring; 50 is a good number.
         batch_size: images at a time; with more than 1 they are padded to one size, which changes scores a little.
         workers: processes that read images.

@@ -72,7 +72,9 @@ class Mark:
 
 MARKS = {  # by kind of BoxOutcome
     "found": Mark(LINES[0], "thin", "name 0.90", "right: a detection of an object; each class has a colour of its own"),
-    "false": Mark("#E0002A", "thick", "false: name 0.90", "a false detection: no object is there"),
+    "false": Mark(
+        "#E0002A", "thick", "false: name 0.90", "a false detection: no object is there, or a better detection has it"
+    ),
     "confused": Mark("#B000C8", "thick", "name 0.90, is: other", "an object taken for one of another class"),
     "missed": Mark("#FFE600", "dashed", "missed: name", "an object that was not detected"),
     "crowd": Mark("#666666", "thin", "on a crowd", "a crowd, or a detection on one: neither right nor wrong"),
