@@ -1,5 +1,6 @@
 """What a user can mend, said in one sentence."""
 
+import os
 import reprlib
 import sys
 import traceback
@@ -69,7 +70,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
-    """A mistake of the user ends the program in one sentence, Ctrl-C in a word.
+    """A mistake of the user ends the program in one sentence, Ctrl-C in a word, an output that nobody reads in silence.
 
     Args:
         others: exceptions besides :class:`UserError` and ``OSError`` whose words are meant for the user.
@@ -77,7 +78,10 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
     known: tuple[type[Exception], ...] = (UserError, OSError, *others)
     try:
         yield
+        print(end="", flush=True)  # not at exit, where Python would complain
     except known as error:
+        if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
+            sys.exit(141)  # what a shell says of a program that SIGPIPE ended, as of others before `| head`
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
         sys.exit(f"error: {sentence(error)}")
@@ -91,3 +95,15 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _is_cut_off()
+
+
+def _is_cut_off(probe: str = "") -> bool:
+    """Whether the standard output fails to take ``probe`` and what is left to be written; then that goes nowhere."""
+    try:
+        print(probe, end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

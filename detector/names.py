@@ -1,6 +1,9 @@
 """Names and notes from files that anybody may have written, made fit to be shown."""
 
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def clean(text: str) -> str:
@@ -19,3 +22,13 @@ def short(text: str, longest: int = 60) -> str:
     """:func:`clean` text, cut to a number of characters."""
     text = clean(text)
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "\u2026"
+
+
+def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The categories' names, with the id where several are called the same."""
+    categories = list(categories)
+    times = Counter(category["name"] for category in categories)
+    return [
+        category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        for category in categories
+    ]

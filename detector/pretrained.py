@@ -341,16 +341,27 @@ def load_detector(source: str | Path) -> PretrainedDetector:
     """A trained detector from wherever it is. Nothing is unpickled.
 
     Args:
-        source: a checkpoint of ``tools/train.py``, a folder of :meth:`PretrainedDetector.save_pretrained`, or the
-            name of a repository of Hugging Face's hub, "owner/name".
+        source: a checkpoint of ``tools/train.py`` or the folder of its run (the last one is taken), a folder of
+            :meth:`PretrainedDetector.save_pretrained`, or the name of a repository of Hugging Face's hub, "owner/name".
 
     Raises:
         ModelError: it is not there, damaged, or another program's; says which.
     """
-    path = Path(source)
+    path = Path(checkpoint_of(source))
+    if path.is_dir() and not (path / CONFIG).exists():
+        raise ModelError(
+            f"{path}: not a folder of save_pretrained: it has no {CONFIG}; nor of a training run: it has no "
+            "checkpoints/last.ckpt"
+        )
     if path.is_dir() or (not path.exists() and path.suffix != ".ckpt" and len(path.parts) == 2):
         return PretrainedDetector.from_pretrained(source)
     return load_checkpoint(path)
+
+
+def checkpoint_of(source: str | Path) -> str:
+    """The last checkpoint of a run, if ``source`` is a run's folder; else ``source``."""
+    last = Path(source) / "checkpoints" / "last.ckpt"
+    return str(last) if last.is_file() and not (Path(source) / CONFIG).exists() else str(source)
 
 
 def load_checkpoint(path: str | Path) -> PretrainedDetector:

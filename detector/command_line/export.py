@@ -30,7 +30,8 @@ def export(
     config.json and a model card with the scores of the last evaluation of these weights.
 
     Args:
-        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
+        checkpoint: a checkpoint of tools/train.py or its run's folder (the last one), a folder of save_pretrained, or a
+            name on Hugging Face's hub.
         model: or the name of a torchvision R-CNN, such as fasterrcnn_resnet50_fpn,
         weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
         crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
@@ -48,8 +49,8 @@ def export(
                 f"--output {output}: no {suffix} file can be written, but by --format onnx NAME.onnx, by --format "
                 "pretrained a folder"
             )
-        detector, _ = load_source(checkpoint, model, weights, crop)
-        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
+        detector, called = load_source(checkpoint, model, weights, crop)
+        home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
         if format == "pretrained" and (batch_size > 1 or speed):
             raise ModelError("--batch_size and --speed are of --format onnx")
         if format == "pretrained":
