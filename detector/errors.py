@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from detector.signals import sigterm_as_ctrl_c
+
 
 class UserError(Exception):
     """A mistake in what the program was given; its words are meant for the user."""
@@ -69,14 +71,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
-    """A mistake of the user ends the program in one sentence, Ctrl-C in a word.
+    """A mistake of the user ends the program in one sentence, Ctrl-C and SIGTERM in a word.
 
     Args:
         others: exceptions besides :class:`UserError` and ``OSError`` whose words are meant for the user.
     """
     known: tuple[type[Exception], ...] = (UserError, OSError, *others)
     try:
-        yield
+        with sigterm_as_ctrl_c():
+            yield
     except known as error:
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)

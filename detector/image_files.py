@@ -12,12 +12,13 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detector.coco import leave_ctrl_c_alone, read_image
+from detector.coco import read_image
 from detector.drawing import draw
 from detector.errors import DataError
 from detector.evaluation.metric import Result, to_results
 from detector.files import write_json
 from detector.pretrained import PretrainedDetector
+from detector.signals import leave_signals_alone
 
 BATCH_PIXELS = 2**25  # of a batch of more than one image: 400 MB as floats
 JPEG_SIDE = 65500  # pixels, the format's limit
@@ -145,7 +146,7 @@ def predict_images(
         if picture.resolve() in originals:
             raise DataError(f"{picture}: is one of the images, and its picture would be written over it")
     loader: DataLoader[Any] = DataLoader(
-        _Files(files), batch_size=None, num_workers=workers, worker_init_fn=leave_ctrl_c_alone
+        _Files(files), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_alone
     )
 
     def put_aside(index: int, reason: str) -> None:

@@ -16,6 +16,7 @@ from detector.errors import DataError, ModelError, sentence
 from detector.evaluation.scoring import described, score_split, write_scores
 from detector.folders import newest_folder, run_folder, unused_folder
 from detector.pretrained import load_checkpoint
+from detector.signals import sigterm_as_ctrl_c
 from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
 from detector.training.data import CocoDataModule
 from detector.training.failures import Interrupted, TrainingError, explained
@@ -118,9 +119,10 @@ class Run:
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
             warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position
         try:
-            with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
-                trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
-            return self._finish(trainer, task, data) if trainer.is_global_zero else None
+            with sigterm_as_ctrl_c():
+                with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
+                    trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
+                return self._finish(trainer, task, data) if trainer.is_global_zero else None
         except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
             raise self._interrupted() from None
         except Exception as error:
