@@ -290,7 +290,7 @@ def test_a_worker_obeys_its_parent_alone():
 
 
 def terminating(function, calls, at=1):
-    """The function; its so manieth call begins with a SIGTERM."""
+    """The function; its call of that number begins with a SIGTERM."""
 
     def terminated(*arguments, **options):
         calls.append(arguments)
@@ -322,21 +322,22 @@ def test_sigterm_is_obeyed_in_the_scoring_at_the_end_and_in_eval(digits, tmp_pat
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     flags = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--data.workers=1"]
     scored = []
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(prediction, "to_results", terminating(prediction.to_results, scored))
+    to_results = prediction.to_results
+    monkeypatch.setattr(prediction, "to_results", terminating(to_results, scored))
+    with pytest.raises(SystemExit) as stop:
         train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
     assert stop.value.code == 130
     assert len(scored) == 1
     assert f"--ckpt_path {last}" in capsys.readouterr().err
     assert not (tmp_path / "run" / "scores.json").exists()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(prediction, "to_results", terminating(prediction.to_results, scored, at=3))
+    monkeypatch.setattr(prediction, "to_results", terminating(to_results, scored, at=3))
+    with pytest.raises(SystemExit) as stop:
         score(checkpoint=str(last), root=str(digits), split="val", output=str(tmp_path / "out"), workers=1)
     assert stop.value.code == 130
     report = json.loads((tmp_path / "out" / "report.json").read_text())  # of what was seen until then
     assert report["about"]["images"] == 1
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(prediction, "to_results", boom)
+    monkeypatch.setattr(prediction, "to_results", boom)
+    with pytest.raises(ZeroDivisionError):
         score(checkpoint=str(last), root=str(digits), split="val", output=str(tmp_path / "out"), workers=1)
     assert not multiprocessing.active_children()

@@ -9,6 +9,9 @@ python tools/eval.py --help
 import sys
 
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "--config", "--checkpoint", "--results")
     try:
         from jsonargparse import auto_cli
 

@@ -8,6 +8,9 @@ python tools/export.py --help
 import sys
 
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "--config", "--checkpoint")
     try:
         from jsonargparse import auto_cli
 

@@ -65,6 +65,13 @@ class CocoDataModule(lightning.LightningDataModule):
         generate: Literal["digits"] | None = None,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise DataError(f"--data.{name} is {value}: it must be {least} or more")
         self.root = find_root(root, dataset)
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
