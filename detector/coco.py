@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import signal
 import stat
 import threading
 import warnings
@@ -256,11 +255,6 @@ def collate(samples: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Ta
     """Images of different sizes stay a list; the detector pads them to one batch."""
     images, targets = zip(*samples)
     return list(images), list(targets)
-
-
-def leave_ctrl_c_alone(worker: int) -> None:
-    """For a loader's workers: it reaches all processes in a terminal, of which the first decides what is to be done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class CocoDetection(Dataset[tuple[Tensor, Target]]):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from detector.signals import sigterm_as_ctrl_c
+
 
 class UserError(Exception):
     """A mistake in what the program was given; its words are meant for the user."""
@@ -70,14 +72,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
-    """A mistake of the user ends the program in one sentence, Ctrl-C in a word, an output that nobody reads in silence.
+    """A user's mistake ends the program in one sentence, Ctrl-C and SIGTERM in a word, an unread output in silence.
 
     Args:
         others: exceptions besides :class:`UserError` and ``OSError`` whose words are meant for the user.
     """
     known: tuple[type[Exception], ...] = (UserError, OSError, *others)
     try:
-        yield
+        with sigterm_as_ctrl_c():
+            yield
         print(end="", flush=True)  # not at exit, where Python would complain
     except known as error:
         if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):

@@ -14,13 +14,14 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detector.coco import FORMATS, leave_ctrl_c_alone, read_image, read_json
+from detector.coco import FORMATS, read_image, read_json
 from detector.drawing import draw
 from detector.errors import DataError
 from detector.evaluation.metric import Result, to_results
 from detector.files import write_json
 from detector.inference import BATCH_PIXELS, of_one_size
 from detector.pretrained import PretrainedDetector
+from detector.signals import leave_signals_alone
 
 JPEG_SIDE = 65500  # pixels, the format's limit
 # Of images that are not read, in folders; the first ones only where this Pillow cannot.
@@ -185,7 +186,7 @@ def predict_images(
             )
             raise DataError(f"{folder / picture}: is one of the images, and {what}; write to another folder")
     loader: DataLoader[Any] = DataLoader(
-        _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=leave_ctrl_c_alone
+        _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_alone
     )
 
     def put_aside(index: int, reason: str) -> None:

@@ -10,6 +10,9 @@ import sys
 from predict import underscored  # tools/predict.py
 
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "--config", "--checkpoint")
     try:
         from jsonargparse import auto_cli
 

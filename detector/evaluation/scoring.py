@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from detector.coco import CocoDetection, collate, leave_ctrl_c_alone
+from detector.coco import CocoDetection, collate
 from detector.environment import versions
 from detector.errors import DataError
 from detector.evaluation.metric import Evaluator, Result, evaluator_version, match
@@ -23,6 +23,7 @@ from detector.evaluation.prediction import Predictions, predict
 from detector.evaluation.report import Report, as_text, make_report
 from detector.files import write_json, write_whole
 from detector.order import ScoringBatches
+from detector.signals import leave_signals_alone
 
 
 def score_split(
@@ -192,7 +193,7 @@ def run_detector(
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=leave_ctrl_c_alone,
+        worker_init_fn=leave_signals_alone,
     )
     found = Predictions()
     with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:
