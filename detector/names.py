@@ -1,6 +1,7 @@
 """Names and notes from files that anybody may have written, made fit to be shown."""
 
 import unicodedata
+from collections.abc import Sequence
 
 
 def clean(text: str) -> str:
@@ -19,3 +20,9 @@ def short(text: str, longest: int = 60) -> str:
     """:func:`clean` text, cut to a number of characters."""
     text = clean(text)
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "\u2026"
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, each :func:`short`, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(short(name) for name in names[:most]) + more

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from detector.categories import labels_of_targets, match_categories
+from detector.categories import labels_of_targets, match_categories, match_notes
 from detector.coco import CocoDetection, find_root, read_coco
 from detector.command_line.source import load_source, pick_device
 from detector.errors import DataError, ModelError, UserError, in_a_sentence, sentence
@@ -40,6 +40,7 @@ def score(
     images: str = "{split}",
     output: str | None = None,
     limit: int | None = None,
+    skip_broken: bool = False,
     flip: bool = False,
     sizes: list[int] | None = None,
     min_score: float = 0.5,
@@ -52,7 +53,12 @@ def score(
     """Score a detector with COCO's metric, by class, by size, and see what it takes for what.
 
     Writes report.html (plots, the worst and the best images), report.json, scores.json and detections.json (COCO's
-    results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices.
+    results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices. Classes are the
+    data's by their names, whatever the ids.
+
+    Exit code: 0 every image was looked at, 1 a mistake in what was given, or an image that cannot be read, 2 in the
+    command line, 3 some images were left out with --skip_broken (in a single process), 130 interrupted (what was found
+    by then is scored).
 
     Args:
         checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
@@ -67,6 +73,8 @@ def score(
         images: image folder of a split, relative to root.
         output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
         limit: score only the first so many images.
+        skip_broken: leave out images that cannot be read, with their objects, and name them; without it the first ends
+            the run, and what was found by then is scored.
         flip: test-time augmentation: also look at each image mirrored.
         sizes: test-time augmentation: look at each image with its shorter side resized to each of these pixels,
             "[640, 800, 1024]".
@@ -89,10 +97,9 @@ def score(
         if not 0 <= min_score <= 1:
             raise ModelError(f"--min_score must be from 0 to 1, got {min_score}")
         if results is not None:
-            detectors = {"weights": weights, "crop": crop, "device": device, "flip": flip or None, "sizes": sizes}
-            unused = [
-                f"--{name}" for name, value in (detectors | {"speed": speed or None}).items() if value is not None
-            ]
+            detectors: dict[str, Any] = {"weights": weights, "crop": crop, "device": device, "sizes": sizes}
+            detectors |= {"flip": flip or None, "speed": speed or None, "skip_broken": skip_broken or None}
+            unused = [f"--{name}" for name, value in detectors.items() if value is not None]
             if unused:
                 raise ModelError(f"{' and '.join(unused)}: of a detector; a results file is scored as it is")
             _score_results(
@@ -109,7 +116,11 @@ def score(
             )
             return
         folder = find_root(root, dataset, flag="--root")
-        data = CocoDetection(folder / images.replace("{split}", split), folder / annotations.replace("{split}", split))
+        data = CocoDetection(
+            folder / images.replace("{split}", split),
+            folder / annotations.replace("{split}", split),
+            skip_missing=skip_broken,
+        )
         detector, called = load_source(checkpoint, model, weights, crop)
         category_ids = match_categories(detector, data)
         place = pick_device(device)
@@ -119,9 +130,18 @@ def score(
             target = unused_folder(_beside(checkpoint, f"eval-{model or Path(str(checkpoint)).stem}-{split}", split))
         target.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
         detector.to(place)
+        matched = match_notes(detector, category_ids, data)
         network, labels, proposals, notes = _what_to_run(detector, category_ids, data, flip, sizes or [])
-        _refuse_narrow_images(network, data, limit)
+        notes = matched + notes
+        total, left_out = len(data), []
+        if narrow := _narrow_images(network, data, limit):
+            if not skip_broken:
+                raise DataError(next(iter(narrow.values())))
+            left_out.append(data.leave_out(narrow))
+            limit = limit and limit - len(narrow)
         with joined() as (rank, ranks):
+            for note in matched if rank == 0 else ():
+                print(f"Note: {note}", file=sys.stderr)
             part = run_detector(
                 network,
                 data,
@@ -132,19 +152,25 @@ def score(
                 limit=limit,
                 labels=labels,
                 proposals=proposals,
+                skip_broken=skip_broken,
                 ranks=ranks,
                 rank=rank,
             )
             found = gathered(part)
         if found is None:  # another process has it all
             return
-        seen = f"these are the first {len(found.image_ids):,} of {len(data):,} images"
+        if found.broken:
+            left_out.append(data.leave_out(found.broken))
+        if left_out and not found.image_ids:
+            raise DataError(left_out[-1])
+        seen = f"these are the first {total - len(data) + len(found.image_ids):,} of {total:,} images"
         if isinstance(found.stopped, KeyboardInterrupt):
             notes.append(f"Stopped by Ctrl-C: {seen}.")
         elif found.stopped is not None:
             notes.append(f"Stopped by an image ({sentence(found.stopped)}): {seen}.")
         elif limit is not None:
             notes.append(f"Limited: {seen}.")
+        notes += [f"{note}." for note in left_out]
         stages = None
         if speed and found.stopped is None and found.image_ids:
             stages = _times(detector.model, data, speed, len(found.image_ids), place, notes)
@@ -172,10 +198,14 @@ def score(
             notes=notes,
         )
         _say_where(target)
+        for note in left_out:
+            print(note, file=sys.stderr)
         if isinstance(found.stopped, KeyboardInterrupt):
             sys.exit(130)
         if found.stopped is not None:
             raise found.stopped
+        if left_out and ranks == 1:  # of several, torchrun would make a failure of it
+            sys.exit(3)
 
 
 def _what_to_run(
@@ -193,9 +223,7 @@ def _what_to_run(
         return network, None, True, notes
     labels = labels_of_targets(category_ids, data)
     if labels is None:
-        unknown = sorted(set(data.category_names) - set(detector.category_names))
-        notes = [f"Of classes that the detector does not know ({', '.join(unknown)[:200]}) it finds none. No losses."]
-        return network, None, two_stages, notes
+        return network, None, two_stages, ["No losses: of some classes the detector has no label."]
     return network, labels.to(next(network.parameters()).device), two_stages, []
 
 
@@ -212,11 +240,12 @@ def _times(
             return None
 
 
-def _refuse_narrow_images(network: Any, data: CocoDetection, limit: int | None) -> None:
+def _narrow_images(network: Any, data: CocoDetection, limit: int | None) -> dict[int, str]:
     """Before the run, of which nothing would come: images of which nothing is left in the size that is looked at."""
     several = isinstance(network, AugmentedDetector)
     model = network.model if several else network
     own = (model.transform.min_size[-1], model.transform.max_size)
+    narrow = {}
     for min_size, max_size in network.sizes if several else [own]:
         with overridden(model.transform, min_size=(min_size,), max_size=max_size):
             for image_id in data.image_ids[:limit]:
@@ -224,7 +253,8 @@ def _refuse_narrow_images(network: Any, data: CocoDetection, limit: int | None) 
                 try:
                     refuse_narrow(model, info["height"], info["width"])
                 except DataError as error:
-                    raise DataError(f"{info['file_name']} (id {image_id}): {error}") from None
+                    narrow[image_id] = f"{info['file_name']} (id {image_id}): {error}"
+    return narrow
 
 
 def _score_results(

@@ -148,7 +148,7 @@ class Run:
             device=device.type,
         )
         if task.scored_step == trainer.global_step:
-            scores = write_scores(data.val_set, task.results, self.folder, about=about)
+            scores = write_scores(data.val_set, task.results, self.folder, about=about, notes=data.notes)
         else:  # it stopped within an epoch, or had been finished before
             with trainer.precision_plugin.forward_context():
                 scores = score_split(
@@ -159,7 +159,10 @@ class Run:
                     batch_size=data.val_batch_size,
                     workers=data.workers,
                     about=about,
+                    notes=data.notes,
                 )
+        for note in data.notes:
+            print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
         for name, what in {
             f"checkpoints/{LAST}": "the weights that were scored",
