@@ -112,6 +112,7 @@ def predict_images(
     pictures: bool = True,
     batch_size: int = 8,
     workers: int = 2,
+    category_ids: Sequence[int | None] | None = None,
     about: dict[str, Any] | None = None,
     on_image: Callable[[str | None], Any] = lambda broken: None,
 ) -> Predicted:
@@ -128,6 +129,7 @@ def predict_images(
         batch_size: at most so many images at a time, fewer of large ones. Only images of one size go together, of
             those that follow one another, so nothing is padded and the results do not depend on it.
         workers: processes that read images.
+        category_ids: of each label, ``None`` for one that is no result; the detector's own by default.
         about: more for the head of ``predictions.json``.
         on_image: called after each image, with a sentence if it is broken.
 
@@ -136,9 +138,10 @@ def predict_images(
         OSError: something cannot be written.
     """
     done = Predicted()
-    # Where no category belongs to a label, the label stands for itself.
-    unknown = not any(category is not None for category in detector.category_ids)
-    category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
+    if category_ids is None:
+        # Where no category belongs to a label, the label stands for itself.
+        unknown = not any(category is not None for category in detector.category_ids)
+        category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
     picture_of = [folder / "pictures" / name for name in _picture_names(files)] if pictures else []
     originals = {file.path.resolve() for file in files}
     for picture in picture_of:
