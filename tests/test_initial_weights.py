@@ -226,7 +226,9 @@ def test_what_does_not_fit_begins_anew_and_is_named(checkpoint, weights, tmp_pat
     assert torch.equal(after["roi_heads.box_head.fc6.weight"], before["roi_heads.box_head.fc6.weight"])
     assert torch.equal(after["rpn.head.cls_logits.weight"], weights["rpn.head.cls_logits.weight"])
     torch.save(weights | {"roi_heads.mask_head.0.0.weight": torch.zeros(1)}, tmp_path / "mask.pth")
-    assert "1 of the file have no place in the model (roi_heads.mask_head.0.0.weight)" in start(tmp_path / "mask.pth")[2]
+    assert (
+        "1 of the file have no place in the model (roi_heads.mask_head.0.0.weight)" in start(tmp_path / "mask.pth")[2]
+    )
     without = {name: value for name, value in weights.items() if "box_predictor" not in name}
     torch.save(without, tmp_path / "rpn.pth")
     assert "it has no class predictor that fits: that of 3 classes begins anew" in start(tmp_path / "rpn.pth")[2]
@@ -235,8 +237,14 @@ def test_what_does_not_fit_begins_anew_and_is_named(checkpoint, weights, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (replace(SETTINGS, name="timm/test_resnet"), r"they do not fit timm/test_resnet: backbone\.body\.\S+ is missing"),
-        (DetectorConfig(name=SMALL), rf"they do not fit {SMALL}: backbone\.body\.0\.0\.weight is missing in the file, \["),
+        (
+            replace(SETTINGS, name="timm/test_resnet"),
+            r"they do not fit timm/test_resnet: backbone\.body\.\S+ is missing",
+        ),
+        (
+            DetectorConfig(name=SMALL),
+            rf"they do not fit {SMALL}: backbone\.body\.0\.0\.weight is missing in the file, \[",
+        ),
         (replace(SETTINGS, fpn_channels=64, box_head_size=512), "in the model, .* in the model, .* in the model, and"),
     ],
 )
@@ -283,7 +291,9 @@ def test_a_pickle_is_not_run_and_what_is_not_there_is_said(tmp_path, weights, ch
         start(tmp_path / "cut.ckpt")
     with pytest.raises(ModelError, match=r"'nothing\.pth': no such file or folder, and nobody publishes whole timm"):
         start("nothing.pth")
-    with pytest.raises(ModelError, match=rf"'COCO_V7': no such file or folder, and torchvision publishes none .* {SMALL}"):
+    with pytest.raises(
+        ModelError, match=rf"'COCO_V7': no such file or folder, and torchvision publishes none .* {SMALL}"
+    ):
         start("COCO_V7", settings=DetectorConfig(name=SMALL))
     with pytest.raises(ModelError, match="not a folder of save_pretrained"):
         start(tmp_path)

@@ -56,10 +56,6 @@ def score(
     results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices. Classes are the
     data's by their names, whatever the ids.
 
-    Exit code: 0 every image was looked at, 1 a mistake in what was given, or an image that cannot be read, 2 in the
-    command line, 3 some images were left out with --skip_broken (in a single process), 130 interrupted (what was found
-    by then is scored).
-
     Args:
         checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
         model: or the name of a torchvision detector, such as fasterrcnn_resnet50_fpn or retinanet_resnet50_fpn,
@@ -73,8 +69,8 @@ def score(
         images: image folder of a split, relative to root.
         output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
         limit: score only the first so many images.
-        skip_broken: leave out images that cannot be read, with their objects, and name them; without it the first ends
-            the run, and what was found by then is scored.
+        skip_broken: leave out images that cannot be read, with their objects, and name them; the exit code is then 3.
+            Without it the first one ends the run, and what was found by then is scored.
         flip: test-time augmentation: also look at each image mirrored.
         sizes: test-time augmentation: look at each image with its shorter side resized to each of these pixels,
             "[640, 800, 1024]".
