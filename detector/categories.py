@@ -110,7 +110,7 @@ def label_as(data: CocoDetection, other: CocoDetection) -> list[str]:
     )
     if unknown:
         notes.append(
-            f"{unknown.total():,} objects of classes that are not trained on ({listed(list(unknown))}) count as missed"
+            f"objects of classes that are not trained on ({listed(list(unknown))}) count as missed: {unknown.total():,}"
         )
     data.relabel(ids, other.category_names)
     return notes
@@ -131,7 +131,7 @@ def match_notes(detector: PretrainedDetector, category_ids: Sequence[int | None]
         names = listed([data.category_names[label - 1] for label in unknown])
         count = sum(objects[label] for label in unknown)
         notes.append(
-            f"Of classes that the detector does not know ({names}) it finds none: their {count:,} objects count as "
+            f"Of classes that the detector does not know ({names}) it finds none: their objects ({count:,}) count as "
             "missed."
         )
     known = [

@@ -252,7 +252,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """
         names = listed([self.coco.imgs[image_id]["file_name"] for image_id in broken])
         objects = sum(not a["iscrowd"] for image_id in broken for a in self.coco.imgToAnns[image_id])
-        what = f"{len(broken):,} of {len(self):,} images cannot be read and are left out with their {objects:,} objects"
+        what = (
+            f"{len(broken):,} of {len(self):,} images cannot be read and are left out with their objects ({objects:,})"
+        )
         kept = [index for index, image_id in enumerate(self.image_ids) if image_id not in broken]
         self.image_ids = [self.image_ids[index] for index in kept]
         self.targets = [self.targets[index] for index in kept]

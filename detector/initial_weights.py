@@ -72,7 +72,9 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
     expected = {name: value for name, value in model.state_dict().items() if _is_read(name)}
     found = {name: value for name, value in source.state.items() if _is_read(name)}
     fitting = {n: found[n] for n, value in expected.items() if n in found and found[n].shape == value.shape}
-    _refuse_another_network(f"{called}: they do not fit {config.name}", expected, found, fitting)
+    settings = source.detector and source.detector.settings
+    refusal = f"{called}: they {f'are of {settings.name} and ' if settings else ''}do not fit {config.name}"
+    _refuse_another_network(refusal, expected, found, fitting)
     _refuse_another_normalisation(model, config, source)
     classes, rows = _rows(source, expected, found, category_names)
     predictor = [name for name in expected if name.startswith(PREDICTOR)] if rows else []
@@ -157,7 +159,8 @@ def _refuse_another_network(
         shapes = [list(weights[name].shape) if name in weights else "missing" for weights in (found, expected)]
         if shapes[0] != shapes[1] and not name.startswith(PREDICTOR):
             differing.append(f"{short(name)} is {shapes[0]} in the file, {shapes[1]} in the model")
-    raise ModelError(f"{refusal}: {', '.join(differing[:3])}, and {max(len(differing) - 3, 0):,} more")
+    more = f"; and {len(differing) - 3:,} more" if len(differing) > 3 else ""
+    raise ModelError(f"{refusal}: {'; '.join(differing[:3])}{more}")
 
 
 def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, source: _Source) -> None:

@@ -77,7 +77,7 @@ def test_one_data_set_has_the_labels_of_another(tmp_path):
     notes = label_as(val, train)
     assert notes == [
         "categories are matched by name: cat, dog have other ids than in training",
-        "1 objects of classes that are not trained on (fish) count as missed",
+        "objects of classes that are not trained on (fish) count as missed: 1",
     ]
     assert val.category_names == ["bird", "cat", "dog"]
     assert val.category_ids == [None, 7, 3]
@@ -92,7 +92,7 @@ def test_images_that_are_left_out(tmp_path):
     dataset(tmp_path)
     data = load(tmp_path)
     said = data.leave_out({4: "a.png: broken"})
-    assert said == "1 of 2 images cannot be read and are left out with their 4 objects: a.png (a.png: broken)"
+    assert said == "1 of 2 images cannot be read and are left out with their objects (4): a.png (a.png: broken)"
     assert (data.image_ids, len(data)) == ([9], 1)
     assert data[0][1]["image_id"] == 9
     assert torch.equal(data[0][1]["boxes"], torch.zeros(0, 4))

@@ -446,13 +446,13 @@ def test_objects_of_classes_that_a_checkpoint_does_not_know_are_missed(data, tmp
     monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
     score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    note = "Of classes that the detector does not know (<b>8</b>) it finds none: their 2 objects count as missed."
+    note = "Of classes that the detector does not know (<b>8</b>) it finds none: their objects (2) count as missed."
     assert report["notes"] == [note, "No losses: of some classes the detector has no label."]
     assert note in capsys.readouterr().err  # before the run
     assert report["by_class"][2]["name"] == "<b>8</b>"
     assert report["by_class"][2]["AR"] == 0
     assert report["confusion"]["matrix"][2] == [0, 0, 0, 2]
-    assert "their 2 objects count as missed" in (tmp_path / "out" / "report.html").read_text()
+    assert "their objects (2) count as missed" in (tmp_path / "out" / "report.html").read_text()
 
 
 def renamed(data, root, ids, names):
@@ -530,7 +530,7 @@ def test_broken_images_are_left_out_named_and_counted(options, checkpoint, data,
     assert stop.value.code == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.match(
-        r"3 of 5 images cannot be read and are left out with their \d objects: 1.png, 3.png, 4.png \(", said
+        r"3 of 5 images cannot be read and are left out with their objects \(\d\): 1.png, 3.png, 4.png \(", said
     )
     path = root / "annotations" / "instances_val.json"
     content = json.loads(path.read_text())
@@ -558,9 +558,9 @@ def test_broken_images_and_several_processes(checkpoint, data, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("3 of 5 images cannot be read and are left out with their ") == 1
+    assert done.stderr.count("3 of 5 images cannot be read and are left out with their objects (") == 1
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "out"))
-    assert [note.split("objects")[0] for note in one["notes"]] == [note.split("objects")[0] for note in two["notes"]]
+    assert [note.split("(1")[0] for note in one["notes"]] == [note.split("(1")[0] for note in two["notes"]]
     assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
     assert one["images"] == two["images"]
 
@@ -580,7 +580,7 @@ def test_images_that_are_too_narrow_are_broken_too(checkpoint, data, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["about"]["images"] == 2
     assert report["notes"][0] == "Limited: these are the first 3 of 6 images."
-    assert "left out with their 0 objects: 0.png (0.png (id 0): an image of 1 x 900 pixels" in report["notes"][1]
+    assert "left out with their objects (0): 0.png (0.png (id 0): an image of 1 x 900 pixels" in report["notes"][1]
 
 
 def test_no_image_that_can_be_read_is_an_error(checkpoint, data, tmp_path):

@@ -239,13 +239,13 @@ def test_what_does_not_fit_begins_anew_and_is_named(checkpoint, weights, tmp_pat
     [
         (
             replace(SETTINGS, name="timm/test_resnet"),
-            r"they do not fit timm/test_resnet: backbone\.body\.\S+ is missing",
+            r"they are of timm/test_efficientnet and do not fit timm/test_resnet: backbone\.body\.\S+ is missing",
         ),
         (
             DetectorConfig(name=SMALL),
-            rf"they do not fit {SMALL}: backbone\.body\.0\.0\.weight is missing in the file, \[",
+            rf"do not fit {SMALL}: backbone\.body\.0\.0\.weight is missing in the file, \[",
         ),
-        (replace(SETTINGS, fpn_channels=64, box_head_size=512), "in the model, .* in the model, .* in the model, and"),
+        (replace(SETTINGS, fpn_channels=64, box_head_size=512), "in the model; .* in the model; .* in the model; and"),
     ],
 )
 def test_another_network_is_refused(settings, message, checkpoint):

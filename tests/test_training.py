@@ -26,7 +26,7 @@ from detector.coco import CocoDetection, find_root
 from detector.command_line.evaluate import score
 from detector.digits import write_digits
 from detector.errors import DataError, ModelError
-from detector.evaluation import SUMMARY, detect_with_losses
+from detector.evaluation import SUMMARY, detect_with_losses, evaluate
 from detector.evaluation.scoring import run_detector
 from detector.folders import newest_folder, unused_folder
 from detector.models import DetectorConfig, batch_norm_eps
@@ -440,7 +440,7 @@ def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path,
     with caplog.at_level("INFO"):
         data.setup("fit")
     nines = [a for a in data.val_set.coco.anns.values() if a["category_id"] not in known]
-    assert f"val: {len(nines)} objects of classes that are not trained on (9) count as missed" in caplog.text
+    assert f"val: objects of classes that are not trained on (9) count as missed: {len(nines)}" in caplog.text
     assert len(nines) > 0
     assert len(data.val_set.category_ids) == 9
     assert sum(len(labels) for _, labels in data.val_set.targets) == len(data.val_set.coco.anns) - len(nines)
@@ -473,17 +473,27 @@ def test_broken_images_are_told_before_the_first_step(digits, tmp_path, monkeypa
     )
 
 
-def test_broken_images_are_left_out_of_a_training(digits, tmp_path, capsys, caplog):
+def test_broken_images_are_left_out_of_a_training(digits, tmp_path, capsys, caplog, monkeypatch):
     train_names, val_names = damaged(digits, tmp_path / "digits")
+    scored = []
+
+    def noting(truth, results, image_ids):
+        scored.append(sorted(truth.imgs[image_id]["file_name"] for image_id in image_ids))
+        return evaluate(truth, results, image_ids)
+
+    monkeypatch.setattr("detector.training.task.evaluate", noting)
     flags = [*TINY, f"--data.root={tmp_path / 'digits'}", "--data.skip_broken=true", "--trainer.max_epochs=1"]
     with caplog.at_level("INFO"):
         train([*flags, f"--run_dir={tmp_path / 'run'}"])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     for said in (printed, caplog.text, "\n".join(report["notes"])):
-        assert re.search(rf"train: 2 of 8 images cannot be read and .* objects: {', '.join(train_names)} \(", said)
-        assert re.search(rf"val: 2 of 4 images cannot be read and .* objects: {', '.join(val_names)} \(", said)
+        assert re.search(
+            rf"train: 2 of 8 images cannot be read and .* objects \(\d+\): {', '.join(train_names)} \(", said
+        )
+        assert re.search(rf"val: 2 of 4 images cannot be read and .* objects \(\d+\): {', '.join(val_names)} \(", said)
     assert report["about"]["images"] == 2
+    assert scored == [sorted({path.name for path in (digits / "val").iterdir()} - set(val_names))]
     # As if they were not in the annotations.
     for split, names in (("train", train_names), ("val", val_names)):
         path = tmp_path / "digits" / "annotations" / f"instances_{split}.json"

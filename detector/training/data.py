@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any, Literal
@@ -144,15 +145,17 @@ class CocoDataModule(lightning.LightningDataModule):
             rank_zero_info(f"{name}: {flaws}; python tools/check.py {annotations} shows them")
         return data
 
+    def _check(self, split: str) -> str:
+        images, annotations = self._files(split)
+        return shlex.join(["python", "tools/check.py", str(annotations), "--images", str(images)])
+
     def _files(self, split: str) -> tuple[Path, Path]:
         return self.root / self.images.format(split=split), self.root / self.annotations.format(split=split)
 
     def _open_images(self) -> None:
         """One that cannot be read would end the run when it comes to it, in its scoring perhaps, hours later."""
         splits = ((self.train_split, self.train_set), (self.val_split, self.val_set))
-        check = {
-            name: f"python tools/check.py {self._files(name)[1]} --images {self._files(name)[0]}" for name, _ in splits
-        }
+        check = {name: self._check(name) for name, _ in splits}
         pixels = sum(image["width"] * image["height"] for _, data in splits for image in data.coco.imgs.values())
         if pixels > OPENED_PIXELS and not self.skip_broken:
             rank_zero_info(
