@@ -109,6 +109,21 @@ def test_build_detector_loads_them(checkpoint, weights):
     )
 
 
+def test_the_backbones_own_weights_are_not_fetched(checkpoint, small, tmp_path, monkeypatch):
+    import timm
+
+    create, asked = timm.create_model, []
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **options: asked.append(options) or create(*args, **options)
+    )
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *args, **options: pytest.fail("it is fetched"))
+    build_detector(replace(SETTINGS, weights=str(checkpoint), weights_backbone="DEFAULT"), 3)
+    assert asked
+    assert not any(options["pretrained"] for options in asked)
+    torch.save(small, tmp_path / "w.pth")
+    build_detector(DetectorConfig(name=SMALL, weights=str(tmp_path / "w.pth"), weights_backbone="DEFAULT"), 90)
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [
