@@ -554,7 +554,9 @@ def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
         score(
             checkpoint=checkpoint, root=str(tmp_path / "digits"), split="val", output=str(tmp_path / "out"), workers=1
         )
-    assert re.fullmatch(rf"error: .*{broken.name}: cannot be read as an image .*", str(stop.value.code))
+    assert re.fullmatch(
+        rf"error: .*{broken.name}: cannot be read as an image .*: --skip_broken true goes .*", str(stop.value.code)
+    )
     assert not multiprocessing.active_children()  # at exit Python would wait for them
     report = json.loads((tmp_path / "out" / "report.json").read_text())  # what was found before is not lost
     assert report["about"]["images"] == 2

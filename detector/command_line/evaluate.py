@@ -26,6 +26,8 @@ from detector.models import refuse_narrow
 from detector.overriding import overridden
 from detector.pretrained import Crop, PretrainedDetector
 
+WITHOUT = ": --skip_broken true goes on without such images"
+
 
 def score(
     checkpoint: str | None = None,
@@ -138,20 +140,24 @@ def score(
         with joined() as (rank, ranks):
             for note in matched if rank == 0 else ():
                 print(f"Note: {note}", file=sys.stderr)
-            part = run_detector(
-                network,
-                data,
-                category_ids,
-                device=place,
-                batch_size=batch_size,
-                workers=workers,
-                limit=limit,
-                labels=labels,
-                proposals=proposals,
-                skip_broken=skip_broken,
-                ranks=ranks,
-                rank=rank,
-            )
+            try:
+                part = run_detector(
+                    network,
+                    data,
+                    category_ids,
+                    device=place,
+                    batch_size=batch_size,
+                    workers=workers,
+                    limit=limit,
+                    labels=labels,
+                    proposals=proposals,
+                    skip_broken=skip_broken,
+                    ranks=ranks,
+                    rank=rank,
+                )
+            except DataError as error:
+                error.args = (f"{sentence(error)}{WITHOUT}",)
+                raise
             found = gathered(part)
         if found is None:  # another process has it all
             return
@@ -199,6 +205,8 @@ def score(
         if isinstance(found.stopped, KeyboardInterrupt):
             sys.exit(130)
         if found.stopped is not None:
+            # The error itself: its traceback holds the loader, which goes with it.
+            found.stopped.args = (f"{sentence(found.stopped)}{WITHOUT}",)
             raise found.stopped
         if left_out and ranks == 1:  # of several, torchrun would make a failure of it
             sys.exit(3)
