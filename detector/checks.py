@@ -202,6 +202,18 @@ def image_problem(folder: str | Path, image: Entry) -> Problem | None:
     return None
 
 
+def open_images(folder: str | Path, images: Sequence[Entry], *, workers: int = 4) -> Iterator[Problem | None]:
+    """Open images, in threads: :func:`image_problem` of each, in order."""
+    from detector.coco import without_pillows_warnings
+
+    # Also around all threads: what each of them sets and takes back is all threads' own.
+    with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
+        try:
+            yield from executor.map(partial(image_problem, folder), images)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the images in the queue
+
+
 def report(findings: Findings, *, examples: int = 3) -> str:
     """Problems as text, by kind: errors first, then flaws, then notes; a summary in the last line.
 
@@ -401,19 +413,11 @@ def _file_problems(path: str | Path, images: Iterable[Any], folder: Path) -> Ite
 def _image_problems(
     folder: Path, images: list[Entry], workers: int, on_image: Callable[[int], Any]
 ) -> Iterator[Problem]:
-    from detector.coco import without_pillows_warnings
-
     on_image(len(images))
-    # Also around all threads: what each of them sets and takes back is all threads' own.
-    with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
-        try:
-            results = executor.map(partial(image_problem, folder), images)
-            for left, problem in zip(reversed(range(len(images))), results):
-                on_image(left)
-                if problem is not None:
-                    yield problem
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the images in the queue
+    for left, problem in zip(reversed(range(len(images))), open_images(folder, images, workers=workers)):
+        on_image(left)
+        if problem is not None:
+            yield problem
 
 
 def _list(data: Any, name: str) -> list[Any]:

@@ -9,7 +9,7 @@ import stat
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 
 from detector.checks import MOST_AREA, Problem, annotation_problems, file_problems
 from detector.errors import DataError, SizeError
+from detector.names import listed
 from detector.seeding import drawn_from, seed_of
 
 ROOT_VARIABLE = "DETECTOR_DATA"
@@ -261,7 +262,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """A detection data set in COCO's layout: images, and boxes with labels.
 
     Labels are 1 to the number of categories, in the order of the category ids, which may have gaps; 0 is
-    background. :attr:`category_ids` maps back: label ``n`` is ``category_ids[n - 1]``.
+    background. :attr:`category_ids` maps back: label ``n`` is ``category_ids[n - 1]``. :meth:`relabel` gives them
+    others.
 
     Crowd regions and boxes of zero size (also: outside the image) are not in the targets; :attr:`dropped_boxes`
     counts the latter. The evaluation reads :attr:`coco`, where everything still is.
@@ -272,6 +274,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transform: takes and returns (image, target), both torchvision ``tv_tensors``: any transform of
             ``torchvision.transforms.v2``.
         seed: with the epoch and the index, all that the transform's random choices depend on.
+        skip_missing: take images whose file is missing as well; reading one fails.
 
     Raises:
         DataError: as :func:`read_coco`, or an image file is missing.
@@ -284,23 +287,58 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         *,
         transform: Transform | None = None,
         seed: int = 0,
+        skip_missing: bool = False,
     ) -> None:
         self.folder = Path(images)
         self.coco = read_coco(annotations)
         self.transform = transform
         self.seed = seed
-        self.category_ids: list[int] = sorted(self.coco.cats)
-        self.category_names: list[str] = [self.coco.cats[i]["name"] for i in self.category_ids]
+        self.category_ids: list[int | None] = sorted(self.coco.cats)
+        self.category_names: list[str] = [self.coco.cats[i]["name"] for i in sorted(self.coco.cats)]
         self.image_ids: list[int] = sorted(self.coco.imgs)
-        self._label = {category: label for label, category in enumerate(self.category_ids, start=1)}
+        self._label = {category: label for label, category in enumerate(sorted(self.coco.cats), start=1)}
         files = file_problems(annotations, self.coco.imgs.values(), self.folder)
-        refuse(files, f"{annotations} --images {self.folder}")
+        refuse(
+            (file for file in files if not skip_missing or file.kind != "missing image files"),
+            f"{annotations} --images {self.folder}",
+        )
         kept = [self._boxes(image_id) for image_id in self.image_ids]
         self.targets = [(boxes, labels) for boxes, labels, _ in kept]
         self.dropped_boxes = sum(dropped for _, _, dropped in kept)
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def relabel(self, category_ids: Sequence[int | None], category_names: Sequence[str]) -> None:
+        """Let labels 1, 2, ... stand for these categories; objects of others are in the targets no longer.
+
+        Args:
+            category_ids: of this data set; ``None`` for a label of which it has no category.
+            category_names: of the labels.
+        """
+        labels = {category: label for label, category in enumerate(category_ids, start=1)}
+        label_of = torch.tensor([0, *(labels.get(category, 0) for category in self.category_ids)])  # by that of now
+        self.targets = [(boxes[label_of[old] > 0], label_of[old][label_of[old] > 0]) for boxes, old in self.targets]
+        self.category_ids, self.category_names = list(category_ids), list(category_names)
+
+    def leave_out(self, broken: Mapping[int, str]) -> str:
+        """Go on without some images, of which only :attr:`coco` still knows.
+
+        Args:
+            broken: why each cannot be read, by the image's id.
+
+        Returns:
+            A sentence that says so.
+        """
+        names = listed([self.coco.imgs[image_id]["file_name"] for image_id in broken])
+        objects = sum(not a["iscrowd"] for image_id in broken for a in self.coco.imgToAnns[image_id])
+        what = (
+            f"{len(broken):,} of {len(self):,} images cannot be read and are left out with their objects ({objects:,})"
+        )
+        kept = [index for index, image_id in enumerate(self.image_ids) if image_id not in broken]
+        self.image_ids = [self.image_ids[index] for index in kept]
+        self.targets = [self.targets[index] for index in kept]
+        return f"{what}: {names} ({next(iter(broken.values()))})"
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
         """One image and its target.

@@ -144,6 +144,7 @@ def predict_images(
     batch_size: int = 8,
     workers: int = 2,
     max_pixels: int | None = None,
+    category_ids: Sequence[int | None] | None = None,
     about: dict[str, Any] | None = None,
     on_image: Callable[[str | None], Any] = lambda broken: None,
 ) -> Predicted:
@@ -162,6 +163,7 @@ def predict_images(
             those that follow one another, so nothing is padded and the results do not depend on it.
         workers: processes that read images.
         max_pixels: the most that an image may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
+        category_ids: of each label, ``None`` for one that is no result; the detector's own by default.
         about: more for the head of ``predictions.json``.
         on_image: called after each image, with a sentence if it is broken.
 
@@ -170,9 +172,10 @@ def predict_images(
         OSError: something cannot be written.
     """
     done = Predicted()
-    # Where no category belongs to a label, the label stands for itself.
-    unknown = not any(category is not None for category in detector.category_ids)
-    category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
+    if category_ids is None:
+        # Where no category belongs to a label, the label stands for itself.
+        unknown = not any(category is not None for category in detector.category_ids)
+        category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
     alike = isinstance(min_score, float | int)
     by_label: Sequence[float] = [min_score] * len(category_ids) if isinstance(min_score, float | int) else min_score
     least = torch.tensor([0.0, *by_label], dtype=torch.float64)

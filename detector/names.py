@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -32,3 +32,9 @@ def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
         category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
         for category in categories
     ]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, each :func:`short`, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(short(name) for name in names[:most]) + more

@@ -15,6 +15,7 @@ from huggingface_hub.utils import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.ops import FrozenBatchNorm2d
 
 from detector.coco import read_json
 from detector.errors import DataError, ModelError, sentence, shown
@@ -229,7 +230,7 @@ class PretrainedDetector(
         write_whole(save_directory / WEIGHTS, safetensors.torch.save(weights))
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.category_names)]
         config = {
-            "detector": asdict(self.settings),
+            "detector": asdict(self.settings) | {"weights": self.settings.weights and Path(self.settings.weights).name},
             "crop": self.crop,
             "categories": categories,
             "batch_norm_eps": batch_norm_eps(self.model),
@@ -370,7 +371,11 @@ def load_checkpoint(path: str | Path) -> PretrainedDetector:
     Raises:
         ModelError: the file is missing, broken, or not such a checkpoint.
     """
-    checkpoint = read_weights(path)
+    return detector_of(read_weights(path), path)
+
+
+def detector_of(checkpoint: dict[str, Any], path: str | Path) -> PretrainedDetector:
+    """The detector of a checkpoint that was read already, see :func:`load_checkpoint`; ``path`` is for messages."""
     refusal = "not a checkpoint of tools/train.py, or damaged"
     with _refusing(Path(path), refusal):
         saved = checkpoint[CHECKPOINT_KEY]
@@ -434,7 +439,9 @@ def _assemble(
         raise ModelError(f"{refusal}: {error}") from None
     model = load_weights(lambda: build_detector(config, len(categories), pretrained=False), weights, refusal)
     known = batch_norm_eps(model)
-    if not isinstance(eps, dict) or eps.keys() != known.keys():
+    # Earlier versions left out timm's frozen ones, whose eps is that of the builder.
+    named = {name for name in known if isinstance(model.get_submodule(name), (nn.BatchNorm2d, FrozenBatchNorm2d))}
+    if not isinstance(eps, dict) or not named <= eps.keys() <= known.keys():
         raise ModelError(f"{refusal}: batch_norm_eps does not name the model's batch norms")
     if not all(type(value) in (int, float) and 0 <= value <= 1 for value in eps.values()):
         raise ModelError(f"{refusal}: batch_norm_eps must be numbers from 0 to 1")

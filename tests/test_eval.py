@@ -575,11 +575,155 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
     assert report["about"]["crop"] == "affine"
 
 
-def test_objects_of_classes_that_a_checkpoint_does_not_know_are_refused(data, monkeypatch):
+def test_objects_of_classes_that_a_checkpoint_does_not_know_are_missed(data, tmp_path, monkeypatch, capsys):
     detector = PretrainedDetector(tiny_rcnn(), [3, 5], ["<b>3</b>", "<b>5</b>"])
     monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
-    with pytest.raises(SystemExit, match="objects of category 8 '<b>8</b>', on which the checkpoint was not trained"):
-        score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
+    score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    note = "Of classes that the detector does not know (<b>8</b>) it finds none: their objects (2) count as missed."
+    assert report["notes"] == [note, "No losses: of some classes the detector has no label."]
+    assert note in capsys.readouterr().err  # before the run
+    assert report["by_class"][2]["name"] == "<b>8</b>"
+    assert report["by_class"][2]["AR"] == 0
+    assert report["confusion"]["matrix"][2] == [0, 0, 0, 2]
+    assert "their objects (2) count as missed" in (tmp_path / "out" / "report.html").read_text()
+
+
+def renamed(data, root, ids, names):
+    """A copy of the data in which categories have other ids and names, in the order of the old ids."""
+    shutil.copytree(data, root)
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    new = dict(zip((3, 5, 8), ids))
+    content["categories"] = [{"id": i, "name": name} for i, name in zip(ids, names)][::-1]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = new[annotation["category_id"]]
+    path.write_text(json.dumps(content))
+    return root
+
+
+def test_classes_are_matched_by_name(checkpoint, data, scored, tmp_path):
+    """Ids from 0, in another order than the checkpoint's: the same detections of the same names, the same scores."""
+    root = renamed(data, tmp_path / "other", (2, 0, 1), ("<b>3</b>", "<b>5</b>", "<b>8</b>"))
+    score(checkpoint=str(checkpoint), root=str(root), split="val", workers=0, output="out")
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (scored, tmp_path / "out"))
+    assert two["scores"] == one["scores"]
+    assert two["losses"] == one["losses"]
+    moved = "Classes are matched by name: <b>3</b>, <b>5</b>, <b>8</b> have other ids in the data than in the detector."
+    assert two["notes"] == [moved]
+    found, wanted = (json.loads((f / "detections.json").read_text()) for f in (tmp_path / "out", scored))
+    assert found == [r | {"category_id": {3: 2, 5: 0, 8: 1}[r["category_id"]]} for r in wanted]
+
+
+def test_what_is_detected_of_classes_that_the_data_lacks_is_left_out(checkpoint, data, scored, tmp_path):
+    root = tmp_path / "two"
+    shutil.copytree(data, root)
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    del content["categories"][1]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 5]
+    path.write_text(json.dumps(content))
+    score(checkpoint=str(checkpoint), root=str(root), split="val", workers=0, output="out")
+    found, wanted = (json.loads((f / "detections.json").read_text()) for f in (tmp_path / "out", scored))
+    assert any(r["category_id"] == 5 for r in wanted)
+    assert found == [r for r in wanted if r["category_id"] != 5]
+    (note,) = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    assert note.startswith(
+        "The data has 2 of the detector's 3 classes: what is detected of the others (<b>5</b>) is left"
+    )
+
+
+def test_nothing_in_common_or_names_that_do_not_tell_are_refused(checkpoint, data, tmp_path):
+    options = {"checkpoint": str(checkpoint), "split": "val", "workers": 0, "output": "out"}
+    root = renamed(data, tmp_path / "a", (3, 5, 8), ("x", "y", "z"))
+    with pytest.raises(SystemExit, match=r"no class of the detector \(<b>3</b>, .*\) has the name of .* \(x, y, z\)"):
+        score(root=str(root), **options)
+    root = renamed(data, tmp_path / "b", (1, 2, 8), ("<b>3</b>", "<b>3</b>", "<b>8</b>"))
+    with pytest.raises(
+        SystemExit, match=r"several categories are called '<b>3</b>', and the one with id 3 has no other"
+    ):
+        score(root=str(root), **options)
+
+
+def with_broken_images(data, root):
+    """A copy with an image that is cut off, one that is missing and one of another size; 2 and 5 are whole."""
+    shutil.copytree(data, root)
+    path = root / "val" / "1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    (root / "val" / "3.png").unlink()
+    Image.new("RGB", (9, 9)).save(root / "val" / "4.png")
+    return root
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 1, "batch_size": 2, "speed": 2}])
+def test_broken_images_are_left_out_named_and_counted(options, checkpoint, data, tmp_path, capsys):
+    root = with_broken_images(data, tmp_path / "broken")
+    options = {"checkpoint": str(checkpoint), "split": "val"} | options
+    with pytest.raises(SystemExit) as stop:
+        score(root=str(root), output="out", skip_broken=True, **options)
+    assert stop.value.code == 3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"3 of 5 images cannot be read and are left out with their objects \(\d\): 1.png, 3.png, 4.png \(", said
+    )
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["images"] = [image for image in content["images"] if image["id"] in (2, 5)]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in (2, 5)]
+    path.write_text(json.dumps(content))
+    score(root=str(root), output="without", **options)
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("out", "without"))
+    assert one["notes"] == [f"{said}."]
+    assert two["notes"] == []
+    for name in ("scores", "proposals", "images", "confusion", "by_class"):
+        assert one[name] == two[name], name
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    assert one["about"]["images"] == 2
+    assert said[:40] in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_broken_images_and_several_processes(checkpoint, data, tmp_path):
+    root = with_broken_images(data, tmp_path / "broken")
+    with pytest.raises(SystemExit):
+        score(checkpoint=str(checkpoint), root=str(root), split="val", workers=0, output="one", skip_broken=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(REPOSITORY / "tools" / "eval.py"), "--skip_broken=true"]
+    command += [f"--checkpoint={checkpoint}", f"--root={root}", "--split=val", "--workers=0", "--output=out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("3 of 5 images cannot be read and are left out with their objects (") == 1
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "out"))
+    assert [note.split("(1")[0] for note in one["notes"]] == [note.split("(1")[0] for note in two["notes"]]
+    assert one["scores"] == pytest.approx(two["scores"], abs=1e-6)
+    assert one["images"] == two["images"]
+
+
+def test_images_that_are_too_narrow_are_broken_too(checkpoint, data, tmp_path):
+    root = tmp_path / "narrow"
+    shutil.copytree(data, root)
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    content["images"].insert(0, {"id": 0, "file_name": "0.png", "width": 1, "height": 900})
+    Image.new("RGB", (1, 900)).save(root / "val" / "0.png")
+    path.write_text(json.dumps(content))
+    options = {"checkpoint": str(checkpoint), "root": str(root), "split": "val", "workers": 0, "skip_broken": True}
+    with pytest.raises(SystemExit) as stop:
+        score(output="out", limit=3, **options)
+    assert stop.value.code == 3
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["about"]["images"] == 2
+    assert report["notes"][0] == "Limited: these are the first 3 of 6 images."
+    assert "left out with their objects (0): 0.png (0.png (id 0): an image of 1 x 900 pixels" in report["notes"][1]
+
+
+def test_no_image_that_can_be_read_is_an_error(checkpoint, data, tmp_path):
+    root = with_broken_images(data, tmp_path / "broken")
+    for number in (2, 5):
+        (root / "val" / f"{number}.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"error: 5 of 5 images cannot be read"):
+        score(checkpoint=str(checkpoint), root=str(root), split="val", workers=0, output="out", skip_broken=True)
+    assert not (tmp_path / "out" / "scores.json").exists()
 
 
 def test_published_classes_may_be_others_than_the_datas(data, tmp_path, monkeypatch):
@@ -660,7 +804,16 @@ def test_a_damaged_image_of_a_results_file_is_noted_on_the_page(scored, data, tm
 
 
 @pytest.mark.parametrize(
-    "options", [{"flip": True}, {"sizes": [64]}, {"speed": 3}, {"crop": "affine"}, {"device": "cpu"}, {"weights": "w"}]
+    "options",
+    [
+        {"flip": True},
+        {"sizes": [64]},
+        {"speed": 3},
+        {"crop": "affine"},
+        {"device": "cpu"},
+        {"weights": "w"},
+        {"skip_broken": True},
+    ],
 )
 def test_what_is_of_a_detector_is_refused_with_a_results_file(options, scored, data):
     with pytest.raises(SystemExit, match=rf"--{next(iter(options))}: of a detector"):
@@ -708,5 +861,15 @@ def test_help_teaches():
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "tools" / "eval.py"), "--help"], capture_output=True, text=True, check=True
     )
-    for option in ("--checkpoint", "--results", "--limit", "--speed", "--flip", "--sizes", "--evaluator"):
+    for option in (
+        "--checkpoint",
+        "--results",
+        "--limit",
+        "--speed",
+        "--flip",
+        "--sizes",
+        "--evaluator",
+        "--skip_broken",
+        "exit code",
+    ):
         assert option in done.stdout

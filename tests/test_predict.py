@@ -574,6 +574,34 @@ def test_results_have_the_ids_of_the_annotations_and_can_be_scored(photos, home,
     assert scores["AR100"] >= 0
 
 
+def test_results_have_the_category_ids_of_the_annotations(photos, home, checkpoint, capsys):
+    """Those of the same names: scored as a file they are then what the detector itself is scored by."""
+    images = [{"id": 5, "file_name": "a.png", "width": 64, "height": 48}]
+    path = write_annotations(home / "instances.json", images)
+    predict([str(photos / "a.png")], checkpoint=checkpoint, output="own")
+    content = json.loads(Path(path).read_text())
+    content["categories"] = [{"id": 100 - i, "name": name} for i, name in enumerate(NAMES[::2])] + [
+        {"id": IDS[1], "name": "dust"}  # an id of the checkpoint's, for something else
+    ]
+    content["annotations"] = []
+    Path(path).write_text(json.dumps(content))
+    capsys.readouterr()
+    predict([str(photos / "a.png")], checkpoint=checkpoint, output="out", annotations=path)
+    assert f"the annotations have no {NAMES[1]}: of those detections.json has none" in capsys.readouterr().err
+    found, results = read("out")
+    _, wanted = read("own")
+    new = {IDS[0]: 100, IDS[2]: 99}
+    assert {r["category_id"] for r in wanted} >= {IDS[1], IDS[2]}
+    expected = [r | {"image_id": 5, "category_id": new[r["category_id"]]} for r in wanted if r["category_id"] in new]
+    assert results == expected
+    assert found["categories"] == [{"id": 100, "name": NAMES[0]}, {"id": 99, "name": NAMES[2]}]
+    content["categories"] = [{"id": 1, "name": "dust"}]
+    Path(path).write_text(json.dumps(content))
+    predict([str(photos / "a.png")], checkpoint=checkpoint, output="other", annotations=path)
+    assert "The category ids of the results are the detector's own" in capsys.readouterr().err
+    assert [r["category_id"] for r in read("other")[1]] == [r["category_id"] for r in wanted]
+
+
 def test_the_annotations_size_decides_how_an_image_is_turned(home, checkpoint):
     exif = Image.Exif()
     exif[ORIENTATION] = 6

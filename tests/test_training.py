@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,11 +26,13 @@ from detector.coco import CocoDetection, find_root
 from detector.command_line.evaluate import score
 from detector.digits import write_digits
 from detector.errors import DataError, ModelError
-from detector.evaluation import SUMMARY
+from detector.evaluation import SUMMARY, detect_with_losses, evaluate
+from detector.evaluation.scoring import run_detector
 from detector.folders import newest_folder, unused_folder
-from detector.models import DetectorConfig
+from detector.models import DetectorConfig, batch_norm_eps
 from detector.pooler import MultiScaleAffineCrop
 from detector.pretrained import CHECKPOINT_KEY, load_checkpoint, load_published
+from detector.seeding import sample_by_image
 from detector.training import fit
 from detector.training.command_line import browse_training_images, parse, train
 from detector.training.data import CocoDataModule
@@ -121,12 +124,14 @@ def test_labels_of_published_weights_are_cocos_category_ids(digits, tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     detector = load_published(name, str(tmp_path / "weights.pth"))
     data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
-    with pytest.raises(ModelError, match="no category of the same id and name"):
+    with pytest.raises(
+        ModelError, match=r"no class of the detector \(person, bicycle, .*\) has the name of a category"
+    ):
         match_categories(detector, data)
-    data.category_ids, data.category_names = [1, 13, 90, 3], ["person", "stop sign", "toothbrush", "train"]
-    found = match_categories(detector, data)  # 3 is the car
+    data.category_ids, data.category_names = [0, 1, 2, 3], ["person", "stop sign", "N/A", "train"]
+    found = match_categories(detector, data)
     assert len(found) == 90
-    assert {label: category for label, category in enumerate(found, start=1) if category} == {1: 1, 13: 13, 90: 90}
+    assert {label: i for label, i in enumerate(found, start=1) if i is not None} == {1: 0, 13: 1, 7: 3}
 
 
 def test_batch_norm_eps_survives_a_checkpoint(trained, tmp_path):
@@ -168,7 +173,8 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
         train([*arguments, f"--ckpt_path={last}", "--trainer.accumulate_grad_batches=2"])
     with pytest.raises(SystemExit, match="trained with images per batch 2, this run has 1: go on with the same data"):
         train([*arguments, f"--ckpt_path={last}", "--data.batch_size=1"])
-    with pytest.raises(SystemExit, match=r"optimizer\.lr 0\.001, this run has 0\.01: go on with the same"):
+    anew = r".*, or start a new run from its weights, with any settings: --model\.detector\.weights FILE"
+    with pytest.raises(SystemExit, match=rf"optimizer\.lr 0\.001, this run has 0\.01: go on with the same{anew}"):
         train([*arguments, f"--ckpt_path={last}", "--model.optimizer.lr=0.01"])
     with pytest.raises(
         SystemExit, match=r"trained with box_gradient\.crop 0\.2, this run has 0\.0: go on with the same"
@@ -182,9 +188,9 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
     with pytest.raises(SystemExit, match="of an earlier version of this project: it can be scored, not resumed"):
         train([*arguments, f"--ckpt_path={old}"])
     shutil.rmtree(old.parent)
-    with pytest.raises(SystemExit, match=r"trained with fpn_channels 16, this run has 32: go on with the same"):
+    with pytest.raises(SystemExit, match=rf"trained with fpn_channels 16, this run has 32: go on with the same{anew}"):
         train([*arguments, f"--ckpt_path={last}", "--model.detector.fpn_channels=32"])
-    with pytest.raises(SystemExit, match="schedule was made for 8 steps, this run has 12"):
+    with pytest.raises(SystemExit, match=f"schedule was made for 8 steps, this run has 12: go on{anew}"):
         train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
     train([*arguments, f"--ckpt_path={last}"])
     second = torch.load(last, weights_only=True)
@@ -299,20 +305,22 @@ def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):
     splits = {"train_split": "train", "val_split": "val"}
     with pytest.raises(DataError, match="no box in train"):
         CocoDataModule(str(other), **splits).setup("fit")
-    content["categories"][0]["name"] = "zero"
+    for number, category in enumerate(content["categories"]):
+        category["name"] = f"number {number}"
     (other / "annotations" / "instances_train.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="zero"):
+    with pytest.raises(DataError, match=r"val: no category \(0, 1, .* has the name of one to train on \(number 0,"):
         CocoDataModule(str(other), **splits).setup("fit")
 
 
 def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
     content = json.loads((digits / "annotations" / "instances_val.json").read_text())
-    content["categories"][3]["name"] = "drei"
+    for category in content["categories"]:
+        category["name"] = f"number {category['name']}"
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
     (tmp_path / "val").symlink_to(digits / "val")
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    with pytest.raises(SystemExit, match="drei"):
+    with pytest.raises(SystemExit, match=r"no class of the detector \(0, .* has the name of .* \(number 0, "):
         score(checkpoint=checkpoint, root=str(tmp_path), split="val")
     with pytest.raises(SystemExit, match="give one of"):
         score(root=str(digits), split="val")
@@ -324,6 +332,219 @@ def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
         score(checkpoint=str(tmp_path / "other.ckpt"), root=str(digits), split="val")
 
 
+def test_a_finished_run_is_trained_longer_from_its_weights(trained, digits, tmp_path, monkeypatch, caplog):
+    """It goes on where the first one ended, and needs it no more once there is a checkpoint."""
+    old, last = tmp_path / "old", tmp_path / "old" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    eps = content[CHECKPOINT_KEY]["batch_norm_eps"]
+    content[CHECKPOINT_KEY]["batch_norm_eps"] = dict.fromkeys(eps, 0.01)  # which is in no state_dict
+    torch.save(content, last)
+    before = load_checkpoint(last).model
+    flags = [*TINY, f"--data.root={digits}", f"--model.detector.weights={old}", "--trainer.max_epochs=3"]
+    flags += ["--model.optimizer.schedule=cosine", "--model.optimizer.ema=0.5", "--save_every=1"]
+    step, compared = DetectionTask.training_step, []
+
+    def compare(task, batch, number):
+        if not compared:
+            images, targets = batch
+            sample_by_image(before, [1] * len(images))
+            sample_by_image(task.model, [1] * len(images))
+            for model in (before, task.model):
+                compared.append(detect_with_losses(model, images, [dict(target) for target in targets])[1])
+        return step(task, batch, number)
+
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(DetectionTask, "training_step", compare)
+        train([*flags, f"--run_dir={tmp_path / 'whole'}"])
+    assert f"weights of {old}: 270 of 270 tensors; its classes are the data's" in caplog.text
+    assert {name: loss.item() for name, loss in compared[1].items()} == pytest.approx(
+        {name: loss.item() for name, loss in compared[0].items()}, rel=1e-4
+    )
+
+    def stop(task, batch, number):
+        if task.global_step == 3:
+            raise KeyboardInterrupt
+        return step(task, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectionTask, "training_step", stop)
+        with pytest.raises(SystemExit):
+            train([*flags, f"--run_dir={tmp_path / 'run'}"])
+    shutil.rmtree(old)
+    train([*flags, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"])
+    whole, run = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "run")
+    )
+    assert run["global_step"] == 6
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, run[part][name]) for name, value in whole[part].items())
+    detector = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert set(batch_norm_eps(detector.model).values()) == {0.01}
+    split = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
+    results = run_detector(detector, split, split.category_ids, workers=0).results
+    assert results == json.loads((tmp_path / "whole" / "detections.json").read_text())
+
+
+def test_val_categories_are_matched_by_name(trained, digits, tmp_path, caplog):
+    """Other ids, another order, one fewer: labels, losses and scores are those of the same names."""
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    used = {annotation["category_id"] for annotation in content["annotations"]}
+    unused = next(i for i in (category["id"] for category in content["categories"]) if i not in used)
+    new = {category["id"]: 100 - category["id"] for category in content["categories"]}
+    content["categories"] = [
+        {"id": new[category["id"]], "name": category["name"]}
+        for category in content["categories"]
+        if category["id"] != unused
+    ]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = new[annotation["category_id"]]
+    path.write_text(json.dumps(content))
+    with caplog.at_level("INFO"):
+        train([*TINY, f"--data.root={root}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=2"])
+    note = "val: categories are matched by name: 0, 1, "
+    assert note in caplog.text
+    ours, theirs = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (tmp_path / "run", trained))
+    assert ours[CHECKPOINT_KEY]["category_ids"] == theirs[CHECKPOINT_KEY]["category_ids"]  # those of training
+    assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
+    found, wanted = (json.loads((f / "detections.json").read_text()) for f in (tmp_path / "run", trained))
+    wanted = [r | {"category_id": new[r["category_id"]]} for r in wanted if r["category_id"] != unused]
+    assert found == wanted
+    one, two = (json.loads((f / "report.json").read_text()) for f in (tmp_path / "run", trained))
+    assert one["scores"] == two["scores"]
+    assert one["notes"][0].startswith(note)
+    assert logged(tmp_path / "run", "val/loss") == logged(trained, "val/loss")
+
+
+def logged(folder, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    return [event.value for event in log.Scalars(name)]
+
+
+def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path, caplog):
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    path = root / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [category for category in content["categories"] if category["name"] != "9"]
+    known = {category["id"] for category in content["categories"]}
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] in known]
+    path.write_text(json.dumps(content))
+    data = CocoDataModule(str(root), train_split="train", val_split="val")
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    nines = [a for a in data.val_set.coco.anns.values() if a["category_id"] not in known]
+    assert f"val: objects of classes that are not trained on (9) count as missed: {len(nines)}" in caplog.text
+    assert len(nines) > 0
+    assert len(data.val_set.category_ids) == 9
+    assert sum(len(labels) for _, labels in data.val_set.targets) == len(data.val_set.coco.anns) - len(nines)
+    assert max(int(label) for _, labels in data.val_set.targets for label in labels) <= 9
+
+
+def damaged(digits, root):
+    """A copy with images that are cut off, missing and of another size than annotated; of each split their names."""
+    shutil.copytree(digits, root)
+    train, val = (sorted((root / split).iterdir()) for split in ("train", "val"))
+    for path in (train[2], val[1]):
+        path.write_bytes(path.read_bytes()[:2000])
+    train[4].unlink()
+    Image.new("RGB", (7, 5)).save(val[3])
+    return [train[2].name, train[4].name], [val[1].name, val[3].name]
+
+
+def test_broken_images_are_told_before_the_first_step(digits, tmp_path, monkeypatch):
+    _, val = damaged(digits, tmp_path / "digits")
+    shutil.copytree(digits / "train", tmp_path / "digits" / "train", dirs_exist_ok=True)
+    monkeypatch.setattr(DetectionTask, "training_step", lambda *arguments: pytest.fail("it trains"))
+    flags = [*TINY, f"--data.root={tmp_path / 'digits'}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
+    with pytest.raises(SystemExit) as stop:
+        train(flags)
+    assert re.fullmatch(
+        rf"error: \S+{val[0]}: cannot be read as an image \(broken or cut off\): .* \(and 1 more image\): python "
+        r"tools/check\.py \S+instances_val\.json --images \S+/val shows all; --data\.skip_broken true trains without "
+        "them",
+        str(stop.value.code),
+    )
+
+
+def test_broken_images_are_left_out_of_a_training(digits, tmp_path, capsys, caplog, monkeypatch):
+    train_names, val_names = damaged(digits, tmp_path / "digits")
+    scored = []
+
+    def noting(truth, results, image_ids):
+        scored.append(sorted(truth.imgs[image_id]["file_name"] for image_id in image_ids))
+        return evaluate(truth, results, image_ids)
+
+    monkeypatch.setattr("detector.training.task.evaluate", noting)
+    flags = [*TINY, f"--data.root={tmp_path / 'digits'}", "--data.skip_broken=true", "--trainer.max_epochs=1"]
+    with caplog.at_level("INFO"):
+        train([*flags, f"--run_dir={tmp_path / 'run'}"])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for said in (printed, caplog.text, "\n".join(report["notes"])):
+        assert re.search(
+            rf"train: 2 of 8 images cannot be read and .* objects \(\d+\): {', '.join(train_names)} \(", said
+        )
+        assert re.search(rf"val: 2 of 4 images cannot be read and .* objects \(\d+\): {', '.join(val_names)} \(", said)
+    assert report["about"]["images"] == 2
+    assert scored == [sorted({path.name for path in (digits / "val").iterdir()} - set(val_names))]
+    # As if they were not in the annotations.
+    for split, names in (("train", train_names), ("val", val_names)):
+        path = tmp_path / "digits" / "annotations" / f"instances_{split}.json"
+        content = json.loads(path.read_text())
+        content["images"] = [image for image in content["images"] if image["file_name"] not in names]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        path.write_text(json.dumps(content))
+    train([*flags, f"--run_dir={tmp_path / 'without'}"])
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "without"))
+    assert two["notes"] == []
+    assert one["scores"] == two["scores"]
+    assert one["about"]["objects"] == two["about"]["objects"]
+    ours, theirs = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("run", "without")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_many_images_are_not_opened_unasked(digits, tmp_path, monkeypatch, caplog):
+    damaged(digits, tmp_path / "digits")
+    options = {"train_split": "val", "val_split": "val"}
+    monkeypatch.setattr("detector.training.data.OPENED_PIXELS", 1000)
+    with caplog.at_level("INFO"):
+        CocoDataModule(str(tmp_path / "digits"), **options).setup("fit")
+    assert "The images are not opened before training" in caplog.text
+    assert f"python tools/check.py {tmp_path}/digits/annotations/instances_val.json --images {tmp_path}" in caplog.text
+    data = CocoDataModule(str(tmp_path / "digits"), skip_broken=True, **options)
+    data.setup("fit")
+    assert len(data.train_set) == len(data.val_set) == 2
+
+
+def test_one_process_opens_the_images_for_all(digits, tmp_path, monkeypatch):
+    damaged(digits, tmp_path / "digits")
+    sent = []
+
+    def broadcast(found):
+        sent.append(found)
+        return sent[0]
+
+    for rank in (0, 1):
+        data = CocoDataModule(str(tmp_path / "digits"), train_split="train", val_split="val", skip_broken=True)
+        strategy = SimpleNamespace(broadcast=broadcast)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)
+        data.setup("fit")
+        assert (len(data.train_set), len(data.val_set)) == (6, 2)
+        monkeypatch.setattr("detector.training.data.open_images", None)  # the second looks at none
+    assert sent[1] == []
+
+
 def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
     shutil.copytree(digits, tmp_path / "digits")
     broken = sorted((tmp_path / "digits" / "val").iterdir())[2]
@@ -333,7 +554,9 @@ def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
         score(
             checkpoint=checkpoint, root=str(tmp_path / "digits"), split="val", output=str(tmp_path / "out"), workers=1
         )
-    assert re.fullmatch(rf"error: .*{broken.name}: cannot be read as an image .*", str(stop.value.code))
+    assert re.fullmatch(
+        rf"error: .*{broken.name}: cannot be read as an image .*: --skip_broken true goes .*", str(stop.value.code)
+    )
     assert not multiprocessing.active_children()  # at exit Python would wait for them
     report = json.loads((tmp_path / "out" / "report.json").read_text())  # what was found before is not lost
     assert report["about"]["images"] == 2

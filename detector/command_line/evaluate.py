@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from detector.categories import labels_of_targets, match_categories
+from detector.categories import labels_of_targets, match_categories, match_notes
 from detector.coco import CocoDetection, find_root, read_coco
 from detector.command_line.source import load_source, pick_device
 from detector.errors import DataError, ModelError, UserError, in_a_sentence, sentence
@@ -25,6 +25,8 @@ from detector.folders import run_folder, unused_folder
 from detector.models import refuse_narrow
 from detector.overriding import overridden
 from detector.pretrained import Crop, PretrainedDetector
+
+WITHOUT = ": --skip_broken true goes on without such images"
 
 
 def score(
@@ -40,6 +42,7 @@ def score(
     images: str = "{split}",
     output: str | None = None,
     limit: int | None = None,
+    skip_broken: bool = False,
     flip: bool = False,
     sizes: list[int] | None = None,
     min_score: float = 0.5,
@@ -53,7 +56,8 @@ def score(
     """Score a detector with COCO's metric, by class, by size, and see what it takes for what.
 
     Writes report.html (plots, the worst and the best images), report.json, scores.json and detections.json (COCO's
-    results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices.
+    results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices. Classes are the
+    data's by their names, whatever the ids.
 
     Args:
         checkpoint: a checkpoint of tools/train.py or its run's folder (the last one), a folder of save_pretrained, or a
@@ -70,6 +74,8 @@ def score(
         images: image folder of a split, relative to root.
         output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
         limit: score only the first so many images.
+        skip_broken: leave out images that cannot be read, with their objects, and name them; the exit code is then 3.
+            Without it the first one ends the run, and what was found by then is scored.
         flip: test-time augmentation: also look at each image mirrored.
         sizes: test-time augmentation: look at each image with its shorter side resized to each of these pixels,
             "[640, 800, 1024]".
@@ -100,10 +106,9 @@ def score(
             raise ModelError(f"--min_score must be from 0 to 1, got {min_score}")
         pattern = annotations or "annotations/instances_{split}.json"
         if results is not None:
-            detectors = {"weights": weights, "crop": crop, "device": device, "flip": flip or None, "sizes": sizes}
-            unused = [
-                f"--{name}" for name, value in (detectors | {"speed": speed or None}).items() if value is not None
-            ]
+            detectors: dict[str, Any] = {"weights": weights, "crop": crop, "device": device, "sizes": sizes}
+            detectors |= {"flip": flip or None, "speed": speed or None, "skip_broken": skip_broken or None}
+            unused = [f"--{name}" for name, value in detectors.items() if value is not None]
             if unused:
                 raise ModelError(f"{' and '.join(unused)}: of a detector; a results file is scored as it is")
             if annotations is root is dataset is None:
@@ -123,7 +128,11 @@ def score(
             )
             return
         folder = find_root(root, dataset, flag="--root")
-        data = CocoDetection(folder / images.replace("{split}", split), folder / pattern.replace("{split}", split))
+        data = CocoDetection(
+            folder / images.replace("{split}", split),
+            folder / pattern.replace("{split}", split),
+            skip_missing=skip_broken,
+        )
         detector, called = load_source(checkpoint, model, weights, crop)
         category_ids = match_categories(detector, data)
         place = pick_device(device)
@@ -134,32 +143,51 @@ def score(
             target = unused_folder(_beside(file, f"eval-{model or Path(called).stem}-{split}", split))
         target.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
         detector.to(place)
+        matched = match_notes(detector, category_ids, data)
         network, labels, proposals, notes = _what_to_run(detector, category_ids, data, flip, sizes or [])
-        _refuse_narrow_images(network, data, limit)
+        notes = matched + notes
+        total, left_out = len(data), []
+        if narrow := _narrow_images(network, data, limit):
+            if not skip_broken:
+                raise DataError(next(iter(narrow.values())))
+            left_out.append(data.leave_out(narrow))
+            limit = limit and limit - len(narrow)
         with joined() as (rank, ranks):
-            part = run_detector(
-                network,
-                data,
-                category_ids,
-                device=place,
-                batch_size=batch_size,
-                workers=workers,
-                limit=limit,
-                labels=labels,
-                proposals=proposals,
-                ranks=ranks,
-                rank=rank,
-            )
+            for note in matched if rank == 0 else ():
+                print(f"Note: {note}", file=sys.stderr)
+            try:
+                part = run_detector(
+                    network,
+                    data,
+                    category_ids,
+                    device=place,
+                    batch_size=batch_size,
+                    workers=workers,
+                    limit=limit,
+                    labels=labels,
+                    proposals=proposals,
+                    skip_broken=skip_broken,
+                    ranks=ranks,
+                    rank=rank,
+                )
+            except DataError as error:
+                error.args = (f"{sentence(error)}{WITHOUT}",)
+                raise
             found = gathered(part)
         if found is None:  # another process has it all
             return
-        seen = f"these are the first {len(found.image_ids):,} of {len(data):,} images"
+        if found.broken:
+            left_out.append(data.leave_out(found.broken))
+        if left_out and not found.image_ids:
+            raise DataError(left_out[-1])
+        seen = f"these are the first {total - len(data) + len(found.image_ids):,} of {total:,} images"
         if isinstance(found.stopped, KeyboardInterrupt):
             notes.append(f"Stopped by Ctrl-C: {seen}.")
         elif found.stopped is not None:
             notes.append(f"Stopped by an image ({sentence(found.stopped)}): {seen}.")
         elif limit is not None:
             notes.append(f"Limited: {seen}.")
+        notes += [f"{note}." for note in left_out]
         stages = None
         if speed and found.stopped is None and found.image_ids:
             stages = _times(detector.model, data, speed, len(found.image_ids), place, notes)
@@ -188,10 +216,16 @@ def score(
             notes=notes,
         )
         _say_where(target)
+        for note in left_out:
+            print(note, file=sys.stderr)
         if isinstance(found.stopped, KeyboardInterrupt):
             sys.exit(130)
         if found.stopped is not None:
+            # The error itself: its traceback holds the loader, which goes with it.
+            found.stopped.args = (f"{sentence(found.stopped)}{WITHOUT}",)
             raise found.stopped
+        if left_out and ranks == 1:  # of several, torchrun would make a failure of it
+            sys.exit(3)
 
 
 def _what_to_run(
@@ -209,9 +243,7 @@ def _what_to_run(
         return network, None, True, notes
     labels = labels_of_targets(category_ids, data)
     if labels is None:
-        unknown = sorted(set(data.category_names) - set(detector.category_names))
-        notes = [f"Of classes that the detector does not know ({', '.join(unknown)[:200]}) it finds none. No losses."]
-        return network, None, two_stages, notes
+        return network, None, two_stages, ["No losses: of some classes the detector has no label."]
     return network, labels.to(next(network.parameters()).device), two_stages, []
 
 
@@ -228,11 +260,12 @@ def _times(
             return None
 
 
-def _refuse_narrow_images(network: Any, data: CocoDetection, limit: int | None) -> None:
+def _narrow_images(network: Any, data: CocoDetection, limit: int | None) -> dict[int, str]:
     """Before the run, of which nothing would come: images of which nothing is left in the size that is looked at."""
     several = isinstance(network, AugmentedDetector)
     model = network.model if several else network
     own = (model.transform.min_size[-1], model.transform.max_size)
+    narrow = {}
     for min_size, max_size in network.sizes if several else [own]:
         with overridden(model.transform, min_size=(min_size,), max_size=max_size):
             for image_id in data.image_ids[:limit]:
@@ -240,7 +273,8 @@ def _refuse_narrow_images(network: Any, data: CocoDetection, limit: int | None) 
                 try:
                     refuse_narrow(model, info["height"], info["width"])
                 except DataError as error:
-                    raise DataError(f"{info['file_name']} (id {image_id}): {error}") from None
+                    narrow[image_id] = f"{info['file_name']} (id {image_id}): {error}"
+    return narrow
 
 
 def _score_results(

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pycocotools.coco import COCO
 from tqdm import tqdm
 
+from detector.categories import match_ids
 from detector.coco import read_coco
 from detector.command_line.source import load_source, pick_device
 from detector.errors import DataError, ModelError, in_a_sentence
 from detector.evaluation.report import newest_report
 from detector.folders import run_folder, unused_folder
 from detector.image_files import by_suffix, find_images, predict_images
-from detector.names import clean
+from detector.names import clean, listed
 from detector.pretrained import Crop, PretrainedDetector
 
 
@@ -37,8 +39,10 @@ def predict(
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
     with in_a_sentence():
         left_out: set[Path] = set()
-        files = find_images(images, None if annotations is None else read_coco(annotations), left_out=left_out)
+        known = None if annotations is None else read_coco(annotations)
+        files = find_images(images, known, left_out=left_out)
         detector, called = load_source(checkpoint, model, weights, crop)
+        category_ids = None if known is None else _ids_in(known, detector)
         least: float | list[float]
         least = _scores_of_report(called, detector) if min_score == "auto" else min_score
         detector.to(pick_device(device))
@@ -59,6 +63,7 @@ def predict(
                 batch_size=batch_size,
                 workers=workers,
                 max_pixels=max_pixels,
+                category_ids=category_ids,
                 about={
                     "model": called,
                     "crop": detector.crop,
@@ -104,9 +109,7 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
         raise ModelError(f"{which} has no scores to take; run tools/eval.py again, or give a score")
     try:
         rows = points["by_class"]
-        # Labels without categories are the data's, in its order, as tools/eval.py has them.
-        unknown = not any(category is not None for category in detector.category_ids)
-        ids: Sequence[Any] = [row["id"] for row in rows] if unknown else detector.category_ids
+        ids = match_ids(detector, [(row["id"], row["name"]) for row in rows])  # as tools/eval.py did
         if points["mean"] is None:
             raise ModelError(f"{which} says that nothing was found right, so no score is best; give one")
         overall = points["mean"]["score"]
@@ -123,3 +126,16 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
     span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
     print(f"{which}: scores from {span} on, where F1 was highest")
     return scores
+
+
+def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | None] | None:
+    """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
+    try:
+        ids = match_ids(detector, [(i, annotations.cats[i]["name"]) for i in sorted(annotations.cats)])
+    except (DataError, ModelError) as error:
+        print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
+        return None
+    pairs = zip(detector.category_ids, detector.category_names, ids, strict=True)
+    if left := [name for own, name, found in pairs if own is not None and found is None]:
+        print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
+    return ids

@@ -28,6 +28,7 @@ class Predictions:
         losses: sums over the images, by torchvision's names; empty if they were not asked for.
         proposals: see :mod:`~detector.evaluation.proposals`; ``None`` if they were not asked for.
         kept_proposals: how many of an image's proposals the head sees.
+        broken: why each image that was left out cannot be read, by its id.
         stopped: what ended the run before its end: Ctrl-C, or an image that cannot be read.
     """
 
@@ -36,6 +37,7 @@ class Predictions:
     losses: Counter[str] = field(default_factory=Counter)
     proposals: list[Hit] | None = None
     kept_proposals: int = 0
+    broken: dict[int, str] = field(default_factory=dict)
     stopped: KeyboardInterrupt | DataError | None = None
 
     def add(self, other: "Predictions") -> None:
@@ -43,6 +45,7 @@ class Predictions:
         self.image_ids += other.image_ids
         self.results += other.results
         self.losses.update(other.losses)
+        self.broken |= other.broken
         if self.proposals is not None:
             self.proposals += other.proposals or []
 

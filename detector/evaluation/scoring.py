@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from pycocotools.coco import COCO
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from detector.coco import CocoDetection, collate
+from detector.coco import CocoDetection, Target, collate
 from detector.environment import versions
-from detector.errors import DataError
+from detector.errors import DataError, sentence
 from detector.evaluation.metric import Evaluator, Result, evaluator_version, match
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best
@@ -36,6 +36,7 @@ def score_split(
     batch_size: int = 1,
     workers: int = 2,
     about: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, float]:
     """Score a detector on a split, print pycocotools' table, and write everything to a folder.
 
@@ -48,6 +49,7 @@ def score_split(
         batch_size: images at a time.
         workers: processes that read images.
         about: see :func:`described`.
+        notes: sentences for the report.
 
     Returns:
         The scores, as :func:`~detector.evaluation.evaluate`.
@@ -65,19 +67,24 @@ def score_split(
     )
     if found.stopped is not None:  # a part of the detections would score as if the rest had been missed
         raise found.stopped
-    return write_scores(split, found.results, folder, about=about or {})
+    return write_scores(split, found.results, folder, about=about or {}, notes=notes)
 
 
 def write_scores(
-    split: CocoDetection, results: list[Result], folder: Path, *, about: Mapping[str, Any]
+    split: CocoDetection,
+    results: list[Result],
+    folder: Path,
+    *,
+    about: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> dict[str, float]:
     """Score results, print pycocotools' table, and write what a training run leaves.
 
     ``scores.json``, ``detections.json`` (COCO's results format), ``report.json`` (see :func:`make_report`) and
     ``examples.png`` (a few images, the truth on the left, detections on the right).
     """
-    scorer = match(split.coco, results)
-    report, table = make_report(scorer, results, about=about)
+    scorer = match(split.coco, results, split.image_ids)
+    report, table = make_report(scorer, results, about=about, notes=notes)
     scores = _with_minus_one(report)
     try:
         _write(report, scores, results, folder)
@@ -171,6 +178,7 @@ def run_detector(
     limit: int | None = None,
     labels: Tensor | None = None,
     proposals: bool = False,
+    skip_broken: bool = False,
     ranks: int = 1,
     rank: int = 0,
 ) -> Predictions:
@@ -181,6 +189,7 @@ def run_detector(
         limit: only the first so many images.
         labels: see :func:`~detector.evaluation.predict`.
         proposals: also keep those that may cover an object.
+        skip_broken: go on after an image that cannot be read, and keep the reason.
         ranks: how many processes share the split,
         rank: and this one's number. Batches are those of a single process.
 
@@ -189,10 +198,10 @@ def run_detector(
     """
     images = len(split) if limit is None else min(limit, len(split))
     loader: DataLoader[Any] = DataLoader(
-        split,
+        _Readable(split) if skip_broken else split,
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate_readable if skip_broken else collate,
         worker_init_fn=leave_signals_alone,
     )
     found = Predictions()
@@ -200,7 +209,7 @@ def run_detector(
         try:
             predict(
                 model,
-                loader,
+                _without_broken(loader, found, ranks, bar) if skip_broken else loader,
                 category_ids,
                 device=device,
                 labels=labels,
@@ -213,6 +222,37 @@ def run_detector(
                 raise
             found.stopped = stop
     return found
+
+
+class _Readable(Dataset[Any]):
+    """A split of which an image that cannot be read is its id, with the reason."""
+
+    def __init__(self, split: CocoDetection) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target] | tuple[int, str]:
+        try:
+            return self.split[index]
+        except DataError as error:
+            return self.split.image_ids[index], sentence(error)
+
+
+def _collate_readable(samples: list[Any]) -> tuple[list[Tensor], list[Target], dict[int, str]]:
+    """A batch as :func:`~detector.coco.collate` makes it, and the images that cannot be read."""
+    readable = [sample for sample in samples if isinstance(sample[0], Tensor)]
+    images, targets = collate(readable) if readable else ([], [])
+    return images, targets, dict(sample for sample in samples if not isinstance(sample[0], Tensor))
+
+
+def _without_broken(batches: Iterable[Any], found: Predictions, ranks: int, bar: tqdm) -> Iterator[Any]:
+    for images, targets, broken in batches:
+        found.broken |= broken
+        bar.update(len(broken) * ranks)
+        if images:
+            yield images, targets
 
 
 def _with_minus_one(report: Report) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import math
 import os
+import shlex
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -10,14 +12,26 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
+from tqdm import tqdm
 
+from detector.categories import label_as
+from detector.checks import open_images
 from detector.coco import CocoDetection, Target, collate, find_root
 from detector.errors import DataError
 from detector.order import ScoringBatches, TrainingBatches
 from detector.signals import leave_signals_alone
-from detector.training.failures import TrainingError
+from detector.training.failures import ANEW, TrainingError
 
 Batch = tuple[list[Tensor], list[Target]]
+# Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
+OPENED_PIXELS = 1_000_000_000
+
+
+def _broken_images(data: CocoDetection) -> dict[int, str]:
+    """Why each image that cannot be read cannot, by its id."""
+    images = [data.coco.imgs[image_id] for image_id in data.image_ids]
+    problems = tqdm(open_images(data.folder, images), "opening images", len(images), leave=False, delay=1, disable=None)
+    return {image["id"]: problem.message for image, problem in zip(images, problems) if problem is not None}
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -43,6 +57,8 @@ class CocoDataModule(lightning.LightningDataModule):
             near their edges, and scores a little.
         workers: processes that read images.
         seed: of order and augmentation, 0 or more. Default: that of seed_everything.
+        skip_broken: open every image of both splits first, and leave out those that cannot be read. Without it a broken
+            image ends the run: before its first step where opening all takes seconds, else when it comes to it.
         generate: "digits": write the synthetic set of configs/quickstart.yaml to root first, if it is not there.
     """
 
@@ -62,6 +78,7 @@ class CocoDataModule(lightning.LightningDataModule):
         val_batch_size: int = 1,
         workers: int = 2,
         seed: int | None = None,
+        skip_broken: bool = False,
         generate: Literal["digits"] | None = None,
     ) -> None:
         super().__init__()
@@ -79,6 +96,7 @@ class CocoDataModule(lightning.LightningDataModule):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         # Where Lightning puts the seed for all ranks; they must agree, or they would draw the same images.
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.skip_broken = skip_broken
         self.generate = generate
         transforms = [v2.RandomHorizontalFlip()] if augmentation is None else list(augmentation)
         if min_size is not None:
@@ -86,6 +104,7 @@ class CocoDataModule(lightning.LightningDataModule):
             sizes = [min_size] if isinstance(min_size, int) else list(min_size)
             transforms.append(v2.RandomShortestSize(sizes, max_size, antialias=False))
         self.train_transform = v2.Compose(transforms) if transforms else None
+        self.notes: list[str] = []  # on what the splits lack, for the report
         self._position: dict[str, int] = {}  # where a checkpoint was written
 
     def prepare_data(self) -> None:
@@ -99,26 +118,60 @@ class CocoDataModule(lightning.LightningDataModule):
         if stage != "fit":
             return
         self.train_set = self.split(self.train_split, train=True)
-        for name in ("category_ids", "category_names"):
-            train, val = getattr(self.train_set, name), getattr(self.val_set, name)
-            if train != val:
-                raise DataError(f"{self.root}: {name} of {self.train_split} are {train}, of {self.val_split} {val}")
+        try:
+            self.notes = [f"{self.val_split}: {note}" for note in label_as(self.val_set, self.train_set)]
+        except DataError as error:
+            raise DataError(f"{self.root}, {self.val_split}: {error}") from None
+        self._open_images()
+        for note in self.notes:
+            rank_zero_info(note)
         if not any(len(labels) for _, labels in self.train_set.targets):
             raise DataError(f"{self.root}: no box in {self.train_split} to train on")
 
     def split(self, name: str, *, train: bool = False) -> CocoDetection:
         """One split as a data set; says what is not quite right with it."""
-        annotations = self.root / self.annotations.format(split=name)
+        images, annotations = self._files(name)
         data = CocoDetection(
-            self.root / self.images.format(split=name),
+            images,
             annotations,
             transform=self.train_transform if train else None,
             seed=self.seed,
+            skip_missing=self.skip_broken,
         )
         if data.coco.flaws:
             flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.coco.flaws.items())
             rank_zero_info(f"{name}: {flaws}; python tools/check.py {annotations} shows them")
         return data
+
+    def _check(self, split: str) -> str:
+        images, annotations = self._files(split)
+        return shlex.join(["python", "tools/check.py", str(annotations), "--images", str(images)])
+
+    def _files(self, split: str) -> tuple[Path, Path]:
+        return self.root / self.images.format(split=split), self.root / self.annotations.format(split=split)
+
+    def _open_images(self) -> None:
+        """One that cannot be read would end the run when it comes to it, in its scoring perhaps, hours later."""
+        splits = ((self.train_split, self.train_set), (self.val_split, self.val_set))
+        check = {name: self._check(name) for name, _ in splits}
+        pixels = sum(image["width"] * image["height"] for _, data in splits for image in data.coco.imgs.values())
+        if pixels > OPENED_PIXELS and not self.skip_broken:
+            rank_zero_info(
+                f"The images are not opened before training ({pixels / 1e9:,.0f} gigapixels), which takes a while: "
+                f"{' and '.join(check.values())} do that; --data.skip_broken true also leaves broken ones out"
+            )
+            return
+        ranks, rank = self._ranks()
+        found = [_broken_images(data) for _, data in splits] if rank == 0 else []
+        if ranks > 1 and self.trainer is not None:  # one looks, all do the same
+            found = self.trainer.strategy.broadcast(found)
+        broken = [(name, data, reasons) for (name, data), reasons in zip(splits, found, strict=True) if reasons]
+        if broken and not self.skip_broken:
+            first, *others = [reason for _, _, reasons in broken for reason in reasons.values()]
+            more = f" (and {len(others):,} more image{'s' * (len(others) > 1)})" if others else ""
+            lists = " and ".join(check[name] for name, _, _ in broken)
+            raise DataError(f"{first}{more}: {lists} shows all; --data.skip_broken true trains without them")
+        self.notes += [f"{name}: {data.leave_out(reasons)}" for name, data, reasons in broken]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.train_set, self._training_batches())
@@ -158,7 +211,7 @@ class CocoDataModule(lightning.LightningDataModule):
             if before != now:
                 raise TrainingError(
                     f"the checkpoint was trained with {name.replace('_', ' ')} {before}, this run has {now}: go on "
-                    "with the same data, seed and devices x --data.batch_size"
+                    f"with the same data, seed and devices x --data.batch_size{ANEW}"
                 )
         self._position = state_dict
 

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from detector.errors import UserError, is_out_of_memory
 
+# How a refusal to go on from a checkpoint with other settings ends.
+ANEW = ", or start a new run from its weights, with any settings: --model.detector.weights FILE"
+
 
 class TrainingError(UserError, RuntimeError):
     """Why training cannot go on."""

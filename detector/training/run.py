@@ -178,7 +178,8 @@ class Run:
             device=device.type,
         )
         if task.scored_step == trainer.global_step:
-            scores, found = write_scores(data.val_set, task.results, self.folder, about=about), task.results
+            found = task.results
+            scores = write_scores(data.val_set, found, self.folder, about=about, notes=data.notes)
         else:  # it stopped within an epoch, or had been finished before
             if self.checkpoints.signal is not None:  # that came after the last step
                 raise KeyboardInterrupt
@@ -191,8 +192,11 @@ class Run:
                     batch_size=data.val_batch_size,
                     workers=data.workers,
                     about=about,
+                    notes=data.notes,
                 )
             found = read_json(self.folder / "detections.json")
+        for note in data.notes:
+            print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
         for name, what in {
             f"checkpoints/{LAST}": "the weights that were scored",

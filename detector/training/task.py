@@ -14,12 +14,19 @@ from torch import Tensor
 
 from detector.box_gradient import BoxGradient
 from detector.evaluation import Result, detect_with_losses, evaluate, to_results
-from detector.models import DetectorConfig, batch_norm_eps, build_detector
+from detector.initial_weights import load_initial_weights
+from detector.models import (
+    DetectorConfig,
+    batch_norm_eps,
+    build_detector,
+    set_batch_norm_eps,
+    starts_from_own_weights,
+)
 from detector.pretrained import CHECKPOINT_KEY
 from detector.seeding import drawn_from, sample_by_image, seed_of
 from detector.swap import swap_crop_head
 from detector.training.data import Batch, CocoDataModule
-from detector.training.failures import TrainingError
+from detector.training.failures import ANEW, TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
 
 
@@ -49,6 +56,7 @@ class DetectionTask(lightning.LightningModule):
         self.results: list[Result] = []  # on rank 0: of the last scoring, on every image of the val split
         self.scored_step: int | None = None  # the step after which that was
         self._resumed: dict[str, Any] | None = None
+        self._starts = False  # from weights that are not loaded yet
 
     @property
     def data(self) -> CocoDataModule:
@@ -56,13 +64,18 @@ class DetectionTask(lightning.LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:  # the data tells the number of categories
+            self._starts = starts_from_own_weights(self.detector)
             with drawn_from(seed_of(self.data.seed)):
-                self.model = build_detector(self.detector, len(self.data.val_set.category_ids))
+                categories = len(self.data.val_set.category_ids)
+                self.model = build_detector(self.detector, categories, pretrained=not self._starts)
             if self.crop == "affine":
                 swap_crop_head(self.model, self.box_gradient)
 
     def configure_callbacks(self) -> Sequence[Callback]:
         return [] if self.optimizer.ema is None else [WeightEMA(self.optimizer.ema)]
+
+    def on_fit_start(self) -> None:
+        self._load_initial_weights()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Of anchors and RoIs see _draw_by_image; this is for what else a network may draw, such as dropout.
@@ -86,6 +99,7 @@ class DetectionTask(lightning.LightningModule):
         return total
 
     def on_validation_start(self) -> None:
+        self._load_initial_weights()
         self.results = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -104,7 +118,8 @@ class DetectionTask(lightning.LightningModule):
             parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
             torch.distributed.gather_object(self.results, parts)
             self.results = [result for part in parts or [] for result in part]
-        scores = evaluate(self.data.val_set.coco, self.results)[0] if trainer.is_global_zero else None
+        val_set = self.data.val_set
+        scores = evaluate(val_set.coco, self.results, val_set.image_ids)[0] if trainer.is_global_zero else None
         scores = trainer.strategy.broadcast(scores)
         assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})
@@ -134,26 +149,37 @@ class DetectionTask(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values: the file loads with weights_only=True, and nothing in it names a class to import.
-        val_set = self.data.val_set
+        train_set = self.data.train_set
         checkpoint[CHECKPOINT_KEY] = {
             "detector": asdict(self.detector),
             "crop": self.crop,
             "box_gradient": asdict(self.box_gradient),
             "batch_norm_eps": batch_norm_eps(self.model),
-            "category_ids": val_set.category_ids,
-            "category_names": val_set.category_names,
+            "category_ids": train_set.category_ids,
+            "category_names": train_set.category_names,
             "optimizer": asdict(self.optimizer),
             "images_per_step": self.images_per_step,
             "steps": self._steps()[0],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn != "fit":
-            return
-        self._resumed = saved = checkpoint[CHECKPOINT_KEY]
+        self._starts = False  # the file that the run began from may be gone
+        saved = checkpoint[CHECKPOINT_KEY]
+        if self.trainer.state.fn == "fit":
+            self._resumed = saved
+            self._refuse_another_model(saved)
+        elif saved["category_names"] != self.data.val_set.category_names:
+            raise TrainingError(
+                f"the checkpoint was trained on {saved['category_names']}, {self.data.val_split} has "
+                f"{self.data.val_set.category_names}: tools/eval.py matches them by name"
+            )
+        set_batch_norm_eps(self.model, saved["batch_norm_eps"])
+
+    def _refuse_another_model(self, saved: dict[str, Any]) -> None:
         if "box_gradient" not in saved:
             raise TrainingError(
-                "the checkpoint is of an earlier version of this project: it can be scored, not resumed"
+                "the checkpoint is of an earlier version of this project: it can be scored, not resumed; its weights "
+                "can start a new run: --model.detector.weights FILE"
             )
         before = {"category_names": saved["category_names"], "crop": saved["crop"]} | saved["detector"]
         before |= {f"box_gradient.{name}": value for name, value in saved["box_gradient"].items()}
@@ -163,7 +189,7 @@ class DetectionTask(lightning.LightningModule):
             if _plain(before.get(name)) != _plain(value):
                 raise TrainingError(
                     f"the checkpoint was trained with {name} {before.get(name)}, this run has {value}: go on with the "
-                    "same, or start a new run"
+                    f"same{ANEW}"
                 )
 
     def _check_resumed(self, images: int, steps: int) -> None:
@@ -175,19 +201,19 @@ class DetectionTask(lightning.LightningModule):
             if _plain(before) != _plain(now):
                 raise TrainingError(
                     f"the checkpoint was trained with optimizer.{name} {before}, this run has {now}: go on with the "
-                    "same, or start a new run"
+                    f"same{ANEW}"
                 )
         before = self._resumed["images_per_step"]
         if before != images:
             raise TrainingError(
                 f"the checkpoint was trained on {before} images a step, this run has {images}: go on with the same "
-                "devices x --data.batch_size x --trainer.accumulate_grad_batches"
+                f"devices x --data.batch_size x --trainer.accumulate_grad_batches{ANEW}"
             )
         before = self._resumed["steps"]
         if before != steps and self.optimizer.schedule != "multistep":
             raise TrainingError(
                 f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has "
-                f"{steps}: go on with the same data and --trainer.max_epochs"
+                f"{steps}: go on with the same data and --trainer.max_epochs{ANEW}"
             )
 
     def _steps(self) -> tuple[int, int]:
@@ -200,6 +226,12 @@ class DetectionTask(lightning.LightningModule):
         if trainer.max_steps < 1:
             raise TrainingError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
         return trainer.max_steps, per_epoch
+
+    def _load_initial_weights(self) -> None:
+        """Once, unless a checkpoint was loaded before: now, since only then it is known."""
+        if self._starts:
+            self._starts = False
+            rank_zero_info(load_initial_weights(self.model, self.detector, self.data.val_set.category_names))
 
     def _draw_by_image(self, targets: list[dict[str, Tensor]], epoch: int) -> None:
         self.image_ids = [int(target["image_id"]) for target in targets]
