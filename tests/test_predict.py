@@ -891,6 +891,14 @@ def test_auto_finds_the_report_of_a_saved_folder_in_runs(photos, checkpoint, cap
     assert min(d["score"] for image in read("out")[0]["images"] for d in image["detections"]) >= 0.8
 
 
+def test_auto_goes_by_the_names_of_classes_where_the_data_had_other_ids(photos, run):
+    points = points_of([0.7, 0.8, 0.9], ids=[1, 2, 3])  # 2 is the detector's own id of the second class, 7 of the first
+    write_report(Path(run).parent.parent / "eval-val" / "report.json", run, points)
+    assert predict(["photos/a.png"], checkpoint=run, output="out", min_score="auto") == 0
+    least = {category["name"]: category["min_score"] for category in read("out")[0]["categories"]}
+    assert least == dict(zip(NAMES, [0.7, 0.8, 0.9], strict=True))
+
+
 def test_auto_of_a_detector_without_categories_goes_by_the_order_of_the_classes(photos, checkpoint, monkeypatch):
     detector = load_checkpoint(checkpoint)
     detector.category_ids = [None] * 3
@@ -899,7 +907,7 @@ def test_auto_of_a_detector_without_categories_goes_by_the_order_of_the_classes(
     assert predict(["photos/a.png"], output="out", min_score="auto") == 0
     assert [one["min_score"] for one in read("out")[0]["categories"]] == [0.1, 0.2, 0.3]
     write_report(Path("runs", "eval", "report.json"), checkpoint, points_of([0.1, 0.2], ids=[3, 4]))
-    with pytest.raises(SystemExit, match="2 classes, the detector has 3"):
+    with pytest.raises(SystemExit, match="the weights have 3 classes, the data has 2"):
         predict(["photos/a.png"], min_score="auto")
 
 
@@ -910,9 +918,10 @@ def test_auto_of_a_detector_without_categories_goes_by_the_order_of_the_classes(
         (points_of([None] * 3, None), r"says that nothing was found right, so no score is best; give one"),
         ([], "is damaged: operating_points: "),
         (7, "is damaged: operating_points: "),
-        ({"by_class": []}, "is damaged: operating_points: KeyError 'mean'"),
-        ({"mean": {"score": 0.5}, "by_class": [{"id": 7}]}, "is damaged: operating_points: KeyError 'score'"),
-        ({"mean": {"score": 0.5}, "by_class": [{"id": [], "score": 0.1}]}, "is damaged: "),
+        ({"by_class": points_of([0.1] * 3)["by_class"]}, "is damaged: operating_points: KeyError 'mean'"),
+        ({"mean": {}, "by_class": points_of([0.1] * 3)["by_class"]}, "is damaged: operating_points: KeyError 'score'"),
+        ({"mean": {"score": 0.5}, "by_class": [{"id": 7}]}, "is damaged: operating_points: KeyError 'name'"),
+        ({"mean": {"score": 0.5}, "by_class": [{"id": [], "name": NAMES[0], "score": 0.1}]}, "is damaged: "),
         (points_of([0.1, "0.2", 0.3]), "is damaged: operating_points: ValueError a score must be a number from 0 to 1"),
         (points_of([0.1, 1.2, 0.3]), "is damaged: "),
         (points_of([0.1, float("nan"), 0.3]), "is damaged: "),
@@ -945,7 +954,8 @@ def test_auto_without_a_report(photos, run):
 
 def run_tool(*arguments, code=""):
     """tools/predict.py in a process of its own, after some code."""
-    call = f"runpy.run_path({str(REPOSITORY / 'tools' / 'predict.py')!r}, run_name='__main__')"
+    tools = str(REPOSITORY / "tools")
+    call = f"sys.path.insert(0, {tools!r})\nrunpy.run_path({tools!r} + '/predict.py', run_name='__main__')"
     script = f"import sys, runpy\n{code}\nsys.argv[0] = 'predict.py'\n{call}"
     return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
 
@@ -1018,8 +1028,8 @@ def test_options_are_spelled_with_underscores_and_taken_with_hyphens(monkeypatch
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("eval", ["--results", "a-b.json", "--min-score=2"], "--min_score must be from 0 to 1, got 2.0"),
-        ("export", ["--checkpoint", "a-b.ckpt", "--batch-size", "0"], "--batch_size must be at least 1"),
+        ("eval", ["--results", __file__, "--min-score=2"], "--min_score must be from 0 to 1, got 2.0"),
+        ("export", ["--checkpoint", __file__, "--batch-size", "0"], "--batch_size must be at least 1"),
     ],
 )
 def test_the_other_tools_take_hyphens_as_well(name, arguments, reason):

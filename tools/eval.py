@@ -12,11 +12,9 @@ torchrun would make a failure), 130 interrupted (what was found by then is score
 
 import sys
 
-from predict import underscored  # tools/predict.py
+from first_look import refuse, underscored
 
 if __name__ == "__main__":
-    from first_look import refuse
-
     refuse(__doc__, "--config", "--checkpoint", "--results")
     try:
         from jsonargparse import auto_cli

@@ -7,11 +7,9 @@ python tools/export.py --help
 
 import sys
 
-from predict import underscored  # tools/predict.py
+from first_look import refuse, underscored
 
 if __name__ == "__main__":
-    from first_look import refuse
-
     refuse(__doc__, "--config", "--checkpoint")
     try:
         from jsonargparse import auto_cli

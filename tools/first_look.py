@@ -1,6 +1,7 @@
-"""What is seen to be wrong with a command line before torch is imported, which takes seconds."""
+"""What is done with a command line before torch is imported, which takes seconds."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -21,3 +22,11 @@ def refuse(usage: str | None, *files: str) -> None:
         local = value.endswith((".yaml", ".yml", ".json", ".ckpt")) and "://" not in value  # no hub's name, no "last"
         if flag in files and local and not Path(value).exists():
             sys.exit(f"error: {flag} {value}: no such file")
+
+
+def underscored(arguments: Sequence[str]) -> list[str]:
+    """The options of a command line as they are called: hyphens in their names do as well."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # behind it all are names of files
+    named = [argument.partition("=") if argument.startswith("--") else ("", "", argument) for argument in arguments]
+    options = [f"{name[:2]}{name[2:].replace('-', '_')}{equals}{value}" for name, equals, value in named]
+    return [*options[:end], *arguments[end:]]

@@ -25,13 +25,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-
-def underscored(arguments: Sequence[str]) -> list[str]:
-    """The options of a command line as they are called: hyphens in their names do as well."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)  # behind it all are names of files
-    named = [argument.partition("=") if argument.startswith("--") else ("", "", argument) for argument in arguments]
-    options = [f"{name[:2]}{name[2:].replace('-', '_')}{equals}{value}" for name, equals, value in named]
-    return [*options[:end], *arguments[end:]]
+from first_look import underscored
 
 
 def score(text: str) -> float | str:

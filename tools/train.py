@@ -6,9 +6,9 @@ python tools/train.py --config configs/bccd.yaml --ckpt_path runs/bccd/checkpoin
 python tools/train.py --help
 """
 
-if __name__ == "__main__":
-    from first_look import refuse
+from first_look import refuse
 
+if __name__ == "__main__":
     refuse(__doc__, "-c", "--config", "--ckpt_path")
 
     from detector.training.command_line import train

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pycocotools.coco import COCO
 from tqdm import tqdm
@@ -117,8 +117,6 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
         scores = [of_class.get(category, overall) for category in ids]
         if not all(type(score) in (int, float) and 0 <= score <= 1 for score in (*scores, overall)):
             raise ValueError("a score must be a number from 0 to 1")
-        if len(scores) != len(detector.category_ids):
-            raise ValueError(f"{len(scores)} classes, the detector has {len(detector.category_ids)}")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
