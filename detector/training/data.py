@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
@@ -15,8 +15,10 @@ from torchvision.transforms import v2
 from detector.coco import CocoDetection, Target, collate, find_root
 from detector.errors import DataError
 from detector.order import ScoringBatches, TrainingBatches
+from detector.shared_images import equal_files
 from detector.training.failures import TrainingError
 
+MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
 Batch = tuple[list[Tensor], list[Target]]
 
 
@@ -107,6 +109,7 @@ class CocoDataModule(lightning.LightningDataModule):
                 raise DataError(f"{self.root}: {name} of {self.train_split} are {train}, of {self.val_split} {val}")
         if not any(len(labels) for _, labels in self.train_set.targets):
             raise DataError(f"{self.root}: no box in {self.train_split} to train on")
+        self._say_what_is_shared()
 
     def split(self, name: str, *, train: bool = False) -> CocoDetection:
         """One split as a data set; says what is not quite right with it."""
@@ -121,6 +124,17 @@ class CocoDataModule(lightning.LightningDataModule):
             flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.coco.flaws.items())
             rank_zero_info(f"{name}: {flaws}; python tools/check.py {annotations} shows them")
         return data
+
+    @rank_zero_only
+    def _say_what_is_shared(self) -> None:
+        if len(self.train_set) + len(self.val_set) > MOST_COMPARED:
+            return
+        shared = len(equal_files(self.val_set.files(), self.train_set.files()))
+        if shared:
+            rank_zero_info(
+                f"{self.val_split}: {shared:,} of {len(self.val_set):,} images are byte for byte in {self.train_split}, "
+                "too, and score too high; tools/check.py --other names them"
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.train_set, self._training_batches())
