@@ -72,7 +72,7 @@ def anchor_advice(shapes: Tensor, images: Tensor, settings: DetectorConfig) -> s
     flags = f'--model.detector.anchor_sizes "{_plain(fitting.anchor_sizes)}"'
     if fitting.aspect_ratios != settings.aspect_ratios:
         flags += f' --model.detector.aspect_ratios "{_plain(fitting.aspect_ratios)}"'
-    return f"{said}; {flags} leaves {1 - after:.0%} outside"
+    return f"{said}; {flags} would leave {1 - after:.0%} outside"
 
 
 def _fitting(shapes: Tensor, settings: DetectorConfig) -> DetectorConfig:

@@ -98,14 +98,8 @@ def check_dataset(
     if detector is not None and boxes_are_right:
         problems += _anchor_problems(annotations, data, detector)
     if other is not None:
-        try:
-            others = _list(read_json(other), "images")
-        except DataError as error:
-            problems.append(Problem("unreadable annotation file", "error", str(error)))
-        else:
-            by_content = images is not None and other_images is not None and decode
-            splits: tuple[_Split, _Split] = (annotations, entries, images), (other, others, other_images)
-            problems += _shared_images(*splits, by_content=by_content)
+        by_content = images is not None and other_images is not None and decode
+        problems += _shared_images((annotations, entries, images), other, other_images, by_content=by_content)
     if images is not None:
         unusable: set[int | None] = set()
         for position, problem in _file_problems(annotations, entries, Path(images)):
@@ -474,15 +468,35 @@ def _anchor_problems(path: str | Path, data: Entry, detector: "DetectorConfig") 
         yield Problem("anchors that most objects lie outside of", "note", f"{path}: {advice}")
 
 
-_Split = tuple[str | Path, list[Any], str | Path | None]  # annotation file, its images, their folder
+def _shared_images(
+    ours: tuple[str | Path, list[Any], str | Path | None],
+    other: str | Path,
+    other_images: str | Path | None,
+    *,
+    by_content: bool,
+) -> Iterator[Problem]:
+    """Images that another split has as well: their files byte for byte, or else their names alone.
 
+    Args:
+        ours: an annotation file, its images and their folder.
+        other: the annotation file of the other split,
+        other_images: and its folder.
+        by_content: compare files; both folders are given.
+    """
+    from detector.coco import read_json
 
-def _shared_images(ours: _Split, theirs: _Split, *, by_content: bool) -> Iterator[Problem]:
-    """Images that another split has as well: their files byte for byte, or else their names alone."""
+    try:
+        data = read_json(other)
+    except DataError as error:
+        yield Problem("unreadable annotation file", "error", str(error))
+        return
+    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+        yield Problem("not in COCO's format", "error", f"{other}: must hold a dict with images, a list")
+        return
     where: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
-    for (path, images, folder), files in zip((ours, theirs), where):
+    for (path, images, folder), files in zip((ours, (other, data["images"], other_images)), where):
         unusable = dict(_file_problems(path, images, Path(folder or ""))) if by_content else {}
-        if None in unusable and path != ours[0]:  # of ours it is said anyway
+        if None in unusable and files is where[1]:  # of ours it is said anyway
             yield unusable[None]
         for position, image in enumerate(images):
             name = image.get("file_name") if isinstance(image, dict) else None
@@ -494,8 +508,9 @@ def _shared_images(ours: _Split, theirs: _Split, *, by_content: bool) -> Iterato
             message = f"{where[0][file]}, is byte for byte {where[1][same]}"
             what = "trained on one, a detector scores too high on the other"
             yield Problem("images that the other split has, too", "flaw", f"{message}: {what}")
-    else:
-        for file in where[0].keys() & where[1].keys():
+        return
+    for file in where[0]:
+        if file in where[1]:
             message = f"{where[0][file]}, is called like {where[1][file]}"
             what = "whether they are one image shows with both folders of images"
             yield Problem("file names that the other split has, too", "note", f"{message}: {what}")

@@ -23,12 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detector.models import DetectorConfig
 
-ANCHORS = (
-    "min_size",
-    "max_size",
-    "anchor_sizes",
-    "aspect_ratios",
-)  # settings of a detector, in configuration and flags
+# Settings of a detector, by configuration and by flag.
+ANCHORS = ("min_size", "max_size", "anchor_sizes", "aspect_ratios")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -77,10 +73,7 @@ def detector_settings(options: argparse.Namespace) -> "DetectorConfig":
                 raise DataError(f"{options.config}: not the settings of a training: {name} must be a dict")
             found = found[name]
     found |= {name: value for name in ANCHORS if (value := getattr(options, name)) is not None}
-    fields: dict[str, Any] = {
-        name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in ANCHORS
-    }
-    return DetectorConfig(**fields)
+    return DetectorConfig(**{name: value for name, value in found.items() if name in ANCHORS})
 
 
 def check(options: argparse.Namespace) -> int:

@@ -132,8 +132,8 @@ class CocoDataModule(lightning.LightningDataModule):
         shared = len(equal_files(self.val_set.files(), self.train_set.files()))
         if shared:
             rank_zero_info(
-                f"{self.val_split}: {shared:,} of {len(self.val_set):,} images are byte for byte in {self.train_split}, "
-                "too, and score too high; tools/check.py --other names them"
+                f"{self.val_split}: {shared:,} of {len(self.val_set):,} images are byte for byte in "
+                f"{self.train_split}, too, and score too high; tools/check.py --other names them"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:
