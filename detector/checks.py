@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from detector.errors import DataError, SizeError, shown
+from detector.shared_images import equal_files
+
+if TYPE_CHECKING:
+    from detector.models import DetectorConfig
 
 # detector.coco takes its problems from here. What needs it in turn, to open files, imports it when called.
 
@@ -17,6 +21,9 @@ Level = Literal["error", "flaw", "note"]
 LEVELS: tuple[Level, ...] = ("error", "flaw", "note")
 MOST_AREA = 1e10  # square pixels: COCO's metric passes over objects of a larger area, or of one below 0
 ROUNDING = 1.0  # pixels by which a box may reach outside its image: those of COCO's own files do, by less
+NORMALISED = "annotation file whose boxes look normalised (0..1)"
+CORNERS = "annotation file whose boxes look like corners (x1, y1, x2, y2)"
+CENTRES = "annotation file whose boxes look like centres (cx, cy, width, height)"
 
 Entry = dict[str, Any]
 
@@ -58,6 +65,9 @@ def check_dataset(
     decode: bool = True,
     workers: int = 4,
     on_image: Callable[[int], Any] = lambda left: None,
+    other: str | Path | None = None,
+    other_images: str | Path | None = None,
+    detector: "DetectorConfig | None" = None,
 ) -> Findings:
     """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
 
@@ -67,6 +77,11 @@ def check_dataset(
         decode: also open every image whose entry is right and whose file is there.
         workers: threads that open images, 1 or more.
         on_image: for a progress bar, called with the number of images still to open: with all, then after each.
+        other: the annotation file of another split, which must not have the same images; nothing else about it is
+            checked.
+        other_images: the folder of its images, to compare files by content. Without it, or ``images``, or ``decode``,
+            only names are.
+        detector: compare the boxes with its anchors, in images resized as it does.
 
     Returns:
         The problems; a file that cannot be read is one of them.
@@ -79,6 +94,12 @@ def check_dataset(
         return Findings([Problem("unreadable annotation file", "error", str(error))])
     problems = list(annotation_problems(annotations, data))
     entries = _list(data, "images")
+    boxes_are_right = not any(p.level == "error" or p.kind in (CORNERS, CENTRES) for p in problems)
+    if detector is not None and boxes_are_right:
+        problems += _anchor_problems(annotations, data, detector)
+    if other is not None:
+        by_content = images is not None and other_images is not None and decode
+        problems += _shared_images((annotations, entries, images), other, other_images, by_content=by_content)
     if images is not None:
         unusable: set[int | None] = set()
         for position, problem in _file_problems(annotations, entries, Path(images)):
@@ -115,6 +136,8 @@ def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
     yield from _repeated(path, "categories", categories, "name", "flaw")
     sizes = {image["id"]: (image.get("width"), image.get("height")) for image in images if "id" in image}
     category_ids = {category["id"] for category in categories if "id" in category}
+    readings, box_problems = _Readings(), []
+    first: dict[Any, int] = {}  # of the boxes
     # Where the list itself is not there, that has been said.
     has_images, has_categories, has_annotations = (isinstance(data.get(name), list) for name in LISTS)
     for position, annotation in enumerate(annotations):
@@ -135,7 +158,23 @@ def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
             if found is not None:
                 kind, what = found
                 message = f"{_where(path, 'annotations', position, annotation)} has bbox {shown(annotation['bbox'])}"
-                yield Problem(kind, "flaw", f"{message}, {what}")
+                box_problems.append(Problem(kind, "flaw", f"{message}, {what}"))
+            if width is not None and height is not None:
+                readings.count(annotation["bbox"], width, height)
+            if image_id is not None and category_id is not None and not annotation.get("iscrowd"):
+                same = first.setdefault((image_id, category_id, *annotation["bbox"]), position)
+                if same != position:
+                    message = f"{_where(path, 'annotations', position, annotation)} has the image, category and bbox of"
+                    what = "one object counts twice in training and scoring"
+                    box_problems.append(
+                        Problem(
+                            "duplicate boxes",
+                            "flaw",
+                            f"{message} annotations[{same}], {shown(annotation['bbox'])}: {what}",
+                        )
+                    )
+    yield from readings.problems(path)
+    yield from box_problems
     if has_annotations:
         used = {annotation.get("category_id") for annotation in annotations}
         yield from _unused(path, "categories", categories, used, "categories never used")
@@ -382,6 +421,111 @@ def _box_problem(box: list[float], width: int | None, height: int | None) -> tup
         kind = "boxes that reach outside their image"
         return kind, f"reaching outside its image of {width}x{height} pixels: clipped in training"
     return None
+
+
+class _Readings:
+    """Counts the boxes of a file that would lie in their images if their four numbers meant something else."""
+
+    boxes = normalised = outside = corners = centres = 0
+
+    def count(self, box: list[float], width: int, height: int) -> None:
+        x, y, w, h = box
+        right, lower = width + ROUNDING, height + ROUNDING
+        self.boxes += 1
+        # Whole numbers are a place-holder, perhaps; in pixels, such a box lies in its image's very corner.
+        self.normalised += (
+            min(box) >= 0 and max(box) <= 1.0001 and any(value % 1 for value in box) and min(width, height) > 10
+        )
+        self.outside += x + w > right or y + h > lower
+        self.corners += -ROUNDING <= x < w <= right and -ROUNDING <= y < h <= lower
+        self.centres += w / 2 - ROUNDING <= x <= right - w / 2 and h / 2 - ROUNDING <= y <= lower - h / 2
+
+    def problems(self, path: str | Path) -> Iterator[Problem]:
+        many = f"of {self.boxes:,} boxes"
+        coco = "COCO's bbox is x and y of the upper left corner, width and height, in pixels"
+        if self.normalised > self.boxes / 2:
+            message = f"{path}: {self.normalised:,} {many} look normalised, their numbers are all within 0..1"
+            what = f"{coco}: multiply by the image's width and height"
+            yield Problem(NORMALISED, "error", f"{message}; {what}")
+            return
+        if self.outside < 10:  # of a few boxes anything can be said
+            return
+        message = f"{path}: {self.outside:,} {many} reach outside their images, but"
+        # Almost all must fit the other reading. Where objects are large, those of a right file fit that of corners.
+        if self.corners >= 0.99 * self.boxes and self.outside > self.boxes / 2:
+            message += f" {self.corners:,} would not as corners, x1, y1, x2, y2, which is what they look like"
+            yield Problem(CORNERS, "flaw", f"{message}; {coco}: subtract x1 from x2, and y1 from y2")
+        elif self.centres >= 0.99 * self.boxes and self.outside > self.boxes / 20:
+            message += f" {self.centres:,} would not if x and y were of their centres, which is what it looks like"
+            yield Problem(CENTRES, "flaw", f"{message}; {coco}: subtract half of width and height from x and y")
+
+
+def _anchor_problems(path: str | Path, data: Entry, detector: "DetectorConfig") -> Iterator[Problem]:
+    """Of a file without errors."""
+    import torch
+
+    from detector.anchors import anchor_advice
+
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    objects = []
+    for annotation in data["annotations"]:
+        if not annotation.get("iscrowd"):
+            (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
+            w, h = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)  # as training clips it
+            if w > 0 and h > 0:
+                objects.append((w, h, width, height))
+    numbers = torch.tensor(objects, dtype=torch.float64).reshape(-1, 4)
+    advice = anchor_advice(numbers[:, :2], numbers[:, 2:], detector)
+    if advice is not None:
+        yield Problem("anchors that most objects lie outside of", "note", f"{path}: {advice}")
+
+
+def _shared_images(
+    ours: tuple[str | Path, list[Any], str | Path | None],
+    other: str | Path,
+    other_images: str | Path | None,
+    *,
+    by_content: bool,
+) -> Iterator[Problem]:
+    """Images that another split has as well: their files byte for byte, or else their names alone.
+
+    Args:
+        ours: an annotation file, its images and their folder.
+        other: the annotation file of the other split,
+        other_images: and its folder.
+        by_content: compare files; both folders are given.
+    """
+    from detector.coco import read_json
+
+    try:
+        data = read_json(other)
+    except DataError as error:
+        yield Problem("unreadable annotation file", "error", str(error))
+        return
+    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+        yield Problem("not in COCO's format", "error", f"{other}: must hold a dict with images, a list")
+        return
+    where: tuple[dict[Path, str], dict[Path, str]] = ({}, {})
+    for (path, images, folder), files in zip((ours, (other, data["images"], other_images)), where):
+        unusable = dict(_file_problems(path, images, Path(folder or ""))) if by_content else {}
+        if None in unusable and files is where[1]:  # of ours it is said anyway
+            yield unusable[None]
+        for position, image in enumerate(images):
+            name = image.get("file_name") if isinstance(image, dict) else None
+            if isinstance(name, str) and position not in unusable and None not in unusable:
+                file = Path(folder or "", name) if by_content else Path(name)
+                files[file] = f"{_where(path, 'images', position, image)}, {shown(name)}"
+    if by_content:
+        for file, same in equal_files(*where).items():
+            message = f"{where[0][file]}, is byte for byte {where[1][same]}"
+            what = "trained on one, a detector scores too high on the other"
+            yield Problem("images that the other split has, too", "flaw", f"{message}: {what}")
+        return
+    for file in where[0]:
+        if file in where[1]:
+            message = f"{where[0][file]}, is called like {where[1][file]}"
+            what = "whether they are one image shows with both folders of images"
+            yield Problem("file names that the other split has, too", "note", f"{message}: {what}")
 
 
 def _file_problems(path: str | Path, images: Iterable[Any], folder: Path) -> Iterator[tuple[int | None, Problem]]:

@@ -44,7 +44,7 @@ Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises :class:`DataError` if it is missing, unreadable, cut off or no JSON."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
             return json.load(file)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
@@ -377,6 +377,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
         target["boxes"], target["labels"] = target["boxes"][kept], target["labels"][kept]
         return image, target
+
+    def files(self) -> list[Path]:
+        """The image files, in order."""
+        return [self.folder / self.coco.imgs[image_id]["file_name"] for image_id in self.image_ids]
+
+    def shapes(self) -> tuple[Tensor, Tensor]:
+        """Width and height in pixels of all boxes in the targets, [L, 2], and of the image of each, [L, 2]."""
+        images = [self.coco.imgs[image_id] for image_id in self.image_ids]
+        boxes = torch.cat([torch.empty(0, 4), *(boxes for boxes, _ in self.targets)])
+        sizes = torch.tensor([(image["width"], image["height"]) for image in images], dtype=torch.float64).reshape(
+            -1, 2
+        )
+        counts = torch.tensor([len(labels) for _, labels in self.targets], dtype=torch.int64)
+        return boxes[:, 2:] - boxes[:, :2], sizes.repeat_interleave(counts, dim=0)
 
     def _boxes(self, image_id: int) -> tuple[Tensor, Tensor, int]:
         """Boxes [L, 4] (x1, y1, x2, y2) within the image, labels [L], and how many boxes of no size were dropped."""

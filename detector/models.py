@@ -23,7 +23,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detector.errors import DataError, ModelError, shown
+from detector.errors import DataError, ModelError, sentence, shown
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,6 +40,13 @@ COCO_V1_FILES = (
 
 def _is_size(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**31
+
+
+def _is_ratio(value: Any) -> bool:
+    return type(value) in (int, float) and 0.01 <= value <= 100
+
+
+PARTS = {int: (_is_size, "positive integers"), float: (_is_ratio, "numbers from 0.01 to 100")}  # of tuples
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,18 @@ class DetectorConfig:
         frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone, or of
             the detector's weights. One that starts at random has none to keep.
         fpn_channels: timm only: channels of the feature pyramid.
-        anchor_sizes: timm only: one anchor size in pixels for each of the pyramid's 5 levels.
+        anchor_sizes: the root of the anchors' area, in pixels of images as resized: one for each of the pyramid's 5
+            levels. torchvision's MobileNets have all 5 on each of their levels.
+        aspect_ratios: the anchors' height over their width, three for each size. tools/check.py says which fit.
         box_head_size: timm only: width of the box head's two layers.
         rpn_pre_nms_top_n: proposals kept per level before suppression, in training and in testing.
         rpn_post_nms_top_n: proposals kept per image after suppression, in training and in testing.
+        rpn_nms_threshold: of two proposals with a higher IoU the worse one is suppressed.
+        rpn_fg_iou_threshold: an anchor is trained to be an object from this IoU with one on (and the best of each),
+        rpn_bg_iou_threshold: and to be background below this one.
+        box_nms_threshold: of two detections of a category with a higher IoU the worse one is suppressed.
+        box_fg_iou_threshold: an RoI is trained to be an object from this IoU with one on,
+        box_bg_iou_threshold: and to be background below this one.
         rois_per_image: RoIs drawn per image to train the box head.
         detections_per_image: the most detections returned per image.
         score_threshold: detections below it are not returned.
@@ -81,9 +96,16 @@ class DetectorConfig:
     frozen_batch_norm: bool = True
     fpn_channels: int = 256
     anchor_sizes: tuple[int, int, int, int, int] = (32, 64, 128, 256, 512)
+    aspect_ratios: tuple[float, float, float] = (0.5, 1.0, 2.0)
     box_head_size: int = 1024
     rpn_pre_nms_top_n: tuple[int, int] = (2000, 1000)
     rpn_post_nms_top_n: tuple[int, int] = (2000, 1000)
+    rpn_nms_threshold: float = 0.7
+    rpn_fg_iou_threshold: float = 0.7
+    rpn_bg_iou_threshold: float = 0.3
+    box_nms_threshold: float = 0.5
+    box_fg_iou_threshold: float = 0.5
+    box_bg_iou_threshold: float = 0.5
     rois_per_image: int = 512
     detections_per_image: int = 100
     score_threshold: float = 0.05
@@ -95,7 +117,8 @@ class DetectorConfig:
             parts = list(value) if get_origin(kind) is tuple and isinstance(value, (tuple, list)) else [value]
             if get_origin(kind) is tuple:
                 kinds = get_args(kind)
-                fits, meant = len(parts) == len(kinds) and all(map(_is_size, parts)), f"{len(kinds)} positive integers"
+                is_part, parts_meant = PARTS[kinds[0]]
+                fits, meant = len(parts) == len(kinds) and all(map(is_part, parts)), f"{len(kinds)} {parts_meant}"
             elif kind is int:
                 fits, meant = (
                     _is_size(value) or (name == "trainable_layers" and type(value) is int and value == 0),
@@ -112,6 +135,13 @@ class DetectorConfig:
         for name in ("min_size", "max_size"):
             if getattr(self, name) > MOST_PIXELS:  # every image would be enlarged to it
                 raise ModelError(f"detector.{name} must be at most {MOST_PIXELS}, got {getattr(self, name)}")
+        for part in ("rpn", "box"):
+            background, foreground = (getattr(self, f"{part}_{kind}_iou_threshold") for kind in ("bg", "fg"))
+            if background > foreground:
+                raise ModelError(
+                    f"detector.{part}_bg_iou_threshold must be at most {part}_fg_iou_threshold, {foreground}, got "
+                    f"{background}"
+                )
 
     def common_options(self) -> dict[str, Any]:
         """The settings that every torchvision Faster R-CNN takes, by torchvision's names."""
@@ -122,10 +152,39 @@ class DetectorConfig:
             "rpn_pre_nms_top_n_test": self.rpn_pre_nms_top_n[1],
             "rpn_post_nms_top_n_train": self.rpn_post_nms_top_n[0],
             "rpn_post_nms_top_n_test": self.rpn_post_nms_top_n[1],
+            "rpn_nms_thresh": self.rpn_nms_threshold,
+            "rpn_fg_iou_thresh": self.rpn_fg_iou_threshold,
+            "rpn_bg_iou_thresh": self.rpn_bg_iou_threshold,
+            "box_nms_thresh": self.box_nms_threshold,
+            "box_fg_iou_thresh": self.box_fg_iou_threshold,
+            "box_bg_iou_thresh": self.box_bg_iou_threshold,
             "box_batch_size_per_image": self.rois_per_image,
             "box_detections_per_img": self.detections_per_image,
             "box_score_thresh": self.score_threshold,
         }
+
+    def anchor_generator(self, levels: int = 5) -> AnchorGenerator:
+        """The anchors of a pyramid: a size a level; all sizes on each where there are fewer, as in MobileNets."""
+        sizes = [(size,) for size in self.anchor_sizes] if levels == 5 else [self.anchor_sizes] * levels
+        return AnchorGenerator(tuple(sizes), (self.aspect_ratios,) * levels)
+
+
+def saved_settings(fields: dict[str, Any]) -> DetectorConfig:
+    """The settings that a checkpoint or a saved folder holds; those that there were not yet have their defaults.
+
+    Args:
+        fields: what ``asdict`` made of a :class:`DetectorConfig`; tuples may have become lists.
+
+    Raises:
+        ModelError: a value is wrong, or a name not known.
+    """
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    if "aspect_ratios" not in fields and not str(fields.get("name")).startswith("timm/"):
+        fields.pop("anchor_sizes", None)  # of a time when torchvision's builders passed over it
+    try:
+        return DetectorConfig(**fields)
+    except TypeError as error:
+        raise ModelError(f"detector: {sentence(error)}") from None
 
 
 def build_detector(config: DetectorConfig, num_categories: int, *, pretrained: bool = True) -> FasterRCNN:
@@ -364,6 +423,14 @@ def settings_of(name: str, model: FasterRCNN) -> DetectorConfig:
         max_size=transform.max_size,
         rpn_pre_nms_top_n=(rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]),
         rpn_post_nms_top_n=(rpn._post_nms_top_n["training"], rpn._post_nms_top_n["testing"]),
+        anchor_sizes=tuple(dict.fromkeys(size for level in rpn.anchor_generator.sizes for size in level)),
+        aspect_ratios=rpn.anchor_generator.aspect_ratios[0],
+        rpn_nms_threshold=rpn.nms_thresh,
+        rpn_fg_iou_threshold=rpn.proposal_matcher.high_threshold,
+        rpn_bg_iou_threshold=rpn.proposal_matcher.low_threshold,
+        box_nms_threshold=heads.nms_thresh,
+        box_fg_iou_threshold=heads.proposal_matcher.high_threshold,
+        box_bg_iou_threshold=heads.proposal_matcher.low_threshold,
         rois_per_image=heads.fg_bg_sampler.batch_size_per_image,
         detections_per_image=heads.detections_per_img,
         score_threshold=heads.score_thresh,
@@ -395,6 +462,8 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: 
         model = torchvision.models.get_model(config.name, weights=weights, weights_backbone=backbone, **options)
     if own:
         _hold_as_pretrained(model, config)
+    # Not by the builder's own argument, which only some of them take. As many anchors as before: the weights fit.
+    model.rpn.anchor_generator = config.anchor_generator(len(model.rpn.anchor_generator.sizes))
     predictor = model.roi_heads.box_predictor
     if predictor.cls_score.out_features != num_categories + 1:
         model.roi_heads.box_predictor = FastRCNNPredictor(predictor.cls_score.in_features, num_categories + 1)
@@ -429,9 +498,7 @@ def _build_timm(config: DetectorConfig, num_categories: int, pretrained: bool) -
     )
     return FasterRCNN(
         backbone,
-        rpn_anchor_generator=AnchorGenerator(
-            tuple((size,) for size in config.anchor_sizes), ((0.5, 1.0, 2.0),) * len(config.anchor_sizes)
-        ),
+        rpn_anchor_generator=config.anchor_generator(),
         box_head=TwoMLPHead(config.fpn_channels * 7 * 7, config.box_head_size),
         box_predictor=FastRCNNPredictor(config.box_head_size, num_categories + 1),
         image_mean=backbone.mean,

@@ -32,6 +32,7 @@ from detector.models import (
     published_names,
     read_weights,
     refuse_narrow,
+    saved_settings,
     set_batch_norm_eps,
     settings_of,
 )
@@ -432,10 +433,8 @@ def _assemble(
             got = f"{shown(category_id)} and {shown(name)}"
             raise ModelError(f"{refusal}: a category must have an id and a name, got {got}")
     try:
-        # JSON makes lists of tuples.
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        config = DetectorConfig(**fields)
-    except (ModelError, TypeError) as error:
+        config = saved_settings(settings)
+    except ModelError as error:
         raise ModelError(f"{refusal}: {error}") from None
     model = load_weights(lambda: build_detector(config, len(categories), pretrained=False), weights, refusal)
     known = batch_norm_eps(model)

@@ -1,8 +1,10 @@
 """Data sets with everything wrong: each problem is named, none ends in a traceback."""
 
 import copy
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from detector.anchors import anchor_advice
 from detector.checks import (
     BOX,
     Findings,
@@ -27,6 +30,7 @@ from detector.checks import (
 from detector.coco import CocoDetection, read_coco
 from detector.digits import write_digits
 from detector.errors import DataError
+from detector.models import DetectorConfig
 
 VALID = {
     "images": [
@@ -546,3 +550,297 @@ def test_real_coco(coco_cc, split):
     findings = check_dataset(coco_cc / "annotations" / f"instances_{split}.json", coco_cc / split)
     assert {problem.kind for problem in findings.problems} <= {"categories never used", "images without annotations"}
     assert findings.contents.endswith(" of 80 categories")
+
+
+def scattered(box, *, count=60, size=(640, 480)):
+    """A file with boxes in random places, each told by ``box`` of x, y, w, h, W, H."""
+    rng = np.random.default_rng(0)
+    annotations = []
+    for i in range(count):
+        w, h = rng.uniform(20, 150, 2)
+        x, y = rng.uniform(0, size[0] - w), rng.uniform(0, size[1] - h)
+        annotations.append(
+            {"id": i + 1, "image_id": i % 2, "category_id": 7, "bbox": [float(v) for v in box(x, y, w, h, *size)]}
+        )
+    images = [{"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]} for i in range(2)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 7, "name": "cat"}]}
+
+
+def coco_box(x, y, w, h, width, height):
+    return x, y, w, h
+
+
+def corners(x, y, w, h, width, height):
+    return x, y, x + w, y + h
+
+
+def centres(x, y, w, h, width, height):
+    return x + w / 2, y + h / 2, w, h
+
+
+def normalised(convention):
+    def box(x, y, w, h, width, height):
+        return [value / side for value, side in zip(convention(x, y, w, h, width, height), (width, height) * 2)]
+
+    return box
+
+
+def tiny(x, y, w, h, width, height):
+    return x, y, 0.5, 0.5
+
+
+def looks(data):
+    """What a file looks like as a whole: the level and the sentence."""
+    found = [problem for problem in annotation_problems("a.json", data) if problem.kind.startswith("annotation file")]
+    assert len(found) <= 1
+    return [(problem.level, problem.kind, problem.message) for problem in found]
+
+
+@pytest.mark.parametrize("convention", [coco_box, corners, centres])
+def test_normalised_boxes_are_one_error(tmp_path, convention):
+    data = scattered(normalised(convention))
+    ((level, kind, message),) = looks(data)
+    assert (level, kind) == ("error", "annotation file whose boxes look normalised (0..1)")
+    assert message.startswith("a.json: 60 of 60 boxes look normalised")
+    assert "multiply by the image's width and height" in message
+    assert [problem.level for problem in annotation_problems("a.json", data)] == ["error"]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match="60 of 60 boxes look normalised"):
+        read_coco(tmp_path / "a.json")
+
+
+def test_boxes_that_are_small_or_placeholders_are_not_taken_for_normalised():
+    for box in (tiny, lambda *numbers: (0, 0, 1, 1), lambda *numbers: (0, 1, 1, 0)):
+        assert looks(scattered(box)) == []
+    mixed = scattered(normalised(coco_box))
+    small = copy.deepcopy(mixed)
+    for image in small["images"]:
+        image["height"] = 10
+    assert looks(small) == []  # in an image of few pixels it may be true
+    for annotation in mixed["annotations"][:30]:
+        annotation["bbox"] = [9, 9, 20, 20]
+    assert looks(mixed) == []  # no more than half
+    mixed["annotations"][0]["bbox"] = [0.2, 0.2, 0.5, 0.1]
+    assert "31 of 60 boxes look normalised" in looks(mixed)[0][2]
+
+
+def test_corners_are_told_from_boxes_that_reach_outside():
+    ((level, kind, message),) = looks(scattered(corners))
+    assert (level, kind) == ("flaw", "annotation file whose boxes look like corners (x1, y1, x2, y2)")
+    assert "60 would not as corners" in message
+    assert "subtract x1 from x2, and y1 from y2" in message
+    # Said before the boxes that reach outside, which it explains.
+    assert next(annotation_problems("a.json", scattered(corners))).message == message
+    (count,) = re.findall(r"a\.json: (\d+) of 60 boxes reach outside", message)
+    assert int(count) == sum(p.kind.startswith("boxes") for p in annotation_problems("a.json", scattered(corners)))
+    assert looks(scattered(corners, count=10)) == []  # too few
+    one_wrong = scattered(corners)
+    one_wrong["annotations"][0]["bbox"] = [300, 200, 100, 50]
+    assert looks(one_wrong) == []  # what lies left of its left edge is no corner
+    assert looks(scattered(coco_box)) == []
+    # Right boxes of large objects fit as corners, too, and a third of them reaches outside here.
+    large = scattered(lambda *_: (30, 20, 500, 400))
+    for annotation in large["annotations"][:20]:
+        annotation["bbox"][0] = 150
+    assert looks(large) == []
+
+
+def test_centres_are_told_from_boxes_that_reach_outside():
+    ((level, kind, message),) = looks(scattered(centres, count=300))
+    assert (level, kind) == ("flaw", "annotation file whose boxes look like centres (cx, cy, width, height)")
+    assert "subtract half of width and height from x and y" in message
+    assert looks(scattered(centres, count=20)) == []
+    at_the_edge = scattered(centres, count=300)
+    for annotation in at_the_edge["annotations"][:10]:
+        annotation["bbox"][0] = 0
+    assert looks(at_the_edge) == []
+
+
+def test_duplicate_boxes():
+    data = copy.deepcopy(VALID)
+    box = data["annotations"][1]
+    data["annotations"] += [
+        {**box, "id": 10},
+        {**box, "id": 11, "bbox": [float(value) for value in box["bbox"]]},
+        {**box, "id": 12, "category_id": 7},
+        {**box, "id": 13, "image_id": 9},
+        {**box, "id": 14, "bbox": [5, 5, 20, 11]},
+        {**box, "id": 15, "iscrowd": 1},
+        {**data["annotations"][2], "id": 16, "iscrowd": 0},  # of the crowd's box there is one object
+        {**data["annotations"][2], "id": 17},
+    ]
+    problems = list(annotation_problems("a.json", data))
+    assert [(p.kind, p.level) for p in problems] == [("duplicate boxes", "flaw")] * 2
+    for problem, position in zip(problems, (3, 4)):
+        assert f"annotations[{position}] (id {position + 7}) has the image, category and bbox of annotations[1]" in (
+            problem.message
+        )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(VALID), encoding=encoding)
+    findings = check_dataset(path)
+    if encoding == "utf-16":
+        assert kinds(findings) == [("error", "unreadable annotation file")]
+        assert "not valid JSON" in findings.problems[0].message
+    else:
+        assert findings.problems == []
+        assert len(read_coco(path).anns) == 3
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """A val split of a.png and b.png, and a train split of which one file has the pixels of b.png."""
+    val = write(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.png").write_bytes((tmp_path / "images" / "b.png").read_bytes())
+    (tmp_path / "train" / "c.png").write_bytes(b"another")
+    train = tmp_path / "train.json"
+    images = [{**VALID["images"][0], "id": i, "file_name": f"{name}.png"} for i, name in enumerate("cagone")]
+    train.write_text(json.dumps({**VALID, "images": [*images, 3, {"id": 9}]}))
+    return val, tmp_path / "images", train, tmp_path / "train"
+
+
+def test_images_that_two_splits_share(splits):
+    val, images, train, train_images = splits
+    findings = check_dataset(val, images, other=train, other_images=train_images)
+    assert kinds(findings) == [("flaw", "images that the other split has, too")]
+    where = f"{val}: images[1] (id 9), 'b.png', is byte for byte {train}: images[1] (id 1), 'a.png'"
+    assert findings.problems[0].message.startswith(where)
+    assert kinds(check_dataset(val, images)) == []
+    # By their names alone it is another, and perhaps none.
+    for arguments in ({}, {"images": images}, {"images": images, "other_images": train_images, "decode": False}):
+        findings = check_dataset(val, other=train, **arguments)
+        assert kinds(findings) == [("note", "file names that the other split has, too")]
+        assert f"{val}: images[0] (id 4), 'a.png', is called like {train}: images[1] (id 1)" in (
+            findings.problems[0].message
+        )
+
+
+def test_files_outside_the_folders_are_not_compared(splits, tmp_path):
+    val, images, train, train_images = splits
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (images / "a.png").write_bytes(b"secret")
+    names = [{**VALID["images"][0], "file_name": name} for name in ("../secret.png", "/etc/passwd", "nul\0", "\ud800")]
+    train.write_text(json.dumps({**VALID, "images": names}))
+    findings = check_dataset(val, images, other=train, other_images=train_images)
+    assert kinds(findings) == [("error", "unreadable images")]  # that a.png is no image any more
+
+
+def test_the_other_split_must_be_there(splits, tmp_path):
+    val, images, train, train_images = splits
+    for content, kind in (("{", "unreadable annotation file"), ("[]", "not in COCO's format")):
+        (tmp_path / "broken.json").write_text(content)
+        findings = check_dataset(val, images, other=tmp_path / "broken.json", other_images=train_images)
+        assert kinds(findings) == [("error", kind)]
+        assert f"{tmp_path / 'broken.json'}: " in findings.problems[0].message
+    findings = check_dataset(val, images, other=train, other_images=tmp_path / "nowhere")
+    assert kinds(findings) == [("error", "missing image folder")]
+    assert str(tmp_path / "nowhere") in findings.problems[0].message
+
+
+def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
+    path = tmp_path / "a.json"
+    settings = DetectorConfig(min_size=48, max_size=64, anchor_sizes=(256, 300, 400, 500, 600))
+    data = scattered(coco_box)
+    for wrong, expected in (
+        (coco_box, [("note", "anchors that most objects lie outside of")]),
+        (corners, [("flaw", "annotation file whose boxes look like corners (x1, y1, x2, y2)")]),
+        (normalised(coco_box), [("error", "annotation file whose boxes look normalised (0..1)")]),
+        (lambda *_: (1, 2, 0, 5), [("flaw", "empty boxes")]),
+    ):
+        path.write_text(json.dumps(scattered(wrong)))
+        found = kinds(check_dataset(path, detector=settings))
+        assert [kind for kind in dict.fromkeys(found) if "outside their" not in kind[1] and "dupl" not in kind[1]] == (
+            expected
+        )
+    # As training sees them: clipped, without crowds.
+    for annotation in data["annotations"][:40]:
+        annotation["iscrowd"] = 1
+    data["annotations"][40]["bbox"] = [-500, -500, 540, 540]
+    path.write_text(json.dumps(data))
+    for name in ("0.png", "1.png"):
+        (tmp_path / name).touch()
+    advice = anchor_advice(*CocoDetection(tmp_path, path).shapes(), settings)
+    (note,) = [p for p in check_dataset(path, detector=settings).problems if p.kind.startswith("anchors")]
+    assert note.message == f"{path}: {advice}"
+    assert " of 20 objects " in advice
+
+
+@pytest.fixture
+def tool(capsys):
+    """The tool in this process: its exit code, and what it printed."""
+    specification = importlib.util.spec_from_file_location("check_tool", TOOL)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+
+    def run(*arguments):
+        try:
+            code = module.main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_tool_takes_anchors_from_a_configuration_and_from_flags(tmp_path, tool):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(scattered(lambda x, y, *_: (x, y, 30, 30))))
+    config = tmp_path / "config.yaml"
+    settings = "{name: timm/x, min_size: 480, max_size: 640, anchor_sizes: [9, 10, 11, 12, 13], score_threshold: 1e-3}"
+    config.write_text(f"model: {{detector: {settings}}}")
+    code, printed, _ = tool(path)
+    assert code == 0
+    assert "anchors" not in printed
+    code, printed, _ = tool(path, "--config", config)
+    assert code == 0
+    assert "anchors have sizes [9, 10, 11, 12, 13] and ratios [0.5, 1, 2]" in printed
+    (flag,) = re.findall(r'--model\.detector\.anchor_sizes "\[(.*)\]"', printed)
+    assert "anchors" not in tool(path, "--config", config, "--anchor_sizes", *flag.split(", "))[1]
+    assert "ratios [7, 8, 9]" in tool(path, "--aspect_ratios", *"789")[1]
+    config.write_text("model: {}")
+    assert "anchors" not in tool(path, "--config", config)[1]
+
+
+def test_tool_compares_splits(splits, tool):
+    val, images, train, train_images = splits
+    code, printed, _ = tool(val, "--images", images, "--other", train, "--other_images", train_images)
+    assert code == 1
+    assert printed.startswith("1 flaw: images that the other split has, too\n")
+    for arguments in (["--images", images], ["--images", images, "--other_images", train_images, "--quick"]):
+        code, printed, _ = tool(val, "--other", train, *arguments)
+        assert code == 0
+        assert "Of the other split only names were compared: " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--config", "list.yaml"], "list.yaml: not the settings of a training: model must be a dict"),
+        (["--config", "broken.yaml"], "broken.yaml: not valid YAML"),
+        (["--config", "binary.yaml"], "binary.yaml: not valid YAML"),
+        (["--config", "wrong.yaml"], "detector.anchor_sizes must be 5 positive integers, got [1]"),
+        (["--min_size", "0"], "detector.min_size must be a positive integer, got 0"),
+        (["--aspect_ratios", "nan", "1", "2"], "detector.aspect_ratios must be 3 numbers from 0.01 to 100"),
+        (["--other_images", "images"], "--other_images needs --other"),
+        (["--anchor_sizes", "1"], "--anchor_sizes"),
+    ],
+)
+def test_mistakes_in_the_command_line(tmp_path, monkeypatch, tool, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "list.yaml": b"[1, 2]",
+        "broken.yaml": b"a: [",
+        "binary.yaml": b"\xff\x00",
+        "wrong.yaml": b"model: {detector: {anchor_sizes: [1]}}",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    path = write(tmp_path)
+    code, printed, error = tool(path, *arguments)
+    assert code == 2
+    assert words in error
+    assert printed == ""

@@ -1,5 +1,7 @@
 """Detectors by name, their weights, and what is said when they cannot be had."""
 
+import json
+
 import pytest
 import torch
 import torchvision
@@ -13,6 +15,9 @@ from detector.models import (
     load_torchvision_detector,
     load_weights,
     read_weights,
+    saved_settings,
+    settings_of,
+    torchvision_detectors,
 )
 
 LITE0 = DetectorConfig(
@@ -216,3 +221,114 @@ def test_the_format_before_checksums_is_read_only_where_it_is_asked_for(tmp_path
     assert read_weights(path, legacy=True)["a"].tolist() == [1, 1]
     with pytest.raises(ModelError, match="not a ZIP archive"):
         read_weights(path)
+
+
+NAMES = sorted(name for name in torchvision_detectors() if name.startswith("fasterrcnn"))
+OTHER = {  # than the defaults
+    "min_size": 96,
+    "max_size": 128,
+    "anchor_sizes": (8, 20, 50, 70, 90),
+    "aspect_ratios": (0.25, 1.5, 4.0),
+    "rpn_pre_nms_top_n": (70, 60),
+    "rpn_post_nms_top_n": (50, 40),
+    "rpn_nms_threshold": 0.65,
+    "rpn_fg_iou_threshold": 0.6,
+    "rpn_bg_iou_threshold": 0.25,
+    "box_nms_threshold": 0.45,
+    "box_fg_iou_threshold": 0.55,
+    "box_bg_iou_threshold": 0.35,
+    "rois_per_image": 30,
+    "detections_per_image": 20,
+    "score_threshold": 0.1,
+}
+
+
+def built(name, **settings):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+        return build_detector(DetectorConfig(name=name, fpn_channels=8, box_head_size=8, **settings), 2)
+    with torch.device("meta"):  # which takes no time
+        return build_detector(DetectorConfig(name=name, **settings), 2, pretrained=False)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "timm/test_efficientnet"])
+def test_settings_are_read_off_a_detector_as_it_was_built(name):
+    assert settings_of(name, built(name, **OTHER)) == DetectorConfig(name=name, **OTHER)
+    assert settings_of(name, built(name)) == DetectorConfig(name=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_anchors_and_thresholds_are_those_of_torchvisions_builders(name):
+    with torch.device("meta"):
+        theirs = torchvision.models.get_model(name, weights=None, weights_backbone=None)
+    ours = built(name)
+    assert ours.rpn.anchor_generator.sizes == theirs.rpn.anchor_generator.sizes
+    assert ours.rpn.anchor_generator.aspect_ratios == theirs.rpn.anchor_generator.aspect_ratios
+    for part in ("rpn", "roi_heads"):
+        one, other = getattr(ours, part), getattr(theirs, part)
+        assert one.nms_thresh == other.nms_thresh
+        assert vars(one.proposal_matcher) == vars(other.proposal_matcher)
+
+
+def test_thresholds_are_torchvisions_own():
+    """As the class makes of its arguments of those names."""
+    ours = built("timm/test_efficientnet", **OTHER)
+    names = [name for name in OTHER if name.endswith("threshold") and name != "score_threshold"]
+    theirs = FasterRCNN(ours.backbone, 3, **{name.removesuffix("old"): OTHER[name] for name in names})
+    assert len(names) == 6
+    for part in ("rpn", "roi_heads"):
+        one, other = getattr(ours, part), getattr(theirs, part)
+        assert one.nms_thresh == other.nms_thresh
+        assert vars(one.proposal_matcher) == vars(other.proposal_matcher)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "timm/test_efficientnet"])
+def test_anchors_have_the_sizes_and_ratios_that_are_set(name):
+    sizes, ratios = OTHER["anchor_sizes"], OTHER["aspect_ratios"]
+    pytest.importorskip("timm")
+    model = build_detector(DetectorConfig(name=name, anchor_sizes=sizes, aspect_ratios=ratios), 2, pretrained=False)
+    model.eval()
+    images, _ = model.transform([torch.rand(3, 64, 64)])
+    anchors = torch.cat(model.rpn.anchor_generator(images, list(model.backbone(images.tensors).values())))
+    width, height = (anchors[:, 2:] - anchors[:, :2]).unbind(1)
+    found = set(zip(width.tolist(), height.tolist()))
+    # torchvision rounds half of each side.
+    assert found == {(2 * round(s / r**0.5 / 2), 2 * round(s * r**0.5 / 2)) for s in sizes for r in ratios}
+    with torch.no_grad():
+        model([torch.rand(3, 64, 64)])
+
+
+@pytest.mark.parametrize("value", [(1, 2), (1, 2, 0), (1, 2, float("nan")), (1, 2, "3"), 1.0, None, (1, 2, 1e9), "abc"])
+def test_ratios_are_three_numbers(value):
+    with pytest.raises(ModelError, match=r"detector\.aspect_ratios must be 3 numbers from 0\.01 to 100, got "):
+        DetectorConfig(aspect_ratios=value)
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER if name.endswith("threshold")])
+def test_thresholds_are_numbers_from_0_to_1(name):
+    for value in (-0.1, 1.1, float("nan"), "0.5", None, True):
+        with pytest.raises(ModelError, match=rf"detector\.{name} must be a number from 0 to 1, got "):
+            DetectorConfig(**{name: value})
+
+
+@pytest.mark.parametrize("part", ["rpn", "box"])
+def test_background_ends_where_objects_begin(part):
+    low, high = f"{part}_bg_iou_threshold", f"{part}_fg_iou_threshold"
+    DetectorConfig(**{low: 0.4, high: 0.4})
+    with pytest.raises(ModelError, match=rf"detector\.{low} must be at most {high}, 0\.4, got 0\.5"):
+        DetectorConfig(**{low: 0.5, high: 0.4})
+
+
+def test_settings_of_before_a_field_was_there_have_its_default():
+    new = ["aspect_ratios", *(name for name in OTHER if name.endswith("threshold") and name != "score_threshold")]
+    for name in ("timm/test_efficientnet", "fasterrcnn_resnet50_fpn"):
+        fields = {"name": name, **OTHER}
+        assert saved_settings(json.loads(json.dumps(fields))) == DetectorConfig(**fields)
+        old = {name: value for name, value in fields.items() if name not in new}
+        if name.startswith("timm/"):
+            assert saved_settings(old) == DetectorConfig(**old)
+        else:  # whose builders took none of the sizes
+            assert saved_settings(old) == DetectorConfig(**{**old, "anchor_sizes": (32, 64, 128, 256, 512)})
+    for wrong in ({"unheard_of": 1}, {"name": None}, {1: 2}):
+        with pytest.raises(ModelError):
+            saved_settings(wrong)

@@ -545,6 +545,40 @@ def test_settings_of_another_detector(saved, setting, value, reason):
         load_detector(saved)
 
 
+NEW = {  # settings that earlier files lack
+    "aspect_ratios": (0.3, 1.0, 3.0),
+    "rpn_nms_threshold": 0.6,
+    "rpn_fg_iou_threshold": 0.8,
+    "rpn_bg_iou_threshold": 0.2,
+    "box_nms_threshold": 0.3,
+    "box_fg_iou_threshold": 0.6,
+    "box_bg_iou_threshold": 0.4,
+}
+
+
+def test_files_without_the_newer_settings_are_read_as_before(saved, checkpoint, detector, tmp_path):
+    old = {name: value for name, value in asdict(SETTINGS).items() if name not in NEW}
+    change(saved / "config.json", detector=old)
+    content = torch.load(checkpoint, weights_only=True)
+    content[CHECKPOINT_KEY]["detector"] = old
+    torch.save(content, tmp_path / "old.ckpt")
+    for source in (saved, tmp_path / "old.ckpt"):
+        loaded = load_detector(source)
+        assert loaded.settings == SETTINGS
+        for ours, theirs in zip(found_by(loaded).values(), found_by(detector).values(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_all_settings_survive_being_saved(tmp_path):
+    settings = replace(SETTINGS, **NEW)
+    detector = load_detector(save_checkpoint(tmp_path / "other.ckpt", settings=settings))
+    detector.save_pretrained(tmp_path / "saved")
+    for loaded in (detector, load_detector(tmp_path / "saved")):
+        assert loaded.settings == settings
+        assert loaded.model.rpn.anchor_generator.aspect_ratios == (NEW["aspect_ratios"],) * 5
+        assert loaded.model.roi_heads.nms_thresh == 0.3
+
+
 @pytest.mark.parametrize("setting", ["fpn_channels", "box_head_size"])
 def test_sizes_beyond_the_file_take_no_memory(saved, checkpoint, tmp_path, setting, monkeypatch):
     """Everything is built on the meta device until it is known to fit the file."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ pytest.importorskip("timm")
 
 from tiny_training import REPOSITORY, TINY
 
+from detector.box_gradient import BoxGradient
 from detector.categories import match_categories
 from detector.coco import CocoDetection, find_root
 from detector.command_line.evaluate import score
@@ -36,6 +38,7 @@ from detector.seeding import sample_by_image
 from detector.training import fit
 from detector.training.command_line import browse_training_images, parse, train
 from detector.training.data import CocoDataModule
+from detector.training.failures import TrainingError
 from detector.training.task import DetectionTask
 
 
@@ -718,3 +721,77 @@ def test_training_from_python(digits, tmp_path):
     again = fit(DetectionTask(detector), data, run_dir=tmp_path / "run", ckpt_path="last", **options)
     assert again == scores
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_start_of_a_training_says_what_is_wrong_with_its_data(digits, tmp_path, caplog):
+    """Images of val that are in train, and anchors that most objects lie outside of."""
+    root = tmp_path / "digits"
+    shutil.copytree(digits, root)
+    train_file, val_file = (root / "annotations" / f"instances_{split}.json" for split in ("train", "val"))
+    content = json.loads(val_file.read_text())
+    content["images"][3] |= json.loads(train_file.read_text())["images"][5] | {"id": content["images"][3]["id"]}
+    val_file.write_text(json.dumps(content))
+    name = content["images"][3]["file_name"]
+    shutil.copy(root / "train" / name, root / "val" / name)
+    flags = [*TINY, f"--data.root={root}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=1"]
+    with caplog.at_level("INFO"):
+        train([*flags, "--model.detector.anchor_sizes=[300, 310, 320, 330, 340]"])
+    said = [record.message for record in caplog.records]
+    assert (
+        said.count(
+            "val: 1 of 4 images are byte for byte in train, too, and score too high; tools/check.py --other names them"
+        )
+        == 1
+    )
+    (advice,) = [message for message in said if "outside the anchors" in message]
+    assert re.match(r"train: 100% of \d+ objects lie outside the anchors", advice)
+    assert '--model.detector.anchor_sizes "[' in advice
+
+
+def test_splits_that_are_large_or_apart_are_not_compared_aloud(digits, monkeypatch, caplog):
+    data = CocoDataModule(str(digits), train_split="train", val_split="val")
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+        assert "byte for byte" not in caplog.text
+        same = CocoDataModule(str(digits), train_split="val", val_split="val")
+        monkeypatch.setattr("detector.training.data.MOST_COMPARED", 7)
+        same.setup("fit")
+        assert "byte for byte" not in caplog.text
+        monkeypatch.setattr("detector.training.data.MOST_COMPARED", 8)
+        same.setup("fit")
+        assert "val: 4 of 4 images are byte for byte in val, too" in caplog.text
+
+
+def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
+    """It had the default: this run may have it, and nothing else."""
+    names = [
+        f"{part}_threshold" for part in ("rpn_nms", "rpn_fg_iou", "rpn_bg_iou", "box_nms", "box_fg_iou", "box_bg_iou")
+    ]
+    names.append("aspect_ratios")
+    data = SimpleNamespace(val_set=SimpleNamespace(category_names=["a"]))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), datamodule=data)
+
+    def go_on(saved, now):
+        task = DetectionTask(now)
+        task.trainer = trainer
+        content = {"category_names": ["a"], "crop": "affine", "box_gradient": asdict(BoxGradient()), "detector": saved}
+        task.on_load_checkpoint({CHECKPOINT_KEY: content})
+
+    for settings in (DetectorConfig(name="timm/resnet18", anchor_sizes=(1, 2, 3, 4, 5)), DetectorConfig()):
+        whole = asdict(settings)
+        old = {name: value for name, value in whole.items() if name not in names}
+        go_on(whole, settings)
+        go_on(old, settings)
+        for name in names:
+            value = (1.0, 2.0, 3.0) if name == "aspect_ratios" else 0.25 if "bg" in name else 0.8
+            other = replace(settings, **{name: value})
+            go_on(asdict(other), other)
+            for saved in (whole, old):
+                with pytest.raises(TrainingError, match=rf"was trained with {name} .*, this run has "):
+                    go_on(saved, other)
+    # torchvision's builders took no anchor sizes then: whatever it says, they were the default.
+    ignored = replace(DetectorConfig(), anchor_sizes=(1, 2, 3, 4, 5))
+    old = {name: value for name, value in asdict(ignored).items() if name not in names}
+    go_on(old, DetectorConfig())
+    with pytest.raises(TrainingError, match=r"was trained with anchor_sizes \(32, 64, 128, 256, 512\), this run has"):
+        go_on(old, ignored)

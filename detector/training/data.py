@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
@@ -19,9 +19,11 @@ from detector.checks import open_images
 from detector.coco import CocoDetection, Target, collate, find_root
 from detector.errors import DataError
 from detector.order import ScoringBatches, TrainingBatches
+from detector.shared_images import equal_files
 from detector.signals import leave_signals_alone
 from detector.training.failures import ANEW, TrainingError
 
+MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
 Batch = tuple[list[Tensor], list[Target]]
 # Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
 OPENED_PIXELS = 1_000_000_000
@@ -127,6 +129,7 @@ class CocoDataModule(lightning.LightningDataModule):
             rank_zero_info(note)
         if not any(len(labels) for _, labels in self.train_set.targets):
             raise DataError(f"{self.root}: no box in {self.train_split} to train on")
+        self._say_what_is_shared()
 
     def split(self, name: str, *, train: bool = False) -> CocoDetection:
         """One split as a data set; says what is not quite right with it."""
@@ -172,6 +175,17 @@ class CocoDataModule(lightning.LightningDataModule):
             lists = " and ".join(check[name] for name, _, _ in broken)
             raise DataError(f"{first}{more}: {lists} shows all; --data.skip_broken true trains without them")
         self.notes += [f"{name}: {data.leave_out(reasons)}" for name, data, reasons in broken]
+
+    @rank_zero_only
+    def _say_what_is_shared(self) -> None:
+        if len(self.train_set) + len(self.val_set) > MOST_COMPARED:
+            return
+        shared = len(equal_files(self.val_set.files(), self.train_set.files()))
+        if shared:
+            rank_zero_info(
+                f"{self.val_split}: {shared:,} of {len(self.val_set):,} images are byte for byte in "
+                f"{self.train_split}, too, and score too high; tools/check.py --other names them"
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.train_set, self._training_batches())

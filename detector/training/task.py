@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from detector.anchors import anchor_advice
 from detector.box_gradient import BoxGradient
 from detector.evaluation import Result, detect_with_losses, evaluate, to_results
 from detector.initial_weights import load_initial_weights
@@ -19,6 +20,7 @@ from detector.models import (
     DetectorConfig,
     batch_norm_eps,
     build_detector,
+    saved_settings,
     set_batch_norm_eps,
     starts_from_own_weights,
 )
@@ -76,6 +78,10 @@ class DetectionTask(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self._load_initial_weights()
+        if self.trainer.is_global_zero:
+            advice = anchor_advice(*self.data.train_set.shapes(), self.detector)
+            if advice is not None:
+                rank_zero_info(f"{self.data.train_split}: {advice}")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Of anchors and RoIs see _draw_by_image; this is for what else a network may draw, such as dropout.
@@ -181,7 +187,8 @@ class DetectionTask(lightning.LightningModule):
                 "the checkpoint is of an earlier version of this project: it can be scored, not resumed; its weights "
                 "can start a new run: --model.detector.weights FILE"
             )
-        before = {"category_names": saved["category_names"], "crop": saved["crop"]} | saved["detector"]
+        before = {"category_names": saved["category_names"], "crop": saved["crop"]}
+        before |= asdict(saved_settings(saved["detector"]))
         before |= {f"box_gradient.{name}": value for name, value in saved["box_gradient"].items()}
         now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | asdict(self.detector)
         now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
