@@ -1,10 +1,12 @@
 """The affine crop: ``roi_align``'s call and values, with gradients to the boxes as well."""
 
+import operator
 from collections.abc import Callable, Sequence
 from math import inf, prod
 from typing import Literal, get_args
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from detector.gather_sampler import crop_by_gather
@@ -17,6 +19,7 @@ Sampler = Literal["auto", "grid_sample", "gather"]
 FEWEST_CHANNELS_TO_GATHER = 32
 
 
+@torch.fx.wrap  # a leaf of a symbolic trace, as roi_align is
 def affine_crop(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -70,11 +73,14 @@ def affine_crop(
     Raises:
         TypeError: ``input`` or ``boxes`` are of the wrong type, not floating point, or on different devices.
         ValueError: a shape does not fit, a size is below 1, ``spatial_scale`` is not positive, ``sampler`` is none
-            of the three; in eager mode on a CPU also an image index that is not one, and a coordinate that is NaN or
-            infinite. Where a look at the values would cost a synchronisation (on a GPU, under ``torch.compile``)
-            such an RoI comes back as NaN.
+            of the three, or a crop of ``sampling_ratio <= 0`` is traced; in eager mode on a CPU also an image index
+            that is not one, and a coordinate that is NaN or infinite. Where a look at the values would cost a
+            synchronisation (on a GPU, under ``torch.compile``) such an RoI comes back as NaN.
 
-    Inverted and empty boxes give what ``roi_align`` gives. Second derivatives work.
+    Inverted and empty boxes give what ``roi_align`` gives. Second derivatives work, and the reverse mode of
+    ``torch.func`` (``grad``, ``vjp``, ``jacrev``; the Hessian is ``jacrev`` of ``jacrev``). PyTorch's ``grid_sample``
+    has no forward mode, and so neither sampler has: of ``jvp`` and ``hessian``, those of ``torch.autograd.functional``
+    work and those of ``torch.func`` do not. ``torch.jit.trace`` takes ``sampling_ratio > 0`` alone.
     """
     return crop_levels([input], boxes, None, output_size, [spatial_scale], sampling_ratio, aligned, sampler)
 
@@ -104,8 +110,13 @@ def crop_levels(
     Raises:
         TypeError, ValueError: as :func:`affine_crop`; the maps differ in N or C, or are on several devices.
     """
-    bins = _pair("output_size", output_size)
+    bins = pair("output_size", output_size)
     check_sampler(sampler)
+    if sampling_ratio <= 0 and torch.jit.is_tracing():
+        raise ValueError(
+            f"sampling_ratio is {sampling_ratio}: a number of samples that goes with the box cannot be traced, by "
+            "torch.jit.trace or for ONNX; take one above 0, as torchvision's detectors do"
+        )
     for source, spatial_scale in zip(maps, spatial_scales):
         _check_input(source, spatial_scale)
         if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
@@ -133,8 +144,10 @@ def crop_levels(
         samples = [fixed_samples(y, x, level, image, sampling_ratio)]
     else:
         samples, counts = adaptive_samples(y, x, level, image), None
-    if torch.onnx.is_in_onnx_export():
-        sampler = "grid_sample"  # the gather has no operator in ONNX
+    if torch.jit.is_tracing():
+        sampler = "grid_sample"  # of the gather no graph can be traced
+    elif maps[0].is_meta:
+        sampler = "gather"  # which reads no value
     elif sampler == "auto":
         sampler = _measured_fastest(maps, corners.shape[0] * prod(bins) * max(sampling_ratio, 1) ** 2)
     if sampler == "gather":
@@ -159,7 +172,7 @@ class AffineCrop(nn.Module):
         sampler: Sampler = "auto",
     ) -> None:
         super().__init__()
-        self.output_size = _pair("output_size", output_size)
+        self.output_size = pair("output_size", output_size)
         self.spatial_scale = spatial_scale
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
@@ -239,13 +252,15 @@ def _may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not makes_graph()
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
-    if min(pair) < 1:
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """An integer or two, of Python or of numpy, as two of Python's, at least 1. ``name`` is the argument's."""
+    try:
+        first, second = (operator.index(n) for n in (value if isinstance(value, Sequence) else (value, value)))
+    except (TypeError, ValueError):  # not integers, not two
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
+    if min(first, second) < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return pair
+    return first, second
 
 
 def _check_input(input: Tensor, spatial_scale: float) -> None:

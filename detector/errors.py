@@ -1,11 +1,14 @@
 """What a user can mend, said in one sentence."""
 
+import os
 import reprlib
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from detector.signals import sigterm_as_ctrl_c
 
 
 class UserError(Exception):
@@ -69,15 +72,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
-    """A mistake of the user ends the program in one sentence, Ctrl-C in a word.
+    """A user's mistake ends the program in one sentence, Ctrl-C and SIGTERM in a word, an unread output in silence.
 
     Args:
         others: exceptions besides :class:`UserError` and ``OSError`` whose words are meant for the user.
     """
     known: tuple[type[Exception], ...] = (UserError, OSError, *others)
     try:
-        yield
+        with sigterm_as_ctrl_c():
+            yield
+        print(end="", flush=True)  # not at exit, where Python would complain
     except known as error:
+        if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
+            sys.exit(141)  # what a shell says of a program that SIGPIPE ended, as of others before `| head`
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
         sys.exit(f"error: {sentence(error)}")
@@ -91,3 +98,15 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        _is_cut_off()
+
+
+def _is_cut_off(probe: str = "") -> bool:
+    """Whether the standard output fails to take ``probe`` and what is left to be written; then that goes nowhere."""
+    try:
+        print(probe, end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

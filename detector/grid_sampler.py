@@ -33,7 +33,7 @@ def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: lis
 
 
 def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing():
         crops = _average_selected(maps, group)
     elif torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
         of_levels = [_average_masked(source, group, level) for level, source in enumerate(maps)]
@@ -117,8 +117,8 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
     # Constants in ONNX too. A size that is computed onnxruntime infers, which it cannot where there are no RoIs.
     bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:], *x.shape[2:]))
     channels = source.shape[1]
-    if channels == 0:  # grid_sample takes no such map
-        return source.new_zeros(images, rois, 0, bins_y, bins_x)
+    if channels == 0:  # grid_sample takes no such map; the sum, of the wrong value for no element, keeps the graph
+        return source.new_zeros(images, rois, 0, bins_y, bins_x) + (source.sum() + y.sum() + x.sum())
     if not makes_graph():
         row = images * channels * bins_y * bins_x * columns  # elements for one row of samples in each bin
         fit = max(MAX_SAMPLED_ELEMENTS // max(row * rows, 1), 1)

@@ -1,27 +1,35 @@
 """Detections in any number of image files: pictures, and the numbers as JSON."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detector.coco import leave_ctrl_c_alone, read_image
+from detector.coco import FORMATS, read_image, read_json
 from detector.drawing import draw
 from detector.errors import DataError
 from detector.evaluation.metric import Result, to_results
 from detector.files import write_json
+from detector.inference import BATCH_PIXELS, of_one_size
 from detector.pretrained import PretrainedDetector
+from detector.signals import leave_signals_alone
 
-BATCH_PIXELS = 2**25  # of a batch of more than one image: 400 MB as floats
 JPEG_SIDE = 65500  # pixels, the format's limit
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")  # in folders
+# Of images that are not read, in folders; the first ones only where this Pillow cannot.
+UNREAD = (
+    ".webp .jp2 .j2k .avif .heic .heif .hif .jxl .jxr .dng .cr2 .cr3 .crw .nef .nrw .arw .orf .raf .rw2 .pef .srw .svg "
+    ".psd .psb .xcf .eps .tga .ico .dds .pcx .exr .dcm .fits"
+)
+NUMBERS, RESULTS, PICTURES = "predictions.json", "detections.json", "pictures"
 
 
 @dataclass(frozen=True)
@@ -50,35 +58,52 @@ class Predicted:
         images: a dict for each that was looked at, with its detections.
         results: all detections in COCO's results format.
         broken: name and reason of each that could not be read.
+        remarks: the paths of those of which something is to be said, by what that is.
         stopped: by Ctrl-C, before the end.
     """
 
     images: list[dict[str, Any]] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     broken: list[dict[str, str]] = field(default_factory=list)
+    remarks: dict[str, list[Path]] = field(default_factory=dict)
     stopped: bool = False
 
 
-def find_images(given: Sequence[str | Path], annotations: COCO | None = None) -> list[ImageFile]:
+def image_suffixes() -> set[str]:
+    """The suffixes, in lower case, of the files in a folder that are taken for images: of what this Pillow reads."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+
+
+def find_images(
+    given: Sequence[str | Path], annotations: COCO | None = None, *, left_out: set[Path] | None = None
+) -> list[ImageFile]:
     """The image files that paths, folders (with all below them) and patterns name, each once.
 
     Args:
         given: "photo.jpg", "folder", "folder/*.png", "folder/**/*.png".
         annotations: gives the ids and sizes, by file name; without it ids count from 1.
+        left_out: gets the files in folders that are images by their suffix, of a kind that is not read.
 
     Raises:
         DataError: one of them is not there or holds no image, or an image is not in the annotations.
     """
     found: dict[Path, tuple[Path, str]] = {}  # by where it really lies: path and name
+    suffixes = image_suffixes()
+    unread = {*UNREAD.split()} - suffixes
+    left_out = set() if left_out is None else left_out
     for one in map(str, given):
         path = Path(one)
         if path.is_dir() and one:  # "", a shell's empty variable, is not the folder that one is in
-            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes | unread and p.is_file())
             named = [(p, p.relative_to(path).as_posix()) for p in images]
             # Hidden files and folders are not meant: a Mac leaves "._photo.jpg" beside "photo.jpg".
             named = [(p, name) for p, name in named if not any(part.startswith(".") for part in name.split("/"))]
+            others = [p.resolve() for p, _ in named if p.suffix.lower() in unread]
+            named = [(p, name) for p, name in named if p.suffix.lower() in suffixes]
             if not named:
-                raise DataError(f"{one}: the folder holds no image ({', '.join(SUFFIXES)})")
+                but = f", but {by_suffix(others)}: convert them to JPEG, PNG or TIFF" if others else ""
+                raise DataError(f"{one}: the folder holds no image (.jpg, .png and others that Pillow reads){but}")
+            left_out.update(others)
         elif path.is_file():
             named = [(path, path.name)]
         else:
@@ -103,16 +128,23 @@ def find_images(given: Sequence[str | Path], annotations: COCO | None = None) ->
     return list(files.values())
 
 
+def by_suffix(paths: Iterable[Path]) -> str:
+    """How many files of each suffix there are, most first: "3 .heic, 1 .psd"."""
+    counts = Counter(path.suffix.lower() for path in paths).most_common()
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+
+
 def predict_images(
     detector: PretrainedDetector,
     files: Sequence[ImageFile],
     folder: Path,
     *,
-    min_score: float = 0.5,
+    min_score: float | Sequence[float] = 0.5,
     pictures: bool = True,
     batch_size: int = 8,
     workers: int = 2,
     category_ids: Sequence[int | None] | None = None,
+    max_pixels: int | None = None,
     about: dict[str, Any] | None = None,
     on_image: Callable[[str | None], Any] = lambda broken: None,
 ) -> Predicted:
@@ -123,18 +155,20 @@ def predict_images(
         files: see :func:`find_images`.
         folder: gets ``pictures/``, ``predictions.json`` (what is found in each image from ``min_score`` on, by name)
             and ``detections.json`` (all detections in COCO's results format), the latter two also when it is
-            interrupted or fails.
-        min_score: of detections in pictures and in ``predictions.json``.
+            interrupted or fails. Of an earlier run there the pictures that its ``predictions.json`` names are removed,
+            and nothing else.
+        min_score: of detections in pictures and in ``predictions.json``; one, or that of each label, from 1 on.
         pictures: ``False``: the numbers alone.
         batch_size: at most so many images at a time, fewer of large ones. Only images of one size go together, of
             those that follow one another, so nothing is padded and the results do not depend on it.
         workers: processes that read images.
         category_ids: of each label, ``None`` for one that is no result; the detector's own by default.
+        max_pixels: the most that an image may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
         about: more for the head of ``predictions.json``.
         on_image: called after each image, with a sentence if it is broken.
 
     Raises:
-        DataError: a picture would be written over one of the images.
+        DataError: a picture would be written over one of the images, or one of the images is an earlier run's picture.
         OSError: something cannot be written.
     """
     done = Predicted()
@@ -142,13 +176,20 @@ def predict_images(
         # Where no category belongs to a label, the label stands for itself.
         unknown = not any(category is not None for category in detector.category_ids)
         category_ids = [label if unknown else i for label, i in enumerate(detector.category_ids, start=1)]
-    picture_of = [folder / "pictures" / name for name in _picture_names(files)] if pictures else []
+    alike = isinstance(min_score, float | int)
+    by_label: Sequence[float] = [min_score] * len(category_ids) if isinstance(min_score, float | int) else min_score
+    least = torch.tensor([0.0, *by_label], dtype=torch.float64)
+    picture_of = [f"{PICTURES}/{name}" for name in _picture_names(files)] if pictures else []
+    earlier = _earlier_pictures(folder)
     originals = {file.path.resolve() for file in files}
-    for picture in picture_of:
-        if picture.resolve() in originals:
-            raise DataError(f"{picture}: is one of the images, and its picture would be written over it")
+    for picture in (*earlier, *picture_of):
+        if (folder / picture).resolve() in originals:
+            what = (
+                "a picture of the run before, which goes" if picture in earlier else "its picture would be written over"
+            )
+            raise DataError(f"{folder / picture}: is one of the images, and {what}; write to another folder")
     loader: DataLoader[Any] = DataLoader(
-        _Files(files), batch_size=None, num_workers=workers, worker_init_fn=leave_ctrl_c_alone
+        _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_alone
     )
 
     def put_aside(index: int, reason: str) -> None:
@@ -156,45 +197,84 @@ def predict_images(
         done.broken.append({"file_name": file.name, "path": str(file.path), "error": reason})
         on_image(reason)
 
-    (folder / "pictures" if pictures else folder).mkdir(parents=True, exist_ok=True)
+    categories = [
+        {"id": i, "name": name} | ({} if alike else {"min_score": score})
+        for i, name, score in zip(category_ids, detector.category_names, by_label, strict=True)
+        if i is not None
+    ]
+    head = {**(about or {}), "min_score": min(by_label, default=0), "categories": categories}
+    # What an earlier run wrote goes, and before it, or this run, is cut off, it is named in the new file: else nobody
+    # would know it for a picture of ours.
+    ours = {*earlier, *(picture for picture in picture_of if not (folder / picture).exists())}
+    (folder / PICTURES if pictures else folder).mkdir(parents=True, exist_ok=True)
+    _write_numbers(folder, head, done, ours)
+    (folder / RESULTS).unlink(missing_ok=True)
+    for picture in earlier:
+        (folder / picture).unlink(missing_ok=True)
     try:
-        for batch in _of_one_size(loader, batch_size):
-            if isinstance(batch, _Broken):
-                put_aside(batch.index, batch.reason)
+        for batch in of_one_size(loader, lambda read: read.pixels, batch_size, BATCH_PIXELS):
+            if batch[0].broken is not None:
+                for read in batch:
+                    put_aside(read.index, read.broken)
                 continue
             try:
-                found = detector.look_at([pixels for _, pixels in batch])
+                found = detector.look_at([read.pixels for read in batch])
             except DataError as error:
-                for index, _ in batch:
-                    put_aside(index, f"{files[index].path}: {error}")
+                for read in batch:
+                    put_aside(read.index, f"{files[read.index].path}: {error}")
                 continue
-            for (index, pixels), detections in zip(batch, found, strict=True):
-                file = files[index]
+            for read, detections in zip(batch, found, strict=True):
+                file = files[read.index]
+                kept = detections["scores"].double() >= least[detections["labels"]]
+                shown = {name: value[kept] for name, value in detections.items()}
                 if pictures:
-                    _write_picture(
-                        picture_of[index], draw(pixels, detections, detector.category_names, min_score=min_score)
-                    )
+                    drawn = draw(read.pixels, shown, detector.category_names, min_score=0)
+                    _write_picture(folder / picture_of[read.index], drawn)
                 done.results += to_results([detections], [file.id], category_ids)
-                done.images.append(_as_dict(file, pixels, detections, detector, category_ids, min_score))
+                about_image = _as_dict(file, read, shown, detector, category_ids)
+                done.images.append(about_image | ({"picture": picture_of[read.index]} if pictures else {}))
+                for remark in read.remarks:
+                    done.remarks.setdefault(remark, []).append(file.path)
                 on_image(None)
     except KeyboardInterrupt:
         done.stopped = True
     finally:
-        categories = [
-            {"id": i, "name": name} for i, name in zip(category_ids, detector.category_names) if i is not None
-        ]
-        head = {**(about or {}), "min_score": min_score, "categories": categories}
-        try:
-            _write_numbers(folder, head, done)
-        except KeyboardInterrupt:  # so late, or once more
-            done.stopped = True
-            _write_numbers(folder, head, done)
+        written = {image.get("picture") for image in done.images}
+        left = [picture for picture in ours - written if (folder / picture).exists()]  # stopped just behind one
+        for write in (
+            lambda: _write_numbers(folder, head, done, left),
+            lambda: write_json(folder / RESULTS, done.results),
+        ):
+            try:
+                write()
+            except KeyboardInterrupt:  # so late, or once more
+                done.stopped = True
+                write()
     return done
 
 
-def _write_numbers(folder: Path, head: dict[str, Any], done: Predicted) -> None:
-    write_json(folder / "predictions.json", head | {"images": done.images, "broken": done.broken}, indent=1)
-    write_json(folder / "detections.json", done.results)
+def _write_numbers(folder: Path, head: dict[str, Any], done: Predicted, unfinished: Collection[str]) -> None:
+    """What was found. ``unfinished`` are pictures of no image in it, for the next run to remove as well."""
+    content = head | {"images": done.images, "broken": done.broken}
+    write_json(folder / NUMBERS, content | ({"unfinished": sorted(unfinished)} if unfinished else {}), indent=1)
+
+
+def _earlier_pictures(folder: Path) -> list[str]:
+    """The pictures, relative to the folder, that its predictions.json names and that are there.
+
+    Anybody may have written that file: what lies elsewhere than in ``pictures/``, or behind a link, is none.
+    """
+    home = folder.resolve() / PICTURES
+    try:
+        found = read_json(folder / NUMBERS)
+        named = [*found.get("unfinished", []), *(image.get("picture") for image in found["images"])]
+        return [
+            name
+            for name in sorted({name for name in named if isinstance(name, str) and name.endswith(".jpg")})
+            if (path := folder / name).is_file() and not path.is_symlink() and path.resolve().is_relative_to(home)
+        ]
+    except (DataError, LookupError, TypeError, AttributeError, ValueError, OSError):  # none, another program's, damaged
+        return []
 
 
 def _write_picture(path: Path, picture: Image.Image) -> None:
@@ -210,48 +290,38 @@ def _write_picture(path: Path, picture: Image.Image) -> None:
 
 
 @dataclass(frozen=True)
-class _Broken:
+class _Read:
+    """An image file that was read.
+
+    Args:
+        index: the file's number.
+        pixels: [3, H, W], uint8; of no size if it is broken.
+        remarks: see :func:`~detector.coco.read_image`.
+        broken: why, if it is.
+    """
+
     index: int
-    reason: str
+    pixels: Tensor
+    remarks: Sequence[str] = ()
+    broken: str | None = None
 
 
-Item = tuple[int, Tensor]  # the file's number, and its pixels, [3, H, W] uint8
-
-
-class _Files(Dataset[Item | _Broken]):
-    def __init__(self, files: Sequence[ImageFile]) -> None:
-        self.files = files
+class _Files(Dataset[_Read]):
+    def __init__(self, files: Sequence[ImageFile], max_pixels: int | None) -> None:
+        self.files, self.max_pixels = files, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Item | _Broken:
+    def __getitem__(self, index: int) -> _Read:
         file = self.files[index]
         width, height = file.size or (None, None)
+        remarks: list[str] = []
         try:
-            return index, read_image(file.path, width=width, height=height)
+            pixels = read_image(file.path, width=width, height=height, max_pixels=self.max_pixels, remarks=remarks)
         except DataError as error:
-            return _Broken(index, str(error))
-
-
-def _of_one_size(items: Iterable[Item | _Broken], most: int) -> Iterator[list[Item] | _Broken]:
-    """Neighbours of one size together, in order; what is broken on its own."""
-    batch: list[Item] = []
-    for item in items:
-        if batch and (
-            isinstance(item, _Broken)
-            or len(batch) == most
-            or batch[0][1].shape != item[1].shape
-            or (len(batch) + 1) * item[1][0].numel() > BATCH_PIXELS
-        ):
-            yield batch
-            batch = []
-        if isinstance(item, _Broken):
-            yield item
-        else:
-            batch.append(item)
-    if batch:
-        yield batch
+            return _Read(index, torch.zeros(3, 0, 0, dtype=torch.uint8), broken=str(error))
+        return _Read(index, pixels, remarks)
 
 
 def _picture_names(files: Sequence[ImageFile]) -> list[str]:
@@ -270,13 +340,12 @@ def _picture_names(files: Sequence[ImageFile]) -> list[str]:
 
 def _as_dict(
     file: ImageFile,
-    pixels: Tensor,
+    read: _Read,
     detections: dict[str, Tensor],
     detector: PretrainedDetector,
     category_ids: Sequence[int | None],
-    min_score: float,
 ) -> dict[str, Any]:
-    height, width = pixels.shape[1:]
+    height, width = read.pixels.shape[1:]
     rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
     return {
         "id": file.id,
@@ -284,6 +353,7 @@ def _as_dict(
         "path": str(file.path),
         "width": width,
         "height": height,
+        "remarks": list(read.remarks),
         "detections": [
             {
                 "name": detector.category_names[label - 1],
@@ -292,6 +362,5 @@ def _as_dict(
                 "box": box,  # x1, y1, x2, y2 in pixels
             }
             for box, label, score in rows
-            if score >= min_score
         ],
     }

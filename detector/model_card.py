@@ -1,6 +1,7 @@
 """The text beside a saved detector: what it is, how to use it, how well it scores."""
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ SCORES = {
     "AR100": "recall, up to 100 detections an image",
 }
 LISTED = 100  # class names
+PACKAGE = "affine-crop-rcnn"
 # By this line a card is known as one that nobody wrote by hand.
 GENERATED = (
     "<!-- Written by affine-crop-rcnn, which replaces this file when it saves again; to keep it, delete this line -->"
@@ -34,6 +36,15 @@ def is_generated(path: Path) -> bool:
         return GENERATED in path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return True
+
+
+def project_url() -> str | None:
+    """Where the project is at home: the first of pyproject.toml's ``[project.urls]``, if it has any."""
+    try:
+        addresses = metadata.metadata(PACKAGE).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((address.partition(", ")[2] for address in addresses), None)
 
 
 def model_card(
@@ -59,14 +70,19 @@ def model_card(
     title = f"Affine-crop R-CNN: {settings.name}"
     by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
     listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    url = project_url()
+    project, clone = (PACKAGE, "its repository") if url is None else (f"[{PACKAGE}]({url})", f"[its repository]({url})")
+    install = 'pip install -e ".[timm]"' if settings.name.startswith("timm/") else "pip install -e ."
     lines = [
         GENERATED,
         "",
         f"# {title}",
         "",
-        f"A Faster R-CNN (`{settings.name}`) that crops its features by {by}, made with affine-crop-rcnn.",
+        f"A Faster R-CNN (`{settings.name}`) that crops its features by {by}, made with {project}.",
         f"It finds {len(names)} classes: {listed}. Test images are resized to {settings.min_size} pixels on the "
         f"shorter side, at most {settings.max_size} on the longer.",
+        "",
+        f"To load it, `{install}` in a clone of {clone}.",
         "",
         "```python",
         "from detector.pretrained import PretrainedDetector",

@@ -1,7 +1,9 @@
 """Names and notes from files that anybody may have written, made fit to be shown."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def clean(text: str) -> str:
@@ -26,3 +28,13 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """The first of some names, each :func:`short`, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(short(name) for name in names[:most]) + more
+
+
+def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The categories' names, with the id where several are called the same."""
+    categories = list(categories)
+    times = Counter(category["name"] for category in categories)
+    return [
+        category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        for category in categories
+    ]

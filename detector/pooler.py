@@ -10,7 +10,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop import Sampler, check_sampler, crop_levels, describe_sampler
+from detector.crop import Sampler, check_sampler, crop_levels, describe_sampler, pair
 from detector.geometry import geometry_dtype
 
 
@@ -30,11 +30,17 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_level: the level of a box of that size (equation 1's k0), 4 for stride 16.
         aligned: as in :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
         sampler: as in :func:`~detector.affine_crop`.
+        size_divisible: the images were padded, on the right and below, to a multiple of this many pixels before the
+            backbone saw them; 1: not at all. It is the attribute of this name of torchvision's
+            ``GeneralizedRCNNTransform``, from which :func:`~detector.swap_crop_head` takes it. ``None``: 32, which is
+            torchvision's, or not at all, whichever fits the size of a map better; it may be the wrong one where images
+            are not padded and no side has 48 pixels.
     """
 
     # Of a module that was pickled before it had them, or whose class was changed.
     aligned: bool = False
     sampler: Sampler = "auto"
+    size_divisible: int | None = None
 
     def __init__(
         self,
@@ -46,16 +52,20 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_level: int = 4,
         aligned: bool = False,
         sampler: Sampler = "auto",
+        size_divisible: int | None = None,
     ) -> None:
         super().__init__(
             list(featmap_names),
-            output_size if isinstance(output_size, int) else list(output_size),
+            pair("output_size", output_size),
             sampling_ratio,
             canonical_scale=canonical_scale,
             canonical_level=canonical_level,
         )
+        if size_divisible is not None and size_divisible < 1:
+            raise ValueError(f"size_divisible must be at least 1, got {size_divisible}")
         self.aligned = aligned
         self.sampler = check_sampler(sampler)
+        self.size_divisible = size_divisible
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Crop RoIs out of a pyramid.
@@ -63,7 +73,8 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         Args:
             x: feature maps by name, [N, C, H_level, W_level] each, from the finest level to the coarsest.
             boxes: (x1, y1, x2, y2) in pixels of the (resized, unpadded) images, one [L, 4] tensor per image.
-            image_shapes: (height, width) of those images, from which the levels' strides are told.
+            image_shapes: (height, width) of those images, from which, with ``size_divisible``, the levels' strides are
+                told.
 
         Returns:
             [K, C, *output_size] in the features' dtype, the RoIs of all images one after the other. An RoI of
@@ -78,8 +89,8 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError(f"x has none of the feature maps {self.featmap_names}, only {list(x)}")
         if not image_shapes:
             raise ValueError("image_shapes must have the size of at least one image, got none")
-        largest = max(height for height, _ in image_shapes)
-        scales = [_scale(feature.shape[-2], largest) for feature in features]
+        largest = [max(sides) for sides in zip(*image_shapes)]
+        scales = [_scale(feature.shape[-2:], largest, self.size_divisible) for feature in features]
         several = len(features) > 1
         return crop_levels(
             features,
@@ -112,10 +123,19 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe_sampler(self.sampler)})"
 
 
-def _scale(map_height: int, image_height: int) -> Any:
-    """The power of two that is nearest to a map's pixels per pixel of the image, a number.
+def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:
+    """The power of two that is nearest to a map's pixels per pixel of the padded image, a number.
 
-    When a graph for ONNX is traced, heights and scale are tensors: other images have others.
+    torchvision divides by the image as it was before it was padded, of which a thin image is a small part: 20 pixels
+    are padded to 32, and a map of stride 4 would be taken for one of stride 2.
+
+    When a graph for ONNX is traced, sizes and scale are tensors: other images have others.
     """
-    ratio: Any = map_height / image_height
-    return torch.pow(2.0, torch.log2(ratio).round()) if isinstance(ratio, Tensor) else 2.0 ** round(log2(ratio))
+    exponents: list[Any] = []
+    for multiple in (32, 1) if size_divisible is None else (size_divisible,):
+        # The sum of both sides: where a backbone rounds, the longer side, which tells more, counts more.
+        ratio: Any = sum(map_size) / sum((side + multiple - 1) // multiple * multiple for side in image_size)
+        if isinstance(ratio, Tensor):
+            return torch.pow(2.0, torch.log2(ratio).round())
+        exponents.append(log2(ratio))
+    return 2.0 ** round(min(exponents, key=lambda exponent: abs(exponent - round(exponent))))

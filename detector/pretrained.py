@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import safetensors.torch
 import torch
@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detector.coco import read_json
 from detector.errors import DataError, ModelError, sentence, shown
 from detector.files import write_json, write_whole
-from detector.inference import Detections, ImageLike, as_image
+from detector.inference import Detections, ImageLike, as_image, of_one_size
 from detector.model_card import is_generated, model_card
 from detector.models import (
     DetectorConfig,
@@ -42,6 +42,7 @@ CHECKPOINT_KEY = "affine_crop_rcnn"  # of what a training checkpoint holds for t
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the hub's names
 
 Crop = Literal["affine", "roi_align"]
+BATCH_SIZE = 8  # of a list of images, those of one size that follow one another
 
 
 class PretrainedDetector(
@@ -100,25 +101,55 @@ class PretrainedDetector(
         """The detector's own call: images [3, H, W] in 0..1, and for each a dict of boxes, labels and scores."""
         return self.model(images)
 
-    def detect(self, image: ImageLike, *, min_score: float = 0.5) -> Detections:
-        """Find the objects in one image.
+    @overload
+    def detect(self, image: ImageLike, *, min_score: float = 0.5, max_pixels: int | None = None) -> Detections: ...
+
+    @overload
+    def detect(
+        self, image: list[Any] | tuple[Any, ...], *, min_score: float = 0.5, max_pixels: int | None = None
+    ) -> list[Detections]: ...
+
+    def detect(
+        self,
+        image: ImageLike | list[Any] | tuple[Any, ...],
+        *,
+        min_score: float = 0.5,
+        max_pixels: int | None = None,
+    ) -> Detections | list[Detections]:
+        """Find the objects in an image, or in each of a list.
 
         Args:
             image: a path, a PIL image, an array [H, W, 3] or [H, W], or a tensor [3, H, W] or [1, H, W]; uint8, or
-                float in 0..1; RGB.
+                float in 0..1; RGB. Or a list or tuple of these, of any kinds and sizes; those of one size that follow
+                one another are looked at together.
             min_score: detections below it are left out, 0 to 1.
+            max_pixels: the most that an image at a path may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``,
+                about 89 million. A large image takes about 40 bytes a pixel.
 
         Returns:
-            What was found, the best first; a notebook draws it.
+            What was found, the best first; a notebook draws it. Of a list, or tuple, a list.
 
         Raises:
-            DataError: the image cannot be read or used; says why.
+            DataError: an image cannot be read or used; says why, and which of a list.
         """
-        pixels = as_image(image)
-        (found,) = self.look_at([pixels])
-        kept = found["scores"] >= min_score
-        boxes, labels, scores = (found[name][kept] for name in ("boxes", "labels", "scores"))
-        return Detections(pixels, boxes, labels, scores, self.category_names)
+        if not isinstance(image, list | tuple):
+            return self._detect([as_image(image, max_pixels=max_pixels)], min_score)[0]
+        images = []
+        for number, one in enumerate(image):
+            try:
+                images.append(as_image(one, max_pixels=max_pixels))
+            except DataError as error:
+                raise DataError(f"images[{number}]: {error}") from None
+        return self._detect(images, min_score)
+
+    def _detect(self, images: Sequence[Tensor], min_score: float) -> list[Detections]:
+        found = [one for batch in of_one_size(images, lambda image: image, BATCH_SIZE) for one in self.look_at(batch)]
+        detections = []
+        for pixels, one in zip(images, found, strict=True):
+            kept = one["scores"] >= min_score
+            boxes, labels, scores = (one[name][kept] for name in ("boxes", "labels", "scores"))
+            detections.append(Detections(pixels, boxes, labels, scores, self.category_names))
+        return detections
 
     @torch.no_grad()
     def look_at(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
@@ -311,16 +342,27 @@ def load_detector(source: str | Path) -> PretrainedDetector:
     """A trained detector from wherever it is. Nothing is unpickled.
 
     Args:
-        source: a checkpoint of ``tools/train.py``, a folder of :meth:`PretrainedDetector.save_pretrained`, or the
-            name of a repository of Hugging Face's hub, "owner/name".
+        source: a checkpoint of ``tools/train.py`` or the folder of its run (the last one is taken), a folder of
+            :meth:`PretrainedDetector.save_pretrained`, or the name of a repository of Hugging Face's hub, "owner/name".
 
     Raises:
         ModelError: it is not there, damaged, or another program's; says which.
     """
-    path = Path(source)
+    path = Path(checkpoint_of(source))
+    if path.is_dir() and not (path / CONFIG).exists():
+        raise ModelError(
+            f"{path}: not a folder of save_pretrained: it has no {CONFIG}; nor of a training run: it has no "
+            "checkpoints/last.ckpt"
+        )
     if path.is_dir() or (not path.exists() and path.suffix != ".ckpt" and len(path.parts) == 2):
         return PretrainedDetector.from_pretrained(source)
     return load_checkpoint(path)
+
+
+def checkpoint_of(source: str | Path) -> str:
+    """The last checkpoint of a run, if ``source`` is a run's folder; else ``source``."""
+    last = Path(source) / "checkpoints" / "last.ckpt"
+    return str(last) if last.is_file() and not (Path(source) / CONFIG).exists() else str(source)
 
 
 def load_checkpoint(path: str | Path) -> PretrainedDetector:

@@ -25,8 +25,8 @@ OUTSIDE = 3.0
 
 
 def makes_graph() -> bool:
-    """Whether the code runs to be compiled or exported: neither values nor the number of RoIs may decide anything."""
-    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    """Whether the code runs to be compiled or traced: neither values nor the number of RoIs may decide anything."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # which the export to ONNX does
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,10 @@ def fixed_samples(y: Axis, x: Axis, level: Tensor, image: Tensor, sampling_ratio
 def adaptive_samples(y: Axis, x: Axis, level: Tensor, image: Tensor) -> list[Samples]:
     """A number of samples that goes with the RoI's size; RoIs with like numbers are taken together.
 
-    Reads values, and so synchronises on a GPU.
+    Reads values, and so synchronises on a GPU. On the meta device, which has none, only shapes come out.
     """
+    if level.is_meta:
+        return [fixed_samples(y, x, level, image, 1)]
     y_counts, x_counts = y.adaptive_counts(), x.adaptive_counts()
     (y_first, y_number), (x_first, x_number) = y.windows(y_counts), x.windows(x_counts)
     count = (y_counts * x_counts).clamp(min=1)

@@ -47,13 +47,16 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
         check_sampler(sampler)
     rpn, heads, pools = _parts(model)
     for part, stock, attached in ((rpn, RegionProposalNetwork, AttachedRPN), (heads, RoIHeads, AttachedRoIHeads)):
-        if type(part).forward not in (stock.forward, attached.forward):
-            raise TypeError(f"{type(part).__name__} has a forward of its own, which the swap cannot see into")
+        _refuse_own_forward(part, stock, attached)
+    for pool in pools:
+        _refuse_own_forward(pool, MultiScaleRoIAlign, MultiScaleAffineCrop)
     for pool in pools:
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop
         if sampler is not None:
             pool.sampler = sampler
+        # A transform of the user's own may pad in a way that only the maps tell.
+        pool.size_divisible = getattr(model.transform, "size_divisible", None)
     _attach(rpn, AttachedRPN, RegionProposalNetwork)
     _attach(heads, AttachedRoIHeads, RoIHeads)
     heads.box_gradient = box_gradient
@@ -79,7 +82,7 @@ def restore_roi_align(model: Model) -> Model:
         raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
     for pool in pools:
         pool.__class__ = MultiScaleRoIAlign
-        for name in ("aligned", "sampler"):
+        for name in ("aligned", "sampler", "size_divisible"):
             pool.__dict__.pop(name, None)
     _detach(rpn, AttachedRPN)
     _detach(heads, AttachedRoIHeads)
@@ -104,6 +107,12 @@ def _parts(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[Mult
                 "MultiScaleRoIAlign can be swapped"
             )
     return model.rpn, heads, pools
+
+
+def _refuse_own_forward(part: nn.Module, stock: type[nn.Module], attached: type[nn.Module]) -> None:
+    """Of the part's class, or set on the instance: it would run instead of ours, without a word."""
+    if type(part).forward not in (stock.forward, attached.forward) or "forward" in part.__dict__:
+        raise TypeError(f"{type(part).__name__} has a forward of its own, which the swap cannot see into")
 
 
 def _attach(module: nn.Module, attached: type[nn.Module], stock: type[nn.Module]) -> None:

@@ -119,6 +119,114 @@ def test_any_mode_is_read_as_rgb(tmp_path, mode):
         assert (pixels[0].double() - torch.from_numpy(values)).abs().max() <= 1.01
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(
+    ("largest", "bits"),
+    [(0, 8), (1, 8), (255, 8), (256, 10), (1023, 10), (1024, 12), (4095, 12), (4096, 14), (16384, 16), (65535, 16)],
+)
+def test_16_bits_that_hold_fewer_are_scaled_by_those(tmp_path, largest, bits, suffix):
+    values = np.linspace(0, largest, 48).astype(np.uint16).reshape(6, 8)
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(values).save(path)
+    with Image.open(path) as image:
+        assert image.mode.startswith("I")
+    remarks: list[str] = []
+    pixels = read_image(path, remarks=remarks)
+    expected = [[int(value) * 256 // 2**bits for value in row] for row in values]
+    assert pixels.tolist() == [expected] * 3
+    said = [f"values of 16 bits or more that use at most {bits}, scaled by those {bits}"]
+    assert remarks == (said if largest > 0 and bits < 16 else [])
+    assert torch.equal(pixels, read_image(path))
+
+
+def test_floats_are_scaled_if_they_lie_in_0_to_1(tmp_path):
+    path = tmp_path / "image.tif"
+    grey = np.arange(48).reshape(6, 8) * 5
+    for values, remark in ((grey / 255, "floats from 0 to 1, scaled to 0 to 255"), (grey, None), (grey * 0, "floats")):
+        Image.fromarray(values.astype(np.float32)).save(path)
+        remarks: list[str] = []
+        pixels = read_image(path, remarks=remarks)
+        assert pixels.tolist() == [(grey * 0 if values.max() == 0 else grey).tolist()] * 3
+        assert len(remarks) == (remark is not None)
+        assert remark is None or remarks[0].startswith(remark)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.float32([-0.1, 1]), r"floats from -0\.1 to 1: 0 to 1 or 0 to 255 are read; scale them, or save it with 8"),
+        (np.float32([0, 255.5]), r"floats from 0 to 255\.5: "),
+        (np.float32([0, np.nan]), "floats from nan to nan: "),
+        (np.float32([0, np.inf]), "floats from 0 to inf: "),
+        (np.int32([-1024, 3000]), "integers from -1024 to 3000: 0 to 65535 are read; save it with 8 or 16 bits"),
+        (np.int32([0, 65536]), "integers from 0 to 65536: "),
+    ],
+)
+def test_values_that_are_no_colours_are_refused(tmp_path, values, reason):
+    path = tmp_path / "image.tif"
+    Image.fromarray(values.reshape(1, 2)).save(path)
+    with pytest.raises(DataError, match=f"^{path}: the image has {reason}"):
+        read_image(path)
+
+
+def test_12_bits_are_read_for_training_as_for_predicting(tmp_path):
+    dataset(tmp_path)
+    values = np.random.default_rng(0).integers(0, 4096, (20, 30), dtype=np.uint16)
+    values[0, 0] = 4095
+    Image.fromarray(values).save(tmp_path / "images" / "a.png")
+    image, _ = load(tmp_path)[0]
+    assert torch.equal((image * 255).round().to(torch.uint8), read_image(tmp_path / "images" / "a.png"))
+    assert (image[0] * 255).round().tolist() == (values // 16).tolist()
+
+
+def test_dark_colours_of_16_bits_are_said(tmp_path):
+    """Pillow has no mode for them, and gives the upper half of each."""
+    path = tmp_path / "image.png"
+    for largest, said in ((4095, True), (2**14, False)):
+        row = b"\0" + struct.pack(">24H", *[0] * 21, largest, 0, largest // 2)
+        head = (b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0))
+        path.write_bytes(chunks(head, (b"IDAT", zlib.compress(row * 6)), (b"IEND", b"")))
+        remarks: list[str] = []
+        assert read_image(path, remarks=remarks).max() == largest >> 8
+        assert remarks == ["dark colours of 16 bits, of which only the upper 8 are read; save them with 8"] * said
+
+
+FRAMES = {"gif": "GIF", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "avif": "AVIF", "mpo": "MPO"}
+
+
+@pytest.mark.parametrize("suffix", FRAMES)
+def test_of_several_frames_the_first_is_taken_and_that_is_said(tmp_path, suffix):
+    if f".{suffix}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow reads no {suffix}")
+    first, second = (Image.new("RGB", (64, 48), color) for color in ("red", "blue"))
+    several, single = tmp_path / f"several.{suffix}", tmp_path / f"single.{suffix}"
+    first.save(several, FRAMES[suffix], save_all=True, append_images=[second])
+    first.save(single, "JPEG" if suffix == "mpo" else FRAMES[suffix])
+    for path in (several, single):
+        remarks: list[str] = []
+        pixels = read_image(path, remarks=remarks).float()
+        assert (pixels - torch.tensor([255.0, 0, 0])[:, None, None]).abs().max() < 20
+        said = path == several and suffix != "mpo"  # of a phone's second view nobody wants to hear
+        assert remarks == ["several frames or pages, of which the first was taken"] * said
+
+
+def test_what_is_broken_behind_the_first_frame_does_not_matter(tmp_path):
+    path = tmp_path / "image.gif"
+    frames = [Image.new("L", (64, 48), grey) for grey in (10, 200)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    content = path.read_bytes()
+    read = 0
+    for cut in range(len(content)):
+        path.write_bytes(content[:cut])
+        try:
+            pixels = read_image(path)
+        except DataError:
+            continue
+        assert torch.equal(read_image(path, remarks=[]), pixels)
+        read += 1
+    assert read > 10
+
+
 def rotated(path: Path, orientation: int) -> torch.Tensor:
     """Write a JPEG of 16x8 stored pixels with an EXIF orientation; its pixels as stored."""
     values = np.zeros((8, 16, 3), dtype=np.uint8)
@@ -153,10 +261,12 @@ def test_broken_images_are_named(tmp_path):
             read_image(path)
 
 
-def png(*chunks: tuple[bytes, bytes], width=8, height=6) -> bytes:
+def png(*more: tuple[bytes, bytes], width=8, height=6) -> bytes:
     head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    pixels = (b"IDAT", zlib.compress(bytes(9 * 6)))
-    parts = [head, *chunks, pixels, (b"IEND", b"")]
+    return chunks(head, *more, (b"IDAT", zlib.compress(bytes(9 * 6))), (b"IEND", b""))
+
+
+def chunks(*parts: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
     )
@@ -170,6 +280,28 @@ def test_one_limit_to_an_images_size_without_a_warning(tmp_path, recwarn):
         path.write_bytes(png(width=width, height=10_000))
         with pytest.raises(DataError, match=r"image\.png.*(more than the 89,478,485 that are read|exceeds limit)"):
             read_image(path)
+    assert not recwarn.list
+
+
+def test_max_pixels_is_another_limit_for_one_image(tmp_path, monkeypatch, recwarn):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (30, 20)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself refuses more than 200
+    for options, reason in (
+        ({}, r"Image size \(600 pixels\) exceeds limit of 200 pixels"),
+        ({"max_pixels": 599}, "the image has 30x20 pixels, more than the 599 that are read"),
+        ({"max_pixels": 299}, r"Image size \(600 pixels\) exceeds limit of 598 pixels"),
+    ):
+        with pytest.raises(
+            DataError, match=f"^{path}: {reason}.*: a small file may say that.*--max_pixels of tools/pre"
+        ):
+            read_image(path, **options)
+        assert Image.MAX_IMAGE_PIXELS == 100
+    assert read_image(path, max_pixels=600).shape == (3, 20, 30)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(DataError, match="no such image"):
+        read_image(tmp_path / "nothing.png", max_pixels=600)
+    assert Image.MAX_IMAGE_PIXELS == 100
     assert not recwarn.list
 
 

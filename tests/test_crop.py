@@ -1,14 +1,16 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchvision.ops import RoIAlign, roi_align
+from torch import nn
+from torchvision.ops import MultiScaleRoIAlign, RoIAlign, roi_align
 
 import detector.grid_sampler
-from detector import AffineCrop, affine_crop
+from detector import AffineCrop, MultiScaleAffineCrop, affine_crop
 
 both_samplers = pytest.mark.parametrize("sampler", ["grid_sample", "gather"])
 SCALES = [1.0, 0.5, 0.0625, 0.3, 2.0]
@@ -778,10 +780,123 @@ def test_huge_boxes_in_many_images_stay_within_the_limit(monkeypatch):
 
 
 @both_samplers
-def test_no_channels(sampler):
-    assert affine_crop(
-        torch.zeros(2, 0, 5, 5), [torch.tensor([[0.0, 0.0, 3.0, 3.0]])] * 2, 2, sampler=sampler
-    ).shape == (2, 0, 2, 2)
+@pytest.mark.parametrize("ratio", [-1, 2])
+def test_no_channels(sampler, ratio):
+    maps = torch.zeros(2, 0, 5, 5, requires_grad=True)
+    boxes = [torch.tensor([[0.0, 0.0, 3.0, 3.0]], requires_grad=True)] * 2
+    crops = affine_crop(maps, boxes, 2, 1.0, ratio, sampler=sampler)
+    assert crops.shape == (2, 0, 2, 2)
+    gradients = torch.autograd.grad(crops.sum(), [maps, boxes[0]])  # of an output in the graph, as roi_align's is
+    assert [gradient.shape for gradient in gradients] == [(2, 0, 5, 5), (1, 4)]
+    assert not gradients[1].any()
+
+
+@both_samplers
+@pytest.mark.parametrize("ratio", [-1, 2])
+@pytest.mark.parametrize("form", ["list", "tensor"])
+def test_shapes_on_the_meta_device(sampler, ratio, form):
+    maps = torch.empty(2, 40, 9, 10, device="meta", requires_grad=True)
+    boxes = torch.empty(3, 5, device="meta", requires_grad=True)
+    given = boxes if form == "tensor" else [boxes[:2, 1:], boxes[2:, 1:]]
+    crops = affine_crop(maps, given, (3, 2), 0.5, ratio, sampler=sampler)
+    assert crops.is_meta
+    assert crops.shape == roi_align(maps, given, (3, 2), 0.5, ratio).shape
+    assert [g.shape for g in torch.autograd.grad(crops.sum(), [maps, boxes])] == [maps.shape, boxes.shape]
+
+
+@pytest.mark.parametrize("size", [np.int64(3), (np.int32(3), 3), torch.Size([3, 3]), [3, np.uint8(3)]])
+def test_sizes_are_integers_of_any_kind(size):
+    module = AffineCrop(size)
+    assert repr(module) == repr(AffineCrop(3))
+    assert module(MAP, [ONE]).shape == MultiScaleAffineCrop(["0"], size, 2)({"0": MAP}, [ONE], [(8, 8)]).shape
+
+
+# --- Graphs of other makers ------------------------------------------------------------------------------------------
+
+
+traced = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:FutureWarning")
+
+
+class Pool(nn.Module):
+    """A pooler of four levels whose call a trace can take: tensors alone."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, *tensors):
+        maps, boxes = tensors[:4], list(tensors[4:])
+        return self.pool(dict(zip("0123", maps)), boxes, [(64, 96)] * len(boxes))
+
+
+@both_samplers
+@traced
+@pytest.mark.parametrize("images", [1, 2])
+def test_jit_trace_answers_other_boxes_and_sizes(sampler, images):
+    def inputs(count, size, seed):
+        boxes = general_boxes(count, (30, 40), seed, torch.float32)
+        return randn(images, 3, *size, dtype=torch.float32), with_index([k % images for k in range(count)], boxes)
+
+    module = AffineCrop((3, 2), 0.5, 2, sampler=sampler)
+    graph = torch.jit.trace(module, inputs(5, (15, 20), 0))
+    for count, size in ((5, (15, 20)), (9, (12, 31)), (1, (4, 4)), (0, (15, 20))):
+        arguments = inputs(count, size, count)
+        torch.testing.assert_close(graph(*arguments), roi_align(*arguments, (3, 2), 0.5, 2), rtol=0, atol=1e-4)
+
+
+@both_samplers
+@traced
+def test_jit_trace_of_a_pyramid_answers_boxes_on_other_levels(sampler):
+    def inputs(counts, scale, seed):
+        maps = [randn(2, 3, 64 // stride, 96 // stride, dtype=torch.float32, seed=seed) for stride in (4, 8, 16, 32)]
+        return (*maps, *(general_boxes(count, (64, 96), seed, torch.float32) * scale for count in counts))
+
+    settings = {"canonical_scale": 40, "canonical_level": 4}
+    pool = Pool(MultiScaleAffineCrop(list("0123"), 3, 2, sampler=sampler, **settings))
+    stock = Pool(MultiScaleRoIAlign(list("0123"), 3, 2, **settings))
+    graph = torch.jit.trace(pool, inputs((6, 3), 1.0, 0))
+    for counts, scale in (((6, 3), 1.0), ((2, 9), 0.3), ((0, 7), 0.1), ((4, 0), 3.0), ((0, 0), 1.0)):
+        arguments = inputs(counts, scale, 1)
+        torch.testing.assert_close(graph(*arguments), stock(*arguments), rtol=0, atol=1e-4)
+
+
+@both_samplers
+@traced
+@pytest.mark.parametrize("ratio", [-1, 0])
+def test_jit_trace_of_an_adaptive_crop_is_refused(sampler, ratio):
+    """It would keep the numbers of samples of the boxes that it was traced with."""
+    with pytest.raises(ValueError, match=f"sampling_ratio is {ratio}: .* cannot be traced"):
+        torch.jit.trace(AffineCrop(2, 1.0, ratio, sampler=sampler), (MAP, torch.tensor([[0, 1.0, 1, 3, 3]])))
+
+
+def test_a_symbolic_trace_has_it_as_a_leaf():
+    traced = torch.fx.symbolic_trace(AffineCrop(3, 0.5, 2))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [affine_crop]
+    maps, boxes = randn(1, 2, 9, 9), with_index([0, 0], general_boxes(2, (18, 18)))
+    torch.testing.assert_close(traced(maps, boxes), roi_align(maps, boxes, 3, 0.5, 2))
+
+
+@both_samplers
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_hessians_by_reverse_mode_and_directions_by_double_backward(sampler):
+    """As the docstring says; PyTorch's grid_sample has no forward mode."""
+    maps, box = randn(1, 2, 9, 9), general_boxes(1, (9, 9))
+
+    def loss(box):
+        return affine_crop(maps, [box], 3, 1.0, 2, sampler=sampler).square().sum()
+
+    def difference(function, step=1e-6):
+        """Central differences of a function of the box, along each of its coordinates."""
+        moved = [(box + sign * step * row[None]) for row in torch.eye(4).double() for sign in (1, -1)]
+        values = [function(one) for one in moved]
+        return torch.stack([(a - b) / (2 * step) for a, b in zip(values[::2], values[1::2])], -1)
+
+    gradient = torch.func.grad(loss)
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(box)[0, :, 0]
+    torch.testing.assert_close(hessian, difference(lambda one: gradient(one)[0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.functional.hessian(loss, box)[0, :, 0], hessian)
+    slope = torch.autograd.functional.jvp(loss, box, torch.ones_like(box))[1]
+    torch.testing.assert_close(slope, difference(loss).sum(), rtol=1e-6, atol=1e-6)
 
 
 @both_samplers

@@ -1,7 +1,6 @@
 """tools/eval.py from end to end, and what it measures beside the scores: losses, stages, several looks at an image."""
 
 import errno
-import io
 import json
 import os
 import re
@@ -9,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import weakref
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +27,19 @@ from torchvision.ops import nms
 from detector import swap_crop_head
 from detector.coco import CocoDetection
 from detector.command_line.evaluate import score
-from detector.errors import DataError
+from detector.command_line.export import export
+from detector.errors import DataError, ModelError, in_a_sentence
 from detector.evaluation import detect_with_losses, to_results
 from detector.evaluation.augmented import AugmentedDetector
-from detector.evaluation.scoring import run_detector, score_split
+from detector.evaluation.confusion import confusion
+from detector.evaluation.pictures import worst_and_best
+from detector.evaluation.scoring import run_detector, score_split, write_scores
 from detector.evaluation.timing import STAGES, measure_stages
 from detector.models import published_names
-from detector.pretrained import PretrainedDetector
+from detector.pretrained import PretrainedDetector, load_detector
 
 REPOSITORY = Path(__file__).parent.parent
+TOOLS = REPOSITORY / "tools"
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
 
@@ -111,6 +116,8 @@ def test_everything_is_written(scored, checkpoint, data, split):
     assert "<b>3</b>" not in page
     assert "&lt;b&gt;3&lt;/b&gt;" in page
     assert page.count("data:image/jpeg") >= 2
+    assert "Objects by class and size" not in page
+    assert report["operating_points"]["by_class"][0].keys() >= {"id", "name", "objects", "score", "f1"}
     scores = json.loads((scored / "scores.json").read_text())
     assert {name: None if value == -1 else value for name, value in scores.items()} == report["scores"]
 
@@ -159,6 +166,7 @@ def test_both_evaluators(scored, data, tmp_path):
         ({"model": NAME}, "--model needs --weights"),
         ({"model": "nothing", "weights": "w.pth"}, "not one of torchvision's detectors"),
         ({"limit": 0}, "--limit must be at least 1"),
+        ({"pictures": -1}, "--pictures must be at least 0"),
         ({"batch_size": 0}, "--batch_size must be at least 1"),
         ({"workers": -1}, "--workers must be at least 0"),
         ({"min_score": 1.5}, "--min_score must be from 0 to 1"),
@@ -208,27 +216,153 @@ def test_a_folder_that_cannot_be_is_refused_before_the_run(checkpoint, data, tmp
         score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(tmp_path / "file" / "out"))
 
 
-def test_scores_are_printed_on_a_full_disk_and_written_to_a_closed_pipe(scored, data, tmp_path, monkeypatch, capsys):
-    options = {"results": str(scored / "detections.json"), "root": str(data), "split": "val"}
+FILES = {"report.html", "report.json", "scores.json", "detections.json"}
 
+
+@pytest.mark.parametrize("fails", ["write_json", "write_whole"])
+def test_scores_are_printed_on_a_full_disk(fails, scored, data, monkeypatch, capsys):
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("detector.evaluation.scoring.write_json", full)
-        with pytest.raises(SystemExit, match="No space left"):
-            score(output="full", **options)
+    monkeypatch.setattr(f"detector.evaluation.scoring.{fails}", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        score(results=str(scored / "detections.json"), root=str(data), split="val", output="full")
+    printed = capsys.readouterr().out
+    assert "IoU=0.90" in printed
+    assert "Objects by class and size" in printed
+
+
+def test_scores_of_a_training_are_printed_on_a_full_disk(split, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("detector.evaluation.scoring.draw_examples", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_scores(split, [], tmp_path / "run", about={})
+    assert json.loads((tmp_path / "run" / "scores.json").read_text())["AP"] == 0
     assert "IoU=0.90" in capsys.readouterr().out
 
-    class ClosedPipe(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("sys.stdout", ClosedPipe())
-        with pytest.raises(SystemExit, match="Broken pipe"):
-            score(output="closed", **options)
-    assert json.loads((tmp_path / "closed" / "scores.json").read_text())
+def piped(*command, unbuffered=False, output=None):
+    """Run Python where nobody reads the output."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    words = [sys.executable, *map(str, command)]
+    try:
+        return subprocess.run(
+            words, stdout=output or writing, stderr=subprocess.PIPE, text=True, env=environment, timeout=300
+        )
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_all_is_written_though_nobody_reads(unbuffered, scored, data, tmp_path):
+    """Unbuffered, the first line that is printed fails, else what is left at the end."""
+    options = ["--results", scored / "detections.json", "--root", data, "--split", "val", "--output", "closed"]
+    done = piped(TOOLS / "eval.py", *options, unbuffered=unbuffered)
+    assert done.stderr == ""
+    assert done.returncode == 141
+    assert {path.name for path in (tmp_path / "closed").iterdir()} == FILES
+    assert (tmp_path / "closed" / "report.html").read_text().endswith("</html>")
+    assert json.loads((tmp_path / "closed" / "scores.json").read_text())["AP"] >= 0
+
+
+def test_other_tools_end_quietly_as_well(checkpoint, data, tmp_path):
+    image = data / "val" / "1.png"
+    done = piped(TOOLS / "predict.py", image, f"--checkpoint={checkpoint}", "--output=p", "--workers=0")
+    assert (done.returncode, done.stderr) == (141, "")
+    assert (tmp_path / "p" / "predictions.json").exists()
+    done = piped(TOOLS / "check.py", data / "annotations" / "instances_val.json", "--images", data / "val")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+def test_an_output_that_cannot_be_written_is_a_sentence(scored, data):
+    options = ["--results", scored / "detections.json", "--root", data, "--split", "val", "--pictures", "0"]
+    with open("/dev/full", "w") as full:
+        done = piped(TOOLS / "eval.py", *options, output=full)
+    assert done.stderr.strip() == "error: [Errno 28] No space left on device"
+    assert done.returncode == 1
+
+
+def test_a_mistake_is_told_though_nobody_reads():
+    script = """
+from detector.errors import UserError, in_a_sentence
+with in_a_sentence():
+    print("some words")
+    raise UserError("a mistake")
+"""
+    done = piped("-c", script)
+    assert (done.returncode, done.stderr) == (1, "error: a mistake\n")
+
+
+def test_another_broken_pipe_is_a_mistake_all_the_same():
+    with pytest.raises(SystemExit, match="Broken pipe"), in_a_sentence():
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(checkpoint, scored, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parent.parent, run, ignore=shutil.ignore_patterns("eval*"))
+    score(checkpoint=str(run), root=str(data), split="val", limit=2, workers=0)
+    report = json.loads((run / "eval-val" / "report.json").read_text())
+    assert report["about"]["model"] == str(run / "checkpoints" / "last.ckpt")
+    assert load_detector(run).digest() == load_detector(checkpoint).digest() == report["about"]["weights"]
+    export(checkpoint=str(run), format="pretrained")
+    assert (run / "pretrained" / "model.safetensors").exists()
+    assert "val" in (run / "pretrained" / "README.md").read_text()
+    # A folder of save_pretrained is one, whatever else lies in it.
+    shutil.copytree(run / "checkpoints", run / "pretrained" / "checkpoints")
+    (run / "pretrained" / "checkpoints" / "last.ckpt").write_bytes(b"")
+    load_detector(run / "pretrained")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ModelError, match=r"run: not a folder of save_pretrained: .*no checkpoints/last\.ckpt"):
+        load_detector(run)
+
+
+def test_a_results_file_needs_the_truth(scored, data, tmp_path, monkeypatch):
+    with pytest.raises(
+        SystemExit, match="--results needs the truth: --annotations FILE, or --root FOLDER with --split"
+    ):
+        score(results=str(scored / "detections.json"))
+    monkeypatch.setenv("DETECTOR_DATA", str(data.parent))
+    score(results=str(scored / "detections.json"), dataset=data.name, split="val", output="out", pictures=0)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("pictures", "shown"), [(0, 0), (1, 2), (9, 8)])
+def test_as_many_pictures_as_are_asked_for(pictures, shown, scored, data, tmp_path):
+    """Of five images, each with an object; not one is right, and the worst is best too."""
+    truth = json.loads((data / "annotations" / "instances_val.json").read_text())["annotations"]
+    found = [
+        {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth if a["image_id"] < 4
+    ]
+    found += [{"image_id": i, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.9} for i in (1, 2, 3)]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    score(results="found.json", root=str(data), split="val", output="out", pictures=pictures)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == shown  # all five of the worst; the best have something found
+    assert ("No pictures" in page) == (pictures == 0)
+
+
+def test_pictures_show_what_was_counted(scored, data, split, monkeypatch):
+    """The boxes that are drawn are those of the counts beside them."""
+    found = json.loads((scored / "detections.json").read_text())
+    report = json.loads((scored / "report.json").read_text())
+    report["confusion"]["min_score"] = least = float(np.median([one["score"] for one in found]))
+    _, outcomes = confusion(split.coco, found, split.image_ids, min_score=least)
+    report["images"] = [{**asdict(one), "f1": one.f1} for one in outcomes]
+    seen = []
+    monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", lambda image, boxes, split: seen.append(boxes))
+    pictures = list(worst_and_best(split, found, report, each=5))
+    assert len(pictures) == len(seen) >= 5
+    for picture, boxes in zip(pictures, seen):
+        counts = Counter(box.kind for box in boxes)
+        for kind in ("found", "missed", "confused", "false"):
+            assert picture.entry[kind] == counts[kind]
+    assert sum(len(boxes) for boxes in seen) > 20
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from tiny_models import CHANNELS, tiny_rcnn
 from torch import nn
 from torch.export import Dim
 from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 import detector.pooler
@@ -91,8 +92,27 @@ def test_detections_equal_pytorchs_for_any_size(export, swapped, fpn, batch):
     model = tiny(fpn=fpn, swapped=swapped)
     run = export(model, batch_size=batch)
     for size in SIZES:
-        if swapped or min(size) >= 32:  # below, a stock model tells other strides than it did for its first image
+        if swapped or min(size) >= 32:  # below, the graph of a stock model tells other strides, as the model would
             assert min(assert_detects_alike(run, model, noise(*size, batch=batch))) > 5
+
+
+class Unresized(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        return image, target
+
+
+def test_thin_images_have_the_strides_of_ordinary_ones(export):
+    """Against the stock model, which tells its strides from the first image that it sees: here an ordinary one."""
+    stock, model = tiny(swapped=False), tiny()
+    for one in (stock, model):
+        one.transform = Unresized(64, 64, [0.5] * 3, [0.25] * 3)
+    detections(stock, noise(64, 64))
+    run = export(model, example_size=(64, 96))
+    found = [
+        assert_detects_alike(run, stock, noise(*size))[0]
+        for size in [(1, 1), (3, 70), (20, 128), (22, 22), (33, 45), (40, 600), (66, 66), (67, 5), (1333, 12), (90, 90)]
+    ]
+    assert min(found[2:]) > 5
 
 
 def test_standard_operators_only_grid_sample_among_them(export):

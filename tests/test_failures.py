@@ -1,5 +1,7 @@
 """What goes wrong in training ends in one sentence, and the last good checkpoint stays."""
 
+import json
+import multiprocessing
 import os
 import re
 import signal
@@ -8,7 +10,8 @@ import sys
 
 import pytest
 import torch
-from torch.utils.data import get_worker_info
+from lightning.pytorch.callbacks import LearningRateMonitor
+from torch.utils.data import DataLoader, get_worker_info
 
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
@@ -17,8 +20,14 @@ from test_resume import STUB
 from tiny_training import REPOSITORY, TINY
 
 from detector.coco import CocoDetection
+from detector.command_line.evaluate import score
 from detector.digits import write_digits
+from detector.evaluation import prediction
+from detector.signals import leave_signals_alone
+from detector.training import run
+from detector.training.checkpoints import Checkpoints
 from detector.training.command_line import train
+from detector.training.data import CocoDataModule
 from detector.training.failures import explained
 from detector.training.task import DetectionTask
 
@@ -175,11 +184,17 @@ def test_sigterm_ends_the_step_under_way_saves_and_stops(digits, tmp_path, monke
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+# From another process, as a cluster sends it.
+SIGTERM_TO_ALL = """(
+    __import__("subprocess").run([sys.executable, "-c", "import os, signal; os.killpg(0, signal.SIGTERM)"])
+)"""
+
+
 def test_sigterm_to_all_processes_of_the_group_does_not_kill_the_workers_first(digits, tmp_path):
     stub = STUB.format(
         setup="from detector.training.task import DetectionTask as owner\n"
         "name, when = 'training_step', lambda task, batch, number: task.current_epoch == 1 and number == 0",
-    ).replace("os.kill(os.getpid(), signal.SIGKILL)", "os.killpg(0, signal.SIGTERM)")
+    ).replace("os.kill(os.getpid(), signal.SIGKILL)", SIGTERM_TO_ALL)
     flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=3"]
     done = subprocess.run(
         [sys.executable, "-c", stub, *flags, "--data.workers=2", "--data.batch_size=2"],
@@ -192,3 +207,137 @@ def test_sigterm_to_all_processes_of_the_group_does_not_kill_the_workers_first(d
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert f"--ckpt_path {last}" in done.stderr
     assert torch.load(last, weights_only=True)["global_step"] == 5
+
+
+def boom(*arguments, **options):
+    raise ZeroDivisionError("boom")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (CocoDataModule, "setup"),
+        (DetectionTask, "configure_model"),
+        (DetectionTask, "configure_optimizers"),
+        (CocoDetection, "__getitem__"),
+        (DetectionTask, "training_step"),
+        (torch.optim.AdamW, "step"),
+        (LearningRateMonitor, "on_train_batch_start"),
+        (DetectionTask, "on_save_checkpoint"),
+        (DetectionTask, "validation_step"),
+        (DetectionTask, "on_validation_epoch_end"),
+        (Checkpoints, "on_train_epoch_end"),
+        (run, "load_checkpoint"),
+        (run, "write_scores"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(owner, name, boom)
+    flags = ["--data.workers=1", "--trainer.max_epochs=1", "--trainer.enable_model_summary=false"]
+    with pytest.raises(ZeroDivisionError, match="boom"):
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
+    assert not multiprocessing.active_children()
+
+
+UNFORESEEN = """
+import sys
+from detector.training.command_line import train
+from detector.training.data import CocoDataModule
+from detector.training.task import DetectionTask
+
+def boom(*arguments):
+    raise ZeroDivisionError("boom")
+
+data = CocoDataModule(sys.argv[1], train_split="train", val_split="val", workers=1)  # that nobody ends
+data.setup("fit")
+readers = iter(data.train_dataloader())
+next(readers)
+DetectionTask.validation_step = boom
+flags, sys.argv[1:] = sys.argv[2:], []
+train(flags)
+"""
+
+
+def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(digits, tmp_path):
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--data.workers=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", UNFORESEEN, str(digits), *flags, "--trainer.max_epochs=1"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,  # it would wait for its workers for ever
+    )
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert done.stderr.endswith("ZeroDivisionError: boom\n")
+
+
+def test_a_worker_obeys_its_parent_alone():
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_alone)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(number)})"], check=True)
+    assert [next(batches).item() for _ in range(2)] == [1, 2]
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def terminating(function, calls, at=1):
+    """The function; its call of that number begins with a SIGTERM."""
+
+    def terminated(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    return terminated
+
+
+@pytest.mark.parametrize("readers", [0, 1])
+def test_sigterm_while_validating_stops_at_the_next_batch(readers, digits, tmp_path, monkeypatch, capsys):
+    scored = []
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(DetectionTask, "validation_step", terminating(DetectionTask.validation_step, scored))
+    flags = [f"--data.workers={readers}", "--data.batch_size=2", "--trainer.max_epochs=1"]
+    with pytest.raises(SystemExit) as stop:
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
+    assert stop.value.code == 130
+    assert len(scored) == 1
+    assert f"--ckpt_path {tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}" in capsys.readouterr().err
+    assert not multiprocessing.active_children()
+
+
+def test_sigterm_is_obeyed_in_the_scoring_at_the_end_and_in_eval(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    flags = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0", "--data.workers=1"]
+    scored = []
+    to_results = prediction.to_results
+    monkeypatch.setattr(prediction, "to_results", terminating(to_results, scored))
+    with pytest.raises(SystemExit) as stop:
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
+    assert stop.value.code == 130
+    assert len(scored) == 1
+    assert f"--ckpt_path {last}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "scores.json").exists()
+    monkeypatch.setattr(prediction, "to_results", terminating(to_results, scored, at=3))
+    with pytest.raises(SystemExit) as stop:
+        score(checkpoint=str(last), root=str(digits), split="val", output=str(tmp_path / "out"), workers=1)
+    assert stop.value.code == 130
+    report = json.loads((tmp_path / "out" / "report.json").read_text())  # of what was seen until then
+    assert report["about"]["images"] == 1
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    monkeypatch.setattr(prediction, "to_results", boom)
+    with pytest.raises(ZeroDivisionError):
+        score(checkpoint=str(last), root=str(digits), split="val", output=str(tmp_path / "out"), workers=1)
+    assert not multiprocessing.active_children()

@@ -102,6 +102,10 @@ GREY = {
     "PIL, LA": lambda x: Image.merge("LA", [as_pil(x), Image.new("L", as_pil(x).size, 9)]),
     "PIL, P": lambda x: as_pil(x).convert("P"),
     "PIL, I;16": lambda x: Image.fromarray(x[0].numpy().astype(np.uint16) * 257),
+    "PIL, I;16 of 12 bits": lambda x: Image.fromarray(x[0].numpy().astype(np.uint16) * 16 + 15),
+    "PIL, I of 10 bits": lambda x: Image.fromarray(x[0].numpy().astype(np.int32) * 4),
+    "PIL, F in 0 to 1": lambda x: Image.fromarray(x[0].numpy().astype(np.float32) / 255),
+    "PIL, F in 0 to 255": lambda x: Image.fromarray(x[0].numpy().astype(np.float32)),
     "PIL, CMYK": lambda x: Image.merge("CMYK", [as_pil(255 - x)] * 3 + [Image.new("L", as_pil(x).size, 0)]),
 }
 
@@ -154,7 +158,13 @@ def test_a_photograph_is_turned_upright_from_a_path_and_from_pil(tmp_path):
             r"an image array must be \[H, W, 3\], \[H, W, 4\] or \[H, W\], got \[3, 8, 8\]",
         ),
         (np.zeros(8, np.uint8), r"got \[8\]"),
-        (np.zeros((1, 8, 8, 3), np.uint8), r"got \[1, 8, 8, 3\]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"got \[1, 8, 8, 3\]; give the images of a batch as list\(batch\)$"),
+        (torch.zeros(2, 3, 8, 8), r"got \[2, 3, 8, 8\]; give the images of a batch as list\(batch\)$"),
+        (Image.new("F", (8, 8), -1), "^the image has floats from -1 to -1"),
+        (Image.new("I", (8, 8), 70000), "^the image has integers from 70000 to 70000"),
+        ((path for path in "ab"), "a path, a PIL image, an array or a tensor, got generator"),
+        ({"a.png": 1}, "got dict"),
+        ({"a.png"}, "got set"),
         (np.zeros((8, 8, 3), np.uint16), r"an image array must be uint8, or float in 0\.\.1, got uint16"),
         (np.zeros((8, 8), object), "got object"),
         (np.zeros((8, 8), complex), "got complex128"),
@@ -287,3 +297,73 @@ def test_a_detector_is_called_as_its_model(detector):
     (ours,), (theirs,) = detector([scene() / 255]), detector.model([scene() / 255])
     assert torch.equal(ours["scores"], theirs["scores"])
     assert torch.equal(ours["scores"], detector.detect(scene(), min_score=0).scores)
+
+
+# ---- a list of images
+
+
+def looked_at(monkeypatch):
+    batches, look_at = [], PretrainedDetector.look_at
+    monkeypatch.setattr(
+        PretrainedDetector, "look_at", lambda self, images: batches.append(len(images)) or look_at(self, images)
+    )
+    return batches
+
+
+def test_a_list_is_each_of_its_images(detector, tmp_path, monkeypatch):
+    sizes = [(48, 64)] * 10 + [(64, 48), (48, 64), (64, 48), (64, 48)]
+    pixels = [scene(*size, seed=seed) for seed, size in enumerate(sizes)]
+    images = [pixels[0], as_pil(pixels[1]), as_array(pixels[2]), path_of(tmp_path, pixels[3]), *pixels[4:]]
+    expected = [detector.detect(image, min_score=0.6) for image in pixels]
+    batches = looked_at(monkeypatch)
+    for given in (images, tuple(images)):
+        found = detector.detect(given, min_score=0.6)
+        assert type(found) is list
+        assert [torch.equal(one.image, image) for one, image in zip(found, pixels, strict=True)] == [True] * 14
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.labels, other.labels)
+            assert torch.allclose(one.scores, other.scores, atol=1e-5)
+            assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
+            assert one.category_names == NAMES
+    assert batches == [8, 2, 1, 1, 2] * 2
+    assert len({len(one) for one in expected}) > 1  # or min_score would not be seen
+
+
+def test_a_list_of_none_and_of_one(detector):
+    assert detector.detect([]) == []
+    assert detector.detect(()) == []
+    (found,) = detector.detect([scene()])
+    assert torch.equal(found.scores, detector.detect(scene()).scores)
+
+
+def test_a_batch_of_pixels_is_given_as_a_list(detector):
+    batch = torch.stack([scene(seed=seed) for seed in range(3)])
+    assert len(detector.detect(list(batch))) == 3
+    assert len(detector.detect(list(batch.permute(0, 2, 3, 1).numpy()))) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ([scene(), [scene()]], r"^images\[1\]: an image must be a path.*, got list$"),
+        ([None], r"^images\[0\]: .*got NoneType$"),
+        ([scene(), "nothing.png"], r"^images\[1\]: nothing\.png: no such image$"),
+        ([scene(), scene() / 255 + 1], r"^images\[1\]: a float image must lie in 0\.\.1"),
+    ],
+)
+def test_of_a_list_the_image_is_named(detector, images, reason, monkeypatch):
+    batches = looked_at(monkeypatch)
+    with pytest.raises(DataError, match=reason):
+        detector.detect(images)
+    assert batches == []
+
+
+def test_detect_takes_a_limit_to_the_pixels(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = path_of(tmp_path, scene())
+    for image in (path, [path]):
+        with pytest.raises(DataError, match=r"exceeds limit of 200 pixels.* max_pixels of detect"):
+            detector.detect(image)
+        with pytest.raises(DataError, match="more than the 3,071 that are read"):
+            detector.detect(image, max_pixels=3071)
+        detector.detect(image, max_pixels=3072)

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from detector.evaluation import page
-from detector.evaluation.page import Picture, confusion_table, render_page
+from detector.evaluation.page import MARKS, Picture, confusion_table, render_page
 from detector.names import clean, short
 
+COUNTS = ("objects", "objects_small", "objects_medium", "objects_large")
 KEYS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR", "ARs", "ARm", "ARl")
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -72,9 +73,25 @@ def make_report(classes=3, images=40, seed=0, names=None):
             {"size": "large", "range": "area above 96 x 96 pixels", "objects": 3, "AP": 0.75, "AR": 1},
         ],
         "by_class": [
-            {"id": i, "name": name, "objects": draw.randrange(5000)} | {key: draw.random() for key in KEYS}
+            {"id": i, "name": name}
+            | {key: draw.randrange(5000) for key in COUNTS}
+            | {key: draw.random() for key in KEYS}
             for i, name in enumerate(names, start=1)
         ],
+        "operating_points": {
+            "iou": 0.5,
+            "mean": {"score": 0.4375, "precision": 0.8125, "recall": 0.75, "f1": 0.78},
+            "by_class": [
+                {"id": i, "name": name, "objects": draw.randrange(5000), "score": draw.random()}
+                | {key: draw.random() for key in ("precision", "recall", "f1")}
+                for i, name in enumerate(names, start=1)
+            ],
+            "curves": {
+                "score": [i / 100 for i in range(101)],
+                "mean": {"precision": [*curve()[:-1], None], "recall": curve(), "f1": curve()},
+                "by_class": {name: curve() for name in names},
+            },
+        },
         "proposals": {
             "kept": 1000,
             "rows": [{"at": at} | {key: draw.random() for key in KEYS[6:]} for at in (100, 300, 1000)],
@@ -111,13 +128,14 @@ def make_empty_report():
     report["by_iou"] = [row | {"AP": None} for row in report["by_iou"]]
     report["by_size"] = [row | {"objects": 0, "AP": None, "AR": None} for row in report["by_size"]]
     report["curves"] = {"recall": report["curves"]["recall"], "mean": {}, "by_class": {}}
+    report["operating_points"] |= {"mean": None, "curves": {"score": [], "mean": {}, "by_class": {}}}
     return report | {"proposals": None, "losses": None, "speed": None, "notes": []}
 
 
 def make_pictures(report, size=(1600, 1000)):
     entries = report["images"]
     images = [Image.new("RGB", size, color) for color in ("#335577", "#775533")]
-    return [Picture("worst", entries[0], *images), Picture("best", entries[-1], *images)]
+    return [Picture("worst", entries[0], images[0]), Picture("best", entries[-1], images[1])]
 
 
 class Reader(HTMLParser):
@@ -205,7 +223,7 @@ def test_page_is_whole_and_loads_nothing(html):
     assert html.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in reader.attributes
     assert {"svg", "table", "img", "caption", "nav"} <= reader.tags
-    assert html.count("<svg") == 6
+    assert html.count("<svg") == 8
     assert html.count("<style") == 1  # matplotlib's own would be the whole page's
     assert "://" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
 
@@ -227,7 +245,10 @@ def test_every_number_of_the_tables_is_there(report, html):
     for key, value in report["scores"].items():
         assert [row for row in rows if row[:2] == (key, f"{value:.3f}")]
     for row in report["by_class"]:
-        assert (row["name"], str(row["id"]), f"{row['objects']:,}", *three(row, KEYS)) in rows
+        assert (row["name"], str(row["id"]), *(f"{row[key]:,}" for key in COUNTS), *three(row, KEYS)) in rows
+    for row in report["operating_points"]["by_class"]:
+        numbers = three(row, ("precision", "recall", "f1"))
+        assert (row["name"], f"{row['objects']:,}", str(row["score"]), *numbers) in rows
     for row in report["by_size"]:
         assert (row["size"], f"{row['objects']:,}", *three(row, ("AP", "AR")), row["range"]) in rows
     for row in report["proposals"]["rows"]:
@@ -265,7 +286,7 @@ def test_the_order_is_that_of_the_contents(html):
     assert anchors == [anchor for anchor in re.findall(r'<h2 id="(\w+)">', html) if anchor != "how"]
     assert anchors[0] == "scores"
     assert anchors[-1] == "images"
-    assert len(anchors) == 10
+    assert len(anchors) == 11
 
 
 def test_hostile_text_is_text_everywhere():
@@ -281,7 +302,7 @@ def test_hostile_text_is_text_everywhere():
     report["losses"] |= dict.fromkeys(HOSTILE, 0.25)
     # A picture a name, so that each one is in attributes too.
     picture = Image.new("RGB", (8, 8))
-    pictures = [Picture("worst", entry, picture, picture) for entry in report["images"]]
+    pictures = [Picture("worst", entry, picture) for entry in report["images"]]
     fields = ("model", "crop", "data", "split", "command", "time", "device", "evaluator")
     for names in (HOSTILE, HOSTILE[5:] + HOSTILE[:5]):
         report["about"] |= dict(zip(fields, names)) | {"versions": dict.fromkeys(names, names[0])}
@@ -324,7 +345,7 @@ def test_what_there_is_none_of_is_a_dash(report):
     html = render_page(report, [])
     rows = check(html).rows
     assert [row[1] for row in rows if row[0] in ("APs", "ARs")] == ["–"] * 2  # noqa: RUF001
-    assert next(row for row in rows if row[0] == "class 1")[3:] == ["–"] * len(KEYS)  # noqa: RUF001
+    assert next(row for row in rows if row[0] == "class 1" and len(row) > 9)[6:] == ["–"] * len(KEYS)  # noqa: RUF001
     assert ">–</text>" in html  # noqa: RUF001
     assert html.split("<h3>By class, at IoU 0.50")[1].split("</ul>")[0].count("<li>") == 2  # a curve of nothing is none
     assert "<dt>crop</dt><dd>–</dd>" in html  # noqa: RUF001
@@ -335,7 +356,7 @@ def test_any_number_of_classes(classes):
     report = make_report(classes)
     html = render_page(report, [])
     reader = check(html)
-    shown = [row[1] for row in reader.rows if len(row) == 3 + len(KEYS) and re.fullmatch(r"0\.\d{3}", row[-1])]
+    shown = [row[1] for row in reader.rows if len(row) == 6 + len(KEYS) and re.fullmatch(r"0\.\d{3}", row[-1])]
     assert shown == [str(number) for number in range(1, classes + 1)]
     assert len(html) < 3_000_000
     legend = re.findall(r"<bdi>(class \d+)</bdi></li>\n", html.split("<h3>By class, at IoU 0.50")[1].split("</ul>")[0])
@@ -387,9 +408,10 @@ def test_nothing_at_all():
     reader = check(html)
     assert re.findall(r'<h2 id="(\w+)">', html) == ["how", "scores"]
     assert "<svg" not in html
-    assert "No pictures: no images were given." in reader.text
+    assert "No pictures: no images were given, or none asked for." in reader.text
     assert "No losses" not in reader.text  # the notes say why, if there is a reason
     assert "<img" not in html
+    assert "No threshold: no object was found." in reader.text
 
 
 def test_zero_counts_without_classes(report):
@@ -411,13 +433,13 @@ def test_the_users_matplotlibrc_is_not_the_pages(report, html):
 
 def test_pictures_are_scaled_and_inside(report, html):
     uris = re.findall(r'src="data:image/jpeg;base64,([^"]*)" width="(\d+)" height="(\d+)" alt="([^"]+)"', html)
-    assert len(uris) == 4
+    assert len(uris) == 2
     for uri, width, height, _ in uris:
         picture = Image.open(io.BytesIO(base64.b64decode(uri)))
         assert picture.format == "JPEG"
-        assert picture.size == (int(width), int(height)) == (720, 450)
+        assert picture.size == (int(width), int(height)) == (960, 600)
     color = Image.open(io.BytesIO(base64.b64decode(uris[0][0]))).getpixel((9, 9))
-    assert max(abs(a - b) for a, b in zip(color, (0x33, 0x55, 0x77))) < 4  # the truth is the first
+    assert max(abs(a - b) for a, b in zip(color, (0x33, 0x55, 0x77))) < 4
     entry = report["images"][0]
     caption = f"id {entry['id']}: {entry['found']} found, {entry['missed']} missed, {entry['confused']} confused, "
     assert caption + f"{entry['false']} false" in Reader(html).text
@@ -425,11 +447,68 @@ def test_pictures_are_scaled_and_inside(report, html):
 
 
 def test_small_pictures_of_any_mode_stay_small(report):
-    pictures = [Picture("best", report["images"][0], Image.new("RGBA", (30, 90)), Image.new("L", (2000, 10)))]
-    html = render_page(report, pictures)
-    assert re.findall(r'width="(\d+)" height="(\d+)" alt', html) == [("30", "90"), ("720", "4")]
+    images = (Image.new("RGBA", (30, 90)), Image.new("L", (2000, 10)))
+    html = render_page(report, [Picture("best", report["images"][0], image) for image in images])
+    assert re.findall(r'width="(\d+)" height="(\d+)" alt', html) == [("30", "90"), ("960", "5")]
     assert "<h3>Worst</h3>" not in html
-    assert pictures[0].detections.size == (2000, 10)  # the caller's picture is as it was
+    assert images[1].size == (2000, 10)  # the caller's picture is as it was
+
+
+def test_pictures_open_without_a_script_and_are_inside_once(report, html):
+    """The browser's own popover: Escape and focus are its business. Here it is seen when it is closed as well."""
+    opened = re.findall(r'<button type="button" popovertarget="([\w-]+)"[^>]*><img ', html)
+    assert opened == re.findall(r'<div class="picture" id="([\w-]+)" popover>', html) == ["worst-1", "best-1"]
+    assert re.search(r"\.picture \{ display: block; position: static;", html)
+    assert re.search(r"\.picture:popover-open \{ position: fixed;[^}]*overflow: auto;", html)
+    # never smaller than its own pixels, of which the labels are 15 high
+    assert 'style="--width: 960px; --ratio: 960 / 600"' in html
+    assert ".picture:popover-open button { width: max(var(--width)," in html
+    assert ".place { width: min(100%, var(--width), 32rem * var(--ratio));" in html  # however narrow, not a mile long
+    assert html.count("data:image/jpeg") == 2
+
+
+def test_more_pictures_are_folded_away(report):
+    picture = Image.new("RGB", (8, 8))
+    pictures = (
+        Picture(kind, report["images"][0], picture) for kind, n in (("worst", 8), ("best", 6)) for _ in range(n)
+    )
+    html = render_page(report, pictures)  # one at a time, as they are drawn
+    check(html)
+    assert html.count("<details>") == 1
+    assert "<summary>2 more of the worst</summary>" in html
+    folded = html.split("<details>")[1].split("</details>")[0]
+    assert re.findall(r' id="([\w-]+)" popover', folded) == ["worst-7", "worst-8"]
+
+
+def test_every_mark_is_explained_without_its_colour(html):
+    text = check(html).text
+    for mark in MARKS.values():
+        assert mark.meaning in text
+        assert f"border-color: {mark.color}" in html or f"--mark: {mark.color}" in html
+    for words in ("false: name", "missed: name", "is: other"):
+        assert words in text
+    assert len({(mark.stroke, mark.caption) for mark in MARKS.values()}) == len(MARKS)
+
+
+def test_the_best_threshold_is_told_and_drawn(report, html):
+    text = check(html).text
+    assert "F1 is highest from a score of 0.4375 on: precision 0.812, recall 0.750, F1 0.780." in text
+    assert "tools/predict.py --min_score auto" in text
+    svg = re.search(r'<svg[^>]*aria-label="All classes together, over the score threshold".*?</svg>', html, re.DOTALL)
+    assert len(re.findall("stroke-dasharray: 1,", svg[0])) == 1
+    assert "F1 is highest, 0.780, from a score of 0.4375 on." in text
+    report = copy.deepcopy(report)
+    report["operating_points"]["mean"]["score"] = -1e200  # of a results file: nowhere on the plot
+    assert "stroke-dasharray: 1," not in "".join(re.findall("<svg.*?</svg>", render_page(report, []), re.DOTALL))
+
+
+def test_a_table_that_is_cut_hints_that_it_scrolls(html):
+    style = html.split("<style>")[1].split("</style>")[0]
+    shadows = re.search(r"\.scroll \{[^}]*background-attachment: ([^;]*);", style)[1]
+    assert shadows.count("local") == 5  # the covers move with the content
+    assert shadows.count("scroll") == 4
+    assert re.search(r"@media \(max-width: 60rem\) \{ caption span::after \{ content: \"[^\"]*it scrolls", style)
+    assert html.count("<table") == html.count('<div class="scroll" tabindex="0"') == html.count("<caption><span>")
 
 
 def test_fifty_worst_images():

@@ -7,6 +7,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+import detector.pooler
 from detector import MultiScaleAffineCrop
 
 STRIDES = {"0": 4, "1": 8, "2": 16, "3": 32}
@@ -36,7 +37,10 @@ both_samplers = pytest.mark.parametrize("sampler", ["grid_sample", "gather"])
 
 
 def both(*args, sampler="auto", **kwargs):
-    return MultiScaleAffineCrop(*args, **kwargs, sampler=sampler), MultiScaleRoIAlign(*args, **kwargs)
+    """Ours and torchvision's, which tells its scales once, from the first image that it sees: here an ordinary one."""
+    stock = MultiScaleRoIAlign(*args, **kwargs)
+    stock(pyramid(1, (512, 512)), [torch.zeros(0, 4, dtype=torch.float64)], [(512, 512)])
+    return MultiScaleAffineCrop(*args, **kwargs, sampler=sampler), stock
 
 
 # Two boxes for each of the four levels, which with SMALL are parted at 28, 56 and 112 pixels.
@@ -46,7 +50,7 @@ LEVEL_SIDES = [18, 40, 80, 170, 22, 38, 84, 300]
 @both_samplers
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(
-    sizes=st.lists(st.tuples(st.integers(33, 300), st.integers(33, 300)), min_size=1, max_size=3),
+    sizes=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=3),
     counts=st.lists(st.integers(0, 5), min_size=3, max_size=3),
     names=st.sampled_from([["0", "1", "2", "3"], ["0", "1"], ["1", "2", "3"], ["2"]]),
     output_size=st.sampled_from([3, [2, 4], (3, 2)]),
@@ -189,13 +193,51 @@ def test_unused_maps_are_ignored(sampler):
     assert torch.equal(pool({**features, "pool": torch.full((1, 2, 1, 1), torch.nan)}, boxes, size), expected)
 
 
-@both_samplers
-def test_the_scales_are_those_of_the_call(sampler):
-    """One pooler, batches of several sizes: torchvision's too, where strides are the powers of two they should be."""
-    ours, theirs = both(list(STRIDES), 3, 2, **SMALL, sampler=sampler)
-    for size in [(120, 150), (64, 250), (256, 96)]:
-        features, boxes = pyramid(1, size), [boxes_of_side(LEVEL_SIDES)]
-        torch.testing.assert_close(ours(features, boxes, [size]), theirs(features, boxes, [size]), rtol=0, atol=1e-10)
+@pytest.fixture
+def told(monkeypatch):
+    """The scales that a pooler tells for maps and images, by a call of it."""
+    taken = []
+    monkeypatch.setattr(detector.pooler, "crop_levels", lambda *arguments: taken.append(arguments[4]))
+
+    def scales(maps, *sizes, **settings):
+        pool = MultiScaleAffineCrop([str(i) for i in range(len(maps))], 3, 2, **settings)
+        pool({str(i): torch.empty(1, 1, *size) for i, size in enumerate(maps)}, [torch.zeros(0, 4)], sizes)
+        return taken.pop()
+
+    return scales
+
+
+def padded(size, multiple=32):
+    return tuple(-(-side // multiple) * multiple for side in size)
+
+
+@pytest.mark.parametrize("size_divisible", [None, 32])
+def test_the_scales_do_not_depend_on_the_size_of_the_image(told, size_divisible):
+    """Of images padded to a multiple of 32. torchvision's first image decides: by one of 67 x 3 all scales double."""
+    for side in range(1, 1334):
+        for size in {(side, 1), (1, side), (side, side), (side, 1333), (1333, side), (side, 40)}:
+            maps = [tuple(s // stride for s in padded(size)) for stride in STRIDES.values()]
+            assert told(maps, size, size_divisible=size_divisible) == [1 / stride for stride in STRIDES.values()], size
+
+
+def test_the_scales_of_a_batch_are_those_of_its_largest_sides(told):
+    assert told([(8, 32)], (3, 128), (20, 1)) == [1 / 4]
+
+
+@pytest.mark.parametrize("settings", [{}, {"size_divisible": 1}])
+def test_the_scales_of_images_that_are_not_padded(told, settings):
+    """The default takes them for padded ones only where both sides are short, and a map is as large as of either."""
+    for height in range(1, 400):
+        for width in {1, 48, height, 399}:
+            maps = [(-(-height // stride), -(-width // stride)) for stride in (4, 8)]
+            if max(height, width) >= 48:
+                assert told(maps, (height, width), **settings) == [1 / 4, 1 / 8], (height, width)
+
+
+def test_the_scales_of_images_padded_to_another_multiple(told):
+    for side in range(1, 300):
+        maps = [tuple(s // stride for s in padded((side, 5), 128)) for stride in (16, 64)]
+        assert told(maps, (side, 5), size_divisible=128) == [1 / 16, 1 / 64]
 
 
 @both_samplers
@@ -256,6 +298,13 @@ def test_faster_rcnn_takes_it(sampler):
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         MultiScaleAffineCrop(["0"], 2, 2)(*arguments)
+
+
+def test_the_constructors_errors():
+    with pytest.raises(ValueError, match="size_divisible must be at least 1, got 0"):
+        MultiScaleAffineCrop(["0"], 2, 2, size_divisible=0)
+    with pytest.raises(TypeError, match=r"output_size must be an int or a pair of ints, got 2\.5"):
+        MultiScaleAffineCrop(["0"], 2.5, 2)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -27,6 +27,7 @@ from detector import image_files
 from detector.coco import read_coco
 from detector.command_line import predict as predict_command
 from detector.command_line.predict import predict
+from detector.drawing import draw
 from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.results import read_results
@@ -114,6 +115,45 @@ def test_images_of_files_folders_and_patterns(photos):
     assert [file.name for file in find_images([photos / "._a.png"])] == ["._a.png"]
     (photos / "[1].png").write_bytes((photos / "a.png").read_bytes())
     assert [file.name for file in find_images([photos / "[1].png"])] == ["[1].png"]
+
+
+def test_what_pillow_reads_is_taken_of_a_folder_and_images_of_other_kinds_are_counted(home, monkeypatch):
+    kinds = {suffix for suffix in (".avif", ".jp2", ".webp") if suffix in Image.registered_extensions()}
+    for suffix in (*kinds, ".png", ".pgm"):
+        write_image(home / "in" / f"a{suffix}")
+    for suffix in (".jfif", ".jpe"):
+        write_image(home / "in" / f"a{suffix}", format="JPEG")
+    others = {"b.heic", "c.HEIC", "sub/d.dng", "e.psd", "f.svg"}
+    for name in (*others, "._g.heic", ".hidden/h.heic", "notes.txt", "i.json", "j.xml", "k.pdf", "l"):
+        (home / "in" / name).parent.mkdir(exist_ok=True)
+        (home / "in" / name).write_bytes(b"")
+    (home / "in" / "folder.heic").mkdir()
+    left_out = set()
+    found = find_images(["in", "in", home / "in" / "sub" / ".." / "a.png"], left_out=left_out)
+    assert {file.name for file in found} == {f"a{suffix}" for suffix in (*kinds, ".png", ".pgm", ".jfif", ".jpe")}
+    assert left_out == {home / "in" / name for name in others}
+    # A Pillow that was built without AVIF, as before version 11.3, knows no such suffix.
+    known = {suffix: name for suffix, name in Image.registered_extensions().items() if name != "AVIF"}
+    monkeypatch.setattr(Image, "registered_extensions", lambda: known)
+    (home / "in" / "a.avif").write_bytes(b"")
+    left_out.clear()
+    assert "a.avif" not in [file.name for file in find_images(["in"], left_out=left_out)]
+    assert left_out == {home / "in" / name for name in (*others, "a.avif")}
+
+
+def test_images_of_other_kinds_are_said_and_no_failure(home, checkpoint, capsys):
+    write_image(home / "in" / "a.png")
+    for name in ("b.heic", "c.HEIC", "d.svg"):
+        (home / "in" / name).write_bytes(b"")
+    assert predict(["in"], checkpoint=checkpoint, output="out") == 0
+    said = "left out: 2 .heic, 1 .svg (not read here; convert them to JPEG, PNG or TIFF)"
+    assert said in capsys.readouterr().err.splitlines()
+    assert read("out")[0]["left_out"] == {".heic": 2, ".svg": 1}
+    assert predict(["in/a.png"], checkpoint=checkpoint, output="out") == 0
+    assert "left out" not in capsys.readouterr().err
+    (home / "in" / "a.png").unlink()
+    with pytest.raises(SystemExit, match=r"in: the folder holds no image .*, but 2 \.heic, 1 \.svg: convert them"):
+        predict(["in"], checkpoint=checkpoint)
 
 
 def set_less(names, name):
@@ -303,6 +343,49 @@ def test_a_photograph_is_turned_upright(home, checkpoint):
         assert ORIENTATION not in picture.getexif()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_done_to_images_is_said_and_written(home, checkpoint, capsys, workers):
+    grey = scene()[0].numpy()
+    write_image(home / "in" / "a.png")
+    for name in ("b.tif", "c.png"):
+        Image.fromarray(grey.astype("uint16") * 16).save(home / "in" / name)
+    Image.fromarray(grey.astype("float32") / 255).save(home / "in" / "d\x1b[31m.tif")
+    write_image(home / "in" / "e.gif", save_all=True, append_images=[Image.new("RGB", (64, 48))])
+    Image.fromarray(grey).save(home / "in" / "f.png")
+    assert predict(["in"], checkpoint=checkpoint, output="out", workers=workers) == 0
+    bits = "values of 16 bits or more that use at most 12, scaled by those 12"
+    floats = "floats from 0 to 1, scaled to 0 to 255"
+    frames = "several frames or pages, of which the first was taken"
+    assert capsys.readouterr().err.splitlines() == [
+        f"2 of the images (in/b.tif and others): {bits}",
+        f"1 of the images (in/d [31m.tif): {floats}",
+        f"1 of the images (in/e.gif): {frames}",
+    ]
+    images = read("out")[0]["images"]
+    assert [image["remarks"] for image in images] == [[], [bits], [bits], [floats], [frames], []]
+    found = [image["detections"] for image in images]
+    assert found[1] == found[2] == found[3] == found[5]
+    with Image.open("out/pictures/b.jpg") as seen, Image.open("out/pictures/f.jpg") as plain:
+        assert seen.tobytes() == plain.tobytes()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_of_more_pixels_than_pillow_takes(home, checkpoint, capsys, monkeypatch, workers):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    write_image(home / "a.png")
+    options = {"checkpoint": checkpoint, "output": "out", "workers": workers}
+    assert predict(["a.png"], **options) == 3
+    assert "exceeds limit of 2000 pixels" in (said := capsys.readouterr().err)
+    assert "--max_pixels of tools/predict.py" in said
+    assert predict(["a.png"], max_pixels=3071, **options) == 3
+    assert "more than the 3,071 that are read" in capsys.readouterr().err
+    assert predict(["a.png"], max_pixels=3072, **options) == 0
+    assert names_of(read("out")[0]) == ["a.png"]
+
+
+# ---- a folder that is there
+
+
 def test_a_second_run_gets_a_folder_of_its_own(photos, checkpoint):
     for folder in ("runs/predict", "runs/predict-2", "runs/predict-3"):
         assert predict([str(photos / "a.png")], checkpoint=checkpoint) == 0
@@ -316,6 +399,136 @@ def test_a_folder_that_is_there_is_used(photos, checkpoint):
         assert predict([str(photos / name)], checkpoint=checkpoint, output="out") == 0
     assert names_of(read("out")[0]) == ["c.bmp"]
     assert Path("out", "mine.txt").read_text() == "mine"
+
+
+def test_pictures_of_an_earlier_run_go_and_nothing_else(photos, checkpoint):
+    assert predict([str(photos)], checkpoint=checkpoint, output="out") == 0
+    earlier = {image["picture"] for image in read("out")[0]["images"]}
+    assert earlier == {f"pictures/{name}" for name in pictures_of("out")}
+    for name in ("mine.jpg", "sub/mine.jpg", "notes.txt"):
+        Path("out", "pictures", name).write_bytes(b"mine")
+    Path("out", "mine.jpg").write_bytes(b"mine")
+    os.symlink(photos, Path("out", "pictures", "link"))
+    assert predict([str(photos / "b.PNG")], checkpoint=checkpoint, output="out") == 0
+    kept = ["mine.jpg", "notes.txt", "sub/mine.jpg"]
+    assert pictures_of("out") == ["b.jpg", *kept]
+    assert [image["picture"] for image in read("out")[0]["images"]] == ["pictures/b.jpg"]
+    assert predict([str(photos / "a.png")], checkpoint=checkpoint, output="out", pictures=False) == 0
+    assert pictures_of("out") == kept
+    assert "picture" not in read("out")[0]["images"][0]
+    assert Path("out", "mine.jpg").exists()
+    assert len(find_images([photos])) == 6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no JSON",
+        b"[]",
+        b"{}",
+        b'{"images": null}',
+        b'{"images": [1]}',
+        b'{"images": [{}], "unfinished": 7}',
+        b'{"images": [], "unfinished": ["pictures/\\u0000.jpg", "pictures/a.jpg"]}',
+        b'{"images": [], "unfinished": ["' + b"x" * 5000 + b'.jpg"]}',
+        *(
+            json.dumps({"images": [{"picture": name}], "unfinished": [name, None, 1, [], {}]}).encode()
+            for name in (
+                "../outside.jpg",
+                "pictures/../../outside.jpg",
+                "pictures/../mine.jpg",
+                "pictures/link/outside.jpg",
+                "pictures/link.jpg",
+                "pictures/inner.jpg",
+                "pictures/mine.txt",
+                "pictures/folder.jpg",
+                "mine.jpg",
+                "/{home}/outside.jpg",
+                "pictures",
+                "",
+            )
+        ),
+    ],
+)
+def test_a_file_that_claims_others_files_removes_none(home, checkpoint, content):
+    write_image(home / "in" / "b.png")
+    for name in ("outside.jpg", "out/mine.jpg", "out/pictures/mine.txt", "out/pictures/folder.jpg/mine.jpg"):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_bytes(b"mine")
+    os.symlink(home, "out/pictures/link")
+    os.symlink(home / "outside.jpg", "out/pictures/link.jpg")
+    os.symlink(home / "out/pictures/folder.jpg/mine.jpg", "out/pictures/inner.jpg")
+    Path("out", "predictions.json").write_bytes(content.replace(b"/{home}", str(home).encode()))
+    before = {path: path.lstat().st_ino for path in home.rglob("*")}
+    assert predict(["in"], checkpoint=checkpoint, output="out", workers=0) == 0
+    assert before.keys() <= set(home.rglob("*"))
+    assert Path("outside.jpg").read_bytes() == b"mine"
+
+
+def test_a_folder_of_pictures_that_lies_elsewhere_is_left_alone(photos, home, checkpoint):
+    assert predict([str(photos / "a.png")], checkpoint=checkpoint, output="out") == 0
+    Path("out", "pictures").rename("elsewhere")
+    os.symlink(home / "elsewhere", "out/pictures")
+    assert predict([str(photos / "c.bmp")], checkpoint=checkpoint, output="out") == 0
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == ["a.jpg", "c.jpg"]
+
+
+def test_a_picture_of_an_earlier_run_is_not_looked_at_and_removed(photos, checkpoint):
+    assert predict(["photos/a.png"], checkpoint=checkpoint, output="photos") == 0
+    before = {path: path.read_bytes() for path in photos.rglob("*.j*")}
+    assert len(before) == 3
+    for options in ({}, {"pictures": False}):
+        with pytest.raises(
+            SystemExit, match=r"photos/pictures/a\.jpg: is one of the images, and a picture of the run before, w"
+        ):
+            predict(["photos"], checkpoint=checkpoint, output="photos", **options)
+    assert {path: path.read_bytes() for path in photos.rglob("*.j*")} == before
+
+
+def test_a_run_that_is_killed_leaves_no_picture_for_ever(photos, checkpoint):
+    """Nor numbers of other pictures: the ones there say that they are not finished, and which pictures there may be."""
+    assert predict([str(photos / "z.tif"), str(photos / "c.bmp")], checkpoint=checkpoint, output="out") == 0
+    Path("out", "pictures", "b.jpg").write_bytes(b"mine, in the way")
+    code = (
+        "import os, detector.image_files as files\n"
+        "write = files._write_picture\n"
+        "def stop(path, picture):\n"
+        "    write(path, picture)\n"
+        "    if path.name == 'b.jpg': os._exit(9)\n"
+        "files._write_picture = stop\n"
+    )
+    result = run_tool(str(photos), "--checkpoint", checkpoint, "--output", "out", "--workers", "0", code=code)
+    assert result.returncode == 9, result.stderr
+    assert pictures_of("out") == ["a.jpg", "b.jpg"]
+    found = json.loads(Path("out", "predictions.json").read_text())
+    assert found["images"] == []
+    expected = ["a.jpg", "c.jpg", "sub/a.jpg", "sub/x/e.jpg", "z.jpg"]  # of b.jpg it cannot be known
+    assert found["unfinished"] == [f"pictures/{name}" for name in expected]
+    assert not Path("out", "detections.json").exists()
+    Path("out", "pictures", "b.jpg").unlink()
+    assert predict([str(photos / "c.bmp")], checkpoint=checkpoint, output="out") == 0
+    assert pictures_of("out") == ["c.jpg"]
+    assert "unfinished" not in read("out")[0]
+
+
+def test_a_run_that_is_stopped_behind_a_picture_names_it(photos, checkpoint, monkeypatch, ctrl_c):
+    write = image_files._write_picture
+
+    def stopping(path, picture):
+        write(path, picture)
+        if path.name == "b.jpg":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(image_files, "_write_picture", stopping)
+    assert predict([str(photos)], checkpoint=checkpoint, output="out", workers=0) == 130
+    found, _ = read("out")
+    assert [image["picture"] for image in found["images"]] == ["pictures/a.jpg"]
+    assert found["unfinished"] == ["pictures/b.jpg"]
+    monkeypatch.undo()
+    monkeypatch.chdir(photos.parent)
+    assert predict([str(photos / "c.bmp")], checkpoint=checkpoint, output="out", workers=0) == 0
+    assert pictures_of("out") == ["c.jpg"]
 
 
 def test_no_image_is_written_over(home, checkpoint):
@@ -602,6 +815,139 @@ def test_stock_and_swapped_detect_the_same(photos, checkpoint):
     assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-3)
 
 
+# ---- the scores of a report
+
+
+def write_report(path, checkpoint, points, *, weights=None, **about):
+    weights = load_checkpoint(checkpoint).digest() if weights is None else weights
+    about = {"weights": weights, "time": "2030-01-02T03:04:05+00:00"} | about
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"about": about} | ({} if points is None else {"operating_points": points})))
+
+
+def points_of(scores, overall=0.5, ids=IDS):
+    rows = [
+        {"id": i, "name": name, "objects": 3, "score": score, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+        for i, name, score in zip(ids, NAMES, scores)
+    ]
+    mean = None if overall is None else {"score": overall, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    return {"iou": 0.5, "mean": mean, "by_class": sorted(rows, key=lambda row: row["id"])}
+
+
+@pytest.fixture
+def run(home, checkpoint):
+    """A checkpoint in a run's folder."""
+    path = home / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(Path(checkpoint).read_bytes())
+    return str(path)
+
+
+def test_auto_takes_each_classs_score_of_the_last_report_of_these_weights(photos, run, capsys):
+    assert predict([str(photos)], checkpoint=run, output="every", min_score=0) == 0
+    every, results = read("every")
+    by_class = {i: sorted(one["score"] for one in results if one["category_id"] == i) for i in IDS}
+    # Exactly a detection's own score, which counts; and a class that has none, so that the overall one is taken.
+    overall = by_class[31][len(by_class[31]) // 2]
+    least = {7: 0.9, 2: by_class[2][-10], 31: None}
+    home = Path(run).parent.parent
+    write_report(home / "eval-val" / "report.json", run, points_of(least.values(), overall))
+    write_report(home / "eval-old" / "report.json", run, points_of([0, 0, 0]), time="2029-12-31")
+    write_report(home / "eval-other" / "report.json", run, points_of([0, 0, 0]), weights="sha256:0", time="2031")
+    capsys.readouterr()
+    assert predict([str(photos)], checkpoint=run, output="out", min_score="auto") == 0
+    said = capsys.readouterr().out
+    least[31] = overall
+    low, high = min(least.values()), max(least.values())
+    assert f"the report of 2030-01-02T03:04:05+00:00: scores from {low:.3f} to {high:.3f}, by class on, where F" in said
+    found, all_of_them = read("out")
+    assert found["categories"] == [
+        {"id": i, "name": name, "min_score": least[i]} for i, name in zip(IDS, NAMES, strict=True)
+    ]
+    assert found["min_score"] == min(least.values())
+    assert all_of_them == results
+    for one, other in zip(found["images"], every["images"], strict=True):
+        assert one["detections"] == [d for d in other["detections"] if d["score"] >= least[d["category_id"]]]
+    kept = [d["category_id"] for image in found["images"] for d in image["detections"]]
+    assert (kept.count(2), kept.count(31)) == (10, (len(by_class[31]) + 1) // 2)
+    # What is drawn is what is listed.
+    image = load_checkpoint(run).detect(photos / "a.png", min_score=0)
+    listed = found["images"][0]["detections"]
+    target = {
+        "boxes": torch.tensor([d["box"] for d in listed]).reshape(-1, 4),
+        "labels": torch.tensor([IDS.index(d["category_id"]) + 1 for d in listed], dtype=torch.int64),
+        "scores": torch.tensor([d["score"] for d in listed]),
+    }
+    content = io.BytesIO()
+    draw(image.image, target, NAMES, min_score=0).save(content, "JPEG", quality=90)
+    assert Path("out", "pictures", "a.jpg").read_bytes() == content.getvalue()
+
+
+def test_auto_finds_the_report_of_a_saved_folder_in_runs(photos, checkpoint, capsys):
+    load_checkpoint(checkpoint).save_pretrained("saved")
+    write_report(Path("runs", "eval-saved-val", "report.json"), checkpoint, points_of([0.8] * 3))
+    assert predict([str(photos)], checkpoint="saved", output="out", min_score="auto", pictures=False) == 0
+    assert "scores from 0.800 on, where F1 was highest" in capsys.readouterr().out
+    assert min(d["score"] for image in read("out")[0]["images"] for d in image["detections"]) >= 0.8
+
+
+def test_auto_goes_by_the_names_of_the_classes(photos, checkpoint):
+    """The report is of data with other ids, one of which is another class's of the detector."""
+    points = points_of([0.1, 0.2, 0.3], ids=[IDS[2], IDS[0], 99])
+    write_report(Path("runs", "eval", "report.json"), checkpoint, points)
+    assert predict(["photos/a.png"], checkpoint=checkpoint, output="out", min_score="auto") == 0
+    assert [one["min_score"] for one in read("out")[0]["categories"]] == [0.1, 0.2, 0.3]
+
+
+def test_auto_of_a_detector_without_categories_goes_by_the_order_of_the_classes(photos, checkpoint, monkeypatch):
+    detector = load_checkpoint(checkpoint)
+    detector.category_ids = [None] * 3
+    monkeypatch.setattr(predict_command, "load_source", lambda *given: (detector, "weights"))
+    write_report(Path("runs", "eval", "report.json"), checkpoint, points_of([0.1, 0.2, 0.3], ids=[3, 4, 9]))
+    assert predict(["photos/a.png"], output="out", min_score="auto") == 0
+    assert [one["min_score"] for one in read("out")[0]["categories"]] == [0.1, 0.2, 0.3]
+    write_report(Path("runs", "eval", "report.json"), checkpoint, points_of([0.1, 0.2], ids=[3, 4]))
+    with pytest.raises(SystemExit, match="2 classes, the detector has 3"):
+        predict(["photos/a.png"], min_score="auto")
+
+
+@pytest.mark.parametrize(
+    ("points", "reason"),
+    [
+        (None, r"the report of 2030-\S+ has no scores to take; run tools/eval\.py again, or give a score"),
+        (points_of([None] * 3, None), r"says that nothing was found right, so no score is best; give one"),
+        ([], "is damaged: operating_points: "),
+        (7, "is damaged: operating_points: "),
+        ({"by_class": []}, "is damaged: operating_points: KeyError 'mean'"),
+        ({"mean": {"score": 0.5}, "by_class": [{"id": 7}]}, "is damaged: operating_points: KeyError 'score'"),
+        ({"mean": {"score": 0.5}, "by_class": [{"id": [], "score": 0.1}]}, "is damaged: "),
+        (points_of([0.1, "0.2", 0.3]), "is damaged: operating_points: ValueError a score must be a number from 0 to 1"),
+        (points_of([0.1, 1.2, 0.3]), "is damaged: "),
+        (points_of([0.1, float("nan"), 0.3]), "is damaged: "),
+        (points_of([0.1, True, 0.3]), "is damaged: "),
+        (points_of([0.1, 0.2, 0.3], "0.5"), "is damaged: "),
+    ],
+)
+def test_auto_without_a_score_is_a_sentence(photos, run, points, reason):
+    write_report(Path(run).parent.parent / "eval-val" / "report.json", run, points)
+    with pytest.raises(SystemExit, match=rf"^error: --min_score auto: .*{reason}") as stop:
+        predict(["photos"], checkpoint=run, min_score="auto", output="out")
+    assert "\n" not in stop.value.code
+    assert not Path("out").exists()
+
+
+def test_auto_without_a_report(photos, run):
+    for weights in (None, "sha256:0"):
+        if weights is not None:
+            write_report(
+                Path(run).parent.parent / "eval-val" / "report.json", run, points_of([0.5] * 3), weights=weights
+            )
+        with pytest.raises(
+            SystemExit, match=r"tools/eval\.py has not scored these weights .*run/ and runs/ .*run it fi"
+        ):
+            predict(["photos"], checkpoint=run, min_score="auto")
+
+
 # ---- the tool
 
 
@@ -627,6 +973,8 @@ def test_help_needs_no_torch():
         ["a.png", "--workers", "-1"],
         ["a.png", "--min-score", "nan"],
         ["a.png", "--min-score", "2"],
+        ["a.png", "--min_score", "automatic"],
+        ["a.png", "--max_pixels", "0"],
         ["a.png", "--batch-size", "x"],
         ["a.png", "--crop", "x"],
         ["a.png", "--unknown"],
@@ -655,10 +1003,36 @@ def test_the_tool_hands_everything_on(monkeypatch):
         "pictures": True,
         "batch_size": 8,
         "workers": 2,
+        "max_pixels": None,
         "device": None,
     }
     tool.main(["a", "--no-pictures", "--min-score", "0", "--batch-size", "3", "--workers", "0", "--output", "o"])
     assert (given["pictures"], given["min_score"], given["batch_size"], given["workers"]) == (False, 0, 3, 0)
+
+
+def test_options_are_spelled_with_underscores_and_taken_with_hyphens(monkeypatch):
+    given = {}
+    monkeypatch.setattr(predict_command, "predict", lambda images, **options: given.update(options, images=images) or 0)
+    hyphens = ["--min-score=auto", "--no-pictures", "--batch-size", "3", "--max-pixels", "9"]
+    for arguments in (hyphens, [a.replace("-", "_").replace("__", "--") for a in hyphens]):
+        given.clear()
+        tool.main(["--output", "x-y", *arguments, "--", "a-b.png", "--c-d.png"])
+        assert (given["images"], given["output"]) == (["a-b.png", "--c-d.png"], "x-y")
+        assert (given["min_score"], given["pictures"], given["batch_size"]) == ("auto", False, 3)
+        assert given["max_pixels"] == 9
+    assert tool.underscored(["--a-b=c-d", "-x-y", "--output=a-b"]) == ["--a_b=c-d", "-x-y", "--output=a-b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        ("eval", ["--results", "a-b.json", "--min-score=2"], "--min_score must be from 0 to 1, got 2.0"),
+        ("export", ["--checkpoint", "a-b.ckpt", "--batch-size", "0"], "--batch_size must be at least 1"),
+    ],
+)
+def test_the_other_tools_take_hyphens_as_well(name, arguments, reason):
+    call = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *arguments]
+    assert reason in subprocess.run(call, capture_output=True, text=True).stderr
 
 
 def test_the_tool_from_a_shell(home, checkpoint):

@@ -1,5 +1,7 @@
 """Detectors that are saved and loaded, none of which is trusted."""
 
+import email.message
+import importlib.metadata
 import json
 import os
 import socket
@@ -202,6 +204,31 @@ def test_a_card_says_what_it_is_and_that_it_was_not_scored(saved):
     assert "from_pretrained" in card.text
 
 
+def test_a_card_says_how_to_install_what_reads_it(saved, detector, monkeypatch):
+    assert 'To load it, `pip install -e ".[timm]"` in a clone of its repository.' in (saved / "README.md").read_text()
+    assert "made with affine-crop-rcnn." in (saved / "README.md").read_text()
+    detector = PretrainedDetector(
+        detector.model, IDS, NAMES, settings=replace(SETTINGS, name="fasterrcnn_resnet50_fpn")
+    )
+    for urls in (["Repository, https://a.example/b, c", "Docs, https://d.example"], None):
+        package = email.message.Message()
+        for url in urls or ():
+            package["Project-URL"] = url
+        monkeypatch.setattr("importlib.metadata.metadata", lambda name, package=package: package)
+        text = detector.generate_model_card().text
+        home = "(https://a.example/b, c)" if urls else ""
+        assert f"made with {'[affine-crop-rcnn]' if urls else 'affine-crop-rcnn'}{home}." in text
+        assert f"`pip install -e .` in a clone of {'[its repository]' if urls else 'its repository'}{home}." in text
+
+
+def test_a_card_of_a_package_that_is_not_installed(detector, monkeypatch):
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.metadata", nothing)
+    assert "made with affine-crop-rcnn." in detector.generate_model_card().text
+
+
 def test_a_card_shows_the_scores_and_not_where_the_data_lies(detector, tmp_path):
     detector.save_pretrained(tmp_path, model_card_kwargs={"report": REPORT})
     card = ModelCard.load(tmp_path / "README.md")
@@ -365,6 +392,20 @@ def test_export_overwrites_nobodys_folder(checkpoint, tmp_path):
 def test_export_of_a_file_wants_no_folder(checkpoint, tmp_path):
     with pytest.raises(SystemExit, match=rf"--output {tmp_path}: is a folder; name a file, such as {tmp_path}/"):
         export(checkpoint=str(checkpoint), output=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["x.torchscript", "x.pt", "x.pth", "x.engine", "x.v2", "x.ONNX.gz"])
+def test_export_to_another_format_is_refused_at_once(tmp_path, name):
+    with pytest.raises(
+        SystemExit, match=rf"--output .*{name}: no \.\w+ file can be written, but by --format onnx NAME"
+    ):
+        export(checkpoint="nothing.ckpt", output=str(tmp_path / name))
+    for other in ("x.onnx", "x", "x.v2/x"):
+        with pytest.raises(SystemExit, match=r"nothing\.ckpt: no such file"):
+            export(checkpoint="nothing.ckpt", output=str(tmp_path / other))
+    with pytest.raises(SystemExit, match=r"nothing\.ckpt: no such file"):
+        export(checkpoint="nothing.ckpt", format="pretrained", output=str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
 
 
 def test_export_says_that_the_disk_is_full(checkpoint, tmp_path, monkeypatch):

@@ -18,9 +18,9 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: re.search(r"from detector\S* import (\w+)", code).group(1))
-def test_example_runs(code, tmp_path, monkeypatch):
+def test_example_runs(code, tmp_path, monkeypatch, capsys):
     # Without a network, and small.
-    code = code.replace('weights="DEFAULT"', "weights=None, weights_backbone=None, min_size=96, max_size=96")
+    code = code.replace('weights="DEFAULT"', "weights=None, weights_backbone=None, min_size=320, max_size=320")
     if "FOLDER" in code:
         pytest.importorskip("sklearn")
         write_digits(tmp_path / "FOLDER", splits={"train": 3, "val": 2})
@@ -33,6 +33,10 @@ def test_example_runs(code, tmp_path, monkeypatch):
         Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    if "swap_crop_head" in code:
+        gradients = re.findall(r"tensor\((\S+)\)", capsys.readouterr().out)
+        assert len(gradients) == 2
+        assert all(float(gradient) > 0 for gradient in gradients)
 
 
 def test_there_are_examples():

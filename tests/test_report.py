@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections import Counter, defaultdict
 from importlib import metadata
 
 import numpy as np
@@ -15,8 +16,9 @@ from tiny_models import SIZE, batch, copies, tiny_rcnn
 from detector.coco import index_coco, read_coco
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict
-from detector.evaluation.confusion import confusion
+from detector.evaluation.confusion import confusion, match_boxes
 from detector.evaluation.metric import match
+from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import COUNTS, Hit, ProposalRecorder, recall
 from detector.evaluation.report import as_text, make_report, newest_report, text_table
 from detector.evaluation.results import read_results
@@ -134,6 +136,225 @@ def test_confusion_is_counted_by_hand():
     matrix, outcomes = confusion(two_classes(boxes, crowd=(4,)), [], [2])
     assert matrix.sum() == 0
     assert outcomes[0].f1 == 1
+
+
+def test_every_box_has_one_outcome():
+    boxes = [(1, 5, [0, 0, 20, 20]), (1, 5, [30, 0, 20, 20]), (1, 7, [60, 0, 20, 20]), (2, 7, [0, 0, 50, 50])]
+    coco = two_classes(boxes, crowd=(4,))
+    for annotation in coco.dataset["annotations"]:
+        annotation["id"] += 2**60  # pycocotools keeps what it matched as a float
+    coco = index_coco(coco.dataset)
+    found = [
+        result(1, [0, 0, 20, 20], 0.9),
+        {**result(1, [30, 0, 20, 20], 0.7), "category_id": 7},
+        {**result(1, [60, 0, 20, 20], 0.4), "category_id": 7},  # too low a score
+        {**result(2, [5, 5, 10, 10], 0.9), "category_id": 7},  # on the crowd
+        result(2, [70, 70, 10, 10], 0.6),
+    ]
+    outcomes = match_boxes(coco, found, [1, 2])
+    told = [
+        (image_id, one.kind, one.truth and one.truth["id"] - 2**60, one.detection and found.index(one.detection))
+        for image_id, boxes in outcomes.items()
+        for one in boxes
+    ]
+    assert told == [
+        (1, "found", 1, 0),
+        (1, "confused", 2, 1),
+        (1, "missed", 3, None),
+        (2, "crowd", 4, None),
+        (2, "crowd", None, 3),
+        (2, "false", None, 4),
+    ]
+
+
+def matched_by_hand(coco, found, score, *, most=100):
+    """[right, wrong, objects] of each class at IoU 0.5, of detections from a score on, in plain Python."""
+
+    def overlap(one, two, crowd):
+        width = min(one[0] + one[2], two[0] + two[2]) - max(one[0], two[0])
+        height = min(one[1] + one[3], two[1] + two[3]) - max(one[1], two[1])
+        both = max(width, 0) * max(height, 0)
+        return both / (one[2] * one[3] if crowd else one[2] * one[3] + two[2] * two[3] - both)
+
+    counts = {category: [0, 0, 0] for category in coco.cats}
+    of_class = defaultdict(list)
+    for one in sorted(found, key=lambda r: -r["score"]):
+        of_class[one["image_id"], one["category_id"]].append(one)
+    for image_id in coco.imgs:
+        for category, count in counts.items():
+            objects = [a for a in coco.imgToAnns[image_id] if a["category_id"] == category]
+            crowds = [a["bbox"] for a in objects if a["iscrowd"]]
+            left = [a["bbox"] for a in objects if not a["iscrowd"]]
+            count[2] += len(left)
+            for one in of_class[image_id, category][:most]:
+                if one["score"] < score:
+                    continue
+                best = max(left, key=lambda box: overlap(one["bbox"], box, False), default=None)
+                if best is not None and overlap(one["bbox"], best, False) >= 0.5:
+                    left.remove(best)
+                    count[0] += 1
+                elif not any(overlap(one["bbox"], box, True) >= 0.5 for box in crowds):
+                    count[1] += 1
+    return counts
+
+
+def measured(right, wrong, objects):
+    return (right / (right + wrong) if right + wrong else None, right / objects, 2 * right / (objects + right + wrong))
+
+
+@pytest.fixture(scope="module")
+def scattered():
+    """Twelve images with three classes, one of them without objects, and crowds; detections of few scores."""
+    generator = np.random.default_rng(3)
+    boxes = [
+        (i % 12, (5, 7)[int(generator.random() < 0.3)], [*generator.uniform(0, 60, 2), *generator.uniform(10, 40, 2)])
+        for i in range(90)
+    ]
+    data = two_classes([(image, category, [float(v) for v in box]) for image, category, box in boxes]).dataset
+    data["images"] = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in range(12)]
+    data["categories"].append({"id": 9, "name": "none"})
+    for annotation in data["annotations"][::11]:
+        annotation["iscrowd"] = 1
+    coco = index_coco(data)
+    found = jittered(coco, spread=0.12)
+    for one in found:
+        on_it = any(a["bbox"][0] - 3 < one["bbox"][0] < a["bbox"][0] + 3 for a in coco.imgToAnns[one["image_id"]])
+        one["score"] = round(0.94 * one["score"] ** (0.5 if on_it else 2), 2 if one["category_id"] == 5 else 1)  # ties
+    return coco, found
+
+
+def check_points(coco, found, points):
+    """What is said of the best thresholds, against the detections from that score on, matched by hand."""
+    points = json.loads(json.dumps(points))
+    for row in points["by_class"]:
+        right, wrong, objects = (
+            (0, 0, 0) if row["score"] is None else matched_by_hand(coco, found, row["score"])[row["id"]]
+        )
+        if row["score"] is not None:
+            assert (row["precision"], row["recall"], row["f1"]) == measured(right, wrong, objects)
+            assert row["objects"] == objects
+    best = points["mean"]
+    together = np.sum(list(matched_by_hand(coco, found, best["score"]).values()), axis=0).tolist()
+    assert (best["precision"], best["recall"], best["f1"]) == measured(*together)
+
+
+class TestScoreThreshold:
+    def test_no_score_is_better_than_the_best(self, scattered):
+        coco, found = scattered
+        points = operating_points(match(coco, found), found)
+        check_points(coco, found, points)
+        rows = {row["id"]: row for row in points["by_class"]} | {"mean": points["mean"]}
+        scores = sorted({one["score"] for one in found}, reverse=True)
+        reached = {key: [] for key in rows}
+        for score in scores:
+            counts = matched_by_hand(coco, found, score)
+            counts["mean"] = np.sum(list(counts.values()), axis=0).tolist()
+            for key, (right, wrong, objects) in counts.items():
+                reached[key].append(measured(right, wrong, objects)[2] if objects else 0)
+        for key in (5, 7, "mean"):
+            highest = scores[int(np.argmax(reached[key]))]  # of equal ones the first, which is the highest
+            assert rows[key]["f1"] == max(reached[key])
+            of_class = [one["score"] for one in found if key in (one["category_id"], "mean")]
+            assert max((other for other in of_class if other < highest), default=-1) < rows[key]["score"] <= highest
+        assert 0.1 < points["mean"]["score"] < 0.9
+        assert dict(rows[9], objects=0) == {"id": 9, "name": "none", "objects": 0} | dict.fromkeys(
+            ("score", "precision", "recall", "f1")
+        )
+
+    def test_curves_are_those_of_each_threshold(self, scattered):
+        coco, found = scattered
+        curves = operating_points(match(coco, found), found)["curves"]
+        assert curves["score"] == [i / 100 for i in range(101)]
+        assert set(curves["by_class"]) == {"a", "b"}  # no object is of the third
+        for i in (0, 1, 37, 50, 99, 100):
+            counts = matched_by_hand(coco, found, i / 100)
+            wanted = measured(*np.sum(list(counts.values()), axis=0).tolist())
+            assert tuple(curves["mean"][name][i] for name in ("precision", "recall", "f1")) == wanted
+            assert curves["by_class"]["a"][i] == measured(*counts[5])[2]
+        assert curves["mean"]["precision"][100] is None
+
+    def test_on_real_data_with_crowds(self, coco):
+        found = jittered(coco)
+        report, _ = make_report(match(coco, found), found, about={})
+        check_points(coco, found, report["operating_points"])
+        assert 0.3 < report["operating_points"]["mean"]["f1"] < 0.9
+
+    def test_both_evaluators_say_the_same(self, scattered):
+        pytest.importorskip("faster_coco_eval")
+        coco, found = scattered
+        some = sorted(coco.imgs)[:7]
+        for image_ids in (None, some):
+            slow, fast = (
+                operating_points(match(coco, found, image_ids, evaluator=evaluator), found)
+                for evaluator in ("pycocotools", "faster-coco-eval")
+            )
+            assert slow == fast
+            assert slow["mean"]["score"] is not None
+
+    def test_of_equal_ones_the_highest_with_few_decimals(self):
+        coco = truth([(1, 5, [0, 0, 20, 20]), (1, 5, [30, 0, 20, 20]), (2, 5, [0, 0, 20, 20])])
+        right = [result(1, [0, 0, 20, 20], 0.87654321), result(1, [30, 0, 20, 20], 0.123456)]
+        wrong = [result(2, [50, 50, 20, 20], 0.8765), result(2, [70, 50, 20, 20], 0.5), result(2, [70, 70, 9, 9], 0.4)]
+
+        def best(found):
+            row = operating_points(match(coco, found), found)["by_class"][0]
+            return row["score"], row["precision"], row["recall"], row["f1"]
+
+        assert best(right) == (0.12, 1, 2 / 3, 0.8)
+        # The 0.5 of both: 2 x 1 / (3 + 1), and 2 x 2 / (3 + 5).
+        assert best(right + wrong) == (0.87654, 1, 1 / 3, 0.5)
+        tied = [one | {"score": 0.87654321} for one in wrong[:1]]
+        assert best(right[:1] + tied) == (0.87, 0.5, 1 / 3, 0.4)  # both or none
+        assert best([one | {"score": 3e200} for one in right]) == (3e200, 1, 2 / 3, 0.8)  # a results file may say so
+        close = [right[0], wrong[0] | {"score": float(np.nextafter(0.87654321, 0))}]
+        assert best(close)[:2] == (0.87654321, 1)
+
+    def test_nothing_right_and_nothing_to_find(self):
+        none = dict.fromkeys(("score", "precision", "recall", "f1"))
+        for coco, row in (
+            (truth([(1, 5, [0, 0, 20, 20])]), {"objects": 1, **none, "recall": 0, "f1": 0}),
+            (truth([]), {"objects": 0, **none}),
+        ):
+            for found in ([], [result(1, [50, 50, 20, 20])]):
+                points = operating_points(match(coco, found), found)
+                assert points["by_class"] == [{"id": 5, "name": "a", **row}]
+                assert points["mean"] is None
+        assert points["curves"]["mean"] == points["curves"]["by_class"] == {}
+
+    def test_the_best_hundred_of_an_image_as_the_metric(self):
+        coco = truth([(1, 5, [0, 0, 20, 20]), (1, 5, [30, 0, 20, 20])])
+        found = [result(1, [0, 0, 20, 20], 0.9)] + [result(1, [60, 60, 9, 9], 0.8)] * 99
+        found.append(result(1, [30, 0, 20, 20], 0.7))
+        curves = operating_points(match(coco, found), found)["curves"]["mean"]
+        assert curves["recall"][0] == 0.5
+
+    def test_the_text_has_every_digit(self, scattered):
+        coco, found = scattered
+        report, _ = make_report(match(coco, found), found, about={})
+        report["operating_points"]["mean"]["score"] = 0.43756
+        lines = as_text(report).split("Objects by class and size")[1].splitlines()
+        rows = {line.split()[0]: line.split()[1:] for line in lines[2:6]}
+        best = report["operating_points"]["mean"]
+        three = [f"{best[name]:.3f}" for name in ("precision", "recall", "f1")]
+        sizes = [str(row["objects"]) for row in report["by_size"]]
+        assert rows["all"] == [str(report["about"]["objects"]), *sizes, "0.43756", *three]
+        assert rows["none"] == ["0", "0", "0", "0", "-", "-", "-", "-"]
+
+
+def test_objects_are_counted_by_class_and_size(coco):
+    report, _ = make_report(match(coco, []), [], about={})
+    bounds = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+    counts = Counter(
+        (a["category_id"], size)
+        for a in coco.anns.values()
+        for size, (low, high) in bounds.items()
+        if not a["iscrowd"] and low <= a["area"] <= high
+    )
+    for row in report["by_class"]:
+        assert [row[f"objects_{size}"] for size in bounds] == [counts[row["id"], size] for size in bounds]
+    by_size = [sum(counts[category, size] for category in coco.cats) for size in bounds]
+    assert [row["objects"] for row in report["by_size"]] == by_size
+    assert min(by_size) > 100
 
 
 def test_more_than_a_hundred_detections_are_all_counted():

@@ -151,7 +151,7 @@ def test_the_sampler_that_is_named_is_taken(taken, sampler):
 
 
 def test_auto_can_be_exported_to_onnx(taken, monkeypatch):
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
     affine_crop(channels_last(randn(1, 64, 8, 9)), [general_boxes(5, (8, 9))], 3, 1.0, 2)
     assert taken == ["grid_sample"]
 

@@ -4,10 +4,13 @@ import io
 import pytest
 import torch
 import torchvision
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny_models import batch, copies, tiny_rcnn
 from torchvision.models import detection
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from detector import BoxGradient, MultiScaleAffineCrop, restore_roi_align, swap_crop_head
@@ -23,11 +26,11 @@ BUILDERS = [
 TINY = ["box", "mask", "keypoint", "single scale"]
 
 
-def build(name, **settings):
+def build(name, **options):
     """A detector with random weights that answers with a few detections, whatever their score."""
     torch.manual_seed(0)
     if name in TINY:
-        return tiny_rcnn("box" if name == "single scale" else name, fpn=name != "single scale", **settings)
+        return tiny_rcnn("box" if name == "single scale" else name, fpn=name != "single scale", **options)
     small = {
         "weights": None,
         "weights_backbone": None,
@@ -39,7 +42,7 @@ def build(name, **settings):
         "box_score_thresh": 0.0,
         "box_detections_per_img": 5,
     }
-    return getattr(detection, name)(**small | settings)
+    return getattr(detection, name)(**small | options)
 
 
 def photographs():
@@ -111,6 +114,74 @@ def test_the_restored_model_trains_as_the_stock_one(name):
         assert torch.equal(results[1][0][name], loss)
     for gradient, wanted in zip(results[1][1], results[0][1]):
         assert torch.equal(gradient, wanted)
+
+
+def sized(name, sizes):
+    """A stock and a swapped model of the same weights, and images that they see in their own sizes.
+
+    In float64, where rounding decides about no detection. torchvision's pooler tells its scales from the first image
+    that it ever sees: here an ordinary one.
+    """
+    stock, swapped = build(name).double(), swap_crop_head(build(name).double())
+    for model in (stock, swapped):
+        model.transform = Unresized(64, 64, [0.5] * 3, [0.25] * 3)
+    detect(stock, [torch.rand(3, 128, 128).double()])
+    generator = torch.Generator().manual_seed(sum(map(sum, sizes)))
+    return stock, swapped, [torch.rand(3, *size, generator=generator).double() for size in sizes]
+
+
+class Unresized(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        return image, target
+
+
+# Of a height of 22 pixels or less, 33 to 45, or 65 to 67, a map divided by the image says twice the scale, or more.
+sides = st.one_of(st.integers(1, 70), st.integers(1, 1333))
+
+
+@pytest.mark.parametrize("name", ["box", "single scale"])
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=2))
+@example(sizes=[(1, 1)])
+@example(sizes=[(20, 128)])
+@example(sizes=[(1333, 66)])
+@example(sizes=[(40, 600)])
+@example(sizes=[(45, 45), (33, 35)])
+def test_images_of_any_size(name, sizes):
+    stock, swapped, images = sized(name, sizes)
+    expected = detect(stock, images)
+    for found, wanted in zip(detect(swapped, images), expected, strict=True):
+        if len(wanted["boxes"]):  # not in every image of a few pixels
+            assert_same([found], [wanted])
+        else:
+            assert not len(found["boxes"])
+
+
+def test_losses_of_thin_images():
+    for gradient in (BoxGradient(), BoxGradient(crop=0, coder=0)):
+        stock, swapped, images = sized("box", [(20, 128), (17, 60)])
+        swapped.roi_heads.box_gradient = gradient
+        targets = [
+            {"boxes": torch.tensor([[30.2, 2.1, 55.3, 15.4]]).double(), "labels": torch.tensor([1])},
+            {"boxes": torch.tensor([[3.2, 1.1, 20.3, 16.4]]).double(), "labels": torch.tensor([2])},
+        ]
+        losses = []
+        for model in (stock, swapped):
+            torch.manual_seed(0)
+            losses.append(model.train()(images, copies(targets)))
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transform_that_pads_to_another_multiple():
+    stock, swapped = build("box"), build("box")
+    for model in (stock, swapped):
+        model.transform = Unresized(64, 64, [0.5] * 3, [0.25] * 3, size_divisible=128)
+    swap_crop_head(swapped)
+    detect(stock, [torch.rand(3, 128, 128)])
+    images = [torch.rand(3, 20, 30)]
+    assert_same(detect(swapped, images), detect(stock, images))
+    restore_roi_align(swapped)
+    assert "size_divisible" not in swapped.roi_heads.box_roi_pool.__dict__
 
 
 def test_nothing_of_torchvision_is_patched():
@@ -264,6 +335,19 @@ def test_an_rpn_with_a_forward_of_its_own_is_refused_and_nothing_is_changed():
     with pytest.raises(TypeError, match=r"OwnRPN .*a forward of its own"):
         swap_crop_head(model)
     assert classes(model) == before
+
+
+@pytest.mark.parametrize("part", ["rpn", "roi_heads", "roi_heads.box_roi_pool", "roi_heads.mask_roi_pool"])
+def test_a_forward_set_on_the_instance_is_refused_and_nothing_is_changed(part):
+    model = build("mask")
+    module = model.get_submodule(part)
+    module.forward = type(module).forward.__get__(module)
+    before = classes(model)
+    with pytest.raises(TypeError, match=f"{type(module).__name__} has a forward of its own"):
+        swap_crop_head(model)
+    assert classes(model) == before
+    del module.forward
+    swap_crop_head(model)
 
 
 class OwnPool(MultiScaleRoIAlign):

@@ -5,7 +5,11 @@ python tools/browse.py --config configs/bccd.yaml --data.augmentation+ RandomPho
 python tools/browse.py --help
 """
 
-from detector.training.command_line import browse_training_images
-
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "-c", "--config")
+
+    from detector.training.command_line import browse_training_images
+
     browse_training_images()

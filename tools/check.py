@@ -58,8 +58,12 @@ def check(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     try:
-        return check(parse(arguments))
+        from detector.errors import in_a_sentence
+
+        with in_a_sentence():
+            return check(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

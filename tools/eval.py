@@ -12,13 +12,18 @@ torchrun would make a failure), 130 interrupted (what was found by then is score
 
 import sys
 
+from predict import underscored  # tools/predict.py
+
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "--config", "--checkpoint", "--results")
     try:
         from jsonargparse import auto_cli
 
         from detector.command_line.evaluate import score
 
-        auto_cli(score)
+        auto_cli(score, args=underscored(sys.argv[1:]))
     except KeyboardInterrupt:  # while torch is imported, which takes seconds
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -7,13 +7,18 @@ python tools/export.py --help
 
 import sys
 
+from predict import underscored  # tools/predict.py
+
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "--config", "--checkpoint")
     try:
         from jsonargparse import auto_cli
 
         from detector.command_line.export import export
 
-        auto_cli(export)
+        auto_cli(export, args=underscored(sys.argv[1:]))
     except KeyboardInterrupt:  # while torch is imported, which takes seconds
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,7 +6,11 @@ python tools/train.py --config configs/bccd.yaml --ckpt_path runs/bccd/checkpoin
 python tools/train.py --help
 """
 
-from detector.training.command_line import train
-
 if __name__ == "__main__":
+    from first_look import refuse
+
+    refuse(__doc__, "-c", "--config", "--ckpt_path")
+
+    from detector.training.command_line import train
+
     train()

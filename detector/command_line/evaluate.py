@@ -38,7 +38,7 @@ def score(
     root: str | None = None,
     dataset: str | None = None,
     split: str = "val2017",
-    annotations: str = "annotations/instances_{split}.json",
+    annotations: str | None = None,
     images: str = "{split}",
     output: str | None = None,
     limit: int | None = None,
@@ -47,6 +47,7 @@ def score(
     sizes: list[int] | None = None,
     min_score: float = 0.5,
     evaluator: Evaluator = "pycocotools",
+    pictures: int = 6,
     speed: int = 0,
     batch_size: int = 1,
     workers: int = 2,
@@ -59,7 +60,8 @@ def score(
     data's by their names, whatever the ids.
 
     Args:
-        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
+        checkpoint: a checkpoint of tools/train.py or its run's folder (the last one), a folder of save_pretrained, or a
+            name on Hugging Face's hub.
         model: or the name of a torchvision detector, such as fasterrcnn_resnet50_fpn or retinanet_resnet50_fpn,
         weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
         crop: "affine" scores it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
@@ -67,7 +69,8 @@ def score(
         root: the data set's folder. Default: the folder DATASET in the folder that DETECTOR_DATA names.
         dataset: the data set's name, a folder of DETECTOR_DATA; used where root is not given.
         split: the split to score on.
-        annotations: annotation file of a split, relative to root; {split} stands for the split.
+        annotations: annotation file of a split, relative to root; {split} stands for the split. Default:
+            annotations/instances_{split}.json.
         images: image folder of a split, relative to root.
         output: the folder to write to. Default: eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT.
         limit: score only the first so many images.
@@ -78,6 +81,7 @@ def score(
             "[640, 800, 1024]".
         min_score: detections below it are left out of the confusion matrix and of the pictures.
         evaluator: "faster-coco-eval" computes the same numbers in C++ (its package is an extra).
+        pictures: how many of the worst images the page shows, and of the best; a picture takes 0.1 to 0.2 MB.
         speed: also time each stage, on so many images one at a time, after the scoring; 50 is a good number.
         batch_size: images at a time; with more than 1 they are padded to one size, which changes scores a little.
         workers: processes that read images.
@@ -87,36 +91,46 @@ def score(
         sources = [source for source in (checkpoint, model, results) if source is not None]
         if len(sources) != 1:
             raise ModelError("give one of --checkpoint FILE, --model NAME --weights FILE, or --results FILE")
-        least = {"limit": (limit, 1), "speed": (speed, 0), "batch_size": (batch_size, 1), "workers": (workers, 0)}
+        least = {
+            "limit": (limit, 1),
+            "pictures": (pictures, 0),
+            "speed": (speed, 0),
+            "batch_size": (batch_size, 1),
+            "workers": (workers, 0),
+        }
         for name, (value, lowest) in least.items():
             if value is not None and value < lowest:
                 raise ModelError(f"--{name} must be at least {lowest}, got {value}")
         evaluator_version(evaluator)  # now, not after the run
         if not 0 <= min_score <= 1:
             raise ModelError(f"--min_score must be from 0 to 1, got {min_score}")
+        pattern = annotations or "annotations/instances_{split}.json"
         if results is not None:
             detectors: dict[str, Any] = {"weights": weights, "crop": crop, "device": device, "sizes": sizes}
             detectors |= {"flip": flip or None, "speed": speed or None, "skip_broken": skip_broken or None}
             unused = [f"--{name}" for name, value in detectors.items() if value is not None]
             if unused:
                 raise ModelError(f"{' and '.join(unused)}: of a detector; a results file is scored as it is")
+            if annotations is root is dataset is None:
+                raise DataError("--results needs the truth: --annotations FILE, or --root FOLDER with --split NAME")
             _score_results(
                 results,
                 root=root,
                 dataset=dataset,
                 split=split,
-                annotations=annotations,
+                annotations=pattern,
                 images=images,
                 output=output,
                 limit=limit,
                 min_score=min_score,
                 evaluator=evaluator,
+                pictures=pictures,
             )
             return
         folder = find_root(root, dataset, flag="--root")
         data = CocoDetection(
             folder / images.replace("{split}", split),
-            folder / annotations.replace("{split}", split),
+            folder / pattern.replace("{split}", split),
             skip_missing=skip_broken,
         )
         detector, called = load_source(checkpoint, model, weights, crop)
@@ -125,7 +139,8 @@ def score(
         if output is not None:
             target = Path(output)
         else:
-            target = unused_folder(_beside(checkpoint, f"eval-{model or Path(str(checkpoint)).stem}-{split}", split))
+            file = None if checkpoint is None else called
+            target = unused_folder(_beside(file, f"eval-{model or Path(called).stem}-{split}", split))
         target.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
         detector.to(place)
         matched = match_notes(detector, category_ids, data)
@@ -192,6 +207,7 @@ def score(
             split=data,
             image_ids=found.image_ids,
             evaluator=evaluator,
+            pictures=pictures,
             min_score=min_score,
             losses=found.mean_losses(),
             proposals=found.proposals,
@@ -273,6 +289,7 @@ def _score_results(
     limit: int | None,
     min_score: float,
     evaluator: Evaluator,
+    pictures: int,
 ) -> None:
     """Score a results file; the images are looked at only to draw them, and may be missing."""
     if int(os.environ.get("RANK", 0)) > 0:  # there is nothing to share
@@ -312,6 +329,7 @@ def _score_results(
         split=data,
         image_ids=image_ids,
         evaluator=evaluator,
+        pictures=pictures,
         min_score=min_score,
         notes=notes,
     )

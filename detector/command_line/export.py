@@ -30,20 +30,27 @@ def export(
     config.json and a model card with the scores of the last evaluation of these weights.
 
     Args:
-        checkpoint: a checkpoint of tools/train.py, a folder of save_pretrained, or a name on Hugging Face's hub.
+        checkpoint: a checkpoint of tools/train.py or its run's folder (the last one), a folder of save_pretrained, or a
+            name on Hugging Face's hub.
         model: or the name of a torchvision R-CNN, such as fasterrcnn_resnet50_fpn,
         weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
         crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
         format: "onnx" or "pretrained".
-        output: the file, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
+        output: the file, NAME.onnx, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
         batch_size: onnx only: the number of images that it takes at a time.
         speed: onnx only: also time onnxruntime beside PyTorch, on so many rounds.
     """
     with in_a_sentence():
         if batch_size < 1 or speed < 0:
             raise ModelError("--batch_size must be at least 1, --speed at least 0")
-        detector, _ = load_source(checkpoint, model, weights, crop)
-        home = run_folder(Path(checkpoint)) if checkpoint is not None and Path(checkpoint).exists() else Path("runs")
+        suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
+        if format == "onnx" and suffix not in ("", ".onnx"):
+            raise ModelError(
+                f"--output {output}: no {suffix} file can be written, but by --format onnx NAME.onnx, by --format "
+                "pretrained a folder"
+            )
+        detector, called = load_source(checkpoint, model, weights, crop)
+        home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
         if format == "pretrained" and (batch_size > 1 or speed):
             raise ModelError("--batch_size and --speed are of --format onnx")
         if format == "pretrained":

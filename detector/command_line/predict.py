@@ -1,8 +1,10 @@
 """The command line of ``tools/predict.py``."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pycocotools.coco import COCO
 from tqdm import tqdm
@@ -11,9 +13,10 @@ from detector.categories import match_ids
 from detector.coco import read_coco
 from detector.command_line.source import load_source, pick_device
 from detector.errors import DataError, ModelError, in_a_sentence
-from detector.folders import unused_folder
-from detector.image_files import find_images, predict_images
-from detector.names import listed
+from detector.evaluation.report import newest_report
+from detector.folders import run_folder, unused_folder
+from detector.image_files import by_suffix, find_images, predict_images
+from detector.names import clean, listed
 from detector.pretrained import Crop, PretrainedDetector
 
 
@@ -25,19 +28,23 @@ def predict(
     weights: str | None = None,
     crop: Crop | None = None,
     output: str | None = None,
-    min_score: float = 0.5,
+    min_score: float | Literal["auto"] = 0.5,
     annotations: str | None = None,
     pictures: bool = True,
     batch_size: int = 8,
     workers: int = 2,
+    max_pixels: int | None = None,
     device: str | None = None,
 ) -> int:
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
     with in_a_sentence():
+        left_out: set[Path] = set()
         known = None if annotations is None else read_coco(annotations)
-        files = find_images(images, known)
+        files = find_images(images, known, left_out=left_out)
         detector, called = load_source(checkpoint, model, weights, crop)
         category_ids = None if known is None else _ids_in(known, detector)
+        least: float | list[float]
+        least = _scores_of_report(called, detector) if min_score == "auto" else min_score
         detector.to(pick_device(device))
         target = unused_folder(Path("runs") / "predict") if output is None else Path(output)
         with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
@@ -51,18 +58,30 @@ def predict(
                 detector,
                 files,
                 target,
-                min_score=min_score,
+                min_score=least,
                 pictures=pictures,
                 batch_size=batch_size,
                 workers=workers,
                 category_ids=category_ids,
-                about={"model": called, "crop": detector.crop},
+                max_pixels=max_pixels,
+                about={
+                    "model": called,
+                    "crop": detector.crop,
+                    "left_out": Counter(path.suffix.lower() for path in left_out),
+                },
                 on_image=report,
             )
         found = sum(len(image["detections"]) for image in done.images)
         of = f" of {len(files):,}" if len(done.images) < len(files) else ""
         what = "pictures/, predictions.json and detections.json" if pictures else "predictions.json and detections.json"
         print(f"{found:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
+        for remark, paths in done.remarks.items():
+            name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
+            print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
+        if left_out:
+            print(
+                f"left out: {by_suffix(left_out)} (not read here; convert them to JPEG, PNG or TIFF)", file=sys.stderr
+            )
         if done.broken:
             print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
         if done.stopped:
@@ -82,3 +101,44 @@ def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | N
     if left := [name for own, name, found in pairs if own is not None and found is None]:
         print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
     return ids
+
+
+def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
+    """The score of each label from which on F1 is highest, in the last report of these weights; says which."""
+    home = Path(called)
+    folders = [run_folder(home), Path("runs")] if home.exists() else [Path("runs")]
+    digest = detector.digest()
+    reports = [report for folder in folders if (report := newest_report(folder, digest)) is not None]
+    if not reports:
+        places = " and ".join(f"{folder}/" for folder in folders)
+        raise ModelError(
+            f"--min_score auto: tools/eval.py has not scored these weights (of all report.json in {places} none is of "
+            "them); run it first, or give a score"
+        )
+    newest = max(reports, key=lambda report: str(report["about"].get("time", "")))
+    which = f"--min_score auto: the report of {clean(str(newest['about'].get('time', '')))}"
+    points = newest.get("operating_points")
+    if points is None:
+        raise ModelError(f"{which} has no scores to take; run tools/eval.py again, or give a score")
+    try:
+        rows = points["by_class"]
+        # Labels without categories are the data's, in its order, as tools/eval.py has them.
+        unknown = not any(category is not None for category in detector.category_ids)
+        if points["mean"] is None:
+            raise ModelError(f"{which} says that nothing was found right, so no score is best; give one")
+        overall = points["mean"]["score"]
+        of_class: dict[int | None, float] = {row["id"]: row["score"] for row in rows if row["score"] is not None}
+        categories = [(row["id"], row["name"]) for row in rows]
+        ids = [i for i, _ in categories] if unknown else match_ids(detector, categories)
+        scores = [of_class.get(category, overall) for category in ids]
+        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in (*scores, overall)):
+            raise ValueError("a score must be a number from 0 to 1")
+        if len(scores) != len(detector.category_ids):
+            raise ValueError(f"{len(scores)} classes, the detector has {len(detector.category_ids)}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise DataError(f"{which} is damaged: operating_points: {type(error).__name__} {error}") from None
+    span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
+    print(f"{which}: scores from {span} on, where F1 was highest")
+    return scores

@@ -5,17 +5,18 @@ import os
 import torch
 
 from detector.errors import ModelError
-from detector.pretrained import Crop, PretrainedDetector, load_detector, load_published
+from detector.pretrained import Crop, PretrainedDetector, checkpoint_of, load_detector, load_published
 
 
 def load_source(
     checkpoint: str | None, model: str | None, weights: str | None, crop: Crop | None
 ) -> tuple[PretrainedDetector, str]:
-    """The detector that a command line names, and what to call it."""
+    """The detector that a command line names, and what to call it; of a run's folder, the checkpoint that was taken."""
     if checkpoint is not None:
         if model is not None or weights is not None:
             raise ModelError("give --checkpoint, or --model with --weights, not both")
-        detector, called = load_detector(checkpoint), checkpoint
+        called = checkpoint_of(checkpoint)
+        detector = load_detector(called)
     elif model is None:
         raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
     elif weights is None:

@@ -5,7 +5,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from detector.drawing import COLORS
+from detector.drawing import COLORS, Stroke
 from detector.names import clean, short
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 DASH = "–"  # noqa: RUF001  stands for a number that there is none of
 INK = "#000000"  # drawn in the colour of the page's text, light or dark
 LINES = tuple(color for color in COLORS if color not in (INK, "#F0E442"))  # yellow cannot be seen on white
-SIDE = 720  # pixels, the longer side of a picture
+SIDE = 960  # pixels, the longer side of a picture
+OPEN = 6  # pictures of the worst images that are seen at once, and of the best; more are folded away
 CLASSES = 20  # that a confusion matrix shows by name
 WORST = 50  # images in the table
 # rcParams of every plot, over matplotlib's own defaults: what the user's matplotlibrc says does not count.
@@ -60,20 +61,39 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
+class Mark:
+    """How a box of one outcome is drawn in the pictures, and what its caption says."""
+
+    color: str
+    stroke: Stroke
+    caption: str
+    meaning: str
+
+
+MARKS = {  # by kind of BoxOutcome
+    "found": Mark(LINES[0], "thin", "name 0.90", "right: a detection of an object; each class has a colour of its own"),
+    "false": Mark(
+        "#E0002A", "thick", "false: name 0.90", "a false detection: no object is there, or a better detection has it"
+    ),
+    "confused": Mark("#B000C8", "thick", "name 0.90, is: other", "an object taken for one of another class"),
+    "missed": Mark("#FFE600", "dashed", "missed: name", "an object that was not detected"),
+    "crowd": Mark("#666666", "thin", "on a crowd", "a crowd, or a detection on one: neither right nor wrong"),
+}
+
+
+@dataclass(frozen=True)
 class Picture:
-    """An image of the split, drawn twice.
+    """An image of the split.
 
     Args:
         kind: of which end of the list it is.
         entry: its row of ``report["images"]``.
-        truth: the image with the annotated boxes, of any size.
-        detections: the image with the detected boxes, of any size.
+        image: with its boxes, marked by their outcome; of any size.
     """
 
     kind: Literal["worst", "best"]
     entry: dict[str, Any]
-    truth: Image.Image
-    detections: Image.Image
+    image: Image.Image
 
 
 @dataclass(frozen=True)
@@ -86,12 +106,12 @@ class Plot:
     remark: str = ""
 
 
-def render_page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
     """The HTML page of an evaluation.
 
     Args:
         report: the numbers, JSON types; ``None`` for one that there is none of. Names and texts may hold anything.
-        pictures: the images to show, in this order.
+        pictures: the images to show, in this order; one at a time is kept, as a JPEG.
 
     Returns:
         The page. The same report and pictures give the same text with the same versions of the libraries.
@@ -104,7 +124,8 @@ def render_page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     )
     environment.filters |= {"num": number, "count": count, "short": short, "verbatim": verbatim, "part": part}
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    sections, absent = _sections(report, pictures)
+    shown = [{"kind": one.kind, "entry": one.entry, **_jpeg(one.image)} for one in pictures]  # may add to the notes
+    sections, absent = _sections(report, shown)
     return template.render(
         report,
         sections=sections,
@@ -113,23 +134,26 @@ def render_page(report: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         worst=WORST,
         plots=_plots(report),
         matrix=confusion_table(report["confusion"]),
-        pictures=[(picture, _jpeg(picture.truth), _jpeg(picture.detections)) for picture in pictures],
+        marks=MARKS,
+        pictures={kind: [one for one in shown if one["kind"] == kind] for kind in ("worst", "best")},
+        first=OPEN,
     )
 
 
-def _sections(report: Mapping[str, Any], pictures: Sequence[Picture]) -> tuple[dict[str, str], list[str]]:
+def _sections(report: Mapping[str, Any], pictures: Sequence[object]) -> tuple[dict[str, str], list[str]]:
     """The sections that there are data for, by anchor, and sentences about those left out."""
     scored = any(row["AP"] is not None for row in (*report["by_iou"], *report["by_size"]))
     sections = [
         ("scores", "Scores", True, ""),
         ("curves", "Precision and recall", report["curves"].get("mean"), "No curves: there are no objects to find."),
+        ("threshold", "Score threshold", report["operating_points"]["mean"], "No threshold: no object was found."),
         ("strictness", "By IoU and size", scored, ""),
         ("classes", "By class", report["by_class"], "No table of classes: there are none."),
         ("confusion", "Confusions", report["confusion"]["names"], ""),
         ("proposals", "Proposals", report["proposals"], ""),
         ("losses", "Losses", report["losses"], ""),
         ("speed", "Speed", report["speed"], ""),
-        ("pictures", "Worst and best images", pictures, "No pictures: no images were given."),
+        ("pictures", "Worst and best images", pictures, "No pictures: no images were given, or none asked for."),
         ("images", "The worst images", report["images"], "No table of images: there are none."),
     ]
     shown = {anchor: title for anchor, title, data, _ in sections if data}
@@ -231,7 +255,13 @@ def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
         plots["mean"] = _curves("mean", "Mean over the classes", curves["recall"], lines)
     named = {name: values for name, values in curves.get("by_class", {}).items() if _finite(values).size}
     if named:
-        plots["by_class"] = _class_curves(curves["recall"], named)
+        lines, remark = _class_lines(named, "AP50")
+        plots["by_class"] = _curves("by_class", "By class, at IoU 0.50", curves["recall"], lines, remark)
+    points = report["operating_points"]
+    if points["mean"]:
+        plots["threshold"] = _threshold(points)
+        lines, remark = _class_lines(points["curves"]["by_class"], "mean F1")
+        plots["f1"] = _over_scores("f1", "F1 by class", points["curves"]["score"], lines, remark)
     if any(row["AP"] is not None for row in report["by_iou"]):
         plots["by_iou"] = _by_iou(report["by_iou"])
     if any(row["AP"] is not None for row in report["by_size"]):
@@ -281,10 +311,10 @@ def _curves(
     name: str,
     title: str,
     recall: Sequence[float],
-    lines: Sequence[tuple[str, Sequence[float], str, bool]],
+    lines: Sequence["Line"],
     remark: str = "",
 ) -> Plot:
-    """Precision over recall; lines are (label, precision [101], colour, dashed or not)."""
+    """Precision over recall."""
 
     def draw(axes: "Axes") -> None:
         for _, values, color, dashed in lines:
@@ -297,21 +327,49 @@ def _curves(
     return Plot(_plot(name, f"Precision over recall: {title}", draw), title, legend, remark)
 
 
-def _class_curves(recall: Sequence[float], curves: Mapping[str, Sequence[float]]) -> Plot:
-    """A line for each of up to 10 classes; of more, the 5 best and, dashed, the 5 worst."""
-    title = "By class, at IoU 0.50"
+Line = tuple[str, Sequence[float | None], str, bool]  # label, values, colour, dashed or not
+
+
+def _class_lines(curves: Mapping[str, Sequence[float | None]], rank: str) -> tuple[list[Line], str]:
+    """A line for each of up to 10 classes; of more, the 5 best and, dashed, the 5 worst by the mean; and a remark."""
     if len(curves) <= 10:
         colors = (*LINES, INK)
-        lines = [
+        return [
             (label, values, colors[i % len(colors)], i >= len(colors))
             for i, (label, values) in enumerate(curves.items())
-        ]
-        return _curves("by_class", title, recall, lines)
+        ], ""
     ordered = sorted(curves.items(), key=lambda item: -_finite(item[1]).mean())
     lines = [(label, values, color, False) for (label, values), color in zip(ordered[:5], LINES)]
     lines += [(label, values, color, True) for (label, values), color in zip(ordered[-5:], LINES)]
-    remark = f"Of {len(curves):,} classes the 5 with the highest AP50 and, dashed, the 5 with the lowest."
-    return _curves("by_class", title, recall, lines, remark)
+    return lines, f"Of {len(curves):,} classes the 5 with the highest {rank} and, dashed, the 5 with the lowest."
+
+
+def _threshold(points: Mapping[str, Any]) -> Plot:
+    """Precision, recall and F1 of all classes together."""
+    curves, best = points["curves"]["mean"], points["mean"]
+    names = (("precision", "precision"), ("recall", "recall"), ("f1", "F1"))
+    lines = [(label, curves[key], color, False) for (key, label), color in zip(names, LINES)]
+    remark = f"F1 is highest, {number(best['f1'])}, from a score of {best['score']} on."
+    return _over_scores("threshold", "All classes together", points["curves"]["score"], lines, remark, best["score"])
+
+
+def _over_scores(
+    name: str, title: str, scores: Sequence[float], lines: Sequence[Line], remark: str, best: float | None = None
+) -> Plot:
+    """What is measured over the least score, with a mark at the best one."""
+
+    def draw(axes: "Axes") -> None:
+        for _, values, color, dashed in lines:
+            axes.plot(scores, np.array(values, dtype=float), "--" if dashed else "-", color=color, linewidth=1.8)
+        if best is not None and 0 <= best <= 1:
+            axes.axvline(best, color=INK, linewidth=1, linestyle=":")
+        axes.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1.03))
+        axes.grid()
+
+    legend = [(label, color.replace(INK, "currentColor"), dashed) for label, _, color, dashed in lines]
+    if best is not None:
+        legend.append(("highest F1", "currentColor", True))
+    return Plot(_plot(name, f"{title}, over the score threshold", draw), title, legend, remark)
 
 
 def _by_iou(rows: Sequence[Mapping[str, Any]]) -> Plot:

@@ -1,21 +1,26 @@
 """Images of a split drawn with their truth and with what was detected in them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
+from tqdm import tqdm
 
 from detector.coco import CocoDetection
-from detector.drawing import draw, sheet
+from detector.drawing import Box, class_color, draw, draw_boxes, sheet
 from detector.errors import DataError
+from detector.evaluation.confusion import BoxOutcome, Kind, match_boxes
 from detector.evaluation.metric import Result
-from detector.evaluation.page import Picture
+from detector.evaluation.page import MARKS, SIDE, Picture
+from detector.names import short
 
 EXAMPLES = 4
-SHOWN = 6  # of the worst images on a page, and of the best
+FONT_SIZE = 15
+ORDER: tuple[Kind, ...] = ("crowd", "found", "confused", "false", "missed")
 
 
 def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> None:
@@ -23,40 +28,95 @@ def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> No
     # Spread over the split, those with objects first.
     order = sorted(range(len(split)), key=lambda index: not len(split.targets[index][1]))
     chosen = order[:: max(len(order) // EXAMPLES, 1)][:EXAMPLES]
-    rows = [_pair(split, results, index, 0.5) for index in chosen]
+    rows = [_pair(split, results, index) for index in chosen]
     if rows:
         sheet(rows, ["truth", "detections with a score of 0.5 or more"]).save(path)
 
 
-def worst_and_best(split: CocoDetection, results: list[Result], report: dict[str, Any]) -> list[Picture]:
+def worst_and_best(
+    split: CocoDetection, results: list[Result], report: dict[str, Any], *, each: int = 6
+) -> Iterator[Picture]:
     """The pictures of a page: images that went worst, and of those with objects the ones that went best.
 
     One that cannot be read is left out, and the report's notes say so.
+
+    Args:
+        split: the images.
+        results: COCO's results format.
+        report: of :func:`~detector.evaluation.report.make_report`.
+        each: how many of the worst and of the best, at most.
     """
     outcomes = report["images"]
     best = [one for one in reversed(outcomes) if one["objects"]]
     best.sort(key=lambda one: (-one["f1"], -one["objects"]))
-    chosen: Iterable[tuple[Literal["worst", "best"], dict[str, Any]]] = [
-        *(("worst", one) for one in outcomes[:SHOWN] if one["f1"] < 1),
-        *(("best", one) for one in best[:SHOWN] if one["f1"] > 0),
+    chosen: list[tuple[Literal["worst", "best"], dict[str, Any]]] = [
+        *(("worst", one) for one in outcomes[:each] if one["f1"] < 1),
+        *(("best", one) for one in best[:each] if one["f1"] > 0),
     ]
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
-    min_score = report["confusion"]["min_score"]
-    pictures = []
-    for kind, one in chosen:
+    ids = {one["id"] for _, one in chosen}
+    matched = match_boxes(
+        split.coco,
+        [result for result in results if result["image_id"] in ids],
+        ids,
+        min_score=report["confusion"]["min_score"],
+        iou=report["confusion"]["iou"],
+    )
+    for kind, one in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=None, delay=1):
         try:
-            pictures.append(Picture(kind, one, *_pair(split, results, index_of[one["id"]], min_score)))
+            image, _ = split[index_of[one["id"]]]
         except DataError as error:  # of a results file's images nothing was read before
             report["notes"].append(f"No picture of image {one['id']}: {error}")
-    return pictures
+            continue
+        yield Picture(kind, one, draw_outcomes(image, matched[one["id"]], split))
 
 
-def _pair(split: CocoDetection, results: list[Result], index: int, min_score: float) -> tuple[Image.Image, Image.Image]:
+def draw_outcomes(image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDetection) -> Image.Image:
+    """An image with its boxes, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
+
+    Args:
+        image: [3, H, W], float in 0..1 or uint8.
+        outcomes: of its boxes.
+        split: that it is of.
+    """
+    picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
+    factor = SIDE / max(picture.size)
+    size = (max(round(picture.width * factor), 1), max(round(picture.height * factor), 1))
+    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    # What is wrong lies on top.
+    boxes = [_box(one, split, picture.size, factor) for one in sorted(outcomes, key=lambda one: ORDER.index(one.kind))]
+    draw_boxes(picture, boxes, font_size=FONT_SIZE)
+    return picture
+
+
+def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float) -> Box:
+    shown = outcome.truth if outcome.detection is None else outcome.detection
+    assert shown is not None
+    x, y, width, height = (side * factor for side in shown["bbox"])
+    name = short(split.coco.cats[shown["category_id"]]["name"], 40)
+    caption = name if outcome.detection is None else f"{name} {outcome.detection['score']:.2f}"
+    x1, x2 = (min(max(side, 0), size[0] - 1) for side in (x, x + width))
+    y1, y2 = (min(max(side, 0), size[1] - 1) for side in (y, y + height))
+    corners = (x1, y1, x2, y2)
+    if outcome.kind == "found":
+        return Box(corners, caption, class_color(split.category_ids.index(shown["category_id"]) + 1))
+    if outcome.kind == "crowd":
+        caption = f"crowd: {name}" if outcome.detection is None else f"{caption}, on a crowd"
+    elif outcome.kind == "confused":
+        assert outcome.truth is not None
+        caption += f", is: {short(split.coco.cats[outcome.truth['category_id']]['name'], 40)}"
+    else:
+        caption = f"{outcome.kind}: {caption}"
+    mark = MARKS[outcome.kind]
+    return Box(corners, caption, mark.color, mark.stroke)
+
+
+def _pair(split: CocoDetection, results: list[Result], index: int) -> tuple[Image.Image, Image.Image]:
     """One image with its truth, and with its detections."""
     image, target = split[index]
     found = _as_target(split, [result for result in results if result["image_id"] == split.image_ids[index]])
     names = split.category_names
-    return draw(image, target, names), draw(image, found, names, min_score=min_score)
+    return draw(image, target, names), draw(image, found, names)
 
 
 def _as_target(split: CocoDetection, results: list[Result]) -> dict[str, Tensor]:

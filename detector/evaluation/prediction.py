@@ -108,8 +108,9 @@ def predict(
                 if proposals_of is not None:
                     assert done.proposals is not None
                     done.proposals += recorder.hits(proposals_of, image_ids, sizes)
+                results = to_results(detections, image_ids, category_ids)  # Ctrl-C in here: not seen
                 done.image_ids += image_ids
-                done.results += to_results(detections, image_ids, category_ids)
+                done.results += results
                 on_batch(len(images))
     finally:
         if labels is not None and isinstance(model, GeneralizedRCNN):

@@ -12,8 +12,9 @@ from detector.coco import read_json
 from detector.errors import DataError
 from detector.evaluation.confusion import confusion
 from detector.evaluation.metric import SUMMARY, Result, summary
+from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import Hit, recall
-from detector.names import short
+from detector.names import short, told_apart
 
 Report = dict[str, Any]
 SIZES = {  # COCO's, in its order
@@ -58,16 +59,16 @@ def make_report(
     thresholds = [round(float(iou), 2) for iou in scorer.params.iouThrs]
     categories = [truth.cats[category] for category in scorer.params.catIds]
     objects = [a for image_id in image_ids for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
-    of_class = {category["id"]: 0 for category in categories}
-    of_size = dict.fromkeys(SIZES, 0)
+    of_class = {category["id"]: {"objects": 0} | {f"objects_{size}": 0 for size in SIZES} for category in categories}
     for annotation in objects:
-        of_class[annotation["category_id"]] += 1
+        counts = of_class[annotation["category_id"]]
+        counts["objects"] += 1
         for size, (low, high) in zip(SIZES, scorer.params.areaRng[1:]):
-            of_size[size] += low <= annotation["area"] <= high
+            counts[f"objects_{size}"] += int(low <= annotation["area"] <= high)
     matrix, outcomes = confusion(truth, results, image_ids, min_score=min_score)
     by_class = []
     for k, category in enumerate(categories):
-        row: dict[str, Any] = {"id": category["id"], "name": category["name"], "objects": of_class[category["id"]]}
+        row: dict[str, Any] = {"id": category["id"], "name": category["name"], **of_class[category["id"]]}
         row["AP"] = _mean(precision[:, :, k, 0, -1])
         for name, iou in (("AP50", 0.5), ("AP75", 0.75)):
             row[name] = _mean(precision[thresholds.index(iou), :, k, 0, -1])
@@ -76,6 +77,7 @@ def make_report(
         by_class.append(row)
     scored = [k for k in range(len(categories)) if (precision[:, :, k, 0, -1] > -1).all()]  # those with objects
     at_half = precision[thresholds.index(0.5), :, :, 0, -1]
+    called = told_apart(categories)
     report: Report = {
         "about": {**about, "images": len(image_ids), "objects": len(objects), "detections": len(results)},
         "scores": {name: _number(scores[name]) for name in (*SUMMARY, "AP90")},
@@ -84,7 +86,7 @@ def make_report(
             {
                 "size": size,
                 "range": SIZES[size],
-                "objects": int(of_size[size]),
+                "objects": sum(counts[f"objects_{size}"] for counts in of_class.values()),
                 "AP": _number(scores[f"AP{size[0]}"]),
                 "AR": _number(scores[f"AR{size[0]}"]),
             }
@@ -99,8 +101,9 @@ def make_report(
                 f"{iou:.2f}": precision[thresholds.index(iou)][:, scored, 0, -1].mean(axis=1).tolist()
                 for iou in (CURVES if scored else ())
             },
-            "by_class": {_called(categories, k): at_half[:, k].tolist() for k in scored},
+            "by_class": {called[k]: at_half[:, k].tolist() for k in scored},
         },
+        "operating_points": operating_points(scorer, results),
         "confusion": {
             "names": [category["name"] for category in categories],
             "matrix": matrix.tolist(),
@@ -155,11 +158,12 @@ def as_text(report: Report, *, classes: int = 100) -> str:
     rows = sorted(report["by_class"], key=lambda row: -row["objects"])[:classes]
     if rows:
         left_out = len(report["by_class"]) - len(rows)
-        columns = [name for name in rows[0] if name != "id"]
+        columns = [name for name in rows[0] if name != "id" and not name.startswith("objects_")]
         parts += [
             "By class" + (f" ({left_out} with fewer objects left out)" if left_out else ""),
             text_table([["" if c == "name" else c for c in columns], *([row[c] for c in columns] for row in rows)]),
         ]
+        parts += _points(report, rows)
     if report["proposals"] is not None and report["proposals"]["rows"]:
         rows = report["proposals"]["rows"]
         parts += [
@@ -202,6 +206,29 @@ def as_text(report: Report, *, classes: int = 100) -> str:
     return "\n".join(part if "\n" in part else f"\n{part}" for part in parts)
 
 
+def _points(report: Report, classes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """By class the objects' sizes, and the threshold with the highest F1; first of all classes together."""
+    points = report["operating_points"]
+    columns = ("score", "precision", "recall", "f1")
+    rows = [
+        ["all", report["about"]["objects"], *(row["objects"] for row in report["by_size"])]
+        + [(points["mean"] or {}).get(column) for column in columns]
+    ]
+    best = {row["id"]: row for row in points["by_class"]}
+    rows += [
+        [one["name"], one["objects"]]
+        + [one[f"objects_{size}"] for size in SIZES]
+        + [best[one["id"]][column] for column in columns]
+        for one in classes
+    ]
+    for row in rows:
+        row[5] = None if row[5] is None else str(row[5])  # every digit of the score: one more detection may lie below
+    return [
+        f"Objects by class and size; the score from which on F1 is highest, at IoU {points['iou']:.2f}",
+        text_table([["", "objects", *SIZES, "score", "precision", "recall", "F1"], *rows]),
+    ]
+
+
 def text_table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows of cells as aligned text: words on the left, numbers on the right with three decimals, "-" for none."""
     cells = [
@@ -217,13 +244,6 @@ def text_table(rows: Sequence[Sequence[Any]]) -> str:
         for row in cells
     ]
     return "\n".join(f"  {line}".rstrip() for line in lines)
-
-
-def _called(categories: Sequence[Mapping[str, Any]], k: int) -> str:
-    """The name of a category, with its id where another one is called the same."""
-    name: str = categories[k]["name"]
-    alone = sum(category["name"] == name for category in categories) == 1
-    return name if alone else f"{name} ({categories[k]['id']})"
 
 
 def _number(value: float) -> float | None:

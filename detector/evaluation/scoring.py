@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from detector.coco import CocoDetection, Target, collate, leave_ctrl_c_alone
+from detector.coco import CocoDetection, Target, collate
 from detector.environment import versions
 from detector.errors import DataError, sentence
 from detector.evaluation.metric import Evaluator, Result, evaluator_version, match
@@ -23,6 +23,7 @@ from detector.evaluation.prediction import Predictions, predict
 from detector.evaluation.report import Report, as_text, make_report
 from detector.files import write_json, write_whole
 from detector.order import ScoringBatches
+from detector.signals import leave_signals_alone
 
 
 def score_split(
@@ -84,8 +85,12 @@ def write_scores(
     """
     scorer = match(split.coco, results, split.image_ids)
     report, table = make_report(scorer, results, about=about, notes=notes)
-    scores = _write(report, table, results, folder)
-    draw_examples(split, results, folder / "examples.png")
+    scores = _with_minus_one(report)
+    try:
+        _write(report, scores, results, folder)
+        draw_examples(split, results, folder / "examples.png")
+    finally:  # after all is written, as nobody may read it; but on a full disk as well
+        _print(table, scores)
     return scores
 
 
@@ -98,9 +103,10 @@ def write_evaluation(
     split: CocoDetection | None = None,
     image_ids: Sequence[int] | None = None,
     evaluator: Evaluator = "pycocotools",
+    pictures: int = 6,
     **extras: Any,
 ) -> Report:
-    """Score results, print all tables, and write ``scores.json``, ``detections.json``, ``report.json`` and a page.
+    """Score results, write ``scores.json``, ``detections.json``, ``report.json`` and a page, then print all tables.
 
     Args:
         truth: the annotations.
@@ -110,14 +116,19 @@ def write_evaluation(
         split: the images, to draw some of them on the page.
         image_ids: the images to score; all of ``truth`` by default.
         evaluator: see :func:`~detector.evaluation.evaluate`.
+        pictures: how many of the worst images to draw, and of the best.
         extras: of :func:`~detector.evaluation.report.make_report`.
     """
     scorer = match(truth, results, image_ids, evaluator=evaluator)
     report, table = make_report(scorer, results, about=about, **extras)
-    _write(report, table, results, folder)  # first: drawing may fail on a damaged image, or on a full disk
-    print(as_text(report))
-    pictures = [] if split is None else worst_and_best(split, results, report)
-    write_whole(folder / "report.html", render_page(report, pictures).encode())
+    scores = _with_minus_one(report)
+    try:
+        _write(report, scores, results, folder)  # first: drawing may fail
+        drawn = () if split is None else worst_and_best(split, results, report, each=pictures)
+        write_whole(folder / "report.html", render_page(report, drawn).encode())
+    finally:  # after all is written, as nobody may read it; but on a full disk as well
+        _print(table, scores)
+        print(as_text(report))
     return report
 
 
@@ -191,7 +202,7 @@ def run_detector(
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
         num_workers=workers,
         collate_fn=_collate_readable if skip_broken else collate,
-        worker_init_fn=leave_ctrl_c_alone,
+        worker_init_fn=leave_signals_alone,
     )
     found = Predictions()
     with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:
@@ -244,15 +255,19 @@ def _without_broken(batches: Iterable[Any], found: Predictions, ranks: int, bar:
             yield images, targets
 
 
-def _write(report: Report, table: str, results: list[Result], folder: Path) -> dict[str, float]:
-    """Print pycocotools' table; write the numbers and the detections. Returns the scores, -1 for an undefined one."""
-    scores = {name: -1.0 if score is None else score for name, score in report["scores"].items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "detections.json", results)
-        write_json(folder / "scores.json", scores)
-        write_json(folder / "report.json", report, indent=1)
-    finally:  # whichever fails, a full disk or a pipe that was closed, the other has the scores
-        print(table)
-        print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
-    return scores
+def _with_minus_one(report: Report) -> dict[str, float]:
+    """The scores, -1 for an undefined one, as pycocotools says it."""
+    return {name: -1.0 if score is None else score for name, score in report["scores"].items()}
+
+
+def _write(report: Report, scores: dict[str, float], results: list[Result], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "detections.json", results)
+    write_json(folder / "scores.json", scores)
+    write_json(folder / "report.json", report, indent=1)
+
+
+def _print(table: str, scores: dict[str, float]) -> None:
+    """pycocotools' table, and a line more."""
+    print(table)
+    print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")

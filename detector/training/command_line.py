@@ -1,5 +1,6 @@
 """The command lines of ``tools/train.py`` and ``tools/browse.py``."""
 
+import argparse
 import os
 import shlex
 import sys
@@ -7,17 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from detector.coco import find_root
-from detector.errors import in_a_sentence
+from detector.errors import UserError, in_a_sentence, sentence
 from detector.training.browsing import browse
 from detector.training.data import CocoDataModule
 from detector.training.failures import Interrupted
 from detector.training.run import Run
 from detector.training.task import DetectionTask
+
+DESCRIPTION = """Train an affine-crop R-CNN and score it; configs/ has complete settings, which flags change.
+
+  python tools/train.py --config configs/quickstart.yaml --trainer.max_epochs 2
+  python tools/train.py --config configs/coco_r50_fpn_1x.yaml --data.root FOLDER --data.batch_size 4
+
+The run's own options come first, then those of the data, the model and its optimizer, and last Lightning's trainer."""
+BROWSING = """Draw training images as the model sees them; takes all flags of tools/train.py.
+
+  python tools/browse.py --config configs/bccd.yaml --data.root FOLDER --output sheet.png
+  python tools/browse.py --config configs/bccd.yaml --data.augmentation+ RandomPhotometricDistort"""
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's, with the lines of the description as they are."""
 
 
 class SavedConfig(SaveConfigCallback):
@@ -55,11 +72,27 @@ class TrainingCLI(LightningCLI):
             help="Steps between two checkpoints; one is also written before and after each scoring.",
         )
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(CocoDataModule, "data")  # Lightning's own order has the trainer first
+        parser.add_lightning_class_args(DetectionTask, "model")
+        parser.add_lightning_class_args(lightning.Trainer, "trainer")
+
     def before_instantiate_classes(self) -> None:
         data = self.config.data
         # Absolute, so that the saved settings stand for the same data wherever they are read.
         data.root = str(find_root(data.root, data.dataset).absolute())
         self.run = Run(self.config.run_dir, self.config.ckpt_path, save_every=self.config.save_every)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except UserError:
+            raise
+        except (ImportError, TypeError, ValueError) as error:  # a logger that is not installed, no such device, ...
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # jsonargparse's own words, around it, are a page
+                cause = cause.__cause__
+            raise MisconfigurationException(f"a setting cannot be used: {sentence(cause)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         return super().instantiate_trainer(**self.run.trainer_options(dict(self.config_init["trainer"]) | kwargs))
@@ -75,7 +108,11 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
         seed_everything_default=0,
         save_config_callback=SavedConfig,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"description": description},
+        parser_kwargs={
+            "description": description,
+            "usage": "%(prog)s --config FILE [--NAME VALUE ...]",
+            "formatter_class": HelpFormatter,
+        },
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
     )
@@ -84,7 +121,7 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
 def train(args: list[str] | None = None) -> None:
     """Train as the command line says, then score the val split."""
     with in_a_sentence(MisconfigurationException):
-        cli = parse(args, "Train an affine-crop R-CNN; see configs/ for complete settings.")
+        cli = parse(args, DESCRIPTION)
         try:
             cli.run.train(cli.trainer, cli.model, cli.datamodule)
         except Interrupted as stop:
@@ -108,8 +145,7 @@ class BrowsingCLI(TrainingCLI):
 def browse_training_images(args: list[str] | None = None) -> None:
     """Draw a sheet of training images, as the command line of a training would augment them."""
     with in_a_sentence(MisconfigurationException):
-        description = "Draw training images as the model sees them; takes all flags of tools/train.py."
-        cli = parse(args, description, BrowsingCLI)
+        cli = parse(args, BROWSING, BrowsingCLI)
         data, config = cli.datamodule, cli.config
         data.prepare_data()
         stored, augmented = data.split(data.train_split), data.split(data.train_split, train=True)

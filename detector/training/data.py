@@ -3,7 +3,6 @@
 import math
 import os
 import shlex
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,20 +19,12 @@ from detector.checks import open_images
 from detector.coco import CocoDetection, Target, collate, find_root
 from detector.errors import DataError
 from detector.order import ScoringBatches, TrainingBatches
+from detector.signals import leave_signals_alone
 from detector.training.failures import ANEW, TrainingError
 
 Batch = tuple[list[Tensor], list[Target]]
 # Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
 OPENED_PIXELS = 1_000_000_000
-
-
-def leave_signals_alone(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach all processes of a group: a worker must live until the step under way has ended.
-
-    It ends with its parent, which torch watches.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _broken_images(data: CocoDetection) -> dict[int, str]:
@@ -91,6 +82,13 @@ class CocoDataModule(lightning.LightningDataModule):
         generate: Literal["digits"] | None = None,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("val_batch_size", val_batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise DataError(f"--data.{name} is {value}: it must be {least} or more")
         self.root = find_root(root, dataset)
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
@@ -184,6 +182,10 @@ class CocoDataModule(lightning.LightningDataModule):
             raise DataError(f"{self.val_split} has {len(self.val_set)} images, too few to score on {ranks} devices")
         batches = ScoringBatches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
         return self._loader(self.val_set, batches)
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self.trainer is not None:  # Lightning ends the workers of that loop alone in which it happened
+            self.trainer.fit_loop.teardown()
 
     def upcoming(self, batches: int) -> list[int]:
         """The ids of the images in the next batches of this rank, after the last one that was trained on."""

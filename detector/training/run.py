@@ -1,9 +1,13 @@
 """A training run from its start, or from where it stopped, to its score, in a folder of its own."""
 
+import logging
+import shutil
 import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,22 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from detector.coco import read_json
 from detector.errors import DataError, ModelError, sentence
 from detector.evaluation.scoring import described, score_split, write_scores
 from detector.folders import newest_folder, run_folder, unused_folder
 from detector.pretrained import load_checkpoint
+from detector.signals import sigterm_as_ctrl_c
 from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
 from detector.training.data import CocoDataModule
+from detector.training.divergence import Divergence, all_alike
 from detector.training.failures import Interrupted, TrainingError, explained
 from detector.training.record import FILE as RECORD
 from detector.training.record import RunRecord
 from detector.training.task import DetectionTask
+
+# Lightning's advertisement, at each start.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in str(record.msg))
 
 
 def fit(
@@ -65,9 +75,12 @@ class Run:
 
     Raises:
         ModelError: ``ckpt_path`` is not there.
+        TrainingError: ``save_every`` is less than 1.
     """
 
     def __init__(self, run_dir: str | Path, ckpt_path: str | Path | None = None, *, save_every: int = 500) -> None:
+        if save_every < 1:
+            raise TrainingError(f"--save_every is {save_every}: it must be 1 or more")
         self.checkpoint: Path | None = None
         if ckpt_path is None:
             self.folder = unused_folder(Path(run_dir))
@@ -84,12 +97,15 @@ class Run:
             # From another than the last one, a run must not write over what came after it.
             last = self.checkpoint.name == LAST
             self.folder = run_folder(self.checkpoint) if last else unused_folder(Path(run_dir))
+        self._is_new = not self.folder.exists()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=save_every)
+        self.divergence = Divergence()
 
     def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
         """The options of ``lightning.Trainer``: those given, and what a run needs besides."""
         callbacks: list[Callback] = [
             self.checkpoints,
+            self.divergence,
             RunRecord(self.folder, self.checkpoint),
             StepTimes(self.checkpoints),
         ]
@@ -118,9 +134,10 @@ class Run:
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
             warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position
         try:
-            with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
-                trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
-            return self._finish(trainer, task, data) if trainer.is_global_zero else None
+            with sigterm_as_ctrl_c(), self._nothing_left_of_nothing(trainer):
+                with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
+                    trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
+                return self._finish(trainer, task, data) if trainer.is_global_zero else None
         except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
             raise self._interrupted() from None
         except Exception as error:
@@ -132,6 +149,19 @@ class Run:
             if explanation is None or explanation is error:
                 raise
             raise explanation from error
+
+    @contextmanager
+    def _nothing_left_of_nothing(self, trainer: lightning.Trainer) -> Iterator[None]:
+        """Remove the folder of a run that fails before its first step: it holds no more than the settings."""
+        try:
+            yield
+        except BaseException:
+            # Lightning calls its loggers first, so they write there whatever comes next. Of two logs one is another's.
+            logs = list(self.folder.glob("events.out.tfevents.*"))
+            nothing = trainer.global_step == 0 and not self.checkpoints.folder.exists() and len(logs) < 2
+            if self._is_new and nothing and trainer.is_global_zero:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
         """Score the val split with the weights as they are, draw examples, and say where everything lies."""
@@ -148,8 +178,13 @@ class Run:
             device=device.type,
         )
         if task.scored_step == trainer.global_step:
-            scores = write_scores(data.val_set, task.results, self.folder, about=about, notes=data.notes)
+            scores, found = (
+                write_scores(data.val_set, task.results, self.folder, about=about, notes=data.notes),
+                task.results,
+            )
         else:  # it stopped within an epoch, or had been finished before
+            if self.checkpoints.signal is not None:  # that came after the last step
+                raise KeyboardInterrupt
             with trainer.precision_plugin.forward_context():
                 scores = score_split(
                     detector.model.to(device),
@@ -161,6 +196,7 @@ class Run:
                     about=about,
                     notes=data.notes,
                 )
+            found = read_json(self.folder / "detections.json")
         for note in data.notes:
             print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
@@ -177,6 +213,9 @@ class Run:
             if (self.folder / name).exists():
                 print(f"  {name:22} {what}")
         print(f"  tensorboard --logdir {self.folder}")
+        for warning in (self.divergence.verdict(task), all_alike(found)):
+            if warning is not None:
+                print(f"\nWARNING: {warning}.")
         return scores
 
     def _interrupted(self) -> Interrupted:

@@ -1,0 +1,82 @@
+"""A training that diverges without ever leaving the finite numbers: its loss is far above its own past, for long."""
+
+import sys
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from detector.evaluation import Result
+
+FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
+LONG = 2  # blocks in a row
+# Batches of one image wander by 1.2, a rate that climbs too high for a while costs 2.6, divergence 60 and more.
+FACTOR = 3.0
+FLAT = 0.01  # between the highest and the lowest score
+
+
+class Divergence(Callback):
+    """Says so, once, when the loss is far above its own past for long.
+
+    The losses of 50 batches, but for the five highest, are averaged, and the mean is compared with the lowest one
+    before, or with that of the first ten batches. Only ratios count, so the scale of the loss does not. It is read
+    every 50 batches: a GPU does not wait for it in between. Each process sees its own batches; the first one speaks.
+    """
+
+    def __init__(self) -> None:
+        self.best: float | None = None  # mean
+        self.now: float | None = None  # the last one
+        self.far = 0  # how many in a row were far above the best
+        self._losses: list[Tensor | float] = []
+        self._said = False
+
+    def state_dict(self) -> dict[str, Any]:
+        losses = [float(loss) for loss in self._losses]
+        return {"best": self.best, "now": self.now, "far": self.far, "losses": losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.now, self.far = state_dict["best"], state_dict["now"], state_dict["far"]
+        self._losses = list(state_dict["losses"])
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # which it was divided by
+        if len(self._losses) < (FIRST if self.best is None else BLOCK):
+            return
+        losses = sorted(float(loss) for loss in self._losses)
+        self._losses = []
+        self.now = fmean(losses[: -(len(losses) // 10)])
+        self.far = self.far + 1 if self.best is not None and self.now > FACTOR * self.best else 0
+        self.best = self.now if self.best is None else min(self.best, self.now)
+        if self.far >= LONG and not self._said:
+            self._said = True
+            print(f"\nAfter step {trainer.global_step}: {self.verdict(pl_module)}", file=sys.stderr, flush=True)
+
+    def verdict(self, task: Any) -> str | None:
+        """What there is to say of the loss as it is now, and what to change; ``None`` if it is not far above."""
+        if self.far < LONG or self.best is None or self.now is None:
+            return None
+        advice = f"--model.optimizer.lr ({task.optimizer.lr:g}), or --trainer.gradient_clip_val"
+        if task.crop == "affine" and (task.box_gradient.crop or task.box_gradient.coder):
+            advice += ", or train without the box gradient: --model.box_gradient.crop 0 --model.box_gradient.coder 0"
+        return (
+            f"the loss has been {self.now / self.best:.3g} times as high as at its best for {self.far * BLOCK} batches "
+            f"({self.now:.3g}, {self.best:.3g} before): the training diverges. Start again with a lower {advice}"
+        )
+
+
+def all_alike(results: Sequence[Result]) -> str | None:
+    """What there is to say of detections that all have the same score; ``None`` if they have not."""
+    scores = [result["score"] for result in results]
+    if len(scores) < 20 or max(scores) - min(scores) > FLAT:
+        return None
+    return (
+        f"all {len(scores):,} detections score between {min(scores):.3f} and {max(scores):.3f}: the detector tells "
+        "nothing apart. It diverged, or was hardly trained"
+    )
