@@ -143,8 +143,8 @@ def predict_images(
     pictures: bool = True,
     batch_size: int = 8,
     workers: int = 2,
-    category_ids: Sequence[int | None] | None = None,
     max_pixels: int | None = None,
+    category_ids: Sequence[int | None] | None = None,
     about: dict[str, Any] | None = None,
     on_image: Callable[[str | None], Any] = lambda broken: None,
 ) -> Predicted:
@@ -162,8 +162,8 @@ def predict_images(
         batch_size: at most so many images at a time, fewer of large ones. Only images of one size go together, of
             those that follow one another, so nothing is padded and the results do not depend on it.
         workers: processes that read images.
-        category_ids: of each label, ``None`` for one that is no result; the detector's own by default.
         max_pixels: the most that an image may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
+        category_ids: of each label, ``None`` for one that is no result; the detector's own by default.
         about: more for the head of ``predictions.json``.
         on_image: called after each image, with a sentence if it is broken.
 

@@ -24,12 +24,6 @@ def short(text: str, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "\u2026"
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first of some names, each :func:`short`, and how many more there are."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(short(name) for name in names[:most]) + more
-
-
 def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
     """The categories' names, with the id where several are called the same."""
     categories = list(categories)
@@ -38,3 +32,9 @@ def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
         category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
         for category in categories
     ]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, each :func:`short`, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(short(name) for name in names[:most]) + more

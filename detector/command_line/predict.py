@@ -62,8 +62,8 @@ def predict(
                 pictures=pictures,
                 batch_size=batch_size,
                 workers=workers,
-                category_ids=category_ids,
                 max_pixels=max_pixels,
+                category_ids=category_ids,
                 about={
                     "model": called,
                     "crop": detector.crop,
@@ -88,19 +88,6 @@ def predict(
             print("interrupted", file=sys.stderr)
             return 130
         return 3 if done.broken else 0
-
-
-def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | None] | None:
-    """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
-    try:
-        ids = match_ids(detector, [(i, annotations.cats[i]["name"]) for i in sorted(annotations.cats)])
-    except (DataError, ModelError) as error:
-        print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
-        return None
-    pairs = zip(detector.category_ids, detector.category_names, ids, strict=True)
-    if left := [name for own, name, found in pairs if own is not None and found is None]:
-        print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
-    return ids
 
 
 def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
@@ -142,3 +129,16 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
     span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
     print(f"{which}: scores from {span} on, where F1 was highest")
     return scores
+
+
+def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | None] | None:
+    """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
+    try:
+        ids = match_ids(detector, [(i, annotations.cats[i]["name"]) for i in sorted(annotations.cats)])
+    except (DataError, ModelError) as error:
+        print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
+        return None
+    pairs = zip(detector.category_ids, detector.category_names, ids, strict=True)
+    if left := [name for own, name, found in pairs if own is not None and found is None]:
+        print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
+    return ids

@@ -178,10 +178,8 @@ class Run:
             device=device.type,
         )
         if task.scored_step == trainer.global_step:
-            scores, found = (
-                write_scores(data.val_set, task.results, self.folder, about=about, notes=data.notes),
-                task.results,
-            )
+            found = task.results
+            scores = write_scores(data.val_set, found, self.folder, about=about, notes=data.notes)
         else:  # it stopped within an epoch, or had been finished before
             if self.checkpoints.signal is not None:  # that came after the last step
                 raise KeyboardInterrupt
