@@ -25,7 +25,7 @@ from detector.models import (
     with_new_names,
 )
 from detector.names import listed, short
-from detector.pretrained import CHECKPOINT_KEY, PretrainedDetector, detector_of, load_detector
+from detector.pretrained import CHECKPOINT_KEY, PretrainedDetector, checkpoint_of, detector_of, load_detector
 
 PREDICTOR = "roi_heads.box_predictor."
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
@@ -100,10 +100,7 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
 
 def _read(given: str, config: DetectorConfig) -> _Source:
     """The weights, wherever they are."""
-    path = Path(given)
-    last = path / "checkpoints" / "last.ckpt"
-    if last.is_file():  # a run's folder
-        path = last
+    path = Path(checkpoint_of(given))
     if path.is_file():
         content = read_weights(path, legacy=True)
         if CHECKPOINT_KEY not in content:
