@@ -405,6 +405,13 @@ def test_help_teaches(tool, words):
     )
     for word in words.split():
         assert word in done.stdout, word
+    if tool in ("train.py", "browse.py"):
+        assert done.stdout.split("\noptions:")[0].count(f"\n  python tools/{tool} --config configs/") == 2
+        # Lightning's trainer, with the most of them, comes last.
+        ours = [
+            done.stdout.index(f"\n  --{name}") for name in ("run_dir", "data.root", "model.crop", "trainer.devices")
+        ]
+        assert ours == sorted(ours)
 
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -51,7 +51,7 @@ class Divergence(Callback):
             return
         losses = sorted(float(loss) for loss in self._losses)
         self._losses = []
-        self.now = fmean(losses[: -(len(losses) // 10)])
+        self.now = fmean(losses[: len(losses) - len(losses) // 10])
         self.far = self.far + 1 if self.best is not None and self.now > FACTOR * self.best else 0
         self.best = self.now if self.best is None else min(self.best, self.now)
         if self.far >= LONG and not self._said:
