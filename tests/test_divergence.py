@@ -76,7 +76,7 @@ def test_worse_than_untrained_from_the_start_is_said(capsys):
         noisy([3 * 0.998**step + 0.3 for step in range(5000)]),
         noisy([0.3] * 20_000, seed=1),
         [0.4] * 100 + [1.1] * 300 + [0.4] * 300,  # the rate at its peak
-        [0.3 if step % 25 else 3000.0 for step in range(2000)],  # images that are out of all proportion
+        [3000.0 if step % 20 == 19 and step > 300 else 0.3 for step in range(900)],  # images out of all proportion
         [0.5] * 200 + [40.0] * 50 + [0.5] * 200,  # it finds back
         [33.0] * 20,
         [],

@@ -211,6 +211,17 @@ def test_sigterm_to_all_processes_of_the_group_does_not_kill_the_workers_first(d
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
+def test_sigterm_after_the_last_step_is_not_forgotten(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(DetectionTask, "on_train_end", lambda task: os.kill(os.getpid(), signal.SIGTERM))
+    flags = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+    with pytest.raises(SystemExit) as stop:
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
+    assert stop.value.code == 130
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
 def boom(*arguments, **options):
     raise ZeroDivisionError("boom")
 
