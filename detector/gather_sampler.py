@@ -29,7 +29,7 @@ MAX_PIXELS_READ_GPU = 2**26
 MAX_PIXELS_SORTED = 2**25
 
 
-@torch._disable_dynamo  # as torch.compiler.disable, which takes a second of each start to import the compiler
+@torch.compiler.disable
 def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
     """What :func:`~detector.grid_sampler.crop_by_grid` returns for the same arguments; maps of any floating dtype.
 

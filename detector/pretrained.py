@@ -36,6 +36,7 @@ from detector.models import (
     set_batch_norm_eps,
     settings_of,
 )
+from detector.names import short
 from detector.pooler import MultiScaleAffineCrop
 from detector.swap import restore_roi_align, swap_crop_head
 
@@ -289,7 +290,9 @@ class PretrainedDetector(
         try:
             weights = safetensors.torch.load_file(folder / WEIGHTS)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{folder / WEIGHTS}: cannot be read as weights (cut off?): {error}") from None
+            raise ModelError(
+                f"{folder / WEIGHTS}: cannot be read as weights (cut off?): {short(str(error), 300)}"
+            ) from None
         refusal = "not of a detector of this project, or damaged"
         with _refusing(folder / CONFIG, refusal):
             if not isinstance(config, dict):

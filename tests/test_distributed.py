@@ -154,3 +154,33 @@ def test_two_processes_that_are_killed_end_as_two_never_killed(flags, tmp_path):
     )
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert_equal(ours[part], theirs[part])
+
+
+FAILS_ON_RANK_1 = """
+import os, sys
+from detector.training.command_line import train
+from detector.training.task import DetectionTask
+original = DetectionTask.validation_step
+def step(*arguments):
+    if os.environ.get("LOCAL_RANK") == "1":
+        raise ZeroDivisionError("boom")
+    return original(*arguments)
+DetectionTask.validation_step = step
+train(sys.argv[1:])
+"""
+
+
+def test_an_unforeseen_error_in_one_process_ends_both(flags, tmp_path):
+    stub = tmp_path / "stub.py"
+    stub.write_text(FAILS_ON_RANK_1)
+    command = [*flags, "--trainer.max_epochs=1", "--data.batch_size=2", "--data.workers=1", *DDP]
+    done = subprocess.run(
+        [sys.executable, str(stub), *command, f"--run_dir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError: boom" in done.stderr

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from detector.evaluation import prediction
 from detector.signals import leave_signals_alone
 from detector.training import run
 from detector.training.checkpoints import Checkpoints
-from detector.training.command_line import train
+from detector.training.command_line import parse, train
 from detector.training.data import CocoDataModule
 from detector.training.failures import explained
 from detector.training.task import DetectionTask
@@ -209,6 +211,17 @@ def test_sigterm_to_all_processes_of_the_group_does_not_kill_the_workers_first(d
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
+def test_sigterm_after_the_last_step_is_not_forgotten(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(DetectionTask, "on_train_end", lambda task: os.kill(os.getpid(), signal.SIGTERM))
+    flags = ["--trainer.max_epochs=1", "--trainer.limit_val_batches=0"]
+    with pytest.raises(SystemExit) as stop:
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
+    assert stop.value.code == 130
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
 def boom(*arguments, **options):
     raise ZeroDivisionError("boom")
 
@@ -244,7 +257,7 @@ def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name,
 
 UNFORESEEN = """
 import sys
-from detector.training.command_line import train
+from detector.training.command_line import parse, train
 from detector.training.data import CocoDataModule
 from detector.training.task import DetectionTask
 
@@ -341,3 +354,97 @@ def test_sigterm_is_obeyed_in_the_scoring_at_the_end_and_in_eval(digits, tmp_pat
     with pytest.raises(ZeroDivisionError):
         score(checkpoint=str(last), root=str(digits), split="val", output=str(tmp_path / "out"), workers=1)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.batch_size=0"], r"--data\.batch_size is 0: it must be 1 or more"),
+        (["--data.val_batch_size=-2"], r"--data\.val_batch_size is -2: it must be 1 or more"),
+        (["--data.workers=-1"], r"--data\.workers is -1: it must be 0 or more"),
+        (["--save_every=0"], "--save_every is 0: it must be 1 or more"),
+        (["--trainer.logger=CometLogger"], "a setting cannot be used: .*comet"),
+        (["--trainer.max_epochs=0"], "the schedule needs an end"),
+        (["--trainer.devices=-3"], "a setting cannot be used: `devices` .* should be an int > 0"),
+        (["--trainer.accelerator=abacus"], "a setting cannot be used: .*abacus"),
+        (["--data.val_split=nowhere"], "instances_nowhere.json: no such file"),
+        (["--model.detector.name=nothing"], "'nothing' is not known"),
+        (["--data.val_split=other"], "category_names of train"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0],
+)
+def test_a_mistake_ends_in_one_sentence_and_leaves_no_folder(flags, message, digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    if flags == ["--trainer.logger=CometLogger"] and find_spec("comet_ml"):
+        pytest.skip("comet_ml is installed")
+    annotations = digits / "annotations"
+    content = json.loads((annotations / "instances_val.json").read_text())
+    content["categories"][0]["name"] = "other"
+    (annotations / "instances_other.json").write_text(json.dumps(content))
+    with suppress(FileExistsError):
+        (digits / "other").symlink_to(digits / "val")
+    with pytest.raises(SystemExit) as stop:
+        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1", *flags])
+    assert re.match(f"error: .*{message}", str(stop.value.code))
+    assert "\n" not in stop.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_failed_start_did_not_make_stays(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    folder = tmp_path / "run"
+    command = [*TINY, f"--data.root={digits}", f"--run_dir={folder}", "--trainer.max_epochs=1"]
+    folder.mkdir()  # there before, if empty
+    with pytest.raises(SystemExit):
+        train([*command, "--data.val_split=nowhere"])
+    assert folder.is_dir()
+
+    def another_run(task):
+        (tmp_path / "run-2" / "events.out.tfevents.1.other.machine").touch()  # in the folder of the same name
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(DetectionTask, "configure_model", another_run)
+    with pytest.raises(ZeroDivisionError):
+        train(command)
+    assert (tmp_path / "run-2" / "config.yaml").exists()
+
+    monkeypatch.undo()
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(DetectionTask, "on_validation_epoch_end", boom)
+    with pytest.raises(ZeroDivisionError):  # after two steps
+        train(command)
+    assert (tmp_path / "run-3" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_lightning_does_not_advertise(digits, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}"], "")
+    said = caplog.text + "".join(capsys.readouterr())
+    assert "GPU available" in said  # what else it has to say stays
+    assert "litlogger" not in said.lower()
+
+
+@pytest.mark.parametrize("tool", ["train", "browse", "eval", "export"])
+def test_obvious_mistakes_are_seen_before_torch_is_imported(tool, tmp_path):
+    """With a torch that cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise SystemError('imported')")
+
+    def said(*arguments):
+        command = [sys.executable, f"tools/{tool}.py", *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, usage = said()
+    assert code == 2
+    assert f"python tools/{tool}.py --" in usage
+    flag = "--checkpoint" if tool in ("eval", "export") else "--config"
+    missing = tmp_path / ("last.ckpt" if flag == "--checkpoint" else "my.yaml")
+    assert said(flag, str(missing)) == said(f"{flag}={missing}") == (1, f"error: {flag} {missing}: no such file\n")
+    missing.touch()
+    for argument in (str(missing), "https://example.org/last.ckpt", "owner/name"):
+        assert "SystemError: imported" in said(flag, argument)[1], argument

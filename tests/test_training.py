@@ -631,6 +631,13 @@ def test_help_teaches(tool, words):
     )
     for word in words.split():
         assert word in done.stdout, word
+    if tool in ("train.py", "browse.py"):
+        assert done.stdout.split("\noptions:")[0].count(f"\n  python tools/{tool} --config configs/") == 2
+        # Lightning's trainer, with the most of them, comes last.
+        ours = [
+            done.stdout.index(f"\n  --{name}") for name in ("run_dir", "data.root", "model.crop", "trainer.devices")
+        ]
+        assert ours == sorted(ours)
 
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -775,6 +782,7 @@ def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
         task = DetectionTask(now)
         task.trainer = trainer
         content = {"category_names": ["a"], "crop": "affine", "box_gradient": asdict(BoxGradient()), "detector": saved}
+            content["batch_norm_eps"] = {}
         task.on_load_checkpoint({CHECKPOINT_KEY: content})
 
     for settings in (DetectorConfig(name="timm/resnet18", anchor_sizes=(1, 2, 3, 4, 5)), DetectorConfig()):

@@ -5,11 +5,16 @@ python tools/browse.py --config configs/bccd.yaml --data.augmentation+ RandomPho
 python tools/browse.py --help
 """
 
+import sys
+
 if __name__ == "__main__":
     from first_look import refuse
 
     refuse(__doc__, "-c", "--config")
+    try:
+        from detector.training.command_line import browse_training_images
 
-    from detector.training.command_line import browse_training_images
-
-    browse_training_images()
+        browse_training_images()
+    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

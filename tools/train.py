@@ -6,11 +6,16 @@ python tools/train.py --config configs/bccd.yaml --ckpt_path runs/bccd/checkpoin
 python tools/train.py --help
 """
 
+import sys
+
 from first_look import refuse
 
 if __name__ == "__main__":
     refuse(__doc__, "-c", "--config", "--ckpt_path")
+    try:
+        from detector.training.command_line import train
 
-    from detector.training.command_line import train
-
-    train()
+        train()
+    except KeyboardInterrupt:  # while torch is imported, which takes seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -12,7 +12,7 @@ from torch import Tensor
 from detector.evaluation import Result
 
 FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
-LONG = 2  # blocks in a row
+LONG = 3  # blocks in a row, of which a short burst spoils two
 # Batches of one image wander by 1.2, a rate that climbs too high for a while costs 2.6, divergence 60 and more.
 FACTOR = 3.0
 FLAT = 0.01  # between the highest and the lowest score
@@ -51,7 +51,7 @@ class Divergence(Callback):
             return
         losses = sorted(float(loss) for loss in self._losses)
         self._losses = []
-        self.now = fmean(losses[: -(len(losses) // 10)])
+        self.now = fmean(losses[: len(losses) - len(losses) // 10])
         self.far = self.far + 1 if self.best is not None and self.now > FACTOR * self.best else 0
         self.best = self.now if self.best is None else min(self.best, self.now)
         if self.far >= LONG and not self._said:
