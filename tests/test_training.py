@@ -782,7 +782,7 @@ def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
         task = DetectionTask(now)
         task.trainer = trainer
         content = {"category_names": ["a"], "crop": "affine", "box_gradient": asdict(BoxGradient()), "detector": saved}
-            content["batch_norm_eps"] = {}
+        content["batch_norm_eps"] = {}
         task.on_load_checkpoint({CHECKPOINT_KEY: content})
 
     for settings in (DetectorConfig(name="timm/resnet18", anchor_sizes=(1, 2, 3, 4, 5)), DetectorConfig()):

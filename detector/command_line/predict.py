@@ -109,14 +109,11 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
         raise ModelError(f"{which} has no scores to take; run tools/eval.py again, or give a score")
     try:
         rows = points["by_class"]
-        # Labels without categories are the data's, in its order, as tools/eval.py has them.
-        unknown = not any(category is not None for category in detector.category_ids)
+        ids = match_ids(detector, [(row["id"], row["name"]) for row in rows])  # as tools/eval.py did
         if points["mean"] is None:
             raise ModelError(f"{which} says that nothing was found right, so no score is best; give one")
         overall = points["mean"]["score"]
-        of_class: dict[int | None, float] = {row["id"]: row["score"] for row in rows if row["score"] is not None}
-        categories = [(row["id"], row["name"]) for row in rows]
-        ids = [i for i, _ in categories] if unknown else match_ids(detector, categories)
+        of_class = {row["id"]: row["score"] for row in rows if row["score"] is not None}
         scores = [of_class.get(category, overall) for category in ids]
         if not all(type(score) in (int, float) and 0 <= score <= 1 for score in (*scores, overall)):
             raise ValueError("a score must be a number from 0 to 1")
