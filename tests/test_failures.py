@@ -369,7 +369,7 @@ def test_sigterm_is_obeyed_in_the_scoring_at_the_end_and_in_eval(digits, tmp_pat
         (["--trainer.accelerator=abacus"], "a setting cannot be used: .*abacus"),
         (["--data.val_split=nowhere"], "instances_nowhere.json: no such file"),
         (["--model.detector.name=nothing"], "'nothing' is not known"),
-        (["--data.val_split=other"], "category_names of train"),
+        (["--data.val_split=other"], "no category .* has the name of one to train on"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[0],
 )
@@ -380,7 +380,8 @@ def test_a_mistake_ends_in_one_sentence_and_leaves_no_folder(flags, message, dig
         pytest.skip("comet_ml is installed")
     annotations = digits / "annotations"
     content = json.loads((annotations / "instances_val.json").read_text())
-    content["categories"][0]["name"] = "other"
+    for category in content["categories"]:
+        category["name"] = f"other {category['name']}"
     (annotations / "instances_other.json").write_text(json.dumps(content))
     with suppress(FileExistsError):
         (digits / "other").symlink_to(digits / "val")
