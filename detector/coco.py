@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detector.checks import MOST_AREA, Problem, annotation_problems, file_problems
-from detector.errors import DataError, SizeError
+from detector.errors import DataError, ImageError, SizeError
 from detector.names import listed
 from detector.seeding import drawn_from, seed_of
 
@@ -130,10 +130,10 @@ def read_image(
     most = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a folder; a pipe, of which nothing would ever come
-            raise DataError(f"{path}: cannot be read as an image: it is no regular file")
+            raise ImageError(f"{path}: cannot be read as an image: it is no regular file")
         with without_pillows_warnings(), _open(path, formats, max_pixels) as image:
             if most is not None and image.size[0] * image.size[1] > most:  # Pillow only warns, up to twice as many
-                raise DataError(
+                raise ImageError(
                     f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, more than the {most:,} that are "
                     f"read: {TOO_LARGE}"
                 )
@@ -147,7 +147,7 @@ def read_image(
             try:
                 pixels = v2.functional.pil_to_tensor(as_rgb(upright, remarks))
             except DataError as error:
-                raise DataError(f"{path}: {error}") from None
+                raise ImageError(f"{path}: {error}") from None
             if remarks is not None:
                 if deep and 0 < int(pixels.max()) < 64:
                     remarks.append("dark colours of 16 bits, of which only the upper 8 are read; save them with 8")
@@ -155,13 +155,13 @@ def read_image(
                     remarks.append("several frames or pages, of which the first was taken")
             return pixels
     except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
+        raise ImageError(f"{path}: no such image") from None
     except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {str(error).rstrip('.')}: {TOO_LARGE}") from None
+        raise ImageError(f"{path}: {str(error).rstrip('.')}: {TOO_LARGE}") from None
     except Exception as error:  # decoders raise what they like: struct.error, TypeError, SyntaxError, ...
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: cannot be read as an image (broken or cut off): {error}") from None
+        raise ImageError(f"{path}: cannot be read as an image (broken or cut off): {error}") from None
 
 
 def _open(path: str | Path, formats: list[str], max_pixels: int | None) -> Image.Image:

@@ -19,7 +19,11 @@ class DataError(UserError, ValueError):
     """What is wrong with a data set, an image or a results file: names the file, the entry, the field and the value."""
 
 
-class SizeError(DataError):
+class ImageError(DataError):
+    """An image that cannot be read."""
+
+
+class SizeError(ImageError):
     """An image has another size than its annotation says."""
 
 

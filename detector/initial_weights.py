@@ -25,12 +25,20 @@ from detector.models import (
     with_new_names,
 )
 from detector.names import listed, short
-from detector.pretrained import CHECKPOINT_KEY, PretrainedDetector, checkpoint_of, detector_of, load_detector
+from detector.pretrained import (
+    CHECKPOINT_KEY,
+    PretrainedDetector,
+    checkpoint_of,
+    detector_of,
+    is_hub_name,
+    load_detector,
+)
 
 PREDICTOR = "roi_heads.box_predictor."
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
 LEAST = 0.5  # of the numbers outside of the predictor that must fit: less is another network
-WRAPPERS = ("", "module.", "model.", "module.model.", "model.module.")  # that training scripts put before each name
+# What training scripts, and torch.compile, put before each name.
+WRAPPERS = ("", "module.", "model.", "module.model.", "model.module.", "_orig_mod.", "module._orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def _read(given: str, config: DetectorConfig) -> _Source:
         if CHECKPOINT_KEY not in content:
             return _bare(path, content)
         return _known(detector_of(content, path))
-    if path.is_dir() or (not path.exists() and len(path.parts) == 2 and not path.suffix):
+    if path.is_dir() or is_hub_name(path):
         return _known(load_detector(given))
     if config.name.startswith("timm/"):
         others = "nobody publishes whole timm detectors"
@@ -123,7 +131,7 @@ def _known(detector: PretrainedDetector) -> _Source:
 
 def _bare(path: Path, content: dict[str, Any]) -> _Source:
     """A state_dict as any training script may have saved it."""
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model", "model_ema"):
         if isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -458,10 +458,15 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: 
         options["trainable_backbone_layers"] = config.trainable_layers
     if weights is None:
         options["num_classes"] = num_categories + 1
-    with _fetching(config.name, "set weights and weights_backbone to null"):
-        model = torchvision.models.get_model(config.name, weights=weights, weights_backbone=backbone, **options)
-    if own:
-        _hold_as_pretrained(model, config)
+    try:
+        with _fetching(config.name, "set weights and weights_backbone to null"):
+            model = torchvision.models.get_model(config.name, weights=weights, weights_backbone=backbone, **options)
+        if own:
+            _hold_as_pretrained(model, config)
+    except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"trainable_layers: {sentence(error)}") from None
     # Not by the builder's own argument, which only some of them take. As many anchors as before: the weights fit.
     model.rpn.anchor_generator = config.anchor_generator(len(model.rpn.anchor_generator.sizes))
     predictor = model.roi_heads.box_predictor
@@ -473,19 +478,18 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, pretrained: 
 def _hold_as_pretrained(model: FasterRCNN, config: DetectorConfig) -> None:
     """Hold what torchvision holds in training where it fetches the weights itself: lower layers, batch norms."""
     trained = config.trainable_layers
-    try:
-        if config.name == "fasterrcnn_resnet50_fpn":
-            model.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=trained)
-        elif config.name.startswith("fasterrcnn_mobilenet_v3_large"):
-            model.backbone = mobilenet_backbone(
-                backbone_name="mobilenet_v3_large", weights=None, fpn=True, trainable_layers=trained
-            )
-        else:  # v2, which trains its batch norms
-            layers = ("layer4", "layer3", "layer2", "layer1", "")[:trained]  # the last is all there is
-            for name, parameter in model.backbone.body.named_parameters():
-                parameter.requires_grad_(name.startswith(layers))
-    except ValueError as error:
-        raise ModelError(f"trainable_layers: {error}") from None
+    if config.name == "fasterrcnn_resnet50_fpn":
+        model.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=trained)
+    elif config.name.startswith("fasterrcnn_mobilenet_v3_large"):
+        model.backbone = mobilenet_backbone(
+            backbone_name="mobilenet_v3_large", weights=None, fpn=True, trainable_layers=trained
+        )
+    else:  # v2, which trains its batch norms
+        if trained > 5:
+            raise ValueError(f"there are 5 layers, got {trained}")
+        layers = ("layer4", "layer3", "layer2", "layer1", "")[:trained]  # the last is all there is
+        for name, parameter in model.backbone.body.named_parameters():
+            parameter.requires_grad_(name.startswith(layers))
 
 
 def _build_timm(config: DetectorConfig, num_categories: int, pretrained: bool) -> FasterRCNN:

@@ -139,7 +139,9 @@ class PretrainedDetector(
         images = []
         for number, one in enumerate(image):
             try:
-                images.append(as_image(one, max_pixels=max_pixels))
+                pixels = as_image(one, max_pixels=max_pixels)
+                refuse_narrow(self.model, *pixels.shape[1:])
+                images.append(pixels)
             except DataError as error:
                 raise DataError(f"images[{number}]: {error}") from None
         return self._detect(images, min_score)
@@ -358,9 +360,15 @@ def load_detector(source: str | Path) -> PretrainedDetector:
             f"{path}: not a folder of save_pretrained: it has no {CONFIG}; nor of a training run: it has no "
             "checkpoints/last.ckpt"
         )
-    if path.is_dir() or (not path.exists() and path.suffix != ".ckpt" and len(path.parts) == 2):
+    if path.is_dir() or is_hub_name(path):
         return PretrainedDetector.from_pretrained(source)
     return load_checkpoint(path)
+
+
+def is_hub_name(path: Path) -> bool:
+    """Whether it is no file or folder, and may be "owner/name" on Hugging Face's hub."""
+    weights = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+    return not path.exists() and len(path.parts) == 2 and path.suffix not in weights
 
 
 def checkpoint_of(source: str | Path) -> str:

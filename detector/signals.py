@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM, which clusters end jobs with: both reach all processes of a group, and the first one decides."""
 
-import os
+import atexit
+import multiprocessing
+import multiprocessing.util  # whose own handler at exit, registered by now, runs after ours
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,23 +10,17 @@ from contextlib import contextmanager
 
 
 def leave_signals_alone(worker: int) -> None:
-    """For a loader's workers, which must live until their parent has ended what is under way.
-
-    They end with their parent, which torch watches, or by a SIGTERM from it: torch sends one to a worker that does not
-    answer, and Python, at its own end, to all that are left.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # as on macOS: nothing tells who sent it
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_by_parents_signal, daemon=True).start()
+    """For a loader's workers, which must live until their parent has ended what is under way; they end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _end_by_parents_signal() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+@atexit.register
+def _end_workers() -> None:
+    """Python would send its daemons a SIGTERM, which those above ignore, and wait for them for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 @contextmanager

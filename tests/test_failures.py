@@ -256,6 +256,7 @@ def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name,
 
 
 UNFORESEEN = """
+import multiprocessing
 import sys
 from detector.training.command_line import parse, train
 from detector.training.data import CocoDataModule
@@ -264,6 +265,7 @@ from detector.training.task import DetectionTask
 def boom(*arguments):
     raise ZeroDivisionError("boom")
 
+multiprocessing.set_start_method(sys.argv.pop())
 data = CocoDataModule(sys.argv[1], train_split="train", val_split="val", workers=1)  # that nobody ends
 data.setup("fit")
 readers = iter(data.train_dataloader())
@@ -274,10 +276,11 @@ train(flags)
 """
 
 
-def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(digits, tmp_path):
+@pytest.mark.parametrize("start", ["fork", "forkserver"])  # the latter is Python 3.14's default
+def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(start, digits, tmp_path):
     flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--data.workers=2"]
     done = subprocess.run(
-        [sys.executable, "-c", UNFORESEEN, str(digits), *flags, "--trainer.max_epochs=1"],
+        [sys.executable, "-c", UNFORESEEN, str(digits), *flags, "--trainer.max_epochs=1", start],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -288,16 +291,16 @@ def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(digits, tm
     assert done.stderr.endswith("ZeroDivisionError: boom\n")
 
 
-def test_a_worker_obeys_its_parent_alone():
-    loader = DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_alone)
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_a_worker_reads_on_though_its_group_is_signalled(start):
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_alone, multiprocessing_context=start)
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()
     for number in (signal.SIGTERM, signal.SIGINT):
-        subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(number)})"], check=True)
-    assert [next(batches).item() for _ in range(2)] == [1, 2]
-    assert worker.is_alive()
-    worker.terminate()
+        os.kill(worker.pid, number)
+    assert [next(batches).item() for _ in range(3)] == [1, 2, 3]
+    del batches
     worker.join(60)
     assert worker.exitcode == 0
 

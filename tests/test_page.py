@@ -89,7 +89,9 @@ def make_report(classes=3, images=40, seed=0, names=None):
             "curves": {
                 "score": [i / 100 for i in range(101)],
                 "mean": {"precision": [*curve()[:-1], None], "recall": curve(), "f1": curve()},
-                "by_class": {name: curve() for name in names},
+                "by_class": {
+                    name: {"precision": [*curve()[:-1], None], "recall": curve(), "f1": curve()} for name in names
+                },
             },
         },
         "proposals": {
@@ -223,7 +225,7 @@ def test_page_is_whole_and_loads_nothing(html):
     assert html.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in reader.attributes
     assert {"svg", "table", "img", "caption", "nav"} <= reader.tags
-    assert html.count("<svg") == 8
+    assert html.count("<svg") == 10
     assert html.count("<style") == 1  # matplotlib's own would be the whole page's
     assert "://" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
 

@@ -270,7 +270,8 @@ class TestScoreThreshold:
             counts = matched_by_hand(coco, found, i / 100)
             wanted = measured(*np.sum(list(counts.values()), axis=0).tolist())
             assert tuple(curves["mean"][name][i] for name in ("precision", "recall", "f1")) == wanted
-            assert curves["by_class"]["a"][i] == measured(*counts[5])[2]
+            of_class = tuple(curves["by_class"]["a"][name][i] for name in ("precision", "recall", "f1"))
+            assert of_class == measured(*counts[5])
         assert curves["mean"]["precision"][100] is None
 
     def test_on_real_data_with_crowds(self, coco):

@@ -20,6 +20,8 @@ import io
 import sys
 from typing import TYPE_CHECKING, Any
 
+from first_look import underscored
+
 if TYPE_CHECKING:
     from detector.models import DetectorConfig
 
@@ -46,7 +48,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--max_size", type=int, metavar="N", help="the most pixels of the longer side; default: 1333")
     add("--anchor_sizes", type=int, nargs=5, metavar="N", help="default: 32 64 128 256 512")
     add("--aspect_ratios", type=float, nargs=3, metavar="R", help="height over width; default: 0.5 1 2")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(underscored(sys.argv[1:] if arguments is None else arguments))
     if options.workers < 1 or options.examples < 0:
         parser.error("--workers must be at least 1, --examples at least 0")
     if options.other_images is not None and options.other is None:

@@ -25,7 +25,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from first_look import underscored
+from first_look import refuse, underscored
 
 
 def score(text: str) -> float | str:
@@ -79,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    refuse(__doc__, "--checkpoint", "--annotations")
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,9 @@ def score(
         if found.broken:
             left_out.append(data.leave_out(found.broken))
         if left_out and not found.image_ids:
-            raise DataError(left_out[-1])
+            with suppress(OSError):  # it holds something
+                target.rmdir()
+            raise DataError(f"none of the images that were asked for can be read: {left_out[-1]}")
         seen = f"these are the first {total - len(data) + len(found.image_ids):,} of {total:,} images"
         if isinstance(found.stopped, KeyboardInterrupt):
             notes.append(f"Stopped by Ctrl-C: {seen}.")

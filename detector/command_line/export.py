@@ -49,6 +49,8 @@ def export(
                 f"--output {output}: no {suffix} file can be written, but by --format onnx NAME.onnx, by --format "
                 "pretrained a folder"
             )
+        if format == "pretrained" and suffix == ".onnx":
+            raise ModelError(f"--output {output}: --format pretrained writes a folder; leave it out for an ONNX file")
         detector, called = load_source(checkpoint, model, weights, crop)
         home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
         if format == "pretrained" and (batch_size > 1 or speed):

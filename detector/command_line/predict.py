@@ -122,7 +122,9 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
             raise
         raise DataError(f"{which} is damaged: operating_points: {type(error).__name__} {error}") from None
     span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
-    print(f"{which}: scores from {span} on, where F1 was highest")
+    about = newest["about"]
+    on = f" on {about['images']} images of {clean(str(about['data']))}" if {"images", "data"} <= about.keys() else ""
+    print(f"{which}: scores from {span} on, where F1 was highest{on}")
     return scores
 
 

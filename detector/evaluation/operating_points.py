@@ -77,7 +77,7 @@ def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
         highest F1, of equal ones the highest, then cut to few decimals as far as no other detection passes, and
         ``precision``, ``recall`` and ``f1`` there. Of a class of which nothing is found there is no ``score`` and
         ``precision``, of one without objects none of the four (``None``); ``mean`` is ``None`` in both cases. And
-        ``curves``, over 101 thresholds (``score``): the three of ``mean``, and of each class with objects its F1.
+        ``curves``, over 101 thresholds (``score``): the three of ``mean``, and of each class with objects.
     """
     if not scorer.evalImgs:  # faster-coco-eval keeps no matches
         images = scorer.params.imgIds
@@ -103,7 +103,7 @@ def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
             "score": THRESHOLDS,
             "mean": together.curves(),
             "by_class": {
-                name: ranking.curves()["f1"]
+                name: ranking.curves()
                 for name, ranking in zip(told_apart(categories), rankings, strict=True)
                 if ranking.objects
             },

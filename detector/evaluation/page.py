@@ -249,19 +249,22 @@ def confusion_table(confusion: Mapping[str, Any]) -> dict[str, Any]:
 def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
     """All plots that there are data for. Names of classes stand in the legends, which are HTML, never in the SVG."""
     plots = {}
-    curves = report["curves"]
-    if curves.get("mean"):
-        lines = [(f"IoU {iou}", values, color, False) for (iou, values), color in zip(curves["mean"].items(), LINES)]
-        plots["mean"] = _curves("mean", "Mean over the classes", curves["recall"], lines)
-    named = {name: values for name, values in curves.get("by_class", {}).items() if _finite(values).size}
+    drawn = report["curves"]
+    if drawn.get("mean"):
+        lines = [(f"IoU {iou}", values, color, False) for (iou, values), color in zip(drawn["mean"].items(), LINES)]
+        plots["mean"] = _curves("mean", "Mean over the classes", drawn["recall"], lines)
+    named = {name: values for name, values in drawn.get("by_class", {}).items() if _finite(values).size}
     if named:
         lines, remark = _class_lines(named, "AP50")
-        plots["by_class"] = _curves("by_class", "By class, at IoU 0.50", curves["recall"], lines, remark)
+        plots["by_class"] = _curves("by_class", "By class, at IoU 0.50", drawn["recall"], lines, remark)
     points = report["operating_points"]
     if points["mean"]:
         plots["threshold"] = _threshold(points)
-        lines, remark = _class_lines(points["curves"]["by_class"], "mean F1")
-        plots["f1"] = _over_scores("f1", "F1 by class", points["curves"]["score"], lines, remark)
+        for key, label in (("f1", "F1"), ("precision", "precision"), ("recall", "recall")):
+            of_class = {name: curves[key] for name, curves in points["curves"]["by_class"].items()}
+            lines, remark = _class_lines(of_class, f"mean {label}")
+            title = f"{label[0].upper()}{label[1:]} by class"
+            plots[key] = _over_scores(key, title, points["curves"]["score"], lines, remark)
     if any(row["AP"] is not None for row in report["by_iou"]):
         plots["by_iou"] = _by_iou(report["by_iou"])
     if any(row["AP"] is not None for row in report["by_size"]):
@@ -338,7 +341,7 @@ def _class_lines(curves: Mapping[str, Sequence[float | None]], rank: str) -> tup
             (label, values, colors[i % len(colors)], i >= len(colors))
             for i, (label, values) in enumerate(curves.items())
         ], ""
-    ordered = sorted(curves.items(), key=lambda item: -_finite(item[1]).mean())
+    ordered = sorted(curves.items(), key=lambda item: -_finite(item[1]).mean() if _finite(item[1]).size else 0.0)
     lines = [(label, values, color, False) for (label, values), color in zip(ordered[:5], LINES)]
     lines += [(label, values, color, True) for (label, values), color in zip(ordered[-5:], LINES)]
     return lines, f"Of {len(curves):,} classes the 5 with the highest {rank} and, dashed, the 5 with the lowest."

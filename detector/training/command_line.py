@@ -81,6 +81,9 @@ class TrainingCLI(LightningCLI):
         data = self.config.data
         # Absolute, so that the saved settings stand for the same data wherever they are read.
         data.root = str(find_root(data.root, data.dataset).absolute())
+        detector = self.config.model.detector
+        if detector.weights is not None and Path(detector.weights).exists():
+            detector.weights = str(Path(detector.weights).absolute())
         self.run = Run(self.config.run_dir, self.config.ckpt_path, save_every=self.config.save_every)
 
     def instantiate_classes(self) -> None:

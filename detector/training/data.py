@@ -151,7 +151,7 @@ class CocoDataModule(lightning.LightningDataModule):
         return shlex.join(["python", "tools/check.py", str(annotations), "--images", str(images)])
 
     def _files(self, split: str) -> tuple[Path, Path]:
-        return self.root / self.images.format(split=split), self.root / self.annotations.format(split=split)
+        return self.root / self.images.replace("{split}", split), self.root / self.annotations.replace("{split}", split)
 
     def _open_images(self) -> None:
         """One that cannot be read would end the run when it comes to it, in its scoring perhaps, hours later."""

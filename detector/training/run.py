@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from detector.coco import read_json
-from detector.errors import DataError, ModelError, sentence
+from detector.errors import DataError, ImageError, ModelError, sentence
 from detector.evaluation.scoring import described, score_split, write_scores
 from detector.folders import newest_folder, run_folder, unused_folder
-from detector.pretrained import load_checkpoint
+from detector.pretrained import checkpoint_of, load_checkpoint
 from detector.signals import sigterm_as_ctrl_c
 from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
 from detector.training.data import CocoDataModule
@@ -91,7 +91,7 @@ class Run:
                 _say_loudly(f"--ckpt_path last: there is no {self.checkpoint}. STARTING FROM THE BEGINNING.")
                 self.checkpoint = None
         else:
-            self.checkpoint = Path(ckpt_path)
+            self.checkpoint = Path(checkpoint_of(ckpt_path))
             if not self.checkpoint.is_file():
                 raise ModelError(f"--ckpt_path {ckpt_path}: no such file")
             # From another than the last one, a run must not write over what came after it.
@@ -235,9 +235,12 @@ class Run:
         if known is None and isinstance(error, (TrainingError, DataError, OSError)):
             known = error
         last = self.checkpoints.last
-        if known is None or (known is error and not last.exists()):
+        if known is None or (known is error and not last.exists() and not isinstance(error, ImageError)):
             return known
         stays = f". The last good checkpoint stays: {last}" if last.exists() else ""
+        if isinstance(error, ImageError) and not data.skip_broken:
+            begins = f" --model.detector.weights {last}" if last.exists() else ""
+            stays += f". To leave such images out, begin a new run: --data.skip_broken true{begins}"
         return TrainingError(f"{sentence(known)}{stays}")
 
 
