@@ -659,6 +659,9 @@ def with_broken_images(data, root):
 def test_broken_images_are_left_out_named_and_counted(options, checkpoint, data, tmp_path, capsys):
     root = with_broken_images(data, tmp_path / "broken")
     options = {"checkpoint": str(checkpoint), "split": "val"} | options
+    with pytest.raises(SystemExit, match="none of the images that were asked for can be read: 1 of "):
+        score(root=str(root), output="none", skip_broken=True, limit=1, **options)
+    assert not Path("none").exists()
     with pytest.raises(SystemExit) as stop:
         score(root=str(root), output="out", skip_broken=True, **options)
     assert stop.value.code == 3
@@ -721,7 +724,7 @@ def test_no_image_that_can_be_read_is_an_error(checkpoint, data, tmp_path):
     root = with_broken_images(data, tmp_path / "broken")
     for number in (2, 5):
         (root / "val" / f"{number}.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"error: 5 of 5 images cannot be read"):
+    with pytest.raises(SystemExit, match=r"error: none of the images .*: 5 of 5 images cannot be read"):
         score(checkpoint=str(checkpoint), root=str(root), split="val", workers=0, output="out", skip_broken=True)
     assert not (tmp_path / "out" / "scores.json").exists()
 

@@ -205,6 +205,8 @@ def test_images_of_any_proportions_are_looked_at_or_refused(detector):
             detector.detect(torch.zeros(3, *size), min_score=0)
         except DataError as error:
             refused.append((size, str(error).partition(":")[0]))
+    with pytest.raises(DataError, match=r"^images\[1\]: an image of 129 x 1 pixels is too narrow"):
+        detector.detect([torch.zeros(3, 9, 9), torch.zeros(3, 1, 129)])
     narrow = [(1, 129), (129, 1), (1, 257), (2, 257), (257, 2)]
     assert refused == [(size, f"an image of {size[1]} x {size[0]} pixels is too narrow") for size in narrow]
 

@@ -76,13 +76,16 @@ def saved_as(kind, folder, checkpoint, weights):
         "Lightning": {"state_dict": {f"model.{name}": value for name, value in weights.items()}, "epoch": 1},
         "DataParallel": {f"module.{name}": value for name, value in weights.items()},
         "both": {"state_dict": {f"model.module.{name}": value for name, value in weights.items()} | {"x": [1]}},
+        "PyTorch's tutorial, compiled": {
+            "model_state_dict": {f"_orig_mod.{name}": value for name, value in weights.items()}
+        },
     }[kind]
     torch.save(content, folder / "weights.pth", _use_new_zipfile_serialization=kind != "bare")
     return folder / "weights.pth"
 
 
 NAMED = ["checkpoint", "run folder", "saved folder"]
-BARE = ["bare", "torchvision's script", "Lightning", "DataParallel", "both"]
+BARE = ["bare", "torchvision's script", "Lightning", "DataParallel", "both", "PyTorch's tutorial, compiled"]
 
 
 @pytest.mark.parametrize("kind", [*NAMED, *BARE])
@@ -355,3 +358,26 @@ def test_a_detector_that_started_from_a_file_is_loaded_and_saved_without_it(chec
         (found,) = again.look_at([scene()])
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         assert set(batch_norm_eps(again.model).values()) == {0.25}
+
+
+@pytest.mark.parametrize("name", ["me/bccd", "me/bccd-v1.5"])
+def test_a_name_on_the_hub_is_asked_for_there(name, monkeypatch):
+    asked = []
+
+    def ask(given):
+        asked.append(given)
+        raise ModelError("not now")
+
+    monkeypatch.setattr("detector.initial_weights.load_detector", ask)
+    with pytest.raises(ModelError, match="not now"):
+        start(name)
+    assert asked == [name]
+    with pytest.raises(ModelError, match="no such file or folder"):
+        start(f"{name}.pth")
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", SMALL])
+def test_more_layers_than_there_are(name):
+    config = DetectorConfig(name=name, weights="weights.pth", trainable_layers=9)
+    with pytest.raises(ModelError, match=r"trainable_layers: .*9"):
+        build_detector(config, 2, pretrained=False)

@@ -405,6 +405,8 @@ def test_export_to_another_format_is_refused_at_once(tmp_path, name):
             export(checkpoint="nothing.ckpt", output=str(tmp_path / other))
     with pytest.raises(SystemExit, match=r"nothing\.ckpt: no such file"):
         export(checkpoint="nothing.ckpt", format="pretrained", output=str(tmp_path / name))
+    with pytest.raises(SystemExit, match="--format pretrained writes a folder"):
+        export(checkpoint="nothing.ckpt", format="pretrained", output=str(tmp_path / "x.onnx"))
     assert not list(tmp_path.iterdir())
 
 

@@ -39,6 +39,7 @@ from detector.training import fit
 from detector.training.command_line import browse_training_images, parse, train
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
+from detector.training.run import Run
 from detector.training.task import DetectionTask
 
 
@@ -528,6 +529,32 @@ def test_many_images_are_not_opened_unasked(digits, tmp_path, monkeypatch, caplo
     data = CocoDataModule(str(tmp_path / "digits"), skip_broken=True, **options)
     data.setup("fit")
     assert len(data.train_set) == len(data.val_set) == 2
+
+
+def test_a_broken_image_that_was_not_opened_first_names_the_way_on_without_it(digits, tmp_path, monkeypatch):
+    shutil.copytree(digits, tmp_path / "digits")
+    path = min((tmp_path / "digits" / "train").iterdir())
+    path.write_bytes(path.read_bytes()[:2000])
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr("detector.training.data.OPENED_PIXELS", 1000)
+    flags = [*TINY, f"--data.root={tmp_path / 'digits'}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
+    with pytest.raises(SystemExit, match=r"\.png: .*begin a new run: --data\.skip_broken true"):
+        train(flags)
+
+
+def test_other_braces_in_the_pattern_of_a_file(tmp_path):
+    data = CocoDataModule(str(tmp_path), annotations="{a}/{split}.json", images="{split}{")
+    assert data._files("val") == (tmp_path / "val{", tmp_path / "{a}" / "val.json")
+
+
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(tmp_path):
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    run = Run(tmp_path / "run", tmp_path / "run")
+    assert run.checkpoint == last
+    assert run.folder == tmp_path / "run"
 
 
 def test_one_process_opens_the_images_for_all(digits, tmp_path, monkeypatch):
