@@ -21,7 +21,7 @@ from detector.evaluation.metric import Result, to_results
 from detector.files import write_json
 from detector.inference import BATCH_PIXELS, of_one_size
 from detector.pretrained import PretrainedDetector
-from detector.signals import leave_signals_alone
+from detector.signals import ignoring_signals
 
 JPEG_SIDE = 65500  # pixels, the format's limit
 # Of images that are not read, in folders; the first ones only where this Pillow cannot.
@@ -189,7 +189,7 @@ def predict_images(
             )
             raise DataError(f"{folder / picture}: is one of the images, and {what}; write to another folder")
     loader: DataLoader[Any] = DataLoader(
-        _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_alone
+        _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=ignoring_signals()
     )
 
     def put_aside(index: int, reason: str) -> None:

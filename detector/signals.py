@@ -2,24 +2,36 @@
 
 import atexit
 import multiprocessing
-import multiprocessing.util  # whose own handler at exit, registered by now, runs after ours
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+PATIENCE = 2.0  # seconds
 
-def leave_signals_alone(worker: int) -> None:
-    """For a loader's workers, which must live until their parent has ended what is under way; they end with it."""
+
+def ignoring_signals() -> Callable[[int], None]:
+    """A ``worker_init_fn`` for a loader: its workers live until their parent has ended what is under way."""
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)  # behind multiprocessing's own handler, so that it runs before that
+    return _ignore_signals
+
+
+def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def _end_workers() -> None:
-    """Python would send its daemons a SIGTERM, which those above ignore, and wait for them for ever."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
+    """Python sends its daemons a SIGTERM and waits for them, for ever if they ignore it: those are killed."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    for child in daemons:
+        child.terminate()
+    until = time.monotonic() + PATIENCE
+    for child in daemons:
+        child.join(max(until - time.monotonic(), 0))
+        if child.is_alive():
             child.kill()
 
 

@@ -21,11 +21,12 @@ pytest.importorskip("timm")
 from test_resume import STUB
 from tiny_training import REPOSITORY, TINY
 
+from detector import signals
 from detector.coco import CocoDetection
 from detector.command_line.evaluate import score
 from detector.digits import write_digits
 from detector.evaluation import prediction
-from detector.signals import leave_signals_alone
+from detector.signals import ignoring_signals
 from detector.training import run
 from detector.training.checkpoints import Checkpoints
 from detector.training.command_line import parse, train
@@ -293,7 +294,7 @@ def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(start, dig
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_a_worker_reads_on_though_its_group_is_signalled(start):
-    loader = DataLoader(range(4), num_workers=1, worker_init_fn=leave_signals_alone, multiprocessing_context=start)
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=ignoring_signals(), multiprocessing_context=start)
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()
@@ -303,6 +304,27 @@ def test_a_worker_reads_on_though_its_group_is_signalled(start):
     del batches
     worker.join(60)
     assert worker.exitcode == 0
+
+
+def wait_for_sigterm(obey, ready):
+    signal.signal(signal.SIGTERM, (lambda *_: os._exit(7)) if obey else signal.SIG_IGN)
+    ready.set()
+    while True:
+        signal.pause()
+
+
+def test_at_the_end_only_what_ignores_sigterm_is_killed():
+    fork = multiprocessing.get_context("fork")
+    children = []
+    for obey in (True, False):
+        ready = fork.Event()
+        children.append(fork.Process(target=wait_for_sigterm, args=(obey, ready), daemon=True))
+        children[-1].start()
+        assert ready.wait(60)
+    signals._end_workers()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [7, -signal.SIGKILL]
 
 
 def terminating(function, calls, at=1):

@@ -828,5 +828,11 @@ def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
     ignored = replace(DetectorConfig(), anchor_sizes=(1, 2, 3, 4, 5))
     old = {name: value for name, value in asdict(ignored).items() if name not in names}
     go_on(old, DetectorConfig())
+    # Where the weights that it began from lay, or are called now, does not matter; that it had some does.
+    begun = asdict(DetectorConfig(weights="/somewhere/run"))
+    go_on(begun, DetectorConfig(weights="run"))
+    for other in (None, "DEFAULT"):
+        with pytest.raises(TrainingError, match="was trained with weights one's own, this run has"):
+            go_on(begun, DetectorConfig(weights=other))
     with pytest.raises(TrainingError, match=r"was trained with anchor_sizes \(32, 64, 128, 256, 512\), this run has"):
         go_on(old, ignored)

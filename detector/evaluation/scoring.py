@@ -23,7 +23,7 @@ from detector.evaluation.prediction import Predictions, predict
 from detector.evaluation.report import Report, as_text, make_report
 from detector.files import write_json, write_whole
 from detector.order import ScoringBatches
-from detector.signals import leave_signals_alone
+from detector.signals import ignoring_signals
 
 
 def score_split(
@@ -202,7 +202,7 @@ def run_detector(
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
         num_workers=workers,
         collate_fn=_collate_readable if skip_broken else collate,
-        worker_init_fn=leave_signals_alone,
+        worker_init_fn=ignoring_signals(),
     )
     found = Predictions()
     with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:

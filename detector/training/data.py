@@ -20,7 +20,7 @@ from detector.coco import CocoDetection, Target, collate, find_root
 from detector.errors import DataError
 from detector.order import ScoringBatches, TrainingBatches
 from detector.shared_images import equal_files
-from detector.signals import leave_signals_alone
+from detector.signals import ignoring_signals
 from detector.training.failures import ANEW, TrainingError
 
 MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
@@ -258,7 +258,7 @@ class CocoDataModule(lightning.LightningDataModule):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
-            worker_init_fn=leave_signals_alone,
+            worker_init_fn=ignoring_signals(),
         )
 
     def _ranks(self) -> tuple[int, int]:

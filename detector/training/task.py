@@ -188,9 +188,9 @@ class DetectionTask(lightning.LightningModule):
                 "can start a new run: --model.detector.weights FILE"
             )
         before = {"category_names": saved["category_names"], "crop": saved["crop"]}
-        before |= asdict(saved_settings(saved["detector"]))
+        before |= _settings(saved_settings(saved["detector"]))
         before |= {f"box_gradient.{name}": value for name, value in saved["box_gradient"].items()}
-        now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | asdict(self.detector)
+        now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | _settings(self.detector)
         now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
         for name, value in now.items():
             if _plain(before.get(name)) != _plain(value):
@@ -248,3 +248,8 @@ class DetectionTask(lightning.LightningModule):
 def _plain(value: Any) -> Any:
     """A list for a tuple, which a configuration file may have made of it."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _settings(detector: DetectorConfig) -> dict[str, Any]:
+    """Those that a run goes on with. Where weights of one's own came from is past: the checkpoint has them."""
+    return asdict(detector) | ({"weights": "one's own"} if starts_from_own_weights(detector) else {})
