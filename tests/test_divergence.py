@@ -41,6 +41,15 @@ def noisy(means, seed=0):
     return [mean * generator.expovariate(1) for mean in means]
 
 
+# Every tenth loss of two trainings on 140 photographs, 4 a batch: one that the box gradient wrecked, to an AP of 0.10
+# against 0.59 without it, and one that began from a trained detector.
+WRECKED = (
+    "0.97 1.14 1.23 0.73 1.00 7.18 3.83 3.44 4.57 3.56 4.12 2.22 2.40 2.88 2.76 3.22 2.43 2.47 3.12 0.85 1.65 1.80 "
+    "1.86 2.12 2.51 2.44 2.03 2.23 2.30 1.40 2.34"
+)
+WRECKED = [float(loss) for loss in WRECKED.split()]
+TRAINED_ON = "0.37 0.24 0.59 0.42 0.65 0.62 0.26 0.38 0.49 0.58 0.35 0.50 0.33 0.24 0.27 0.25 0.30 0.21 0.17 0.20 0.20"
+TRAINED_ON = [float(loss) for loss in TRAINED_ON.split()]
 RISEN = [3 - 2.5 * step / 300 for step in range(300)] + [0.5 * 1.1 ** min(step, 44) for step in range(300)]
 
 
@@ -65,6 +74,12 @@ def test_the_box_gradient_is_not_blamed_where_there_is_none():
         assert "box_gradient" not in watch.verdict(SimpleNamespace(**(vars(TASK) | other)))
 
 
+def test_a_training_that_was_wrecked_is_told_half_way(capsys):
+    feed([loss for loss in WRECKED for _ in range(10)])
+    (said,) = re.findall(r"After step (\d+): the loss has been", capsys.readouterr().err)
+    assert int(said) <= 210
+
+
 def test_worse_than_untrained_from_the_start_is_said(capsys):
     feed([3.0] * 8 + [40.0] * 200)
     assert "the training diverges" in capsys.readouterr().err
@@ -75,13 +90,14 @@ def test_worse_than_untrained_from_the_start_is_said(capsys):
     [
         noisy([3 * 0.998**step + 0.3 for step in range(5000)]),
         noisy([0.3] * 20_000, seed=1),
-        [0.4] * 100 + [1.1] * 300 + [0.4] * 300,  # the rate at its peak
+        [0.4] * 100 + [0.75] * 300 + [0.4] * 300,  # the rate at its peak
+        [loss for loss in TRAINED_ON for _ in range(10)],
         [3000.0 if step % 20 == 19 and step > 300 else 0.3 for step in range(900)],  # images out of all proportion
         [0.5] * 200 + [40.0] * 50 + [0.5] * 200,  # it finds back
         [33.0] * 20,
         [],
     ],
-    ids=["falling", "flat", "bump", "outliers", "recovers", "short", "none"],
+    ids=["falling", "flat", "bump", "trained on", "outliers", "recovers", "short", "none"],
 )
 def test_no_false_alarm(losses, capsys):
     assert feed(losses).verdict(TASK) is None
