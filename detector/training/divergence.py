@@ -13,8 +13,8 @@ from detector.evaluation import Result
 
 FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
 LONG = 3  # blocks in a row, of which a short burst spoils two
-# Batches of one image wander by 1.2; for one block, a trained detector that is trained on at the full rate by 1.7, and a
-# rate that climbs too high by 2.6. A training on photographs that the box gradient wrecked stayed at 2.1 to 3.9.
+# Batches of one image wander by 1.2; for one block, a trained detector that is trained on at the full rate by 1.7, and
+# a rate that climbs too high by 2.6. A training on photographs that the box gradient wrecked stayed at 2.1 to 3.9.
 FACTOR = 2.0
 FLAT = 0.01  # between the highest and the lowest score
 
