@@ -16,17 +16,26 @@ SIZES = ((240, 192), (192, 240), (224, 208))  # width, height of the canvases, i
 SOURCE_SCALE = 8  # the 8x8 digits are enlarged by this before they are bent, so that strokes stay smooth
 
 
-def write_digits(root: str | Path, *, seed: int = 0, splits: dict[str, int] = SPLITS) -> None:
+def write_digits(
+    root: str | Path,
+    *,
+    seed: int = 0,
+    splits: dict[str, int] = SPLITS,
+    count: tuple[int, int] = (1, 8),
+    height: tuple[float, float] = (20, 96),
+) -> None:
     """Write a data set in COCO's layout: ``annotations/instances_SPLIT.json`` and the folder ``SPLIT`` of PNGs.
 
-    Real strokes of 1,797 digits, of which no two splits share one: 20 to 96 pixels high, stretched, slanted, in
-    any colour, partly overlapping, among scribbles; one image in twenty has no digit. The same bytes from the same
-    seed. The folder appears when it is complete, or not at all.
+    Real strokes of 1,797 digits, of which no two splits share one, stretched, slanted, in any colour, partly
+    overlapping, among scribbles; one image in twenty has no digit. The same bytes from the same seed. The folder
+    appears when it is complete, or not at all.
 
     Args:
         root: the folder to make.
         seed: of every choice.
         splits: images of each split.
+        count: least and most digits of an image; fewer where there is no room for more.
+        height: the lowest and the highest digit, in pixels; canvases are 192 to 240 pixels wide and high.
 
     Raises:
         DataError: scikit-learn is missing, or ``root`` is there already.
@@ -47,9 +56,11 @@ def write_digits(root: str | Path, *, seed: int = 0, splits: dict[str, int] = SP
     unfinished = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
         (unfinished / "annotations").mkdir()
-        for (split, count), pool in zip(splits.items(), pools):
+        for (split, images), pool in zip(splits.items(), pools):
             (unfinished / split).mkdir()
-            content = _write_split(unfinished / split, count, digits.images[pool], digits.target[pool], rng)
+            content = _write_split(
+                unfinished / split, images, digits.images[pool], digits.target[pool], rng, count, height
+            )
             (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
         unfinished.chmod(0o755)  # a temporary folder is private
         unfinished.rename(root)
@@ -59,7 +70,13 @@ def write_digits(root: str | Path, *, seed: int = 0, splits: dict[str, int] = SP
 
 
 def _write_split(
-    folder: Path, count: int, images: np.ndarray, classes: np.ndarray, rng: np.random.Generator
+    folder: Path,
+    number: int,
+    digits: np.ndarray,
+    classes: np.ndarray,
+    rng: np.random.Generator,
+    count: tuple[int, int],
+    height: tuple[float, float],
 ) -> dict[str, Any]:
     content: dict[str, Any] = {
         "info": {"description": "scikit-learn's handwritten digits on cluttered canvases"},
@@ -67,13 +84,13 @@ def _write_split(
         "images": [],
         "annotations": [],
     }
-    for image_id in range(1, count + 1):
-        width, height = SIZES[rng.integers(len(SIZES))]
-        canvas = _background(width, height, rng)
+    for image_id in range(1, number + 1):
+        size = SIZES[rng.integers(len(SIZES))]
+        canvas = _background(*size, rng)
         boxes: list[tuple[int, int, int, int]] = []
-        for _ in range(0 if rng.random() < 0.05 else rng.integers(1, 9)):
-            pick = rng.integers(len(images))
-            box = _paste(canvas, _bend(images[pick], rng), boxes, rng)
+        for _ in range(0 if rng.random() < 0.05 else rng.integers(count[0], count[1] + 1)):
+            pick = rng.integers(len(digits))
+            box = _paste(canvas, _bend(digits[pick], rng, height), boxes, rng)
             if box is None:
                 continue
             boxes.append(box)
@@ -90,7 +107,7 @@ def _write_split(
             )
         name = f"{image_id:05}.png"
         canvas.save(folder / name)
-        content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+        content["images"].append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
     return content
 
 
@@ -109,7 +126,7 @@ def _background(width: int, height: int, rng: np.random.Generator) -> Image.Imag
     return Image.fromarray(np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8))
 
 
-def _bend(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _bend(digit: np.ndarray, rng: np.random.Generator, heights: tuple[float, float]) -> np.ndarray:
     """One digit [8, 8], 0 to 16, as a tight mask of opacity 0 to 255 of some size, slant and aspect ratio."""
     ink = Image.fromarray(np.pad(digit * (255 / 16), 1).astype(np.uint8))
     ink = ink.resize((10 * SOURCE_SCALE, 10 * SOURCE_SCALE), Image.Resampling.BICUBIC)
@@ -117,7 +134,7 @@ def _bend(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     strokes = np.clip((np.asarray(ink, dtype=float) - 70) * 2.2, 0, 255).astype(np.uint8)  # crisp edges
     rows, columns = np.nonzero(strokes > 127)
     tight = strokes[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    height = np.exp(rng.uniform(np.log(20), np.log(96)))
+    height = np.exp(rng.uniform(*np.log(heights)))
     width = height * tight.shape[1] / tight.shape[0] * np.exp(rng.uniform(-0.35, 0.35))
     size = (max(round(width), 5), max(round(height), 5))
     return np.asarray(Image.fromarray(tight).resize(size, Image.Resampling.BILINEAR))

@@ -5,13 +5,24 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
+from detector.bound import fork
+from detector.box_gradient import BoxGradient
+from detector.watch import BoxGradientWatch
+
 
 class AttachedRPN(RegionProposalNetwork):
     """torchvision's RPN, its proposals attached to the deltas and in float32.
 
     The stock one decodes ``deltas.detach()``, inline, so ``forward`` is written anew; all it calls is inherited.
     Anchors and proposals are float32 under autocast too: bfloat16 has steps of 2 pixels above 256.
+
+    In training, what comes back through a proposal is held to ``box_gradient.bound`` of what the RPN's own box loss
+    asks of the same anchor.
     """
+
+    box_gradient = BoxGradient()
+    step = 0  # training steps, of which the first box_gradient.warmup_steps leave the proposals detached
+    watch: BoxGradientWatch | None = None
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -27,7 +38,8 @@ class AttachedRPN(RegionProposalNetwork):
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         objectness, deltas = objectness.to(anchors[0].dtype), deltas.to(anchors[0].dtype)
 
-        proposals = self.box_coder.decode(deltas, anchors).view(len(anchors), -1, 4)
+        deltas, deltas_of_proposals = self._fork(deltas)
+        proposals = self.box_coder.decode(deltas_of_proposals, anchors).view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(proposals, objectness, images.image_sizes, anchors_per_level)
         if not self.training:
             return boxes, {}
@@ -37,3 +49,15 @@ class AttachedRPN(RegionProposalNetwork):
         regression_targets = self.box_coder.encode(matched_boxes, anchors)
         loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, regression_targets)
         return boxes, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
+
+    def _fork(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """The deltas for the RPN's own box loss, and those that the proposals are decoded from."""
+        if not (self.training and torch.is_grad_enabled()):
+            return deltas, deltas
+        self.step += 1
+        if not self.box_gradient.enabled or self.step <= self.box_gradient.warmup_steps:
+            return deltas, deltas.detach()
+        own, others = fork(deltas, self.box_gradient.bound)
+        if self.watch is not None:
+            self.watch.see_deltas(own, others)
+        return own, others

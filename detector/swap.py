@@ -30,7 +30,8 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
 
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
-        box_gradient: which losses move the proposals, and how far.
+        box_gradient: which losses move the proposals, and how far. The default cannot take a training over; training
+            steps are counted from here for its ``warmup_steps``, as ``model.rpn.step``: set that to go on from one.
         sampler: how the pools read the features, see :func:`~detector.affine_crop`; ``None`` leaves it as it is,
             which in a stock model is "auto".
 
@@ -59,7 +60,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
         pool.size_divisible = getattr(model.transform, "size_divisible", None)
     _attach(rpn, AttachedRPN, RegionProposalNetwork)
     _attach(heads, AttachedRoIHeads, RoIHeads)
-    heads.box_gradient = box_gradient
+    rpn.box_gradient = heads.box_gradient = box_gradient
     return model
 
 
@@ -86,8 +87,9 @@ def restore_roi_align(model: Model) -> Model:
             pool.__dict__.pop(name, None)
     _detach(rpn, AttachedRPN)
     _detach(heads, AttachedRoIHeads)
-    for name in ("box_gradient", "_drawn"):
-        heads.__dict__.pop(name, None)
+    for part in (rpn, heads):
+        for name in ("box_gradient", "step", "watch", "_drawn"):
+            part.__dict__.pop(name, None)
     return model
 
 

@@ -28,7 +28,9 @@ OFF = BoxGradient(crop=0, coder=0)
 
 
 def test_defaults():
-    assert BoxGradient() == BoxGradient(crop=1.0, coder=1.0, losses=("box",), positives_only=True)
+    assert BoxGradient() == BoxGradient(
+        crop=1.0, coder=1.0, losses=("box",), positives_only=True, bound=0.1, warmup_steps=0
+    )
 
 
 def test_settings_are_frozen_and_hashable():
@@ -406,10 +408,10 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (BoxGradient(), ["loss_box_reg"]),
-        (BoxGradient(losses=EVERY_LOSS, positives_only=False), ["loss_classifier", "loss_box_reg"]),
+        (BoxGradient.exact(), ["loss_box_reg"]),
+        (BoxGradient(losses=EVERY_LOSS, positives_only=False, bound=None), ["loss_classifier", "loss_box_reg"]),
     ],
-    ids=["default", "all"],
+    ids=["exact", "all"],
 )
 def test_from_the_loss_to_the_deltas_of_the_rpn(fpn, settings, names):
     """End to end: d loss / d bbox_pred of the swapped model = finite differences of the stock one, which is cut."""
@@ -440,7 +442,7 @@ def test_each_path_reaches_the_deltas_of_the_rpn_apart():
     images, targets = batch(torch.float64)
     reached = {}
     for crop, coder in [(1, 1), (1, 0), (0, 1), (0, 0)]:
-        swapped = swap_crop_head(copy.deepcopy(model), BoxGradient(crop=crop, coder=coder))
+        swapped = swap_crop_head(copy.deepcopy(model), BoxGradient(crop=crop, coder=coder, bound=None))
         loss = model_losses(swapped, images, targets)["loss_box_reg"]
         reached[crop, coder] = gradients_of(swapped, loss)["rpn.head.bbox_pred.weight"]
     assert reached.pop((0, 0)) is None
@@ -526,7 +528,7 @@ def test_live_batch_norm_in_the_box_head_sees_one_batch():
 
 def test_frozen_features_and_heads():
     # Nothing that the box loss passes through has a parameter to train, but for the RPN's.
-    model = swap_crop_head(tiny_rcnn().train(), BoxGradient())
+    model = swap_crop_head(tiny_rcnn().train(), BoxGradient.exact())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("rpn.head"))
     images, targets = batch()

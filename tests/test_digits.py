@@ -33,15 +33,25 @@ def test_splits_share_no_digit(tmp_path, monkeypatch):
     used = {}
     write_split = digits._write_split
 
-    def record(folder, count, images, classes, rng):
+    def record(folder, number, images, classes, *others):
         used[folder.name] = {image.tobytes() for image in images}
         assert len(images) > 100
         assert set(classes) == set(range(10))
-        return write_split(folder, count, images, classes, rng)
+        return write_split(folder, number, images, classes, *others)
 
     monkeypatch.setattr(digits, "_write_split", record)
     write_digits(tmp_path / "a", splits=SMALL)
     assert not used["train"] & used["val"]
+
+
+def test_how_many_and_how_large(tmp_path):
+    write_digits(tmp_path / "a", splits={"train": 40, "val": 4}, count=(1, 1), height=(100, 150))
+    content = json.loads((tmp_path / "a" / "annotations" / "instances_train.json").read_text())
+    heights = [annotation["bbox"][3] for annotation in content["annotations"]]
+    assert 30 < len(heights) < 40
+    assert len({annotation["image_id"] for annotation in content["annotations"]}) == len(heights)
+    assert min(heights) >= 99
+    assert max(heights) <= 151
 
 
 def test_layout_and_boxes(tmp_path):
@@ -67,7 +77,7 @@ def test_box_is_tight_on_the_ink(monkeypatch):
     rng = np.random.default_rng(0)
     for digit in load_digits().images[:20]:
         canvas = Image.new("RGB", (240, 192), (128, 128, 128))
-        x1, y1, x2, y2 = _paste(canvas, _bend(digit, rng), [], rng)
+        x1, y1, x2, y2 = _paste(canvas, _bend(digit, rng, (20, 96)), [], rng)
         changed = np.abs(np.asarray(canvas).astype(int) - 128).max(axis=2) > 40
         rows, columns = np.nonzero(changed)
         found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])

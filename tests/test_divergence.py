@@ -23,7 +23,7 @@ from detector.training.divergence import Divergence, all_alike
 from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
 
-TASK = SimpleNamespace(optimizer=OptimizerConfig(lr=0.25), crop="affine", box_gradient=BoxGradient())
+TASK = SimpleNamespace(optimizer=OptimizerConfig(lr=0.25), crop="affine", box_gradient=BoxGradient.exact())
 
 
 def feed(losses, watch=None, first=0, accumulated=1):
@@ -64,13 +64,13 @@ def test_a_loss_that_rises_and_stays_finite_is_said_once_while_it_happens(scale,
     assert float(times) == pytest.approx(33 / 0.68, rel=0.05)
     assert int(batches) == 150
     assert "a lower --model.optimizer.lr (0.25), or --trainer.gradient_clip_val" in said
-    assert "--model.box_gradient.crop 0 --model.box_gradient.coder 0" in said
+    assert "or hold the box gradient back: --model.box_gradient.bound 0.1" in said
     assert "for 250 batches" in watch.verdict(TASK)  # at the end
 
 
-def test_the_box_gradient_is_not_blamed_where_there_is_none():
+def test_the_box_gradient_is_not_blamed_where_there_is_none_or_it_is_held_back():
     watch = feed(RISEN)
-    for other in ({"crop": "roi_align"}, {"box_gradient": BoxGradient(crop=0, coder=0)}):
+    for other in ({"crop": "roi_align"}, *({"box_gradient": g} for g in (BoxGradient(crop=0, coder=0), BoxGradient()))):
         assert "box_gradient" not in watch.verdict(SimpleNamespace(**(vars(TASK) | other)))
 
 

@@ -144,7 +144,11 @@ def experiment():
 def test_refinement_loss_alone_moves_the_proposals_to_the_truth(experiment, path):
     """With both paths; with the gradient off they stay; with the crop path alone they flee, as BoxGradient warns."""
     model, seen, new = copy.deepcopy(experiment)
-    settings = {"both": BoxGradient(), "off": BoxGradient(crop=0, coder=0), "crop alone": BoxGradient(coder=0)}
+    settings = {
+        "both": BoxGradient.exact(),
+        "off": BoxGradient(crop=0, coder=0),
+        "crop alone": BoxGradient(coder=0, bound=None),
+    }
     swap_crop_head(model, settings[path])
     before = proposal_iou(model, *new)
     train(model, *seen, lr=3e-4, steps=120)

@@ -62,6 +62,7 @@ def flags(tmp_path_factory):
         "--trainer.max_epochs=3",
         "--trainer.accumulate_grad_batches=2",
         "--model.optimizer.ema=0.99",
+        "--model.box_gradient.warmup_steps=4",
         "--save_every=2",
     ]
 

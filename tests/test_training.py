@@ -181,12 +181,17 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
     with pytest.raises(SystemExit, match=rf"optimizer\.lr 0\.001, this run has 0\.01: go on with the same{anew}"):
         train([*arguments, f"--ckpt_path={last}", "--model.optimizer.lr=0.01"])
     with pytest.raises(
-        SystemExit, match=r"trained with box_gradient\.crop 0\.2, this run has 0\.0: go on with the same"
+        SystemExit, match=r"trained with box_gradient\.crop 1\.0, this run has 0\.0: go on with the same"
     ):
         train([*arguments, f"--ckpt_path={last}", "--model.box_gradient.crop=0"])
     old = tmp_path / "old" / "last.ckpt"
     old.parent.mkdir()
     content = torch.load(last, weights_only=True)
+    for name in ("bound", "warmup_steps"):  # that earlier versions did not have
+        del content[CHECKPOINT_KEY]["box_gradient"][name]
+    torch.save(content, old)
+    with pytest.raises(SystemExit, match=r"trained with box_gradient\.bound None, this run has 0\.1: go on with the same"):
+        train([*arguments, f"--ckpt_path={old}"])
     del content[CHECKPOINT_KEY]["box_gradient"]
     torch.save(content, old)
     with pytest.raises(SystemExit, match="of an earlier version of this project: it can be scored, not resumed"):
@@ -740,7 +745,31 @@ def test_scores_of_the_run_include_the_losses(trained):
     log.Reload()
     names = set(log.Tags()["scalars"])
     assert {"val/AP", "val/loss", "val/loss_box_reg", "train/loss", "lr-AdamW/pg1", "lr-AdamW/pg2"} <= names
+    assert {"box_gradient/ratio", "box_gradient/iou"} <= names
     assert len(log.Scalars("val/loss")) == 2
+
+
+def test_the_warm_up_counts_the_steps_of_the_run(monkeypatch):
+    """Not the batches that this process has seen: a run that goes on, and accumulated batches, warm up alike."""
+    seen = []
+
+    class Model:
+        rpn = SimpleNamespace(step=None)
+
+        def __call__(self, images, targets):
+            seen.append(self.rpn.step)
+            self.rpn.step += 1  # as a forward pass does
+            return {"loss": torch.ones(())}
+
+    task = DetectionTask()
+    task.model = Model()
+    monkeypatch.setattr(DetectionTask, "_draw_by_image", lambda task, targets, epoch: None)
+    monkeypatch.setattr(DetectionTask, "log", lambda *arguments, **options: None)
+    steps = iter([500, 500, 501])
+    monkeypatch.setattr(DetectionTask, "global_step", property(lambda task: next(steps)))
+    for number in range(3):
+        task.training_step(([], []), number)
+    assert seen == [500, 500, 501]
 
 
 def test_training_from_python(digits, tmp_path):

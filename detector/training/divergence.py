@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from math import inf
 from statistics import fmean
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from detector.box_gradient import BoxGradient
 from detector.evaluation import Result
 
 FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
@@ -64,8 +66,9 @@ class Divergence(Callback):
         if self.far < LONG or self.best is None or self.now is None:
             return None
         advice = f"--model.optimizer.lr ({task.optimizer.lr:g}), or --trainer.gradient_clip_val"
-        if task.crop == "affine" and (task.box_gradient.crop or task.box_gradient.coder):
-            advice += ", or train without the box gradient: --model.box_gradient.crop 0 --model.box_gradient.coder 0"
+        settings = task.box_gradient
+        if task.crop == "affine" and settings.enabled and (settings.bound or inf) > BoxGradient.bound:
+            advice += f", or hold the box gradient back: --model.box_gradient.bound {BoxGradient.bound}"
         return (
             f"the loss has been {self.now / self.best:.3g} times as high as at its best for {self.far * BLOCK} batches "
             f"({self.now:.3g}, {self.best:.3g} before): the training diverges. Start again with a lower {advice}"

@@ -26,6 +26,7 @@ from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpoi
 from detector.training.data import CocoDataModule
 from detector.training.divergence import Divergence, all_alike
 from detector.training.failures import Interrupted, TrainingError, explained
+from detector.training.guard import BoxGradientGuard
 from detector.training.record import FILE as RECORD
 from detector.training.record import RunRecord
 from detector.training.task import DetectionTask
@@ -100,12 +101,14 @@ class Run:
         self._is_new = not self.folder.exists()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=save_every)
         self.divergence = Divergence()
+        self.guard = BoxGradientGuard()
 
     def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
         """The options of ``lightning.Trainer``: those given, and what a run needs besides."""
         callbacks: list[Callback] = [
             self.checkpoints,
             self.divergence,
+            self.guard,
             RunRecord(self.folder, self.checkpoint),
             StepTimes(self.checkpoints),
         ]

@@ -90,6 +90,8 @@ class DetectionTask(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         self._draw_by_image(targets, self.current_epoch)
+        if self.crop == "affine":
+            self.model.rpn.step = self.global_step  # also after a checkpoint, and where batches are accumulated
         losses = self.model(images, targets)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
@@ -189,7 +191,9 @@ class DetectionTask(lightning.LightningModule):
             )
         before = {"category_names": saved["category_names"], "crop": saved["crop"]}
         before |= _settings(saved_settings(saved["detector"]))
-        before |= {f"box_gradient.{name}": value for name, value in saved["box_gradient"].items()}
+        # Earlier versions had no bound and no warm-up.
+        gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
+        before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
         now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | _settings(self.detector)
         now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
         for name, value in now.items():
