@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+BOUND = 0.1
 LossName = Literal["box", "classification", "mask", "keypoint"]
 
 
@@ -21,9 +22,9 @@ class BoxGradient:
     as well, so the crop path alone lowers the loss by making the crop *look* as far off as the head already says,
     and drives proposals away from the truth.
 
-    At the RPN's deltas that derivative is tens to hundreds of times as strong as the gradient of the RPN's own box
-    loss, and stays so while the RPN gets better, for it shrinks with the head's error rather than the proposal's. It
-    is therefore held to ``bound``; only :meth:`exact` is not.
+    At the RPN's deltas that derivative is tens of times as strong as the gradient of the RPN's own box loss, and stays
+    so while the RPN gets better, for it shrinks with the head's error rather than the proposal's. It is therefore
+    held to ``bound``, which it exceeds by so much that a common scale of both paths hardly acts below it.
 
     With gradients on in eval mode, where there is no loss, proposals stay attached to what is computed from them
     unless both scales are 0.
@@ -36,9 +37,11 @@ class BoxGradient:
         positives_only: leave the boxes of background RoIs detached. They have no box loss, and a classification
             loss pays for moving them onto easier background.
         bound: the largest norm that the gradient of the RoI heads' losses may have at an anchor's four deltas, as a
-            share of that of the RPN's own box loss there, in the same backward pass; ``None``: no bound. Below 1 no
-            box is led uphill for the RPN's own loss, and one that this loss does not train stays where it is.
-        warmup_steps: training steps at the start in which proposals stay detached, see ``swap_crop_head``.
+            share of that of the RPN's own box loss there, in the same backward pass; ``None``: no bound. Below 1 the
+            sum never points uphill for the RPN's own loss, and is zero at an anchor that this loss does not train.
+        warmup_steps: proposals stay detached in the first so many training steps: those of the optimizer in
+            ``detector.training``, forward passes with gradients in a loop of one's own. A run that goes on there, or
+            accumulates batches, sets ``model.rpn.warmup_step``, the number of steps that are over.
 
     Raises:
         ValueError: a scale outside [0, 1], an unknown loss, a bound that is not above 0, or warmup_steps below 0.
@@ -48,7 +51,7 @@ class BoxGradient:
     coder: float = 1.0
     losses: tuple[LossName, ...] = ("box",)
     positives_only: bool = True
-    bound: float | None = 0.1
+    bound: float | None = BOUND
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:

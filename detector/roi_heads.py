@@ -31,7 +31,7 @@ class AttachedRoIHeads(RoIHeads):
     box_gradient = BoxGradient()
     # The proposals drawn for the step under way, attached, and their labels (0: background), by image.
     _drawn: tuple[list[Tensor], list[Tensor]] | None = None
-    watch: BoxGradientWatch | None = None
+    box_gradient_watch: BoxGradientWatch | None = None
 
     def forward(
         self,
@@ -62,18 +62,19 @@ class AttachedRoIHeads(RoIHeads):
             self._drawn = (drawn, labels)
         constant = [p.detach() for p in drawn]
         regression_targets = [t.detach() for t in regression_targets]
-        if targets is not None and (self.box_gradient.coder_scale > 0 or self.watch is not None):
-            # Only positives have a box loss. The targets of the others must stay out of the graph altogether: those
-            # of an image without objects are logarithms of 0, whose derivative times no gradient at all is NaN.
+        if targets is not None:
             positive = [image_labels > 0 for image_labels in labels]
             truth = [t["boxes"].to(p.dtype)[m[mask]] for t, p, m, mask in zip(targets, drawn, matched, positive)]
-            if self.watch is not None:
-                self.watch.see_positives(drawn, positive, truth)
-            attached = self.box_coder.encode(truth, [p[mask] for p, mask in zip(drawn, positive)])
-            regression_targets = [
-                t.index_put((mask,), scale_gradient(a, self.box_gradient.coder_scale))
-                for t, mask, a in zip(regression_targets, positive, attached)
-            ]
+            if self.box_gradient_watch is not None:
+                self.box_gradient_watch.see_positives(drawn, positive, truth)
+            if self.box_gradient.coder_scale > 0:
+                # Only positives have a box loss. The targets of the others must stay out of the graph altogether:
+                # those of an image without objects are logarithms of 0, whose derivative times no gradient is NaN.
+                attached = self.box_coder.encode(truth, [p[mask] for p, mask in zip(drawn, positive)])
+                regression_targets = [
+                    t.index_put((mask,), scale_gradient(a, self.box_gradient.coder_scale))
+                    for t, mask, a in zip(regression_targets, positive, attached)
+                ]
         # What is cropped, and what mask and keypoint targets are cut with, is constant.
         return constant, matched, labels, regression_targets
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-from detector.bound import fork
+from detector.bound import bounded_copies
 from detector.box_gradient import BoxGradient
 from detector.watch import BoxGradientWatch
 
@@ -17,12 +17,12 @@ class AttachedRPN(RegionProposalNetwork):
     Anchors and proposals are float32 under autocast too: bfloat16 has steps of 2 pixels above 256.
 
     In training, what comes back through a proposal is held to ``box_gradient.bound`` of what the RPN's own box loss
-    asks of the same anchor.
+    asks of the same anchor. ``swap_crop_head`` sets ``box_gradient`` here and in the RoI heads.
     """
 
     box_gradient = BoxGradient()
-    step = 0  # training steps, of which the first box_gradient.warmup_steps leave the proposals detached
-    watch: BoxGradientWatch | None = None
+    warmup_step = 0  # how many of box_gradient.warmup_steps are over
+    box_gradient_watch: BoxGradientWatch | None = None
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -38,7 +38,7 @@ class AttachedRPN(RegionProposalNetwork):
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         objectness, deltas = objectness.to(anchors[0].dtype), deltas.to(anchors[0].dtype)
 
-        deltas, deltas_of_proposals = self._fork(deltas)
+        deltas, deltas_of_proposals = self._copies(deltas, training=targets is not None)
         proposals = self.box_coder.decode(deltas_of_proposals, anchors).view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(proposals, objectness, images.image_sizes, anchors_per_level)
         if not self.training:
@@ -50,14 +50,18 @@ class AttachedRPN(RegionProposalNetwork):
         loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, regression_targets)
         return boxes, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
 
-    def _fork(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """The deltas for the RPN's own box loss, and those that the proposals are decoded from."""
-        if not (self.training and torch.is_grad_enabled()):
+    def _copies(self, deltas: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """The deltas [N, 4] for the RPN's own box loss, and those that the proposals are decoded from.
+
+        What counts as training are targets: the RoI heads may have losses where the RPN itself is in eval mode.
+        """
+        settings = self.box_gradient
+        if not (training and settings.enabled and torch.is_grad_enabled()):
             return deltas, deltas
-        self.step += 1
-        if not self.box_gradient.enabled or self.step <= self.box_gradient.warmup_steps:
+        if self.warmup_step < settings.warmup_steps:
+            self.warmup_step += 1
             return deltas, deltas.detach()
-        own, others = fork(deltas, self.box_gradient.bound)
-        if self.watch is not None:
-            self.watch.see_deltas(own, others)
+        own, others = bounded_copies(deltas, settings.bound)
+        if self.box_gradient_watch is not None:
+            self.box_gradient_watch.see_deltas(deltas, own, others)
         return own, others

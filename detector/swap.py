@@ -30,8 +30,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
 
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
-        box_gradient: which losses move the proposals, and how far. The default cannot take a training over; training
-            steps are counted from here for its ``warmup_steps``, as ``model.rpn.step``: set that to go on from one.
+        box_gradient: which losses move the proposals, and how far. Its ``warmup_steps`` begin anew with each call.
         sampler: how the pools read the features, see :func:`~detector.affine_crop`; ``None`` leaves it as it is,
             which in a stock model is "auto".
 
@@ -61,6 +60,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     _attach(rpn, AttachedRPN, RegionProposalNetwork)
     _attach(heads, AttachedRoIHeads, RoIHeads)
     rpn.box_gradient = heads.box_gradient = box_gradient
+    rpn.warmup_step = 0
     return model
 
 
@@ -87,9 +87,6 @@ def restore_roi_align(model: Model) -> Model:
             pool.__dict__.pop(name, None)
     _detach(rpn, AttachedRPN)
     _detach(heads, AttachedRoIHeads)
-    for part in (rpn, heads):
-        for name in ("box_gradient", "step", "watch", "_drawn"):
-            part.__dict__.pop(name, None)
     return model
 
 
@@ -128,3 +125,5 @@ def _detach(module: nn.Module, attached: type[nn.Module]) -> None:
     if isinstance(module, attached):
         classes = type(module).__mro__
         module.__class__ = classes[classes.index(attached) + 1]
+        for name in ("box_gradient", "warmup_step", "_drawn"):
+            module.__dict__.pop(name, None)

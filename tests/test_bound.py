@@ -11,19 +11,21 @@ from hypothesis import strategies as st
 from tiny_models import batch, copies, tiny_rcnn
 
 from detector import BoxGradient, restore_roi_align, swap_crop_head
-from detector.bound import fork
+from detector.bound import bounded_copies
 
 OFF = BoxGradient(crop=0, coder=0)
 EVERY_LOSS = ("box", "classification", "mask", "keypoint")
 
-# --- The fork alone --------------------------------------------------------------------------------------------------
+# --- The copies alone ------------------------------------------------------------------------------------------------
 
 
 def through(own, other, bound):
     """The gradient of a leaf whose two copies get these gradients; None: the copy is not used."""
     leaf = torch.zeros_like(own if own is not None else other).requires_grad_()
-    pairs = zip(fork(leaf, bound), (own, other))
-    torch.autograd.backward(*zip(*((copy, gradient) for copy, gradient in pairs if gradient is not None)))
+    used = [
+        (part, gradient) for part, gradient in zip(bounded_copies(leaf, bound), (own, other)) if gradient is not None
+    ]
+    torch.autograd.backward(*zip(*used))
     return leaf.grad
 
 
@@ -64,12 +66,12 @@ def test_where_one_copy_is_not_used():
     assert torch.equal(through(gradient, None, 0.1), gradient)
     assert torch.equal(through(gradient, None, None), gradient)
     assert torch.equal(through(None, gradient, None), gradient)
-    assert through(None, gradient, 0.1) is None  # nothing to compare it with
+    assert torch.equal(through(None, gradient, 0.1), torch.zeros(1, 2))  # nothing to compare it with
 
 
 def test_without_a_bound_it_is_the_plain_sum_twice_differentiable():
     def function(x, bound=None):
-        first, second = fork(x, bound)
+        first, second = bounded_copies(x, bound)
         return first**3 * 2 - second**2 * first
 
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -144,13 +146,15 @@ def test_a_bound_out_of_range(bound):
 
 
 def test_weights_of_the_losses_do_not_loosen_it():
-    """Doubling the box head's loss changes nothing at the RPN once the bound holds; the RPN's own counts as weighted."""
+    """Doubling the box head's loss changes nothing at the RPN once the bound holds."""
     model = swap_crop_head(tiny_rcnn().double().train(), BoxGradient(bound=0.01))
     images, targets = batch(torch.float64)
     found = []
     for weight in (1, 2, 50):
         losses = losses_of(model, images, targets)
-        found.append(gradient_of(model, losses["loss_objectness"] + losses["loss_rpn_box_reg"] + weight * losses["loss_box_reg"]))
+        found.append(
+            gradient_of(model, losses["loss_objectness"] + losses["loss_rpn_box_reg"] + weight * losses["loss_box_reg"])
+        )
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(found[2], found[0], rtol=1e-9, atol=1e-14)
 
@@ -182,6 +186,43 @@ class First:
         return tuple(map(list, zip(*masks)))
 
 
+def test_an_rpn_in_eval_mode_beside_heads_in_training():
+    """It has no loss of its own there, but the heads have: nothing may pass that is not bounded."""
+    model = swap_crop_head(tiny_rcnn(rpn_pre_nms_top_n_test=600, rpn_post_nms_top_n_test=600).train())
+    images, targets = batch()
+    found = {}
+    for settings in (BoxGradient(), BoxGradient.exact()):
+        swap_crop_head(model, settings).rpn.eval()
+        losses = losses_of(model, images, targets)
+        weight = model.rpn.head.bbox_pred.weight
+        found[settings.bound] = torch.autograd.grad(losses["loss_box_reg"], weight, allow_unused=True)[0]
+    assert found[None].any()
+    assert found[0.1] is None or not found[0.1].any()
+
+
+def test_the_bound_holds_under_autocast():
+    """In bfloat16 the deltas are rounded; the gradients are compared in float32, where they are decoded."""
+    model = tiny_rcnn().train()
+    images, targets = batch()
+    found = []
+    for settings in (OFF, BoxGradient(bound=0.1), BoxGradient.exact()):
+        swapped = swap_crop_head(copy.deepcopy(model), settings)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = losses_of(swapped, images, targets)
+        found.append(gradient_of(swapped, sum(losses.values())))
+    assert (found[1] - found[0]).norm() < 0.25 * (found[2] - found[0]).norm()
+    assert (found[1] - found[0]).norm() > 0
+
+
+def test_the_bound_in_a_compiled_model():
+    model = swap_crop_head(tiny_rcnn().train())
+    images, targets = batch()
+    wanted = gradient_of(model, sum(losses_of(model, images, targets).values()))
+    compiled = torch.compile(model, backend="eager")
+    found = gradient_of(model, sum(losses_of(compiled, images, targets).values()))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 # --- Warm-up ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,23 +239,45 @@ def test_nothing_reaches_the_proposals_in_the_warm_up():
         assert torch.equal(found, wanted[name])
 
 
-def test_only_training_steps_count_and_they_can_be_set():
-    model = swap_crop_head(tiny_rcnn().train(), BoxGradient(warmup_steps=2))
+def reached(model):
+    """Whether a step of all losses sends a box gradient to the RPN, of a model whose RPN has none of its own."""
+    images, targets = batch()
+    losses = losses_of(model, images, targets)
+    gradient = torch.autograd.grad(losses["loss_box_reg"], model.rpn.head.bbox_pred.weight, allow_unused=True)[0]
+    return gradient is not None and bool(gradient.any())
+
+
+def test_the_warm_up_counts_training_steps_and_can_be_set():
+    settings = BoxGradient(warmup_steps=2, bound=None)
+    model = swap_crop_head(tiny_rcnn().train(), settings)
     images, targets = batch()
     keys = list(model.state_dict())
     with torch.no_grad():
         losses_of(model, images, targets)  # a validation loss
     model.eval()
     model(images)
-    assert model.rpn.step == 0
-    losses_of(model.train(), images, targets)
-    assert model.rpn.step == 1
-    model.rpn.step = 40  # that a run goes on from
-    assert losses_of(model, images, targets)["loss_box_reg"].requires_grad
-    assert pickle.loads(pickle.dumps(model.rpn)).step == 41
+    assert model.rpn.warmup_step == 0
+    assert not reached(model.train())
+    assert model.rpn.warmup_step == 1
+    twin = pickle.loads(pickle.dumps(model))
+    for again in (model, twin):
+        assert not reached(again)
+        assert reached(again)
+        assert again.rpn.warmup_step == 2
+    swap_crop_head(model, settings)  # anew
+    assert not reached(model)
+    swap_crop_head(model, settings)
+    model.rpn.warmup_step = 40  # a run that goes on
+    assert reached(model)
     assert list(model.state_dict()) == keys
     restore_roi_align(model)
-    assert "step" not in vars(model.rpn)
+    assert not {"warmup_step", "box_gradient"} & {*vars(model.rpn), *vars(model.roi_heads)}
+
+
+def test_off_counts_no_warm_up():
+    model = swap_crop_head(tiny_rcnn().train(), BoxGradient(crop=0, coder=0, warmup_steps=2))
+    losses_of(model, *batch())
+    assert model.rpn.warmup_step == 0
 
 
 @pytest.mark.parametrize("steps", [-1, -500])

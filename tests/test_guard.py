@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import tiny_rcnn
 
-from detector import BoxGradient
+from detector import BoxGradient, swap_crop_head
 from detector.training import guard
 from detector.training.guard import LOOKS, BoxGradientGuard
 
@@ -14,119 +15,132 @@ FREE = BoxGradient.exact()
 
 
 class Loop:
-    """A training that stands still: at each look, a step's ratio and the RPN's own box loss."""
+    """A training that stands still: each look is at a step with this reading and this RPN's own box loss."""
 
-    def __init__(self, monkeypatch, settings=FREE, crop="affine", watch=None):
-        self.guard = watch or BoxGradientGuard()
-        self.logged = []
-        self.model = SimpleNamespace(rpn=SimpleNamespace(watch=None), roi_heads=SimpleNamespace(watch=None))
+    def __init__(self, monkeypatch, settings=FREE, crop="affine", accumulated=1, log_every=50):
+        self.guard, self.logged, self.watched, self.step, self.batch = BoxGradientGuard(), [], [], 0, 0
         self.task = SimpleNamespace(
-            crop=crop, box_gradient=settings, model=self.model, log_dict=lambda values: self.logged.append(values)
+            crop=crop, box_gradient=settings, model=swap_crop_head(tiny_rcnn(), settings), log_dict=self.logged.append
         )
-        self.step = 0
+        self.options = {"accumulate_grad_batches": accumulated, "log_every_n_steps": log_every}
         self.monkeypatch = monkeypatch
 
-    def look(self, ratio=None, loss=0.01, steps=10, rank_0=True):
-        seen = {} if ratio is None else {"ratio": ratio}
+    def run(self, passed=None, loss=0.01, looks=1, steps=None, rank_0=True):
+        seen = {} if passed is None else {"ratio": 2 * passed, "passed": passed}
         self.monkeypatch.setattr(guard.BoxGradientWatch, "reading", lambda watch: seen)
-        for _ in range(steps):
-            metrics = {"train/loss_rpn_box_reg": torch.tensor(loss)}
+        metrics = {"train/loss_rpn_box_reg": torch.tensor(loss)}
+        for _ in range((10 * looks if steps is None else steps) * self.options["accumulate_grad_batches"]):
             trainer = SimpleNamespace(
-                global_step=self.step, log_every_n_steps=10, is_global_zero=rank_0, callback_metrics=metrics
+                global_step=self.step, is_global_zero=rank_0, callback_metrics=metrics, **self.options
             )
-            self.guard.on_train_batch_start(trainer, self.task, None, 0)
-            self.watched = self.model.rpn.watch is not None
-            trainer.global_step = self.step = self.step + 1
-            self.guard.on_train_batch_end(trainer, self.task, {}, None, 0)
+            self.guard.on_train_batch_start(trainer, self.task, None, self.batch)
+            if self.task.model.rpn.box_gradient_watch is not None:
+                self.watched.append((self.step, self.batch))
+            self.batch += 1
+            trainer.global_step = self.step = self.batch // self.options["accumulate_grad_batches"]
+            self.guard.on_train_batch_end(trainer, self.task, {}, None, self.batch - 1)
         return self
 
 
-def test_one_step_in_as_many_as_are_logged_is_watched(monkeypatch):
-    loop = Loop(monkeypatch)
-    loop.look(3.0, steps=9)
-    assert not loop.watched
-    assert loop.logged == []
-    loop.look(3.0, steps=1)
-    assert loop.watched
-    assert loop.logged == [{"box_gradient/ratio": 3.0}]
-    assert loop.model.rpn.watch is None
+def test_one_step_in_ten_is_watched_and_logged(monkeypatch):
+    loop = Loop(monkeypatch).run(3.0, looks=3)
+    assert [step for step, _ in loop.watched] == [9, 19, 29]
+    assert loop.logged == [{"box_gradient/ratio": 6.0, "box_gradient/passed": 3.0}] * 3
+    assert loop.task.model.rpn.box_gradient_watch is None
+
+
+@pytest.mark.parametrize(("log_every", "steps"), [(1, list(range(20))), (4, [3, 7, 11, 15, 19]), (0, [9, 19])])
+def test_as_often_as_a_logger_wants_it(monkeypatch, log_every, steps):
+    assert [step for step, _ in Loop(monkeypatch, log_every=log_every).run(3.0, steps=20).watched] == steps
+
+
+def test_of_accumulated_batches_the_last_is_watched(monkeypatch):
+    assert Loop(monkeypatch, accumulated=3).run(3.0, looks=2).watched == [(9, 29), (19, 59)]
 
 
 def test_a_stock_model_is_not_watched(monkeypatch):
-    assert Loop(monkeypatch, crop="roi_align").look(3.0).logged == []
+    assert Loop(monkeypatch, crop="roi_align").run(3.0).logged == []
 
 
 def test_a_gradient_that_takes_over_is_said_once_with_the_flag(monkeypatch, capsys):
     loop = Loop(monkeypatch)
-    for ratio in (50, 60, 70, 80):
-        loop.look(ratio)
+    for passed in (10, 20, 30, 40, 69, 71, 80, 80, 80):
+        loop.run(passed)
     assert capsys.readouterr().err == ""  # too few to judge
-    loop.look(9000)
+    loop.run(9000)
     assert capsys.readouterr().err == (
-        "\nAfter step 50: the box gradient is taking over: at the RPN's deltas it is 70 times as strong as the gradient "
-        "of the RPN's own box loss (median of 5 steps). Start again with --model.box_gradient.bound 0.1.\n"
+        "\nAfter step 100: the box gradient is taking over: at the RPN's deltas it is 70 times as strong as the "
+        "gradient of the RPN's own box loss, in the median of 10 steps (box_gradient.bound is None). Start again with "
+        "--model.box_gradient.bound 0.1\n"
     )
-    for _ in range(30):
-        loop.look(70)
+    loop.run(70, looks=30)
     assert capsys.readouterr().err == ""
 
 
-def test_what_the_bound_lets_through_counts(monkeypatch, capsys):
-    for bound, says in ((0.1, False), (1.0, False), (3.0, True)):
-        loop = Loop(monkeypatch, BoxGradient(bound=bound))
-        for _ in range(20):
-            loop.look(70)
-        said = capsys.readouterr().err
-        assert ("it is 3 times as strong" in said) == says
-        assert bool(said) == says
-        assert loop.logged[0] == {"box_gradient/ratio": 70}  # as it was before the bound
+@pytest.mark.parametrize(("passed", "says"), [(0.3, False), (0.6, True)])
+def test_what_passes_the_bound_counts(monkeypatch, capsys, passed, says):
+    Loop(monkeypatch, BoxGradient(bound=0.9)).run(passed, looks=20)
+    assert ("taking over: at the RPN's deltas it is 0.6 times as strong" in capsys.readouterr().err) == says
 
 
-@pytest.mark.parametrize("settings", [FREE, BoxGradient(bound=0.9), BoxGradient(bound=0.05)])
-def test_an_rpn_whose_own_loss_rises_is_said_with_the_flag(monkeypatch, capsys, settings):
+def test_an_rpn_whose_own_loss_rises_is_said_with_the_flag(monkeypatch, capsys):
+    loop = Loop(monkeypatch, BoxGradient(bound=0.3))
+    for loss in (0.01, 0.004, 0.004, 0.008):  # as much comes without a box gradient
+        loop.run(0.2, loss, looks=LOOKS)
+    assert capsys.readouterr().err == ""
+    loop.run(0.2, 0.06, looks=2 * LOOKS)
+    assert capsys.readouterr().err == (
+        "\nAfter step 500: the RPN's own box loss is 15 times as high as at its best (0.06, 0.004 before), while the "
+        "box gradient moves the proposals (box_gradient.bound is 0.3). Start again with "
+        "--model.box_gradient.bound 0.1\n"
+    )
+
+
+@pytest.mark.parametrize("settings", [BoxGradient(), BoxGradient(bound=0.01)])
+def test_nothing_is_said_of_a_gradient_that_is_held_as_by_default(monkeypatch, capsys, settings):
     loop = Loop(monkeypatch, settings)
-    for loss in [0.01] * 5 + [0.004] * 10 + [0.01] * 10:  # as much comes without a box gradient
-        loop.look(0.5, loss)
+    for loss in (0.001, 1.0, 1.0):
+        loop.run(70, loss, looks=LOOKS)
     assert capsys.readouterr().err == ""
-    for _ in range(15):
-        loop.look(0.5, 0.06)
-    off = "--model.box_gradient.crop 0 --model.box_gradient.coder 0"
-    flag = off if settings.bound == 0.05 else "--model.box_gradient.bound 0.1"
-    assert capsys.readouterr().err == (
-        "\nAfter step 300: the RPN's own box loss is 15 times as high as at its best (0.06, 0.004 before), while the box "
-        f"gradient moves the proposals. Start again with {flag}.\n"
-    )
 
 
-def test_nothing_is_said_of_a_gradient_that_is_off(monkeypatch, capsys):
-    loop = Loop(monkeypatch, BoxGradient(crop=0, coder=0))
-    for loss in [0.001] * LOOKS + [1.0] * LOOKS:
-        loop.look(None, loss)
+def test_nothing_is_said_where_there_is_nothing_to_compare(monkeypatch, capsys):
+    """With the gradient off, or on images without objects, whose loss is 0."""
+    loop = Loop(monkeypatch)
+    for loss in (0.0, 1.0, 1.0):
+        loop.run(None, loss, looks=LOOKS)
     assert capsys.readouterr().err == ""
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
-    loop = Loop(monkeypatch)
-    for _ in range(20):
-        loop.look(70, rank_0=False)
+    Loop(monkeypatch).run(70, looks=20, rank_0=False)
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("stop", [1, 4, 5, 12])
+def test_a_step_that_fails_leaves_no_watch(monkeypatch):
+    loop = Loop(monkeypatch, log_every=1)
+    trainer = SimpleNamespace(global_step=0, **loop.options)
+    loop.guard.on_train_batch_start(trainer, loop.task, None, 0)
+    assert loop.task.model.rpn.box_gradient_watch is not None
+    loop.guard.on_exception(trainer, loop.task, RuntimeError("out of memory"))
+    assert loop.task.model.rpn.box_gradient_watch is None
+
+
+@pytest.mark.parametrize("stop", [1, 9, 10, 25])
 def test_a_run_that_goes_on_judges_as_one_never_stopped(monkeypatch, capsys, stop):
-    looks = [(0.5, 0.01 / (1 + n)) for n in range(10)] + [(0.5, 0.3)] * 5
+    looks = [(0.2, 0.01 / (1 + n)) for n in range(20)] + [(0.2, 0.3)] * 10
     whole = Loop(monkeypatch)
     for look in looks:
-        whole.look(*look)
+        whole.run(*look)
     wanted = capsys.readouterr().err
-    assert "After step 150: the RPN's own box loss" in wanted
+    assert "After step 300: the RPN's own box loss" in wanted
     loop = Loop(monkeypatch)
     for look in looks[:stop]:
-        loop.look(*look)
+        loop.run(*look)
     again = BoxGradientGuard()
     again.load_state_dict(json.loads(json.dumps(loop.guard.state_dict())))
     loop.guard = again
     for look in looks[stop:]:
-        loop.look(*look)
+        loop.run(*look)
     assert capsys.readouterr().err == wanted
     assert again.state_dict() == whole.guard.state_dict()

@@ -283,8 +283,10 @@ def test_settings_belong_to_the_instance():
 def test_restore_leaves_a_stock_model_as_it_is():
     model = build("box")
     before = classes(model)
+    model.rpn.warmup_step = model.roi_heads.box_gradient = "the user's own"
     assert restore_roi_align(model) is model
     assert classes(model) == before
+    assert model.rpn.warmup_step == model.roi_heads.box_gradient == "the user's own"
 
 
 def test_train_restore_swap_and_train():

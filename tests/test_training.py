@@ -190,7 +190,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monk
     for name in ("bound", "warmup_steps"):  # that earlier versions did not have
         del content[CHECKPOINT_KEY]["box_gradient"][name]
     torch.save(content, old)
-    with pytest.raises(SystemExit, match=r"trained with box_gradient\.bound None, this run has 0\.1: go on with the same"):
+    with pytest.raises(SystemExit, match=r"trained with box_gradient\.bound None, this run has 0\.1: go on with the"):
         train([*arguments, f"--ckpt_path={old}"])
     del content[CHECKPOINT_KEY]["box_gradient"]
     torch.save(content, old)
@@ -745,7 +745,7 @@ def test_scores_of_the_run_include_the_losses(trained):
     log.Reload()
     names = set(log.Tags()["scalars"])
     assert {"val/AP", "val/loss", "val/loss_box_reg", "train/loss", "lr-AdamW/pg1", "lr-AdamW/pg2"} <= names
-    assert {"box_gradient/ratio", "box_gradient/iou"} <= names
+    assert {"box_gradient/ratio", "box_gradient/passed", "box_gradient/iou"} <= names
     assert len(log.Scalars("val/loss")) == 2
 
 
@@ -754,11 +754,11 @@ def test_the_warm_up_counts_the_steps_of_the_run(monkeypatch):
     seen = []
 
     class Model:
-        rpn = SimpleNamespace(step=None)
+        rpn = SimpleNamespace(warmup_step=None)
 
         def __call__(self, images, targets):
-            seen.append(self.rpn.step)
-            self.rpn.step += 1  # as a forward pass does
+            seen.append(self.rpn.warmup_step)
+            self.rpn.warmup_step += 1  # as a forward pass does
             return {"loss": torch.ones(())}
 
     task = DetectionTask()

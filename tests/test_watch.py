@@ -7,7 +7,7 @@ import torch
 from tiny_models import batch, copies, tiny_rcnn
 from torchvision.ops import box_iou
 
-from detector import BoxGradient, swap_crop_head
+from detector import BoxGradient, restore_roi_align, swap_crop_head
 from detector.watch import watch_box_gradient
 
 LOSSES = ("loss_classifier", "loss_box_reg")
@@ -50,12 +50,16 @@ def test_ratio_is_that_of_the_norms_at_the_deltas(model):
     assert step(model, images, targets)["ratio"] == pytest.approx(float(norms[0] / norms[1]), rel=1e-9)
 
 
-@pytest.mark.parametrize("bound", [0.1, 1e-4])
-def test_ratio_is_before_the_bound(model, bound):
+@pytest.mark.parametrize("bound", [0.5, 1e-4])
+def test_what_the_bound_holds_back_is_seen_beside_what_passes(model, bound):
     images, targets = batch(torch.float64)
     free = step(model, images, targets)
+    assert free["passed"] == pytest.approx(free["ratio"], rel=1e-9)
     swap_crop_head(model, BoxGradient(losses=SETTINGS.losses, bound=bound))
-    assert step(model, images, targets) == pytest.approx(free, rel=1e-9)
+    held = step(model, images, targets)
+    assert 0 < held.pop("passed") <= bound * (1 + 1e-9)
+    free.pop("passed")
+    assert held == pytest.approx(free, rel=1e-9)
 
 
 def test_directions_are_those_of_the_positive_proposals(model):
@@ -79,8 +83,12 @@ def test_directions_are_those_of_the_positive_proposals(model):
     assert seen["iou"] == pytest.approx(sum(ious) / len(ious))
 
 
-def test_watching_changes_no_gradient(model):
+@pytest.mark.parametrize(
+    "settings", [SETTINGS, BoxGradient(), BoxGradient(coder=0), BoxGradient(crop=0, coder=0)], ids=str
+)
+def test_watching_changes_no_gradient(model, settings):
     images, targets = batch(torch.float64)
+    swap_crop_head(model, settings)
     twin = copy.deepcopy(model)
     step(model, images, targets)
     torch.manual_seed(0)
@@ -97,8 +105,10 @@ def test_with_the_gradient_off_there_is_the_iou_alone(model):
 def test_an_image_without_objects(model):
     images, targets = batch(torch.float64)
     empty = [{"boxes": torch.zeros(0, 4).double(), "labels": torch.zeros(0).long()} for _ in targets]
-    assert set(step(model, images, empty)) <= {"ratio"}
-    assert set(step(model, images, [empty[0], targets[1]])) == {"ratio", "away", "cosine", "iou"}
+    assert step(model, images, empty) == {}
+    swap_crop_head(model, BoxGradient(losses=SETTINGS.losses, positives_only=False))  # the classification of background
+    assert step(model, images, empty) == {}
+    assert set(step(model, images, [empty[0], targets[1]])) == {"ratio", "passed", "away", "cosine", "iou"}
 
 
 def test_after_the_watch_nothing_is_seen_and_nothing_is_kept(model):
@@ -107,7 +117,13 @@ def test_after_the_watch_nothing_is_seen_and_nothing_is_kept(model):
         raise RuntimeError("a mistake in the loop")
     sum(model(images, copies(targets)).values()).backward()
     assert watch.reading() == {}
-    assert model.rpn.watch is model.roi_heads.watch is None
+    assert not {"box_gradient_watch"} & {*vars(model.rpn), *vars(model.roi_heads)}
+
+
+def test_a_model_that_is_not_swapped(model):
+    for other in (restore_roi_align(copy.deepcopy(model)), torch.nn.DataParallel(model), torch.nn.Identity()):
+        with pytest.raises(TypeError, match="is not swapped: call swap_crop_head first"), watch_box_gradient(other):
+            pass
 
 
 def test_frozen_rpn(model):

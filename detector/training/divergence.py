@@ -10,7 +10,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from detector.box_gradient import BoxGradient
+from detector.box_gradient import BOUND
 from detector.evaluation import Result
 
 FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
@@ -67,8 +67,8 @@ class Divergence(Callback):
             return None
         advice = f"--model.optimizer.lr ({task.optimizer.lr:g}), or --trainer.gradient_clip_val"
         settings = task.box_gradient
-        if task.crop == "affine" and settings.enabled and (settings.bound or inf) > BoxGradient.bound:
-            advice += f", or hold the box gradient back: --model.box_gradient.bound {BoxGradient.bound}"
+        if task.crop == "affine" and settings.enabled and (settings.bound or inf) > BOUND:
+            advice += f", or hold the box gradient back: --model.box_gradient.bound {BOUND}"
         return (
             f"the loss has been {self.now / self.best:.3g} times as high as at its best for {self.far * BLOCK} batches "
             f"({self.now:.3g}, {self.best:.3g} before): the training diverges. Start again with a lower {advice}"

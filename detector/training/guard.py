@@ -9,22 +9,24 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from detector.box_gradient import BoxGradient
+from detector.box_gradient import BOUND, BoxGradient
 from detector.watch import BoxGradientWatch, watch_box_gradient
 
-LOOKS = 5  # that are judged together
-STRONGER = 1.0  # from this ratio on the RPN follows the RoI heads rather than its own box loss
+EVERY = 10  # steps; one is watched
+LOOKS = 10  # that are judged together
+STRONG = 0.5  # of the RPN's own gradient; as strong as that, the box gradient has been seen to double the head's loss
 FAR = 4.0  # times its own best; without a box gradient the RPN's box loss has been seen to wander by 1.8
 
 
 class BoxGradientGuard(Callback):
-    """Watches one step in ``trainer.log_every_n_steps``, and logs what :class:`BoxGradientWatch` reads off it.
+    """Watches one step in ten, or in ``trainer.log_every_n_steps`` if those are fewer.
 
-    Each process watches its own batches; the first one logs and speaks.
+    Logged is what :meth:`BoxGradientWatch.reading` gives. Each process watches its own batches; the first one logs
+    and speaks, and only of a gradient that is held less than it is by default.
     """
 
     def __init__(self) -> None:
-        self.ratios: list[float] = []  # of the gradient that passes the bound, over the RPN's own
+        self.passed: list[float] = []  # the box gradient over the RPN's own, after the bound
         self.losses: list[float] = []  # the RPN's own box loss
         self.best: float | None = None  # of their means
         self.said = False
@@ -32,7 +34,7 @@ class BoxGradientGuard(Callback):
         self._watch: BoxGradientWatch | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratios": self.ratios, "losses": self.losses, "best": self.best, "said": self.said}
+        return {"passed": self.passed, "losses": self.losses, "best": self.best, "said": self.said}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
@@ -41,7 +43,10 @@ class BoxGradientGuard(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         task: Any = pl_module
-        if task.crop == "affine" and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # which is logged
+        logged: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = min(EVERY, logged or EVERY)
+        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # of those that make a step
+        if task.crop == "affine" and last and (trainer.global_step + 1) % steps == 0:
             self._watch = self._watching.enter_context(watch_box_gradient(task.model))
 
     def on_train_batch_end(
@@ -52,34 +57,38 @@ class BoxGradientGuard(Callback):
         self._watching.close()
         seen, self._watch = self._watch.reading(), None
         pl_module.log_dict({f"box_gradient/{name}": value for name, value in seen.items()})
-        task: Any = pl_module
-        if self.said or "ratio" not in seen or not trainer.is_global_zero:
+        settings: Any = pl_module.box_gradient
+        # Without a ratio there was nothing for the RPN to learn: no objects.
+        if self.said or "ratio" not in seen or (settings.bound or inf) <= BOUND or not trainer.is_global_zero:
             return
-        self.ratios.append(min(seen["ratio"], task.box_gradient.bound or inf))
+        self.passed.append(seen["passed"])
         self.losses.append(float(trainer.callback_metrics["train/loss_rpn_box_reg"]))
-        verdict = self.verdict(task.box_gradient)
+        verdict = self.verdict(settings)
         if verdict is not None:
             self.said = True
-            print(f"\nAfter step {trainer.global_step}: {verdict}.", file=sys.stderr, flush=True)
+            print(f"\nAfter step {trainer.global_step}: {verdict}", file=sys.stderr, flush=True)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._watching.close()
 
     def verdict(self, settings: BoxGradient) -> str | None:
         """What there is to say of the last looks, once there are enough, and what to change."""
         if len(self.losses) < LOOKS:
             return None
-        ratio, loss = median(self.ratios), fmean(self.losses)
+        passed, loss = median(self.passed), fmean(self.losses)
         best, self.best = self.best, loss if self.best is None else min(self.best, loss)
-        self.ratios, self.losses = [], []
-        off = "--model.box_gradient.crop 0 --model.box_gradient.coder 0"
-        usual = BoxGradient.bound
-        lower = f"--model.box_gradient.bound {usual}" if (settings.bound or inf) > usual else off
-        if ratio > STRONGER:
+        self.passed, self.losses = [], []
+        instead = f"(box_gradient.bound is {settings.bound}). Start again with --model.box_gradient.bound {BOUND}"
+        if passed > STRONG:
             return (
-                f"the box gradient is taking over: at the RPN's deltas it is {ratio:.3g} times as strong as the gradient "
-                f"of the RPN's own box loss (median of {LOOKS} steps). Start again with {lower}"
+                f"the box gradient is taking over: at the RPN's deltas it is {passed:.3g} times as strong as the "
+                f"gradient of the RPN's own box loss, in the median of {LOOKS} steps {instead}"
             )
         if best is not None and loss > FAR * best:
             return (
                 f"the RPN's own box loss is {loss / best:.3g} times as high as at its best ({loss:.3g}, {best:.3g} "
-                f"before), while the box gradient moves the proposals. Start again with {lower}"
+                f"before), while the box gradient moves the proposals {instead}"
             )
         return None

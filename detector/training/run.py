@@ -101,14 +101,13 @@ class Run:
         self._is_new = not self.folder.exists()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", every=save_every)
         self.divergence = Divergence()
-        self.guard = BoxGradientGuard()
 
     def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
         """The options of ``lightning.Trainer``: those given, and what a run needs besides."""
         callbacks: list[Callback] = [
             self.checkpoints,
             self.divergence,
-            self.guard,
+            BoxGradientGuard(),
             RunRecord(self.folder, self.checkpoint),
             StepTimes(self.checkpoints),
         ]

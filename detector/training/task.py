@@ -91,7 +91,7 @@ class DetectionTask(lightning.LightningModule):
         images, targets = batch
         self._draw_by_image(targets, self.current_epoch)
         if self.crop == "affine":
-            self.model.rpn.step = self.global_step  # also after a checkpoint, and where batches are accumulated
+            self.model.rpn.warmup_step = self.global_step  # also of a run that goes on, or accumulates batches
         losses = self.model(images, targets)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
@@ -195,7 +195,8 @@ class DetectionTask(lightning.LightningModule):
         gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
         now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | _settings(self.detector)
-        now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
+        if self.crop == "affine" and (self.box_gradient.enabled or BoxGradient(**gradient).enabled):
+            now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
         for name, value in now.items():
             if _plain(before.get(name)) != _plain(value):
                 raise TrainingError(
