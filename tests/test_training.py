@@ -686,6 +686,23 @@ def test_configs_parse_and_say_how_to_run_them(config):
     assert f"python tools/train.py --config configs/{config.name}" in config.read_text().split("\nrun_dir")[0]
 
 
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        ([], BoxGradient()),
+        (["--model.box_gradient.bound=null"], BoxGradient.exact()),
+        (
+            ["--model.box_gradient.bound=0.5", "--model.box_gradient.warmup_steps=7"],
+            BoxGradient(bound=0.5, warmup_steps=7),
+        ),
+    ],
+    ids=["default", "exact", "both"],
+)
+def test_the_box_gradient_by_flags(digits, tmp_path, flags, settings):
+    cli = parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags], "")
+    assert cli.model.box_gradient == settings
+
+
 def test_losses_in_bfloat16_are_float32s(digits, monkeypatch):
     """On a fixed batch within 3 %, each loss within 10 %: a proposal or two on the other side of an IoU of 0.5.
 
