@@ -214,6 +214,7 @@ def test_the_bound_holds_under_autocast():
     assert (found[1] - found[0]).norm() > 0
 
 
+@pytest.mark.slow
 def test_the_bound_in_a_compiled_model():
     model = swap_crop_head(tiny_rcnn().train())
     images, targets = batch()

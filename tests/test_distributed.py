@@ -135,6 +135,7 @@ def test_two_processes_score_and_train_as_one(flags, checkpoint, tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_killed_end_as_two_never_killed(flags, tmp_path):
     """By Lightning's own launcher: the second process dies with the first."""
     command = ["tools/train.py", *flags, "--trainer.max_epochs=2", "--data.batch_size=2", *DDP]

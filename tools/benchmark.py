@@ -279,7 +279,7 @@ def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for layout in options.layouts:
         for swapped in (False, True):
             model = build().to(memory_format=LAYOUTS[layout])
-            models[layout, swapped] = swap_crop_head(model, BoxGradient()) if swapped else model
+            models[layout, swapped] = swap_crop_head(model, BoxGradient.exact()) if swapped else model
             # Not a step further: all of them see the same weights in every round.
             optimizers[layout, swapped] = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
