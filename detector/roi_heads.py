@@ -62,7 +62,7 @@ class AttachedRoIHeads(RoIHeads):
             self._drawn = (drawn, labels)
         constant = [p.detach() for p in drawn]
         regression_targets = [t.detach() for t in regression_targets]
-        if targets is not None:
+        if targets is not None and (self.box_gradient.coder_scale > 0 or self.box_gradient_watch is not None):
             positive = [image_labels > 0 for image_labels in labels]
             truth = [t["boxes"].to(p.dtype)[m[mask]] for t, p, m, mask in zip(targets, drawn, matched, positive)]
             if self.box_gradient_watch is not None:
