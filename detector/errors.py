@@ -31,6 +31,10 @@ class ModelError(UserError, ValueError):
     """What is wrong with a model's settings, weights or checkpoint."""
 
 
+class UsageError(UserError):
+    """A mistake in a command line: flags that do not go together, or a value that a flag cannot have."""
+
+
 class _Short(reprlib.Repr):
     def repr_instance(self, value: Any, level: int) -> str:
         plain = value is None or isinstance(value, (bool, float, complex))
@@ -78,6 +82,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
     """A user's mistake ends the program in one sentence, Ctrl-C and SIGTERM in a word, an unread output in silence.
 
+    The exit code is 2 for a mistake in the command line, 1 for others, 130 for Ctrl-C.
+
     Args:
         others: exceptions besides :class:`UserError` and ``OSError`` whose words are meant for the user.
     """
@@ -91,6 +97,9 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
             sys.exit(141)  # what a shell says of a program that SIGPIPE ended, as of others before `| head`
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
+        if isinstance(error, UsageError):
+            print(f"error: {sentence(error)}", file=sys.stderr)
+            sys.exit(2)
         sys.exit(f"error: {sentence(error)}")
     except (MemoryError, RuntimeError) as error:
         reader_died = "DataLoader worker (pid" in str(error)

@@ -17,6 +17,8 @@ spec.loader.exec_module(benchmark)
 
 TINY = ["--rois", "4", "12", "--size", "64", "96", "--channels", "4", "--repeats", "1"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

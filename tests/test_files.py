@@ -1,7 +1,6 @@
 """Files are there whole or not at all: after errors, on a full disk, and when the process is killed at any moment."""
 
 import errno
-import io
 import os
 import signal
 import stat
@@ -10,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.disk import BREAK, fail
 
 from detector import files
-from detector.files import link_whole, write_json, write_whole
+from detector.files import link_atomically, write_atomically, write_json
 
 # The module alone: what else the package imports takes seconds, and is not what is killed here.
 ALONE = f"""
@@ -42,31 +42,12 @@ def assert_only(path, content):
     assert [other.name for other in path.parent.iterdir()] == [path.name]
 
 
-def fail(*args, **kwargs):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class FullDisk(io.FileIO):
-    """A file that takes the first bytes of what is written."""
-
-    def write(self, content):
-        super().write(content[: len(content) // 2])
-        fail()
-
-
-BREAK = {
-    "write": lambda patch: patch.setattr(files, "open", FullDisk, raising=False),
-    "fsync": lambda patch: patch.setattr(os, "fsync", fail),
-    "replace": lambda patch: patch.setattr(os, "replace", fail),
-}
-
-
 @pytest.mark.parametrize("content", [b"", b"new", bytes(range(256)) * 1000])
 def test_a_file_is_written_and_replaced(tmp_path, content):
     path = tmp_path / "last.ckpt"
-    write_whole(path, content)
+    write_atomically(path, content)
     assert_only(path, content)
-    write_whole(path, b"newer")
+    write_atomically(path, b"newer")
     assert_only(path, b"newer")
 
 
@@ -83,9 +64,9 @@ def test_a_failure_leaves_the_old_file_and_no_other(old, monkeypatch, call):
     with monkeypatch.context() as patch:
         BREAK[call](patch)
         with pytest.raises(OSError, match=r"No space left on device.*last\.ckpt"):
-            write_whole(old, b"a new one")
+            write_atomically(old, b"a new one")
     assert_only(old, b"old")
-    write_whole(old, b"a new one")
+    write_atomically(old, b"a new one")
     assert_only(old, b"a new one")
 
 
@@ -93,13 +74,13 @@ def test_a_failure_leaves_the_old_file_and_no_other(old, monkeypatch, call):
 def test_a_failure_of_the_first_write_leaves_nothing(tmp_path, monkeypatch, call):
     BREAK[call](monkeypatch)
     with pytest.raises(OSError, match="No space left on device"):
-        write_whole(tmp_path / "last.ckpt", b"new")
+        write_atomically(tmp_path / "last.ckpt", b"new")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
-        write_whole(tmp_path / "nowhere" / "last.ckpt", b"new")
+        write_atomically(tmp_path / "nowhere" / "last.ckpt", b"new")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no folder can be synced")
@@ -120,7 +101,7 @@ def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return
 
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "replace", recording_replace)
-    write_whole(old, b"new content")
+    write_atomically(old, b"new content")
     assert calls == ["sync 11 bytes", "replace", "sync folder"]
 
 
@@ -135,10 +116,10 @@ def test_content_reaches_the_disk_before_the_name_and_the_name_before_the_return
     ids=["before the content is on the disk", "before the move", "after the move"],
 )
 def test_a_killed_process_leaves_the_old_or_the_new_file(old, moment, content):
-    done = run_alone(f"{moment}\nfiles.write_whole(path, content)", old, "a new one")
+    done = run_alone(f"{moment}\nfiles.write_atomically(path, content)", old, "a new one")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert old.read_bytes() == content
-    write_whole(old, b"shorter")  # whatever else it left
+    write_atomically(old, b"shorter")  # whatever else it left
     assert_only(old, b"shorter")
 
 
@@ -147,9 +128,9 @@ def test_a_left_over_unfinished_file_does_not_hinder(old, monkeypatch):
         patch.setattr(os, "replace", fail)
         patch.setattr(Path, "unlink", lambda *args, **kwargs: None)
         with pytest.raises(OSError, match="No space"):
-            write_whole(old, b"much longer than what follows")
+            write_atomically(old, b"much longer than what follows")
     assert len(list(old.parent.iterdir())) == 2
-    write_whole(old, b"new")
+    write_atomically(old, b"new")
     assert_only(old, b"new")
 
 
@@ -158,9 +139,9 @@ def test_a_disk_that_fills_up(old):
     done = run_alone(
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "files.write_whole(path, content * 5_000)\n"  # fits to the byte
+        "files.write_atomically(path, content * 5_000)\n"  # fits to the byte
         "try:\n"
-        "    files.write_whole(path, content * 5_001)\n"
+        "    files.write_atomically(path, content * 5_001)\n"
         "except OSError as error:\n"
         "    print(type(error).__name__, error.errno)",
         old,
@@ -173,7 +154,7 @@ def test_a_disk_that_fills_up(old):
 @pytest.fixture
 def best(tmp_path):
     path = tmp_path / "best.ckpt"
-    write_whole(path, b"best")
+    write_atomically(path, b"best")
     return path
 
 
@@ -185,14 +166,14 @@ def contents(folder):
 def test_a_link_is_a_second_name_until_one_is_written(best, there):
     last = best.with_name("last.ckpt")
     if there:
-        write_whole(last, b"old")
-    link_whole(best, last)
+        write_atomically(last, b"old")
+    link_atomically(best, last)
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"best"}
     assert last.samefile(best)
-    write_whole(last, b"later")
+    write_atomically(last, b"later")
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"later"}
-    link_whole(best, last)
-    write_whole(best, b"better")
+    link_atomically(best, last)
+    write_atomically(best, b"better")
     assert contents(best.parent) == {"best.ckpt": b"better", "last.ckpt": b"best"}
 
 
@@ -204,55 +185,55 @@ def test_a_copy_where_there_are_no_links(best, monkeypatch, error):
     monkeypatch.setattr(os, "link", no_links)
     last = best.with_name("last.ckpt")
     for content in (b"best", b"better"):
-        write_whole(best, content)
-        link_whole(best, last)
+        write_atomically(best, content)
+        link_atomically(best, last)
         assert contents(best.parent) == {"best.ckpt": content, "last.ckpt": content}
         assert not last.samefile(best)
 
 
 def test_a_link_to_nothing_leaves_the_old_file(old):
     with pytest.raises(FileNotFoundError):
-        link_whole(old.with_name("best.ckpt"), old)
+        link_atomically(old.with_name("best.ckpt"), old)
     assert old.read_bytes() == b"old"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_process_killed_while_it_links_leaves_the_old_file(best):
     last = best.with_name("last.ckpt")
-    write_whole(last, b"old")
-    done = run_alone(f"os.replace = lambda *paths: {KILL}\nfiles.link_whole(path, Path(sys.argv[2]))", best, last)
+    write_atomically(last, b"old")
+    done = run_alone(f"os.replace = lambda *paths: {KILL}\nfiles.link_atomically(path, Path(sys.argv[2]))", best, last)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (best.read_bytes(), last.read_bytes()) == (b"best", b"old")
-    link_whole(best, last)
+    link_atomically(best, last)
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"best"}
 
 
 def test_linking_twice_leaves_two_names(best):
     last = best.with_name("last.ckpt")
     for _ in range(2):
-        link_whole(best, last)
+        link_atomically(best, last)
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"best"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_a_write_after_a_killed_link_does_not_change_the_file_it_linked(best):
     last = best.with_name("last.ckpt")
-    write_whole(last, b"old")
-    done = run_alone(f"os.replace = lambda *paths: {KILL}\nfiles.link_whole(path, Path(sys.argv[2]))", best, last)
+    write_atomically(last, b"old")
+    done = run_alone(f"os.replace = lambda *paths: {KILL}\nfiles.link_atomically(path, Path(sys.argv[2]))", best, last)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    write_whole(last, b"later")
+    write_atomically(last, b"later")
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"later"}
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_failed_link_leaves_the_old_file_and_no_other(best, monkeypatch, links):
     last = best.with_name("last.ckpt")
-    write_whole(last, b"old")
+    write_atomically(last, b"old")
     monkeypatch.setattr(os, "replace", fail)
     if not links:
         monkeypatch.setattr(os, "link", fail)
     with pytest.raises(OSError, match="No space"):
-        link_whole(best, last)
+        link_atomically(best, last)
     assert contents(best.parent) == {"best.ckpt": b"best", "last.ckpt": b"old"}
 
 
@@ -263,5 +244,5 @@ def test_a_copy_reaches_the_disk_before_its_name(best, monkeypatch):
     monkeypatch.setattr(os, "link", fail)
     monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths)))
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("sync"), fsync(file)))
-    link_whole(best, best.with_name("last.ckpt"))
+    link_atomically(best, best.with_name("last.ckpt"))
     assert calls == ["sync", "replace", "sync"]

@@ -1,7 +1,7 @@
 """Files that anybody may have written, broken in thousands of ways: our own error or the right answer, nothing else.
 
-Seconds by default, with the same inputs each time; ``pytest -m slow -s tests/test_fuzz.py`` tries thousands of new ones
-of each kind. With ``-s`` each test says how many it tried.
+Seconds by default, with the same inputs each time. ``pytest -m exhaustive -s tests/test_fuzz.py`` tries thousands
+of new ones of each kind. With ``-s`` each test says how many it tried.
 """
 
 import copy
@@ -29,15 +29,20 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_checks import VALID, nodes, write
+from support.annotation_files import VALID, nodes, write
 
-from detector.coco import CocoDetection, read_coco, read_image
+from detector.data.annotations import read_coco
+from detector.data.dataset import CocoDetection
+from detector.data.images import read_image
+from detector.data.results import read_results
 from detector.errors import DataError, ModelError
 from detector.evaluation.metric import match
 from detector.evaluation.report import as_text, make_report
-from detector.evaluation.results import read_results
-from detector.models import DetectorConfig, batch_norm_eps, build_detector, load_torchvision_detector
-from detector.pretrained import CHECKPOINT_KEY, PretrainedDetector, load_detector
+from detector.models.build import build_detector
+from detector.models.config import DetectorConfig
+from detector.models.published import batch_norm_eps, load_torchvision_detector
+from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.loading import CHECKPOINT_KEY, load_detector
 
 HANG = 60  # seconds for one input
 
@@ -60,7 +65,7 @@ def watchdog():
 
 
 def amounts(few, many):
-    return pytest.mark.parametrize("amount", [few, pytest.param(many, marks=pytest.mark.slow)])
+    return pytest.mark.parametrize("amount", [few, pytest.param(many, marks=pytest.mark.exhaustive)])
 
 
 def fuzz(amount, cases, check, *, slow_from=2000, least=0.02):
@@ -673,7 +678,7 @@ def bombs(width, height):
 READ = """
 import resource, sys, warnings
 warnings.simplefilter("always")
-from detector.coco import read_image
+from detector.data.images import read_image
 from detector.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
@@ -686,6 +691,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_decompression_bombs_are_refused_before_they_are_unpacked(tmp_path):
     paths = []
     for width, height in (
@@ -992,7 +998,7 @@ def pickled(whole, content):
 LOAD = """
 import resource, sys
 from detector.errors import ModelError
-from detector.pretrained import load_detector
+from detector.pretrained.loading import load_detector
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
@@ -1004,6 +1010,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_that_run_code_or_fill_the_memory(tmp_path, saved):
     _, checkpoint, _ = saved
     whole = as_file(checkpoint)

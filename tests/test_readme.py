@@ -1,23 +1,89 @@
-"""The README's examples run, the files that it names exist, and nothing was left to be filled in."""
+"""What the documents say can be done: their examples and commands run, and the files that they name exist."""
 
+import importlib
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+import tomllib
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tiny_detector import tiny_checkpoint
+from support.tiny_detector import tiny_checkpoint
+from support.tiny_training import TINY
 
-from detector.digits import write_digits
+from detector.data.digits import write_digits
 
-REPOSITORY = Path(__file__).parent.parent
-README = (REPOSITORY / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = {
+    name: (REPOSITORY / name).read_text()
+    for name in (
+        "README.md",
+        "configs/README.md",
+        "tools/README.md",
+        ".github/MEASUREMENTS.md",
+        ".github/CONTRIBUTING.md",
+        ".github/CHANGELOG.md",
+    )
+}
+README = DOCUMENTS["README.md"]
+CONTRIBUTING = DOCUMENTS[".github/CONTRIBUTING.md"]
+EXAMPLES = [
+    pytest.param(code, id=f"{name}-{re.search(r'from detector.* import (.*)', code)[1]}")
+    for name, text in DOCUMENTS.items()
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+]
+TOOLS = sorted({*re.findall(r"python tools/(\w+)\.py", "".join(DOCUMENTS.values()))})
+# Of other programs than ours: pip, torchrun, ruff, and scripts beside the documents.
+OTHERS = {"--no-deps", "--wheel-dir", "--nproc-per-node", "--help", "--size", "--batch"}
+# The README's commands run in a second each with these.
+SMALL = {
+    "train": [
+        *(flag for flag in TINY if not flag.startswith(("--config", "--data.generate"))),
+        "--model.detector.name=timm/test_efficientnet",
+        "--model.detector.weights=null",
+        "--model.optimizer.milestones=[]",
+        "--trainer.precision=32-true",
+        "--trainer.max_steps=1",
+    ],
+    "eval": ["--workers=0", "--device=cpu"],
+    "predict": ["--workers=0", "--device=cpu"],
+}
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=lambda code: re.search(r"from detector\S* import (\w+)", code).group(1))
+def commands(text: str) -> list[str]:
+    """The lines of the shell examples, each as one."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return "".join(blocks).replace("\\\n", "").splitlines()
+
+
+def run_tool(name: str, arguments: list[str], patch: pytest.MonkeyPatch) -> int:
+    """The exit code of ``python tools/NAME.py``, in this process, which has torch already."""
+    path = REPOSITORY / "tools" / f"{name}.py"
+    patch.syspath_prepend(path.parent)
+    patch.setattr(sys, "argv", [str(path), *arguments])
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@cache
+def flags(name: str) -> set[str]:
+    """What ``--help`` of a tool says that it takes."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
+        assert run_tool(name, ["--help"], patch) == 0
+    return set(re.findall(r"--[a-z][\w.]*\w", text.getvalue()))
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code, tmp_path, monkeypatch, capsys):
     # Without a network, and small.
     code = code.replace('weights="DEFAULT"', "weights=None, weights_backbone=None, min_size=320, max_size=320")
@@ -26,35 +92,98 @@ def test_example_runs(code, tmp_path, monkeypatch, capsys):
         write_digits(tmp_path / "FOLDER", splits={"train": 3, "val": 2})
         code = code.replace("workers=2", "min_size=96, max_size=96, workers=0")
         code = code.replace("max_epochs=12", 'max_steps=1, accelerator="cpu"')
-    if "runs/bccd" in code:
-        path = tmp_path / "runs" / "bccd" / "checkpoints" / "last.ckpt"
+    elif run := re.search(r"runs/\w+", code):
+        path = tmp_path / run[0] / "checkpoints" / "last.ckpt"
         path.parent.mkdir(parents=True)
         torch.save(tiny_checkpoint(), path)
         Image.new("RGB", (80, 60), "red").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    if "swap_crop_head" in code:
+    exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+    if "watch_box_gradient" in code:
         ratios = re.findall(r"'ratio': ([\d.]+)", capsys.readouterr().out)
         assert len(ratios) == 2
         assert all(float(ratio) > 0 for ratio in ratios)
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) >= 2
+def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("timm")
+    write_digits(tmp_path / "FOLDER", splits={"train": 4, "val": 2})
+    for path in (tmp_path / "photos" / "a.jpg", tmp_path / "more" / "b.jpg"):
+        path.parent.mkdir()
+        Image.new("RGB", (80, 60), "red").save(path)
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for line in commands(README):
+        if line.startswith("pip install"):  # the two that take minutes: the quickstart, and these tests
+            continue
+        python, path, *arguments = shlex.split(line)
+        assert python == "python"
+        name = Path(path).stem
+        if name == "export" and "pretrained" not in arguments:
+            pytest.importorskip("onnxruntime")
+        arguments = [re.sub("^configs/", f"{REPOSITORY}/configs/", argument) for argument in arguments]
+        assert run_tool(name, [*arguments, *SMALL.get(name, [])], monkeypatch) == 0, line
+        done.append(name)
+    assert done == ["check", "train", "eval", "predict", "export", "export"]
+    assert (tmp_path / "runs" / "mine" / "eval-val" / "report.html").is_file()
+    assert len(list((tmp_path / "found" / "pictures").iterdir())) == 2
+    assert (tmp_path / "detector.onnx").is_file()
+    assert (tmp_path / "my-detector" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_commands_take_their_flags(name):
+    for document, text in DOCUMENTS.items():
+        for arguments in re.findall(rf"python tools/{name}\.py([^`\n]*)", text.replace("\\\n", "")):
+            assert set(re.findall(r"--[a-z][\w.]*\w", arguments)) <= flags(name), (document, arguments)
+
+
+def test_flags_are_those_of_a_tool():
+    known = set().union(*map(flags, TOOLS), OTHERS)
+    for document, text in DOCUMENTS.items():
+        if document.endswith("CHANGELOG.md"):  # which names those that are gone
+            continue
+        named = {flag.replace("-", "_") for flag in re.findall(r"(?<=--)[a-z][\w.-]*\w", text)}  # which do as well
+        assert not named - {flag.removeprefix("--").replace("-", "_") for flag in known}, document
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_files_exist(name):
+    text, folder = DOCUMENTS[name], (REPOSITORY / name).parent
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        path, _, anchor = target.partition("#")
+        linked = folder / path if path else REPOSITORY / name
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    for path in re.findall(r"(?<![\w/-])((?:configs|tools|tests|\.github|\.ci)/[\w./-]*\w)", text):
+        assert (REPOSITORY / path).exists(), path
 
 
 def test_nothing_is_left_to_be_filled_in():
-    for path in (REPOSITORY / "README.md", *(REPOSITORY / "configs").glob("*.yaml")):
-        holes = set(re.findall(r"\b[A-Z]{2,}_[A-Z]+\b", path.read_text())) - {"DETECTOR_DATA", "BCCD_Dataset"}
-        assert not holes, (path, holes)
+    configs = {path.name: path.read_text() for path in (REPOSITORY / "configs").glob("*.yaml")}
+    for name, text in {**DOCUMENTS, **configs}.items():
+        holes = set(re.findall(r"\b[A-Z]{2,}_[A-Z]+\b", text)) - {"DETECTOR_DATA", "VIRTUAL_ENV"}
+        assert not holes, (name, holes)
 
 
-def test_named_files_exist():
-    for path in re.findall(r"(?:configs|tools|\.github/assets)/[\w.]+\.(?:yaml|py|png|jpg)", README):
-        assert (REPOSITORY / path).is_file(), path
+def test_the_readme_is_a_page():
+    assert len(README.splitlines()) < 150
 
 
-def test_the_speed_table_and_the_plot_are_the_benchmark_tools_own(tmp_path):
+def test_the_map_names_every_module_and_no_other():
+    written = CONTRIBUTING.split("## The map")[1].split("\n## ")[0]
+    floors = re.findall(r"^- `(\w+)`:(.*?)(?=^- `|\n\n)", written, flags=re.MULTILINE | re.DOTALL)
+    named = {f"{floor}/{name}" for floor, text in floors for name in re.findall(r"`(\w+)`", text)}
+    named |= set(re.findall(r"`(\w+)`", written.rpartition("\n\nWhat every floor may use")[2]))
+    package = REPOSITORY / "detector"
+    modules = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")}
+    assert named == {module for module in modules if not module.endswith("__init__")}
+
+
+def test_speed_tables_and_the_plot_are_the_benchmark_tools_own(tmp_path):
     assets = REPOSITORY / ".github" / "assets"
     (tmp_path / "benchmark.json").write_text((assets / "benchmark.json").read_text())
     subprocess.run(
@@ -62,10 +191,28 @@ def test_the_speed_table_and_the_plot_are_the_benchmark_tools_own(tmp_path):
     )
     report = (tmp_path / "benchmark.md").read_text()
     assert report == (assets / "benchmark.md").read_text()
-    speed = README.split("## Speed")[1].split("\n## ")[0]
-    rows = [line for line in speed.splitlines() if line.startswith("|") and "---" not in line]
-    assert len(rows) > 10
-    for row in rows:
-        assert row in report, row
-    assert "`python tools/benchmark.py`" in speed
     assert report.startswith("`python tools/benchmark.py`\n")
+    measured = DOCUMENTS[".github/MEASUREMENTS.md"].split("## Speed of the crop")[1]
+    for speed in (README.split("## Speed")[1].split("\n## ")[0], measured.split("\n## ")[0]):
+        rows = [line for line in speed.splitlines() if line.startswith("|") and "---" not in line]
+        assert len(rows) >= 5
+        for row in rows:
+            assert row in report, row
+        assert "python tools/benchmark.py" in speed
+
+
+def test_console_scripts_can_be_called():
+    scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
+    for name, target in scripts.items():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function)), name
+        assert name == f"affine-crop-{module.rpartition('.')[2]}"
+
+
+def test_the_oldest_dependencies_are_those_of_pyproject():
+    command = [sys.executable, REPOSITORY / ".github" / "oldest.py"]
+    oldest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    assert len(oldest) == len(set(oldest)) == len(re.findall(r'"[\w\[\],-]+>=[\d.]+"', text)) - 1  # but setuptools
+    (version,) = re.findall(r'"torch>=([.0-9]+)"', text)
+    assert f"torch=={version}" in oldest

@@ -37,7 +37,7 @@ from torchvision.ops.poolers import LevelMapper
 from tqdm import tqdm
 
 from detector import BoxGradient, MultiScaleAffineCrop, boxes_to_theta, normalize_boxes, swap_crop_head
-from detector.crop import Sampler
+from detector.crop.crop import Sampler
 
 STRIDES = (4, 8, 16, 32)
 REFERENCE = "torchvision"

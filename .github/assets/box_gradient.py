@@ -1,6 +1,6 @@
 """What the box gradient does to a training.
 
-  python .github/assets/box_gradient.py table runs/SET-SETTING-SEED ...   the table of .github/assets/box_gradient.md
+  python .github/assets/box_gradient.py table runs/SET-SETTING-SEED ...   the table of .github/MEASUREMENTS.md
   python .github/assets/box_gradient.py start COCO-FOLDER                 R50, random weights, 91 classes, 200 steps
 
 The first reads the folders that tools/train.py wrote; the second trains in a plain loop, once for each setting.
@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchvision.transforms.v2.functional import to_dtype
 
 from detector import BoxGradient, swap_crop_head
-from detector.coco import CocoDetection
-from detector.watch import watch_box_gradient
+from detector.data.dataset import CocoDetection
+from detector.rcnn.watch import watch_box_gradient
 
 SCORES = ("AP", "AP50", "AP75", "AP90")
 

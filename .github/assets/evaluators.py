@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from detector.coco import index_coco
+from detector.data.annotations import index_coco
 from detector.evaluation.metric import SUMMARY, evaluate, evaluator_version
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

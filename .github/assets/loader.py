@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from detector.training.command_line import parse
+from detector.command_line.training import parse
 
 STEPS, WARM_UP, ROUNDS = 20, 3, 3
 

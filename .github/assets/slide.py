@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import v2
 
 from detector import affine_crop
-from detector.coco import CocoDetection
+from detector.data.dataset import CocoDetection
 
 SCALE = 3
 STEPS = (0, 10, 20, 40, 150)

@@ -1,105 +1,36 @@
-"""The command line of ``tools/export.py``."""
+"""Take a detector elsewhere: one ONNX file, or a folder for Hugging Face's hub.
 
-from pathlib import Path
-from typing import Any, Literal
+python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output detector.onnx
+python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output my-detector --format pretrained
 
-from detector.coco import read_json
-from detector.command_line.source import load_source
-from detector.errors import DataError, ModelError, in_a_sentence
-from detector.evaluation.report import newest_report
-from detector.export import compare_speed, export_onnx
-from detector.folders import run_folder
-from detector.model_card import is_generated
-from detector.pretrained import CARD, CONFIG, WEIGHTS, Crop
+The ONNX file holds the whole detector, from pixels to boxes, in standard operators; it takes images of any size. It is
+run by onnxruntime and compared with PyTorch before it is called done. The folder holds model.safetensors, config.json
+and a model card with the scores of the last evaluation of these weights.
 
+exit code: 0 done, 1 a mistake in what was given, 2 in the command line, 130 interrupted
+"""
 
-def export(
-    checkpoint: str | None = None,
-    model: str | None = None,
-    weights: str | None = None,
-    crop: Crop | None = None,
-    format: Literal["onnx", "pretrained"] = "onnx",
-    output: str | None = None,
-    batch_size: int = 1,
-    speed: int = 0,
-) -> None:
-    """Export a detector: as one ONNX file, or as a folder in the format of Hugging Face's hub.
+from collections.abc import Sequence
 
-    The ONNX file holds the whole detector, from pixels to boxes, in standard operators; it takes images of any size.
-    It is run by onnxruntime and compared with PyTorch before it is called done. The folder holds model.safetensors,
-    config.json and a model card with the scores of the last evaluation of these weights.
-
-    Args:
-        checkpoint: a checkpoint of tools/train.py or its run's folder (the last one), a folder of save_pretrained, or a
-            name on Hugging Face's hub.
-        model: or the name of a torchvision R-CNN, such as fasterrcnn_resnet50_fpn,
-        weights: with its weights: a state_dict file, or a name that torchvision publishes (DEFAULT).
-        crop: "affine" exports it swapped, "roi_align" stock. Default: as the checkpoint was trained; stock.
-        format: "onnx" or "pretrained".
-        output: the file, NAME.onnx, or the folder. Default: beside the checkpoint, detector.onnx or pretrained.
-        batch_size: onnx only: the number of images that it takes at a time.
-        speed: onnx only: also time onnxruntime beside PyTorch, on so many rounds.
-    """
-    with in_a_sentence():
-        if batch_size < 1 or speed < 0:
-            raise ModelError("--batch_size must be at least 1, --speed at least 0")
-        suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
-        if format == "onnx" and suffix not in ("", ".onnx"):
-            raise ModelError(
-                f"--output {output}: no {suffix} file can be written, but by --format onnx NAME.onnx, by --format "
-                "pretrained a folder"
-            )
-        if format == "pretrained" and suffix == ".onnx":
-            raise ModelError(f"--output {output}: --format pretrained writes a folder; leave it out for an ONNX file")
-        detector, called = load_source(checkpoint, model, weights, crop)
-        home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
-        if format == "pretrained" and (batch_size > 1 or speed):
-            raise ModelError("--batch_size and --speed are of --format onnx")
-        if format == "pretrained":
-            target = home / "pretrained" if output is None else Path(output)
-            if not _may_save_to(target):
-                raise ModelError(f"--output {target}: holds something else already; give a folder of its own")
-            report = newest_report(home, detector.digest())
-            generated = is_generated(target / CARD)
-            detector.save_pretrained(target, model_card_kwargs={"report": report})
-            print(f"{target}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
-            if not generated:
-                print(f"{CARD} is as it was: it is not one that this program wrote.")
-            elif report is None:
-                print("The card has no scores: tools/eval.py has not scored these weights in this run's folder.")
-            else:
-                print(f"The card has the scores of {report['about']['time']}.")
-            return
-        file = home / "detector.onnx" if output is None else Path(output)
-        if file.is_dir():
-            raise ModelError(f"--output {file}: is a folder; name a file, such as {file / 'detector.onnx'}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        network: Any = detector.model
-        compared = export_onnx(
-            network,
-            file,
-            batch_size=batch_size,
-            class_names=detector.category_names,
-            category_ids=detector.category_ids,
-        )
-        same = "onnxruntime detects what PyTorch does" if compared else "not compared: onnxruntime is not installed"
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
-        if speed:
-            side = min(network.transform.min_size[-1], network.transform.max_size)
-            seconds = compare_speed(network, file, (side, side), speed)
-            print(
-                f"{batch_size} x {side} x {side} pixels, {speed} rounds: PyTorch {1000 * seconds['pytorch']:.1f} ms, "
-                f"onnxruntime {1000 * seconds['onnxruntime']:.1f} ms, {seconds['ratio']:.2f} times"
-            )
+from detector.command_line.arguments import ToolParser, add_batch_size, add_detector, add_output, add_speed
 
 
-def _may_save_to(folder: Path) -> bool:
-    """Whether a folder is not there, empty, or one of save_pretrained, which may be replaced."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    try:
-        return not any(folder.iterdir()) or "weights_digest" in read_json(folder / CONFIG)
-    except (DataError, TypeError):  # another program's
-        return False
+def make_parser() -> ToolParser:
+    """The flags of ``tools/export.py``."""
+    parser = ToolParser(__doc__, settings=True, files=("config", "checkpoint"))
+    add_detector(parser)
+    formats = ("onnx", "pretrained")
+    parser.add_argument("--format", choices=formats, default="onnx", help="a file or a folder; default: onnx")
+    add_output(parser, default="detector.onnx or pretrained/ beside the checkpoint, or in runs/")
+    add_batch_size(parser, default=1, note="of the ONNX file, which takes just so many")
+    add_speed(parser, what="of onnxruntime beside PyTorch on so many rounds, of an ONNX file")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export a detector as a command line says. Returns the exit code."""
+    options = make_parser().read(arguments)
+    from detector.command_line.exporting import export
+
+    export(**vars(options))
+    return 0

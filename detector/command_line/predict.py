@@ -1,141 +1,77 @@
-"""The command line of ``tools/predict.py``."""
+"""Detect objects in images: pictures with boxes, names and scores, and the numbers as JSON.
 
-import sys
-from collections import Counter
+python tools/predict.py photo.jpg --checkpoint runs/quickstart/checkpoints/last.ckpt
+python tools/predict.py photos "more/*.png" --checkpoint FOLDER --output found --min_score 0.3
+python tools/predict.py photos --checkpoint runs/bccd/checkpoints/last.ckpt --min_score auto
+python tools/predict.py val2017 --model fasterrcnn_resnet50_fpn --weights DEFAULT --annotations instances_val2017.json
+
+Of the detector: a checkpoint of tools/train.py, a folder of save_pretrained, a name on Hugging Face's hub, or one of
+torchvision's with weights. Of the images: files, folders with all below them, patterns. Written are pictures/,
+predictions.json (by image and name) and detections.json (all detections in COCO's results format, which
+tools/eval.py --results scores if --annotations gave the image ids). Of an earlier run in the same --output those
+pictures go that its predictions.json names, and nothing else.
+
+Of a folder are taken whatever Pillow reads here: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM, JPEG 2000 and AVIF. Images of
+other kinds (.heic, camera raw, .svg, ...) are counted at the end. Of several frames or pages the first is taken. Images
+of 16 bits are scaled by as many as their largest value needs (8, 10, 12, 14 or 16), floats up to 1 to 0 to 255, in
+training as well. The end says what was done to how many images, predictions.json to which.
+
+exit code: 0 every image was looked at (those of other kinds in a folder are none), 1 a mistake in what was given, 2 in
+the command line, 3 some images could not be read (they are named, also in predictions.json), 130 interrupted (what was
+found by then is written)
+"""
+
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
-from pycocotools.coco import COCO
-from tqdm import tqdm
-
-from detector.categories import match_ids
-from detector.coco import read_coco
-from detector.command_line.source import load_source, pick_device
-from detector.errors import DataError, ModelError, in_a_sentence
-from detector.evaluation.report import newest_report
-from detector.folders import run_folder, unused_folder
-from detector.image_files import by_suffix, find_images, predict_images
-from detector.names import clean, listed
-from detector.pretrained import Crop, PretrainedDetector
+from detector.command_line.arguments import (
+    ToolParser,
+    add_batch_size,
+    add_detector,
+    add_device,
+    add_min_score,
+    add_output,
+    add_workers,
+    at_least,
+    score,
+)
 
 
-def predict(
-    images: Sequence[str],
-    *,
-    checkpoint: str | None = None,
-    model: str | None = None,
-    weights: str | None = None,
-    crop: Crop | None = None,
-    output: str | None = None,
-    min_score: float | Literal["auto"] = 0.5,
-    annotations: str | None = None,
-    pictures: bool = True,
-    batch_size: int = 8,
-    workers: int = 2,
-    max_pixels: int | None = None,
-    device: str | None = None,
-) -> int:
-    """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
-    with in_a_sentence():
-        left_out: set[Path] = set()
-        known = None if annotations is None else read_coco(annotations)
-        files = find_images(images, known, left_out=left_out)
-        detector, called = load_source(checkpoint, model, weights, crop)
-        category_ids = None if known is None else _ids_in(known, detector)
-        least: float | list[float]
-        least = _scores_of_report(called, detector) if min_score == "auto" else min_score
-        detector.to(pick_device(device))
-        target = unused_folder(Path("runs") / "predict") if output is None else Path(output)
-        with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
-
-            def report(broken: str | None) -> None:
-                bar.update()
-                if broken is not None:
-                    tqdm.write(f"skipped: {broken}", file=sys.stderr)
-
-            done = predict_images(
-                detector,
-                files,
-                target,
-                min_score=least,
-                pictures=pictures,
-                batch_size=batch_size,
-                workers=workers,
-                max_pixels=max_pixels,
-                category_ids=category_ids,
-                about={
-                    "model": called,
-                    "crop": detector.crop,
-                    "left_out": Counter(path.suffix.lower() for path in left_out),
-                },
-                on_image=report,
-            )
-        found = sum(len(image["detections"]) for image in done.images)
-        of = f" of {len(files):,}" if len(done.images) < len(files) else ""
-        what = "pictures/, predictions.json and detections.json" if pictures else "predictions.json and detections.json"
-        print(f"{found:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
-        for remark, paths in done.remarks.items():
-            name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
-            print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
-        if left_out:
-            print(
-                f"left out: {by_suffix(left_out)} (not read here; convert them to JPEG, PNG or TIFF)", file=sys.stderr
-            )
-        if done.broken:
-            print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
-        if done.stopped:
-            print("interrupted", file=sys.stderr)
-            return 130
-        return 3 if done.broken else 0
+def score_or_auto(text: str) -> float | str:
+    """The type of a flag: a score, or "auto"."""
+    return text if text == "auto" else score(text)
 
 
-def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
-    """The score of each label from which on F1 is highest, in the last report of these weights; says which."""
-    home = Path(called)
-    folders = [run_folder(home), Path("runs")] if home.exists() else [Path("runs")]
-    digest = detector.digest()
-    reports = [report for folder in folders if (report := newest_report(folder, digest)) is not None]
-    if not reports:
-        places = " and ".join(f"{folder}/" for folder in folders)
-        raise ModelError(
-            f"--min_score auto: tools/eval.py has not scored these weights (of all report.json in {places} none is of "
-            "them); run it first, or give a score"
-        )
-    newest = max(reports, key=lambda report: str(report["about"].get("time", "")))
-    which = f"--min_score auto: the report of {clean(str(newest['about'].get('time', '')))}"
-    points = newest.get("operating_points")
-    if points is None:
-        raise ModelError(f"{which} has no scores to take; run tools/eval.py again, or give a score")
-    try:
-        rows = points["by_class"]
-        ids = match_ids(detector, [(row["id"], row["name"]) for row in rows])  # as tools/eval.py did
-        if points["mean"] is None:
-            raise ModelError(f"{which} says that nothing was found right, so no score is best; give one")
-        overall = points["mean"]["score"]
-        of_class = {row["id"]: row["score"] for row in rows if row["score"] is not None}
-        scores = [of_class.get(category, overall) for category in ids]
-        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in (*scores, overall)):
-            raise ValueError("a score must be a number from 0 to 1")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise DataError(f"{which} is damaged: operating_points: {type(error).__name__} {error}") from None
-    span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
-    about = newest["about"]
-    on = f" on {about['images']} images of {clean(str(about['data']))}" if {"images", "data"} <= about.keys() else ""
-    print(f"{which}: scores from {span} on, where F1 was highest{on}")
-    return scores
+def make_parser() -> ToolParser:
+    """The flags of ``tools/predict.py``."""
+    parser = ToolParser(__doc__, files=("checkpoint", "annotations"))
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="what to look at")
+    add_detector(parser)
+    add_device(parser)
+    add_output(parser, default="runs/predict, or the next free number")
+    add_min_score(
+        parser,
+        effect="in pictures and predictions.json; auto: of each class that with the highest F1 in the last report of "
+        "tools/eval.py on these weights, beside the checkpoint or in runs/",
+        kind=score_or_auto,
+    )
+    add("--annotations", metavar="FILE.json", help="COCO annotations that give the images' ids, by file name")
+    add("--no_pictures", action="store_true", help="the numbers alone")
+    add_batch_size(parser, default=8, note="of one size each, and at most so many")
+    add_workers(parser, default=2)
+    add(
+        "--max_pixels",
+        type=at_least(1),
+        metavar="N",
+        help="read images of up to so many pixels; default: 89478485, Pillow's limit, for a small file may unpack to "
+        "anything; a large image takes about 40 bytes of memory a pixel",
+    )
+    return parser
 
 
-def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | None] | None:
-    """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
-    try:
-        ids = match_ids(detector, [(i, annotations.cats[i]["name"]) for i in sorted(annotations.cats)])
-    except (DataError, ModelError) as error:
-        print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
-        return None
-    pairs = zip(detector.category_ids, detector.category_names, ids, strict=True)
-    if left := [name for own, name, found in pairs if own is not None and found is None]:
-        print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
-    return ids
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Detect objects as a command line says. Returns the exit code."""
+    options = vars(make_parser().read(arguments))
+    from detector.command_line.predicting import predict
+
+    return predict(options.pop("images"), pictures=not options.pop("no_pictures"), **options)

@@ -4,8 +4,10 @@ import os
 
 import torch
 
-from detector.errors import ModelError
-from detector.pretrained import Crop, PretrainedDetector, checkpoint_of, load_detector, load_published
+from detector.errors import ModelError, UsageError
+from detector.pretrained.description import Crop
+from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.loading import checkpoint_of, load_detector, load_published
 
 
 def load_source(
@@ -14,17 +16,20 @@ def load_source(
     """The detector that a command line names, and what to call it; of a run's folder, the checkpoint that was taken."""
     if checkpoint is not None:
         if model is not None or weights is not None:
-            raise ModelError("give --checkpoint, or --model with --weights, not both")
+            raise UsageError("give --checkpoint, or --model with --weights, not both")
         called = checkpoint_of(checkpoint)
         detector = load_detector(called)
     elif model is None:
-        raise ModelError("give one of --checkpoint FILE, or --model NAME --weights FILE")
+        raise UsageError("give one of --checkpoint FILE, or --model NAME --weights FILE")
     elif weights is None:
-        raise ModelError("--model needs --weights: a state_dict file, or DEFAULT for the published ones")
+        raise UsageError("--model needs --weights: a state_dict file, or DEFAULT for the published ones")
     else:
         detector, called = load_published(model, weights), f"{model}, {weights}"
     if crop is not None:
-        detector.crop_by(crop)
+        try:
+            detector.crop_by(crop)
+        except ModelError as error:
+            raise UsageError(f"--{error}") from None
     return detector, called
 
 
@@ -36,5 +41,5 @@ def pick_device(device: str | None) -> torch.device:
             place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ModelError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
     return place

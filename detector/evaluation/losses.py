@@ -13,14 +13,14 @@ def detect_with_losses(
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Detections and the training losses of the same images; of an R-CNN by one pass of backbone and RPN.
 
-    The model is in eval mode, but for the flags by which its parts choose what to return: batch norm and dropout do
-    not take part, and no statistic changes. The losses of an R-CNN are those of the proposals of testing, which are
-    fewer than in training.
+    The model is in eval mode, but for the flags by which its parts choose what to return: dropout drops nothing, and no
+    statistic of batch norm changes. The losses of an R-CNN are those of the proposals of testing, which are fewer than
+    in training.
 
     Args:
         model: a torchvision detector; put in eval mode for the call.
         images: [3, H, W] in 0..1.
-        targets: as in training.
+        targets: the boxes and labels of each image, as in training.
 
     Returns:
         What the model returns in eval mode, and the losses by torchvision's names.

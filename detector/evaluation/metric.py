@@ -9,42 +9,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
-from torchvision.ops import box_convert
 
-from detector.coco import index_coco
+from detector.data.annotations import index_coco
+from detector.data.results import Result
 from detector.errors import DataError, ModelError
 
 # pycocotools' 12 summary numbers, in its order. AP is averaged over IoU 0.50 to 0.95, AR is at that many detections.
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-Result = dict[str, Any]
 Evaluator = Literal["pycocotools", "faster-coco-eval"]
-
-
-def to_results(
-    detections: Sequence[dict[str, Tensor]], image_ids: Sequence[int], category_ids: Sequence[int | None]
-) -> list[Result]:
-    """Detections in COCO's results format.
-
-    Args:
-        detections: per image ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels of the annotated image, ``labels`` [L]
-            and ``scores`` [L], as torchvision's detectors return them.
-        image_ids: the images' ids.
-        category_ids: the category id of each label, from label 1 on; ``None`` for one to leave out.
-
-    Returns:
-        One dict per detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``.
-    """
-    results = []
-    for detection, image_id in zip(detections, image_ids, strict=True):
-        boxes = box_convert(detection["boxes"].detach().cpu().double(), "xyxy", "xywh")
-        rows = zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist())
-        for box, label, score in rows:
-            category_id = category_ids[label - 1] if label > 0 else None  # 0 is the background
-            if category_id is not None:
-                results.append({"image_id": image_id, "category_id": category_id, "bbox": box, "score": score})
-    return results
 
 
 def evaluate(
@@ -57,14 +29,14 @@ def evaluate(
     """Score results with pycocotools' COCOeval, boxes.
 
     Args:
-        truth: the annotations, crowds and all.
-        results: COCO's results format; none at all is a score of 0.
+        truth: the ground truth: annotations, crowds and all.
+        results: detections in COCO's results format; none at all is a score of 0.
         image_ids: the images to score; all of ``truth`` by default. Results for others are not counted.
-        evaluator: "faster-coco-eval" is the same in C++.
+        evaluator: what computes the scores; "faster-coco-eval" does the same in C++.
 
     Returns:
-        The 12 numbers of :data:`SUMMARY` and AP90 (at IoU 0.90); -1 where no truth is of that size, as pycocotools
-        says it. And pycocotools' own table.
+        The 12 numbers of :data:`SUMMARY` and AP90 (at IoU 0.90), -1 where no object is of that size, as in
+        pycocotools; and pycocotools' own table.
 
     Raises:
         DataError: a result is for an image or a category that ``truth`` does not have.
@@ -84,14 +56,14 @@ def match(
     max_detections: Sequence[int] = (1, 10, 100),
     all_sizes: bool = True,
 ) -> COCOeval:
-    """Match results with the truth, as :func:`evaluate`.
+    """Match results with the ground truth.
 
     Args:
-        truth, results, image_ids, evaluator: as there.
-        by_class: ``False``: whatever the classes.
-        iou: the thresholds; 0.50 to 0.95 by default.
-        max_detections: an image, or an image and class.
-        all_sizes: ``False``: only all together, not by the objects' size.
+        truth, results, image_ids, evaluator: see :func:`evaluate`.
+        by_class: whether a detection only matches an object of its own class.
+        iou: the IoU thresholds; 0.50 to 0.95 by default.
+        max_detections: how many detections count, the best ones of each image, and, with ``by_class``, of each class.
+        all_sizes: whether small, medium and large objects are also matched apart.
 
     Returns:
         pycocotools' scorer, evaluated and accumulated.
@@ -138,7 +110,7 @@ def summary(scorer: COCOeval) -> tuple[dict[str, float], str]:
 
 
 def evaluator_version(evaluator: Evaluator) -> str:
-    """Its name and version, as in "pycocotools 2.0.11".
+    """The name and version of an evaluator, as in "pycocotools 2.0.11".
 
     Raises:
         ModelError: there is none of that name, or its package is missing.
@@ -153,7 +125,7 @@ def evaluator_version(evaluator: Evaluator) -> str:
 
 def _accumulated_fast(scorer: COCOeval) -> dict[str, Any]:
     """What ``scorer.accumulate()`` would leave in ``scorer.eval``, by faster-coco-eval."""
-    evaluator_version("faster-coco-eval")  # or it is missing
+    evaluator_version("faster-coco-eval")  # raises where it is missing
     from faster_coco_eval import COCOeval_faster
 
     fast = COCOeval_faster(scorer.cocoGt, scorer.cocoDt, iouType="bbox", print_function=lambda *words: None)

@@ -1,4 +1,4 @@
-"""From which score on detections are to be taken: precision, recall and F1 over the score, and where F1 is highest."""
+"""From which score on to take detections: precision, recall and F1 over the score, and where F1 is highest."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from detector.evaluation.metric import Result, match
-from detector.names import told_apart
+from detector.data.results import Result
+from detector.evaluation.metric import match
+from detector.text import told_apart
 
 IOU = 0.5
 THRESHOLDS = [i / 100 for i in range(101)]  # of the curves
@@ -15,12 +16,12 @@ THRESHOLDS = [i / 100 for i in range(101)]  # of the curves
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Detections that count, those on crowds left out.
+    """Detections in the order of their scores, those on crowds left out.
 
     Args:
         scores: [D], the highest first.
         right: [D], whether each found an object of its class.
-        objects: that there are to be found.
+        objects: how many objects there are to be found.
     """
 
     scores: np.ndarray
@@ -34,7 +35,7 @@ class _Ranking:
             return hits / kept, hits / self.objects, 2 * hits / (self.objects + kept)
 
     def best(self) -> dict[str, float | None]:
-        """The score from which on F1 is highest, of equal ones the highest score, and what it is there."""
+        """The score from which on F1 is highest (the highest of several), with precision, recall and F1 there."""
         nothing: dict[str, float | None] = dict.fromkeys(("score", "precision", "recall", "f1"))
         if not self.objects:
             return nothing
@@ -53,7 +54,7 @@ class _Ranking:
         }
 
     def curves(self) -> dict[str, list[float | None]]:
-        """Precision, recall and F1 at :data:`THRESHOLDS`; the precision of no detections is ``None``."""
+        """Precision, recall and F1 at each of :data:`THRESHOLDS`; the precision of no detections is ``None``."""
         if not self.objects:
             return {}
         measured = self.measure(np.searchsorted(-self.scores, -np.array(THRESHOLDS), side="right"))
@@ -64,9 +65,9 @@ class _Ranking:
 
 
 def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
-    """What comes of a least score, at IoU 0.50, as the metric matches: class by class, the best 100 of an image.
+    """What comes of taking detections from a score on, at IoU 0.50.
 
-    A detection counts from ``score >= threshold`` on.
+    Matched as in the metric: class by class, the best 100 of an image. A detection counts if ``score >= threshold``.
 
     Args:
         scorer: what :func:`~detector.evaluation.metric.match` returned by its defaults.
@@ -88,8 +89,8 @@ def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
     for one in scorer.evalImgs:
         if one is not None and one["aRng"] == settings.areaRng[0]:  # all sizes
             matches[one["category_id"]].append(one)
-    rankings = [_rank(matches[category], level) for category in settings.catIds]
-    together = _rank([one for of_class in matches.values() for one in of_class], level)
+    rankings = [_ranking(matches[category], level) for category in settings.catIds]
+    together = _ranking([one for of_class in matches.values() for one in of_class], level)
     categories = [scorer.cocoGt.cats[category] for category in settings.catIds]
     best = together.best()
     return {
@@ -111,8 +112,13 @@ def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
     }
 
 
-def _rank(matches: list[Any], level: int) -> _Ranking:
-    """The detections of pycocotools' matches of images, at the IoU threshold of that number."""
+def _ranking(matches: list[Any], level: int) -> _Ranking:
+    """The detections of pycocotools' matches of some images.
+
+    Args:
+        matches: entries of ``evalImgs``.
+        level: the index of the IoU threshold.
+    """
     scores = np.array([score for one in matches for score in one["dtScores"]], dtype=float)
     matched = np.concatenate([[], *(one["dtMatches"][level] for one in matches)]) != 0
     counts = np.concatenate([[], *(one["dtIgnore"][level] for one in matches)]) == 0

@@ -15,8 +15,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from detector.drawing import COLORS, Stroke
-from detector.names import clean, short
+from detector.data.drawing import COLORS, Stroke
+from detector.evaluation.confusion import confused_pairs
+from detector.text import clean, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ FONT = "'DejaVu Sans', sans-serif"  # as matplotlib writes STYLE's; the page's o
 # What COCO's numbers mean, in plain words.
 MEANINGS = {
     "AP": "Average precision, the main number: over all classes, and over IoU thresholds from 0.50 to 0.95.",
-    "AP50": "AP when a box that overlaps the truth by an IoU of 0.50 counts: found, roughly.",
+    "AP50": "AP when a box that overlaps the object by an IoU of 0.50 counts: found, roughly.",
     "AP75": "AP at IoU 0.75: found, with a tight box.",
     "AP90": "AP at IoU 0.90: found, with an almost exact box.",
     "APs": "AP of small objects, of less than 32 x 32 pixels.",
@@ -209,71 +210,84 @@ def confusion_table(confusion: Mapping[str, Any]) -> dict[str, Any]:
     """A confusion matrix that a reader can take in.
 
     Args:
-        confusion: ``names`` of n classes and ``matrix`` [n + 1, n + 1], rows the truth, columns what it was detected
-            as; the last row false detections, the last column missed objects.
+        confusion: ``names`` of n classes and ``matrix`` [n + 1, n + 1]: rows are the ground truth, the last one false
+            detections; columns what it was detected as, the last one missed objects.
 
     Returns:
         ``names`` and ``matrix`` of the same layout, in which all classes but the :data:`CLASSES` with most confusions
         are one, "other classes", if there are more; ``others``, how many that is; ``totals``, the rows' sums; and
         ``pairs``, the most frequent confusions as (truth, detected as, count).
     """
-    names = list(confusion["names"])
-    matrix = np.array(confusion["matrix"], dtype=np.int64).reshape(len(names) + 1, len(names) + 1)
-    confused = matrix[:-1, :-1].copy()
-    np.fill_diagonal(confused, 0)
-    others = 0
-    if len(names) > CLASSES:
+    names, n = list(confusion["names"]), len(confusion["names"])
+    matrix = np.array(confusion["matrix"], dtype=np.int64).reshape(n + 1, n + 1)
+    others = max(n - CLASSES, 0)
+    if others:
+        confused = matrix[:-1, :-1] * ~np.eye(n, dtype=bool)
         # Sorted by class again after the choice; of equals, the first ones.
         chosen = np.sort(np.argsort(-(confused.sum(0) + confused.sum(1)), kind="stable")[:CLASSES])
-        group = np.full(len(names) + 1, CLASSES)  # of each class: its new row, or that of the others
+        group = np.full(n + 1, CLASSES)  # of each class: its new row, or that of the others
         group[chosen] = np.arange(CLASSES)
         group[-1] = CLASSES + 1
         member = np.eye(CLASSES + 2, dtype=np.int64)[group]
         matrix = member.T @ matrix @ member
-        others = len(names) - CLASSES
-    order = np.argsort(-confused, axis=None, kind="stable")[:CLASSES]
-    rows, columns = np.unravel_index(order, confused.shape)
-    pairs = [(names[i], names[j], int(confused[i, j])) for i, j in zip(rows, columns) if confused[i, j]]
+        names = [names[i] for i in chosen] + ["other classes"]
     return {
-        "names": [names[i] for i in chosen] + ["other classes"] if others else names,
+        "names": names,
         "matrix": matrix.tolist(),
         "others": others,
         "totals": matrix.sum(1).tolist(),
-        "pairs": pairs if others else [],
+        "pairs": confused_pairs(confusion, CLASSES) if others else [],
     }
 
 
 # Plots
 
+Line = tuple[str, Sequence[float | None], str, bool]  # label, values, colour, dashed or not
+
 
 def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
     """All plots that there are data for. Names of classes stand in the legends, which are HTML, never in the SVG."""
     plots = {}
-    drawn = report["curves"]
+    drawn, points = report["curves"], report["operating_points"]
+    axes: dict[str, Any] = {"xlabel": "recall", "ylabel": "precision", "xlim": (0, 1.01), "ylim": (0, 1.03)}
     if drawn.get("mean"):
         lines = [(f"IoU {iou}", values, color, False) for (iou, values), color in zip(drawn["mean"].items(), LINES)]
-        plots["mean"] = _curves("mean", "Mean over the classes", drawn["recall"], lines)
+        plots["mean"] = _lines("mean", "Mean over the classes", drawn["recall"], lines, **axes)
     named = {name: values for name, values in drawn.get("by_class", {}).items() if _finite(values).size}
     if named:
         lines, remark = _class_lines(named, "AP50")
-        plots["by_class"] = _curves("by_class", "By class, at IoU 0.50", drawn["recall"], lines, remark)
-    points = report["operating_points"]
-    if points["mean"]:
-        plots["threshold"] = _threshold(points)
-        for key, label in (("f1", "F1"), ("precision", "precision"), ("recall", "recall")):
-            of_class = {name: curves[key] for name, curves in points["curves"]["by_class"].items()}
-            lines, remark = _class_lines(of_class, f"mean {label}")
+        title = "By class, at IoU 0.50"
+        plots["by_class"] = _lines("by_class", title, drawn["recall"], lines, remark=remark, **axes)
+    if best := points["mean"]:
+        scores, curves = points["curves"]["score"], points["curves"]
+        axes = {"xlabel": "score threshold", "xlim": (0, 1), "ylim": (0, 1.03)}
+        measures = {"precision": "precision", "recall": "recall", "f1": "F1"}
+        lines = [(measures[key], curves["mean"][key], color, False) for key, color in zip(measures, LINES)]
+        remark = f"F1 is highest, {number(best['f1'])}, from a score of {best['score']} on."
+        title = "All classes together"
+        plots["threshold"] = _lines("threshold", title, scores, lines, remark=remark, mark=best["score"], **axes)
+        for key, label in measures.items():
+            lines, remark = _class_lines({name: one[key] for name, one in curves["by_class"].items()}, f"mean {label}")
             title = f"{label[0].upper()}{label[1:]} by class"
-            plots[key] = _over_scores(key, title, points["curves"]["score"], lines, remark)
-    if any(row["AP"] is not None for row in report["by_iou"]):
-        plots["by_iou"] = _by_iou(report["by_iou"])
-    if any(row["AP"] is not None for row in report["by_size"]):
-        plots["by_size"] = _by_size(report["by_size"])
+            plots[key] = _lines(key, title, scores, lines, remark=remark, **axes)
+    for key, title, names, measured in (
+        ("by_iou", "AP by IoU threshold", [f"{row['iou']:.2f}" for row in report["by_iou"]], ("AP",)),
+        ("by_size", "AP and AR by size of the objects", [row["size"] for row in report["by_size"]], ("AP", "AR")),
+    ):
+        if any(row["AP"] is not None for row in report[key]):
+            bars = {name: [row[name] for row in report[key]] for name in measured}
+            plots[key] = _bars(key, title, names, bars)
     if report["proposals"]:
-        plots["proposals"] = _proposals(report["proposals"]["rows"])
+        rows = report["proposals"]["rows"]
+        sizes = (("AR", "all"), ("ARs", "small"), ("ARm", "medium"), ("ARl", "large"))
+        lines = [(label, [row[key] for row in rows], color, False) for (key, label), color in zip(sizes, LINES)]
+        axes = {"xlabel": "proposals an image", "ylabel": "average recall", "ylim": (0, 1.03)}
+        axes |= {"xticks": range(len(rows)), "xticklabels": [f"{row['at']:,}" for row in rows]}
+        title = "Recall of the proposals"
+        plots["proposals"] = _lines("proposals", title, range(len(rows)), lines, style="o", **axes)
     stages = [row for row in report["speed"]["rows"] if row["stage"] != "total"] if report["speed"] else []
     if stages:
-        plots["speed"] = _speed(stages)
+        plots["speed"] = _stages(stages)
     return plots
 
 
@@ -282,7 +296,85 @@ def _finite(values: Sequence[float | None]) -> np.ndarray:
     return numbers[np.isfinite(numbers)]
 
 
-def _plot(name: str, label: str, draw: Callable[["Axes"], None], *, height: float = 3.4) -> Markup:
+def _class_lines(curves: Mapping[str, Sequence[float | None]], ranked_by: str) -> tuple[list[Line], str]:
+    """A line for each of up to 10 classes; of more, the 5 best and, dashed, the 5 worst by the mean; and a remark."""
+    if len(curves) <= 10:
+        colors = (*LINES, INK)
+        named = enumerate(curves.items())
+        return [(label, values, colors[i % len(colors)], i >= len(colors)) for i, (label, values) in named], ""
+    ordered = sorted(curves.items(), key=lambda item: -_finite(item[1]).mean() if _finite(item[1]).size else 0.0)
+    lines = [(label, values, color, False) for (label, values), color in zip(ordered[:5], LINES)]
+    lines += [(label, values, color, True) for (label, values), color in zip(ordered[-5:], LINES)]
+    return lines, f"Of {len(curves):,} classes the 5 with the highest {ranked_by} and, dashed, the 5 with the lowest."
+
+
+def _lines(
+    name: str,
+    title: str,
+    x: Sequence[float],
+    lines: Sequence[Line],
+    *,
+    style: str = "",
+    remark: str = "",
+    mark: float | None = None,
+    **settings: Any,
+) -> Plot:
+    """Lines over ``x``, on axes with matplotlib's ``settings``, and perhaps a mark where F1 is highest."""
+
+    def draw(axes: "Axes") -> None:
+        for _, values, color, dashed in lines:
+            dashes = "--" if dashed else "-"
+            axes.plot(x, np.array(values, dtype=float), style + dashes, color=color, linewidth=1.8)
+        if mark is not None and 0 <= mark <= 1:
+            axes.axvline(mark, color=INK, linewidth=1, linestyle=":")
+        axes.set(**settings)
+        axes.grid()
+
+    legend = [(label, color.replace(INK, "currentColor"), dashed) for label, _, color, dashed in lines]
+    if mark is not None:
+        legend.append(("highest F1", "currentColor", True))
+    over = f"{settings.get('ylabel', '')} over the {settings['xlabel']}".lstrip()
+    return Plot(_svg(name, f"{title}, {over}", draw), title, legend, remark)
+
+
+def _bars(name: str, title: str, names: Sequence[str], bars: Mapping[str, Sequence[float | None]]) -> Plot:
+    """A bar from 0 to 1 for each name and measure, with its number."""
+    names = [short(one, 12).encode("ascii", "replace").decode() for one in names]  # or matplotlib warns of its font
+    thickness = 0.8 / len(bars)
+
+    def draw(axes: "Axes") -> None:
+        for i, (values, color) in enumerate(zip(bars.values(), LINES)):
+            places = [place + (i - (len(bars) - 1) / 2) * thickness for place in range(len(names))]
+            axes.barh(places, [value or 0 for value in values], 0.95 * thickness, color=color)
+            for place, value in zip(places, values):
+                axes.text((value or 0) + 0.01, place, number(value), va="center", fontsize=10)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlim=(0, 1.12), xticks=np.linspace(0, 1, 6))
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+
+    legend = [(label, color, False) for label, color in zip(bars, LINES)]
+    return Plot(_svg(name, title, draw), title, legend)
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> Plot:
+    """One bar of all stages, one behind the other."""
+    colors = [LINES[i % len(LINES)] for i in range(len(stages))]
+
+    def draw(axes: "Axes") -> None:
+        left = 0.0
+        for row, color in zip(stages, colors):
+            axes.barh(0, row["ms"] or 0, left=left, color=color, height=0.5)
+            left += row["ms"] or 0
+        axes.set(xlabel="milliseconds an image", yticks=[], ylim=(-0.4, 0.4), xlim=(0, left or 1))
+        axes.spines["left"].set_visible(False)
+
+    legend = [(f"{row['stage']}, {number(row['ms'], 1)} ms", color, False) for row, color in zip(stages, colors)]
+    svg = _svg("speed", "Time of the stages, one behind the other", draw, height=1.3)
+    return Plot(svg, "Where the time goes", legend)
+
+
+def _svg(name: str, label: str, draw: Callable[["Axes"], None], *, height: float = 3.4) -> Markup:
     """An SVG to be put into HTML, 5 inches wide: as wide as its column, in its colours and its font.
 
     Args:
@@ -308,141 +400,3 @@ def _plot(name: str, label: str, draw: Callable[["Axes"], None], *, height: floa
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to them, and every plot has the same
     size = r'width="[^"]*" height="[^"]*"'
     return Markup(re.sub(size, f'role="img" aria-label="{escape(label)}"', svg, count=1))
-
-
-def _curves(
-    name: str,
-    title: str,
-    recall: Sequence[float],
-    lines: Sequence["Line"],
-    remark: str = "",
-) -> Plot:
-    """Precision over recall."""
-
-    def draw(axes: "Axes") -> None:
-        for _, values, color, dashed in lines:
-            style = "--" if dashed else "-"
-            axes.plot(recall, np.array(values, dtype=float), style, color=color, linewidth=1.8)
-        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03))
-        axes.grid()
-
-    legend = [(label, color.replace(INK, "currentColor"), dashed) for label, _, color, dashed in lines]
-    return Plot(_plot(name, f"Precision over recall: {title}", draw), title, legend, remark)
-
-
-Line = tuple[str, Sequence[float | None], str, bool]  # label, values, colour, dashed or not
-
-
-def _class_lines(curves: Mapping[str, Sequence[float | None]], rank: str) -> tuple[list[Line], str]:
-    """A line for each of up to 10 classes; of more, the 5 best and, dashed, the 5 worst by the mean; and a remark."""
-    if len(curves) <= 10:
-        colors = (*LINES, INK)
-        return [
-            (label, values, colors[i % len(colors)], i >= len(colors))
-            for i, (label, values) in enumerate(curves.items())
-        ], ""
-    ordered = sorted(curves.items(), key=lambda item: -_finite(item[1]).mean() if _finite(item[1]).size else 0.0)
-    lines = [(label, values, color, False) for (label, values), color in zip(ordered[:5], LINES)]
-    lines += [(label, values, color, True) for (label, values), color in zip(ordered[-5:], LINES)]
-    return lines, f"Of {len(curves):,} classes the 5 with the highest {rank} and, dashed, the 5 with the lowest."
-
-
-def _threshold(points: Mapping[str, Any]) -> Plot:
-    """Precision, recall and F1 of all classes together."""
-    curves, best = points["curves"]["mean"], points["mean"]
-    names = (("precision", "precision"), ("recall", "recall"), ("f1", "F1"))
-    lines = [(label, curves[key], color, False) for (key, label), color in zip(names, LINES)]
-    remark = f"F1 is highest, {number(best['f1'])}, from a score of {best['score']} on."
-    return _over_scores("threshold", "All classes together", points["curves"]["score"], lines, remark, best["score"])
-
-
-def _over_scores(
-    name: str, title: str, scores: Sequence[float], lines: Sequence[Line], remark: str, best: float | None = None
-) -> Plot:
-    """What is measured over the least score, with a mark at the best one."""
-
-    def draw(axes: "Axes") -> None:
-        for _, values, color, dashed in lines:
-            axes.plot(scores, np.array(values, dtype=float), "--" if dashed else "-", color=color, linewidth=1.8)
-        if best is not None and 0 <= best <= 1:
-            axes.axvline(best, color=INK, linewidth=1, linestyle=":")
-        axes.set(xlabel="score threshold", xlim=(0, 1), ylim=(0, 1.03))
-        axes.grid()
-
-    legend = [(label, color.replace(INK, "currentColor"), dashed) for label, _, color, dashed in lines]
-    if best is not None:
-        legend.append(("highest F1", "currentColor", True))
-    return Plot(_plot(name, f"{title}, over the score threshold", draw), title, legend, remark)
-
-
-def _by_iou(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    def draw(axes: "Axes") -> None:
-        places = range(len(rows))
-        axes.barh(places, [row["AP"] or 0 for row in rows], color=LINES[0])
-        for place, row in zip(places, rows):
-            axes.text((row["AP"] or 0) + 0.01, place, number(row["AP"]), va="center", fontsize=10)
-        axes.set_yticks(places, [f"{row['iou']:.2f}" for row in rows])
-        axes.set(xlabel="AP", ylabel="IoU threshold", xlim=(0, 1.12), xticks=np.linspace(0, 1, 6))
-        axes.invert_yaxis()
-        axes.grid(axis="x")
-
-    return Plot(_plot("by_iou", "AP by IoU threshold", draw), "AP by IoU threshold")
-
-
-def _by_size(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    bars = (("AP", LINES[0]), ("AR", LINES[4]))
-
-    def draw(axes: "Axes") -> None:
-        for side, (key, color) in zip((-0.2, 0.2), bars):
-            places = [place + side for place in range(len(rows))]
-            axes.bar(places, [row[key] or 0 for row in rows], 0.38, color=color)
-            for place, row in zip(places, rows):
-                axes.text(place, (row[key] or 0) + 0.015, number(row[key]), ha="center", fontsize=10)
-        # ASCII: matplotlib warns of what its font lacks.
-        names = [short(row["size"], 12).encode("ascii", "replace").decode() for row in rows]
-        axes.set_xticks(range(len(rows)), names)
-        axes.set(ylim=(0, 1.1), yticks=np.linspace(0, 1, 6))
-        axes.tick_params(axis="x", length=0)
-        axes.grid(axis="y")
-
-    legend = [(key, color, False) for key, color in bars]
-    return Plot(_plot("by_size", "AP and AR by size of the objects", draw), "AP and AR by size", legend)
-
-
-def _proposals(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    lines = (
-        ("AR", "all", LINES[0]),
-        ("ARs", "small", LINES[1]),
-        ("ARm", "medium", LINES[2]),
-        ("ARl", "large", LINES[3]),
-    )
-    places = range(len(rows))
-
-    def draw(axes: "Axes") -> None:
-        for key, _, color in lines:
-            axes.plot(places, np.array([row[key] for row in rows], dtype=float), "o-", color=color, linewidth=1.8)
-        axes.set_xticks(places, [f"{row['at']:,}" for row in rows])
-        axes.set(xlabel="proposals an image", ylabel="average recall", ylim=(0, 1.03))
-        axes.margins(x=0.1)
-        axes.grid()
-
-    legend = [(label, color, False) for _, label, color in lines]
-    return Plot(_plot("proposals", "Recall of the proposals", draw), "Recall of the proposals", legend)
-
-
-def _speed(stages: Sequence[Mapping[str, Any]]) -> Plot:
-    """One bar of all stages, one behind the other."""
-    colors = [LINES[i % len(LINES)] for i in range(len(stages))]
-
-    def draw(axes: "Axes") -> None:
-        left = 0.0
-        for row, color in zip(stages, colors):
-            axes.barh(0, row["ms"] or 0, left=left, color=color, height=0.5)
-            left += row["ms"] or 0
-        axes.set(xlabel="milliseconds an image", yticks=[], ylim=(-0.4, 0.4), xlim=(0, left or 1))
-        axes.spines["left"].set_visible(False)
-
-    legend = [(f"{row['stage']}, {number(row['ms'], 1)} ms", color, False) for row, color in zip(stages, colors)]
-    return Plot(
-        _plot("speed", "Time of the stages, one behind the other", draw, height=1.3), "Where the time goes", legend
-    )

@@ -1,4 +1,4 @@
-"""Images of a split drawn with their truth and with what was detected in them."""
+"""Images of a split drawn with their ground truth and with what was detected in them."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from detector.coco import CocoDetection
-from detector.drawing import Box, class_color, draw, draw_boxes, sheet
+from detector.data.dataset import CocoDetection
+from detector.data.drawing import Box, class_color, draw, draw_boxes, sheet
+from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import BoxOutcome, Kind, match_boxes
-from detector.evaluation.metric import Result
 from detector.evaluation.page import MARKS, SIDE, Picture
-from detector.names import short
+from detector.text import short
 
 EXAMPLES = 4
 FONT_SIZE = 15
@@ -24,13 +24,13 @@ ORDER: tuple[Kind, ...] = ("crowd", "found", "confused", "false", "missed")
 
 
 def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> None:
-    """Write a picture of a few images of a split: the truth on the left, detections on the right."""
+    """Write a picture of a few images of a split: the ground truth on the left, detections on the right."""
     # Spread over the split, those with objects first.
     order = sorted(range(len(split)), key=lambda index: not len(split.targets[index][1]))
     chosen = order[:: max(len(order) // EXAMPLES, 1)][:EXAMPLES]
     rows = [_pair(split, results, index) for index in chosen]
     if rows:
-        sheet(rows, ["truth", "detections with a score of 0.5 or more"]).save(path)
+        sheet(rows, ["ground truth", "detections with a score of 0.5 or more"]).save(path)
 
 
 def worst_and_best(
@@ -42,8 +42,8 @@ def worst_and_best(
 
     Args:
         split: the images.
-        results: COCO's results format.
-        report: of :func:`~detector.evaluation.report.make_report`.
+        results: detections in COCO's results format.
+        report: what :func:`~detector.evaluation.report.make_report` returned.
         each: how many of the worst and of the best, at most.
     """
     outcomes = report["images"]
@@ -76,8 +76,8 @@ def draw_outcomes(image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDete
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
-        outcomes: of its boxes.
-        split: that it is of.
+        outcomes: what became of its boxes.
+        split: the data that it is of.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
     factor = SIDE / max(picture.size)
@@ -112,7 +112,7 @@ def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], facto
 
 
 def _pair(split: CocoDetection, results: list[Result], index: int) -> tuple[Image.Image, Image.Image]:
-    """One image with its truth, and with its detections."""
+    """One image with its ground truth, and with its detections."""
     image, target = split[index]
     found = _as_target(split, [result for result in results if result["image_id"] == split.image_ids[index]])
     names = split.category_names

@@ -1,4 +1,4 @@
-"""How much of the truth an RPN's proposals cover, before the head sees them."""
+"""How much of the ground truth an RPN's proposals cover, before the head sees them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,13 +25,13 @@ class Hit:
     """A proposal that may cover an object; all others cannot, whatever else is proposed."""
 
     image_id: int
-    rank: int  # from 0, by the RPN's objectness
+    place: int  # in the order of the RPN's objectness, from 0
     box: list[float]  # x, y, width, height in pixels of the annotated image
 
 
 @dataclass
 class ProposalRecorder:
-    """Keeps an R-CNN's proposals of the last batch, up to the largest of :data:`COUNTS`; the head gets its own number.
+    """Keeps an R-CNN's proposals of the last batch, up to the largest of :data:`COUNTS` an image.
 
     Use :meth:`recording` around the model's calls, and :meth:`hits` after each.
     """
@@ -41,7 +41,7 @@ class ProposalRecorder:
 
     @contextmanager
     def recording(self, model: GeneralizedRCNN) -> Iterator[int]:
-        """Within, the model's detections are what they are without. Gives the number that its head sees."""
+        """Record within; the detections stay what they are. Gives the number of proposals that the head sees."""
         rpn = model.rpn
         to_head = rpn._post_nms_top_n["testing"]
 
@@ -63,9 +63,9 @@ class ProposalRecorder:
         """The recorded proposals that may cover an object.
 
         Args:
-            truth: the annotations.
-            image_ids: of the last batch,
-            sizes: and their sizes, (height, width), in pixels.
+            truth: the ground truth.
+            image_ids: the ids of the images of the last batch.
+            sizes: their heights and widths in pixels.
         """
         hits = []
         for image_id, size, boxes, resized in zip(image_ids, sizes, self._boxes, self._sizes, strict=True):
@@ -75,7 +75,7 @@ class ProposalRecorder:
             boxes = resize_boxes(boxes[: max(COUNTS)], resized, size)
             proposals = box_convert(boxes.double().cpu(), "xyxy", "xywh").numpy()
             covers = mask.iou(proposals, np.array(objects, dtype=float), [0] * len(objects)).max(axis=1) >= LEAST_IOU
-            hits += [Hit(image_id, int(rank), proposals[rank].tolist()) for rank in covers.nonzero()[0]]
+            hits += [Hit(image_id, int(place), proposals[place].tolist()) for place in covers.nonzero()[0]]
         return hits
 
 
@@ -83,8 +83,8 @@ def recall(truth: COCO, hits: Iterable[Hit], image_ids: Iterable[int]) -> list[d
     """Average recall over IoU 0.50 to 0.95, whatever the class, by pycocotools.
 
     Args:
-        truth: the annotations.
-        hits: of all images.
+        truth: the ground truth.
+        hits: the proposals of all images that may cover an object.
         image_ids: the images that were looked at.
 
     Returns:
@@ -98,9 +98,9 @@ def recall(truth: COCO, hits: Iterable[Hit], image_ids: Iterable[int]) -> list[d
     rows = []
     for count in COUNTS:
         results = [
-            {"image_id": hit.image_id, "category_id": any_class, "bbox": hit.box, "score": -float(hit.rank)}
+            {"image_id": hit.image_id, "category_id": any_class, "bbox": hit.box, "score": -float(hit.place)}
             for hit in hits
-            if hit.rank < count
+            if hit.place < count
         ]
         scorer = match(truth, results, image_ids, by_class=False, max_detections=(count,))
         recalls = scorer.eval["recall"][:, 0, :, 0]  # [thresholds, sizes]

@@ -1,4 +1,4 @@
-"""Several processes that score parts of one split, started by torchrun."""
+"""Several processes, the ranks, that score parts of one split."""
 
 import os
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import torch.distributed as distributed
 
-from detector.evaluation.prediction import Predictions
+from detector.evaluation.running import Predictions
 
 
 @contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """Within, this process's number and how many there are: (0, 1) unless torchrun started it."""
+    """Within, the rank of this process and how many ranks there are: (0, 1) unless torchrun started it."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield 0, 1
         return
@@ -23,7 +23,7 @@ def joined() -> Iterator[tuple[int, int]]:
 
 
 def gathered(part: Predictions) -> Predictions | None:
-    """All processes' predictions on the first, ``None`` on the others."""
+    """The predictions of all ranks, in the order of a single process, on rank 0; ``None`` on the others."""
     if not distributed.is_initialized():
         return part
     first = distributed.get_rank() == 0
@@ -34,5 +34,5 @@ def gathered(part: Predictions) -> Predictions | None:
     whole, *others = parts
     for other in others:
         whole.add(other)
-    whole.results.sort(key=lambda result: result["image_id"])  # as one process has them
+    whole.results.sort(key=lambda result: result["image_id"])
     return whole

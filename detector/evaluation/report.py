@@ -1,20 +1,20 @@
 """Everything that an evaluation found, as one dict of JSON types, and as tables of text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
-from detector.coco import read_json
+from detector.data.results import Result
 from detector.errors import DataError
-from detector.evaluation.confusion import confusion
-from detector.evaluation.metric import SUMMARY, Result, summary
+from detector.evaluation.confusion import confused_pairs, confusion
+from detector.evaluation.metric import SUMMARY, summary
 from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import Hit, recall
-from detector.names import short, told_apart
+from detector.files import read_json
+from detector.text import short, told_apart
 
 Report = dict[str, Any]
 SIZES = {  # COCO's, in its order
@@ -41,14 +41,14 @@ def make_report(
 
     Args:
         scorer: what :func:`~detector.evaluation.metric.match` returned by its defaults.
-        results: what was matched.
-        about: how it was made: ``model``, ``data``, ``command``, ...; counts are added.
-        min_score: of detections in the confusion matrix and the images' outcomes.
-        losses: of a mean image.
-        proposals: those that may cover an object.
+        results: the detections that were matched.
+        about: how they were made: ``model``, ``data``, ``command``, ...; counts are added.
+        min_score: detections below it are left out of the confusion matrix and of the images' outcomes.
+        losses: the losses of a mean image.
+        proposals: the proposals that may cover an object.
         kept_proposals: how many of an image's proposals the head sees.
-        speed: of :func:`~detector.evaluation.timing.measure_stages`.
-        notes: sentences.
+        speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
+        notes: sentences on what is to be known of the scores.
 
     Returns:
         The report, in which an undefined number is ``None``, and pycocotools' table.
@@ -65,13 +65,12 @@ def make_report(
         counts["objects"] += 1
         for size, (low, high) in zip(SIZES, scorer.params.areaRng[1:]):
             counts[f"objects_{size}"] += int(low <= annotation["area"] <= high)
-    matrix, outcomes = confusion(truth, results, image_ids, min_score=min_score)
+    matrix, images = confusion(truth, results, image_ids, min_score=min_score)
     by_class = []
     for k, category in enumerate(categories):
         row: dict[str, Any] = {"id": category["id"], "name": category["name"], **of_class[category["id"]]}
         row["AP"] = _mean(precision[:, :, k, 0, -1])
-        for name, iou in (("AP50", 0.5), ("AP75", 0.75)):
-            row[name] = _mean(precision[thresholds.index(iou), :, k, 0, -1])
+        row |= {f"AP{iou}": _mean(precision[thresholds.index(iou / 100), :, k, 0, -1]) for iou in (50, 75)}
         row |= {f"AP{size[0]}": _mean(precision[:, :, k, a, -1]) for a, size in enumerate(SIZES, 1)}
         row |= {f"AR{size[:1]}": _mean(recalls[:, k, a, -1]) for a, size in enumerate(("", *SIZES))}
         by_class.append(row)
@@ -110,9 +109,7 @@ def make_report(
             "min_score": min_score,
             "iou": 0.5,
         },
-        "images": [
-            {**asdict(one), "f1": one.f1, "file_name": truth.imgs[one.id].get("file_name", "")} for one in outcomes
-        ],
+        "images": [{**image, "file_name": truth.imgs[image["id"]].get("file_name", "")} for image in images],
         "speed": dict(speed) if speed is not None else None,
         "notes": list(notes),
     }
@@ -126,8 +123,8 @@ def newest_report(folder: Path, weights: str) -> Report | None:
     """The last report of these weights in a run's folder and the folders in it.
 
     Args:
-        folder: the run's.
-        weights: their digest.
+        folder: the folder of the run.
+        weights: the digest of the weights.
     """
     reports = []
     for path in (*folder.glob("report.json"), *folder.glob("*/report.json")):
@@ -135,7 +132,7 @@ def newest_report(folder: Path, weights: str) -> Report | None:
             report = read_json(path)
             if report["about"]["weights"] == weights:
                 reports.append(report)
-        except (DataError, KeyError, TypeError):  # another program's
+        except (DataError, KeyError, TypeError):  # a file of another program
             continue
     return max(reports, key=lambda report: str(report["about"].get("time", "")), default=None)
 
@@ -144,89 +141,60 @@ def as_text(report: Report, *, classes: int = 100) -> str:
     """The tables that pycocotools does not print.
 
     Args:
-        report: of :func:`make_report`.
-        classes: of more classes, only these many are shown, those with most objects.
+        report: what :func:`make_report` returned.
+        classes: how many classes are shown at most, those with most objects.
     """
-    parts = [
-        "AP by IoU",
-        text_table([[f"{row['iou']:.2f}" for row in report["by_iou"]], [row["AP"] for row in report["by_iou"]]]),
-        "By size of the object",
-        text_table(
-            [["", "objects", "AP", "AR"], *([r["size"], r["objects"], r["AP"], r["AR"]] for r in report["by_size"])]
-        ),
+    by_iou, by_size = report["by_iou"], report["by_size"]
+    tables: list[tuple[str, list[list[Any]]]] = [
+        ("AP by IoU", [[f"{row['iou']:.2f}" for row in by_iou], [row["AP"] for row in by_iou]]),
+        ("By size of the object", _rows(by_size, ("size", "objects", "AP", "AR"), ("", "objects", "AP", "AR"))),
     ]
-    rows = sorted(report["by_class"], key=lambda row: -row["objects"])[:classes]
-    if rows:
-        left_out = len(report["by_class"]) - len(rows)
-        columns = [name for name in rows[0] if name != "id" and not name.startswith("objects_")]
-        parts += [
-            "By class" + (f" ({left_out} with fewer objects left out)" if left_out else ""),
-            text_table([["" if c == "name" else c for c in columns], *([row[c] for c in columns] for row in rows)]),
-        ]
-        parts += _points(report, rows)
-    if report["proposals"] is not None and report["proposals"]["rows"]:
-        rows = report["proposals"]["rows"]
-        parts += [
-            "Recall of the RPN's proposals, before the head, whatever the class",
-            text_table([["proposals", "AR", "ARs", "ARm", "ARl"], *(list(row.values()) for row in rows)]),
-        ]
+    shown = sorted(report["by_class"], key=lambda row: -row["objects"])[:classes]
+    if shown:
+        left_out = len(report["by_class"]) - len(shown)
+        columns = [name for name in shown[0] if name != "id" and not name.startswith("objects_")]
+        title = "By class" + (f" ({left_out} with fewer objects left out)" if left_out else "")
+        tables += [(title, _rows(shown, columns, ("", *columns[1:]))), _points(report, shown)]
+    if report["proposals"] and report["proposals"]["rows"]:
+        columns = ["at", "AR", "ARs", "ARm", "ARl"]
+        title = "Recall of the RPN's proposals, before the head, whatever the class"
+        tables.append((title, _rows(report["proposals"]["rows"], columns, ("proposals", *columns[1:]))))
     names, confused = report["confusion"]["names"], report["confusion"]["matrix"]
     title = f"Taken for what (score from {report['confusion']['min_score']}, IoU from {report['confusion']['iou']})"
     if len(names) <= 12:
-        heads = [[short(name, 12) for name in names] + ["missed"], [short(name, 30) for name in names] + ["nothing"]]
-        parts += [
-            f"{title}: rows are the truth, columns what was detected",
-            text_table([["", *heads[0]], *([name, *row] for name, row in zip(heads[1], confused))]),
-        ]
-    else:
-        pairs = sorted(
-            ((confused[t][d], t, d) for t in range(len(names)) for d in range(len(names)) if t != d and confused[t][d]),
-            key=lambda pair: (-pair[0], *pair[1:]),
-        )[:10]
-        if pairs:
-            lines = [[short(names[t], 30), "for", short(names[d], 30), count] for count, t, d in pairs]
-            parts += [f"{title}: most often", text_table(lines)]
-    if report["losses"] is not None:
-        parts += ["Losses", text_table([list(report["losses"]), [f"{v:.4f}" for v in report["losses"].values()]])]
-    if report["speed"] is not None:
-        rows = report["speed"]["rows"]
-        parts += [
-            f"Time of an image, median of {report['speed']['images']} (and the middle 80 %)",
-            text_table(
-                [
-                    ["", "ms", "from", "to", "images a second"],
-                    *(
-                        [r["stage"], *(f"{r[c]:.1f}" for c in ("ms", "low", "high")), f"{r['images_per_second']:.1f}"]
-                        for r in rows
-                    ),
-                ]
-            ),
-        ]
-    parts += [f"Note: {note}" for note in report["notes"]]
-    return "\n".join(part if "\n" in part else f"\n{part}" for part in parts)
+        heads = ["", *(short(name, 12) for name in names), "missed"]
+        rows = [[name, *row] for name, row in zip([*names, "nothing"], confused)]
+        tables.append((f"{title}: rows are the ground truth, columns what was detected", [heads, *rows]))
+    elif pairs := confused_pairs(report["confusion"], 10):
+        tables.append((f"{title}: most often", [[truth, "for", found, count] for truth, found, count in pairs]))
+    if losses := report["losses"]:
+        tables.append(("Losses", [list(losses), [f"{value:.4f}" for value in losses.values()]]))
+    if speed := report["speed"]:
+        times = ("ms", "low", "high", "images_per_second")
+        rows = [[row["stage"], *(f"{row[name]:.1f}" for name in times)] for row in speed["rows"]]
+        title = f"Time of an image, median of {speed['images']} (and the middle 80 %)"
+        tables.append((title, [["", "ms", "from", "to", "images a second"], *rows]))
+    texts = [f"\n{title}\n{text_table(rows)}" for title, rows in tables]
+    return "\n".join([*texts, *(f"\nNote: {note}" for note in report["notes"])])
 
 
-def _points(report: Report, classes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _rows(dicts: Sequence[Mapping[str, Any]], keys: Sequence[str], heads: Sequence[str]) -> list[list[Any]]:
+    return [list(heads), *([one[key] for key in keys] for one in dicts)]
+
+
+def _points(report: Report, classes: Sequence[Mapping[str, Any]]) -> tuple[str, list[list[Any]]]:
     """By class the objects' sizes, and the threshold with the highest F1; first of all classes together."""
     points = report["operating_points"]
-    columns = ("score", "precision", "recall", "f1")
-    rows = [
-        ["all", report["about"]["objects"], *(row["objects"] for row in report["by_size"])]
-        + [(points["mean"] or {}).get(column) for column in columns]
-    ]
     best = {row["id"]: row for row in points["by_class"]}
-    rows += [
-        [one["name"], one["objects"]]
-        + [one[f"objects_{size}"] for size in SIZES]
-        + [best[one["id"]][column] for column in columns]
-        for one in classes
-    ]
-    for row in rows:
-        row[5] = None if row[5] is None else str(row[5])  # every digit of the score: one more detection may lie below
-    return [
-        f"Objects by class and size; the score from which on F1 is highest, at IoU {points['iou']:.2f}",
-        text_table([["", "objects", *SIZES, "score", "precision", "recall", "F1"], *rows]),
-    ]
+    counted = [("all", [report["about"]["objects"], *(row["objects"] for row in report["by_size"])], points["mean"])]
+    sizes = ("objects", *(f"objects_{size}" for size in SIZES))
+    counted += [(one["name"], [one[size] for size in sizes], best[one["id"]]) for one in classes]
+    rows: list[list[Any]] = [["", "objects", *SIZES, "score", "precision", "recall", "F1"]]
+    for name, counts, point in counted:
+        score, *measured = ((point or {}).get(key) for key in ("score", "precision", "recall", "f1"))
+        # Every digit of the score: one more detection may lie below.
+        rows.append([name, *counts, None if score is None else str(score), *measured])
+    return f"Objects by class and size; the score from which on F1 is highest, at IoU {points['iou']:.2f}", rows
 
 
 def text_table(rows: Sequence[Sequence[Any]]) -> str:
@@ -236,14 +204,12 @@ def text_table(rows: Sequence[Sequence[Any]]) -> str:
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*cells)]
     words = any(isinstance(row[0], str) for row in rows[1:])
-    lines = [
-        "  ".join(
-            cell.ljust(width) if words and i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    ]
-    return "\n".join(f"  {line}".rstrip() for line in lines)
+    lines = []
+    for first, *others in cells:
+        line = [first.ljust(widths[0]) if words else first.rjust(widths[0])]
+        line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append(f"  {'  '.join(line)}".rstrip())
+    return "\n".join(lines)
 
 
 def _number(value: float) -> float | None:
@@ -251,6 +217,6 @@ def _number(value: float) -> float | None:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """The mean of what is defined: pycocotools has -1 where there is no truth."""
+    """The mean of what is defined: pycocotools has -1 where there are no objects."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else None

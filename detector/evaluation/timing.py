@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from detector.coco import CocoDetection
+from detector.data.dataset import CocoDetection
 
 STAGES = ("decode and transform", "backbone", "RPN", "crop", "head", "post-processing")
 WARM_UP = 3  # images that are not counted
@@ -33,7 +33,7 @@ def measure_stages(
         model: a torchvision detector, stock or swapped; put in eval mode for the run.
         split: the data, without a transform.
         images: how many are counted, spread over the split, some more than once if it has fewer.
-        among: only of the first so many.
+        among: take only images of the first so many.
         device: where the model is.
         on_image: called with 1 after each image.
 
@@ -44,84 +44,69 @@ def measure_stages(
     training = model.training
     model.eval()
     device = torch.device(device)
-    times: dict[str, list[float]] = defaultdict(list)
     first = len(split) if among is None else among
+    stage_of = _stages(model)
+    spent: dict[str, float] = {}  # seconds of the image under way
+    times: dict[str, list[float]] = defaultdict(list)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     try:
-        with _Stopwatch(model, device).running() as watch:
+        with _timed(stage_of, spent, now):
             for number in range(-WARM_UP, images):
-                index = (number * first) // images % first
-                watch.reset()
-                start = watch.now()
-                image = split[index][0].to(device)
-                watch.seconds["decode and transform"] += watch.now() - start
+                spent.update(dict.fromkeys(stage_of.values(), 0.0))
+                start = now()
+                image = split[(number * first) // images % first][0].to(device)
+                spent["decode and transform"] += now() - start
                 model([image])
-                total = watch.now() - start
-                spent = dict(watch.seconds)
-                spent["post-processing"] = total - sum(spent.values())
-                if number >= 0:
-                    for stage, seconds in spent.items():
-                        times[stage].append(seconds)
-                    times["total"].append(total)
+                total = now() - start
+                rest = total - sum(spent.values())
+                for stage, seconds in {**spent, "post-processing": rest, "total": total}.items():
+                    if number >= 0:
+                        times[stage].append(1000 * seconds)
                 on_image(1)
     finally:
         model.train(training)
     rows = []
     for stage in (*STAGES, "total"):
         if stage in times:
-            ms = sorted(1000 * seconds for seconds in times[stage])
-            middle = median(ms)
-            low, high = ms[len(ms) // 10], ms[-1 - len(ms) // 10]
-            rows.append(
-                {"stage": stage, "ms": middle, "low": low, "high": high, "images_per_second": 1000 / max(middle, 1e-6)}
-            )
+            ms, middle = sorted(times[stage]), median(times[stage])
+            row = {"stage": stage, "ms": middle, "low": ms[len(ms) // 10], "high": ms[-1 - len(ms) // 10]}
+            rows.append(row | {"images_per_second": 1000 / max(middle, 1e-6)})
     return {"images": images, "rows": rows}
 
 
-class _Stopwatch:
-    """Adds up the seconds of a detector's parts. What no part accounts for is post-processing."""
+def _stages(model: Any) -> dict[nn.Module, str]:
+    """The stage of each of a detector's parts. What no part accounts for is post-processing."""
+    parts = {"decode and transform": [model.transform], "backbone": [model.backbone]}
+    if isinstance(model, GeneralizedRCNN):
+        heads, kinds = model.roi_heads, ("box", "mask", "keypoint")
+        parts["RPN"] = [model.rpn]
+        parts["crop"] = [getattr(heads, f"{kind}_roi_pool") for kind in kinds]
+        parts["head"] = [getattr(heads, f"{kind}_{part}") for kind in kinds for part in ("head", "predictor")]
+    else:
+        parts["head"] = [model.head]
+    return {module: stage for stage, modules in parts.items() for module in modules if module is not None}
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self._begun: dict[nn.Module, float] = {}
-        self._parts: list[tuple[nn.Module, str]] = [
-            (model.transform, "decode and transform"),
-            (model.backbone, "backbone"),
-        ]
-        if isinstance(model, GeneralizedRCNN):
-            heads = model.roi_heads
-            self._parts.append((model.rpn, "RPN"))
-            for kind in ("box", "mask", "keypoint"):
-                self._parts.append((getattr(heads, f"{kind}_roi_pool"), "crop"))
-                self._parts += [(getattr(heads, f"{kind}_{part}"), "head") for part in ("head", "predictor")]
-        else:
-            self._parts.append((model.head, "head"))
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+@contextmanager
+def _timed(stage_of: dict[nn.Module, str], spent: dict[str, float], now: Callable[[], float]) -> Iterator[None]:
+    """Within, each call of a part adds its seconds to those spent in its stage."""
+    begun: dict[nn.Module, float] = {}
 
-    def reset(self) -> None:
-        self.seconds = {stage: 0.0 for part, stage in self._parts if part is not None}
+    def begin(module: nn.Module, inputs: Any) -> None:
+        begun[module] = now()
 
-    @contextmanager
-    def running(self) -> Iterator["_Stopwatch"]:
-        stage_of = {part: stage for part, stage in self._parts if part is not None}
+    def end(module: nn.Module, inputs: Any, output: Any) -> None:
+        spent[stage_of[module]] += now() - begun[module]
 
-        def begin(module: nn.Module, inputs: Any) -> None:
-            self._begun[module] = self.now()
-
-        def end(module: nn.Module, inputs: Any, output: Any) -> None:
-            self.seconds[stage_of[module]] += self.now() - self._begun[module]
-
-        handles = [
-            handle
-            for part in stage_of
-            for handle in (part.register_forward_pre_hook(begin), part.register_forward_hook(end))
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+    handles = [part.register_forward_pre_hook(begin) for part in stage_of]
+    handles += [part.register_forward_hook(end) for part in stage_of]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

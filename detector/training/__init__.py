@@ -1,7 +1,7 @@
 """Training and scoring with Lightning; what ``tools/train.py`` and ``tools/eval.py`` do is callable from here."""
 
 from detector.evaluation.scoring import score_split
-from detector.pretrained import load_checkpoint
+from detector.pretrained.loading import load_checkpoint
 from detector.training.data import CocoDataModule
 from detector.training.optimization import OptimizerConfig
 from detector.training.run import fit

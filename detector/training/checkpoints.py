@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, that they are written whole, and a detector out of one."""
+"""Checkpoints: when they are written, and in atomic writes."""
 
 import io
 import signal
@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loops.loop import _Loop
 
 from detector.errors import ModelError
-from detector.files import link_whole, write_whole
-from detector.models import read_weights
-from detector.pretrained import CHECKPOINT_KEY
+from detector.files import link_atomically, write_atomically
+from detector.models.weights import read_weights
+from detector.pretrained.loading import CHECKPOINT_KEY
 from detector.training.failures import TrainingError
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -121,7 +121,7 @@ class Checkpoints(Checkpoint):
             whole = trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches
             # One that stopped early was saved where it did, within the epoch.
             if trainer.is_global_zero and (whole or self._last_step != trainer.global_step):
-                link_whole(self.folder / BEST, self.last)
+                link_atomically(self.folder / BEST, self.last)
         elif self._last_step != trainer.global_step:
             self._save(trainer, LAST)
         if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches:
@@ -172,8 +172,8 @@ class Checkpoints(Checkpoint):
             print("\nStopping after this step. Once more: at once, without saving.", file=sys.stderr, flush=True)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, and reads one without unpickling.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint in an atomic write, and reads one without unpickling.
 
     Lightning's own writes the file elsewhere and moves it, across file systems perhaps, without a sync.
     """
@@ -183,7 +183,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         torch.save(checkpoint, buffer)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(path), buffer.getbuffer())
+            write_atomically(Path(path), buffer.getbuffer())
         except OSError as error:
             raise TrainingError(
                 f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}; "

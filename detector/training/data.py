@@ -3,7 +3,6 @@
 import math
 import os
 import shlex
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning
@@ -12,14 +11,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
-from tqdm import tqdm
 
-from detector.categories import label_as
-from detector.checks import open_images
-from detector.coco import CocoDetection, Target, collate, find_root
+from detector.data.batches import ScoringBatches, TrainingBatches
+from detector.data.categories import label_as
+from detector.data.checking import open_images
+from detector.data.dataset import CocoDetection, Target, collate
+from detector.data.digits import write_digits
+from detector.data.folder import DataFolder, find_root
+from detector.data.shared_images import equal_files
 from detector.errors import DataError
-from detector.order import ScoringBatches, TrainingBatches
-from detector.shared_images import equal_files
 from detector.signals import ignoring_signals
 from detector.training.failures import ANEW, TrainingError
 
@@ -30,10 +30,9 @@ OPENED_PIXELS = 1_000_000_000
 
 
 def _broken_images(data: CocoDetection) -> dict[int, str]:
-    """Why each image that cannot be read cannot, by its id."""
-    images = [data.coco.imgs[image_id] for image_id in data.image_ids]
-    problems = tqdm(open_images(data.folder, images), "opening images", len(images), leave=False, delay=1, disable=None)
-    return {image["id"]: problem.message for image, problem in zip(images, problems) if problem is not None}
+    """Say why each image that cannot be read cannot, by its id."""
+    problems = open_images(data.folder, [data.coco.imgs[image_id] for image_id in data.image_ids])
+    return {image_id: problem.message for image_id, problem in zip(data.image_ids, problems) if problem is not None}
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -84,14 +83,12 @@ class CocoDataModule(lightning.LightningDataModule):
         generate: Literal["digits"] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("val_batch_size", val_batch_size, 1),
-            ("workers", workers, 0),
-        ):
-            if value < least:
-                raise DataError(f"--data.{name} is {value}: it must be {least} or more")
+        least = {"batch_size": (batch_size, 1), "val_batch_size": (val_batch_size, 1), "workers": (workers, 0)}
+        for name, (value, lowest) in least.items():
+            if value < lowest:
+                raise DataError(f"--data.{name} is {value}: it must be {lowest} or more")
         self.root = find_root(root, dataset)
+        self.folder = DataFolder(self.root, annotations, images)
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
         self.group_by_shape, self.workers = group_by_shape, workers
@@ -111,8 +108,6 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.generate == "digits" and not self.root.exists():
-            from detector.digits import write_digits
-
             write_digits(self.root)
 
     def setup(self, stage: str | None = None) -> None:
@@ -132,29 +127,21 @@ class CocoDataModule(lightning.LightningDataModule):
         self._say_what_is_shared()
 
     def split(self, name: str, *, train: bool = False) -> CocoDetection:
-        """One split as a data set; says what is not quite right with it."""
-        images, annotations = self._files(name)
-        data = CocoDetection(
-            images,
-            annotations,
-            transform=self.train_transform if train else None,
-            seed=self.seed,
-            skip_missing=self.skip_broken,
-        )
+        """Read one split as a data set, and say what is not quite right with it."""
+        transform = self.train_transform if train else None
+        data = self.folder.dataset(name, transform=transform, seed=self.seed, skip_missing=self.skip_broken)
         if data.coco.flaws:
             flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.coco.flaws.items())
-            rank_zero_info(f"{name}: {flaws}; python tools/check.py {annotations} shows them")
+            file = self.folder.annotation_file(name)
+            rank_zero_info(f"{name}: {flaws}; python tools/check.py {file} shows them")
         return data
 
     def _check(self, split: str) -> str:
-        images, annotations = self._files(split)
-        return shlex.join(["python", "tools/check.py", str(annotations), "--images", str(images)])
-
-    def _files(self, split: str) -> tuple[Path, Path]:
-        return self.root / self.images.replace("{split}", split), self.root / self.annotations.replace("{split}", split)
+        annotations, images = map(str, (self.folder.annotation_file(split), self.folder.image_folder(split)))
+        return shlex.join(["python", "tools/check.py", annotations, "--images", images])
 
     def _open_images(self) -> None:
-        """One that cannot be read would end the run when it comes to it, in its scoring perhaps, hours later."""
+        """Open all images: one that cannot be read would end the run when it comes to it, perhaps hours later."""
         splits = ((self.train_split, self.train_set), (self.val_split, self.val_set))
         check = {name: self._check(name) for name, _ in splits}
         pixels = sum(image["width"] * image["height"] for _, data in splits for image in data.coco.imgs.values())
@@ -170,7 +157,7 @@ class CocoDataModule(lightning.LightningDataModule):
             found = self.trainer.strategy.broadcast(found)
         broken = [(name, data, reasons) for (name, data), reasons in zip(splits, found, strict=True) if reasons]
         if broken and not self.skip_broken:
-            first, *others = [reason for _, _, reasons in broken for reason in reasons.values()]
+            first, *others = (reason for _, _, reasons in broken for reason in reasons.values())
             more = f" (and {len(others):,} more image{'s' * (len(others) > 1)})" if others else ""
             lists = " and ".join(check[name] for name, _, _ in broken)
             raise DataError(f"{first}{more}: {lists} shows all; --data.skip_broken true trains without them")
@@ -202,7 +189,7 @@ class CocoDataModule(lightning.LightningDataModule):
             self.trainer.fit_loop.teardown()
 
     def upcoming(self, batches: int) -> list[int]:
-        """The ids of the images in the next batches of this rank, after the last one that was trained on."""
+        """Return the ids of the images in the next batches of this rank, after the last one that was trained on."""
         epoch, done = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1  # type: ignore[union-attr]
         indices = [i for batch in self._training_batches().batches(epoch)[done:][:batches] for i in batch]
         return [self.train_set.image_ids[index] for index in indices]

@@ -10,8 +10,8 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from detector.box_gradient import BOUND
-from detector.evaluation import Result
+from detector.data.results import Result
+from detector.rcnn.box_gradient import BOUND
 
 FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
 LONG = 3  # blocks in a row, of which a short burst spoils two
@@ -26,7 +26,7 @@ class Divergence(Callback):
 
     The losses of 50 batches, but for the five highest, are averaged, and the mean is compared with the lowest one
     before, or with that of the first ten batches. Only ratios count, so the scale of the loss does not. It is read
-    every 50 batches: a GPU does not wait for it in between. Each process sees its own batches; the first one speaks.
+    every 50 batches: a GPU does not wait for it in between. Each rank sees its own batches; rank 0 speaks.
     """
 
     def __init__(self) -> None:

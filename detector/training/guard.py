@@ -9,8 +9,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback
 
-from detector.box_gradient import BOUND, BoxGradient
-from detector.watch import BoxGradientWatch, watch_box_gradient
+from detector.rcnn.box_gradient import BOUND, BoxGradient
+from detector.rcnn.watch import BoxGradientWatch, watch_box_gradient
 
 EVERY = 10  # steps; one is watched
 LOOKS = 10  # that are judged together
@@ -21,8 +21,8 @@ FAR = 4.0  # times its own best; without a box gradient the RPN's box loss has b
 class BoxGradientGuard(Callback):
     """Watches one step in ten, or in ``trainer.log_every_n_steps`` if those are fewer.
 
-    Logged is what :meth:`BoxGradientWatch.reading` gives. Each process watches its own batches; the first one logs
-    and speaks, and only of a gradient that is held less than it is by default.
+    Logged is what :meth:`BoxGradientWatch.reading` gives. Each rank watches its own batches; rank 0 logs and
+    speaks, and only of a gradient that is held less than it is by default.
     """
 
     def __init__(self) -> None:

@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from detector.coco import read_json
-from detector.environment import versions
-from detector.files import write_json, write_whole
+from detector.files import read_json, write_atomically, write_json
 from detector.training.failures import TrainingError
+from detector.versions import circumstances
 
 FILE = "environment.json"
 HERE = Path(__file__).resolve().parent
@@ -26,8 +24,8 @@ class RunRecord(Callback):
     """Adds each start of a run to ``environment.json`` in its folder; a change that is not committed as a patch.
 
     Args:
-        folder: the run's.
-        checkpoint: what it goes on from.
+        folder: the folder of the run.
+        checkpoint: the checkpoint that the run goes on from.
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None) -> None:
@@ -45,10 +43,21 @@ class RunRecord(Callback):
         git, patch = git_state()
         if patch:
             name = f"uncommitted-{len(starts) + 1}.patch"
-            write_whole(self.folder / name, patch)
+            write_atomically(self.folder / name, patch)
             git["patch"] = name
         checkpoint = self.checkpoint and str(self.checkpoint)
-        start = describe(trainer) | {"git": git, "ckpt_path": checkpoint, "settings": settings(trainer)}
+        start = {
+            **circumstances(trainer.strategy.root_device),
+            "folder": os.getcwd(),
+            "devices": trainer.world_size,
+            "threads": torch.get_num_threads(),
+            "machine": platform.platform(),
+            "python": platform.python_version(),
+            "executable": sys.executable,
+            "git": git,
+            "ckpt_path": checkpoint,
+            "settings": settings(trainer),
+        }
         write_json(path, [*starts, start], indent=2)
 
     def _agree(self, trainer: lightning.Trainer) -> None:
@@ -58,22 +67,6 @@ class RunRecord(Callback):
             torch.distributed.all_gather_object(found, self.checkpoint and str(self.checkpoint))
             if len(set(found)) > 1:
                 raise TrainingError(f"the processes do not find the same checkpoint to go on from: {found}")
-
-
-def describe(trainer: lightning.Trainer) -> dict[str, Any]:
-    """The command, the machine and the versions."""
-    device = trainer.strategy.root_device
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [sys.executable, *sys.argv],
-        "folder": os.getcwd(),
-        "devices": trainer.world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-        "machine": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions(),
-    }
 
 
 def settings(trainer: lightning.Trainer) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from detector.coco import read_json
 from detector.errors import DataError, ImageError, ModelError, sentence
-from detector.evaluation.scoring import described, score_split, write_scores
-from detector.folders import newest_folder, run_folder, unused_folder
-from detector.pretrained import checkpoint_of, load_checkpoint
+from detector.evaluation.running import Predictions, run_detector
+from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
+from detector.pretrained.loading import checkpoint_of, load_checkpoint
+from detector.run_folders import newest_folder, run_folder, unused_folder
 from detector.signals import sigterm_as_ctrl_c
-from detector.training.checkpoints import BEST, LAST, Checkpoints, WholeCheckpointIO
+from detector.training.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints
 from detector.training.data import CocoDataModule
 from detector.training.divergence import Divergence, all_alike
 from detector.training.failures import Interrupted, TrainingError, explained
@@ -59,8 +59,8 @@ def fit(
         The scores on the val split, see :func:`detector.evaluation.evaluate`; ``None`` on ranks other than 0.
 
     Raises:
-        DataError, ModelError, TrainingError: in a sentence, why not.
-        Interrupted: Ctrl-C or SIGTERM; the call with ``ckpt_path="last"`` goes on.
+        DataError, ModelError, TrainingError: the run cannot begin or go on; the message says why in a sentence.
+        Interrupted: Ctrl-C or SIGTERM ended it; the same call with ``ckpt_path="last"`` goes on.
     """
     run = Run(run_dir, ckpt_path, save_every=save_every)
     return run.train(lightning.Trainer(**run.trainer_options(trainer_options)), task, data)
@@ -70,9 +70,7 @@ class Run:
     """A run's folder, and the parts of a trainer that fill it.
 
     Args:
-        run_dir: see :func:`fit`,
-        ckpt_path: and this,
-        save_every: and this.
+        run_dir, ckpt_path, save_every: see :func:`fit`.
 
     Raises:
         ModelError: ``ckpt_path`` is not there.
@@ -128,7 +126,7 @@ class Run:
             "enable_checkpointing": True,
             "logger": logger,
             "callbacks": [*theirs, *callbacks],
-            "plugins": [*_as_list(given.get("plugins")), WholeCheckpointIO()],
+            "plugins": [*_as_list(given.get("plugins")), AtomicCheckpointIO()],
         }
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
@@ -166,37 +164,35 @@ class Run:
             raise
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
-        """Score the val split with the weights as they are, draw examples, and say where everything lies."""
+        """Score the val split with the weights as they are, write it all, and say where everything lies."""
         device = trainer.strategy.root_device
         last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
         assert last is not None  # a run of no steps goes on from one
         detector = load_checkpoint(last)  # with averaged weights, if there are any
-        about = described(
-            model=str(last),
-            crop=detector.crop,
-            weights=detector.digest(),
-            data=str(data.root),
-            split=data.val_split,
-            device=device.type,
-        )
         if task.scored_step == trainer.global_step:
-            found = task.results
-            scores = write_scores(data.val_set, found, self.folder, about=about, notes=data.notes)
+            found = Predictions(data.val_set.image_ids, task.results)
         else:  # it stopped within an epoch, or had been finished before
             if self.checkpoints.signal is not None:  # that came after the last step
                 raise KeyboardInterrupt
             with trainer.precision_plugin.forward_context():
-                scores = score_split(
+                found = run_detector(
                     detector.model.to(device),
                     data.val_set,
-                    self.folder,
+                    data.val_set.category_ids,
                     device=device,
                     batch_size=data.val_batch_size,
                     workers=data.workers,
-                    about=about,
-                    notes=data.notes,
                 )
-            found = read_json(self.folder / "detections.json")
+        scores = write_evaluation(
+            found,
+            data.val_set.coco,
+            self.folder,
+            EvaluationOptions(),
+            about=described(detector, model=str(last), data=str(data.root), split=data.val_split, device=device),
+            split=data.val_set,
+            notes=data.notes,
+            of_training=True,
+        )
         for note in data.notes:
             print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
@@ -204,16 +200,17 @@ class Run:
             f"checkpoints/{LAST}": "the weights that were scored",
             f"checkpoints/{BEST}": "those with the highest val AP",
             "scores.json": f"the scores, AP {scores['AP']:.3f}",
-            "report.json": "the scores by class, by size, image by image; tools/eval.py makes a page of it",
+            "report.json": "the scores by class, by size, image by image",
+            "report.html": "a page of them, with the worst and the best images",
             "detections.json": "detections in COCO's results format",
-            "examples.png": "val images: the truth on the left, detections on the right",
+            "examples.png": "val images: the ground truth on the left, detections on the right",
             "config.yaml": "all settings: --config takes it, for the same run again",
             RECORD: "versions, seed, data and git state",
         }.items():
             if (self.folder / name).exists():
                 print(f"  {name:22} {what}")
         print(f"  tensorboard --logdir {self.folder}")
-        for warning in (self.divergence.verdict(task), all_alike(found)):
+        for warning in (self.divergence.verdict(task), all_alike(found.results)):
             if warning is not None:
                 print(f"\nWARNING: {warning}.")
         return scores

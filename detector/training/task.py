@@ -12,21 +12,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from detector.anchors import anchor_advice
-from detector.box_gradient import BoxGradient
-from detector.evaluation import Result, detect_with_losses, evaluate, to_results
-from detector.initial_weights import load_initial_weights
-from detector.models import (
-    DetectorConfig,
-    batch_norm_eps,
-    build_detector,
-    saved_settings,
-    set_batch_norm_eps,
-    starts_from_own_weights,
-)
-from detector.pretrained import CHECKPOINT_KEY
-from detector.seeding import drawn_from, sample_by_image, seed_of
-from detector.swap import swap_crop_head
+from detector.data.results import Result, to_results
+from detector.evaluation import Predictions, detect_with_losses, evaluate
+from detector.evaluation.ranks import gathered
+from detector.models.anchors import anchor_advice
+from detector.models.build import build_detector
+from detector.models.config import DetectorConfig
+from detector.models.published import batch_norm_eps, set_batch_norm_eps, starts_from_own_weights
+from detector.pretrained.description import DetectorDescription
+from detector.pretrained.initial_weights import load_initial_weights
+from detector.pretrained.loading import CHECKPOINT_KEY
+from detector.rcnn.box_gradient import BoxGradient
+from detector.rcnn.draws import draw_by_image
+from detector.rcnn.swap import swap_crop_head
+from detector.seeds import drawn_from, seed_of
 from detector.training.data import Batch, CocoDataModule
 from detector.training.failures import ANEW, TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
@@ -121,14 +120,10 @@ class DetectionTask(lightning.LightningModule):
             self.log(f"val/{name}", loss, batch_size=size, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        trainer = self.trainer
-        if trainer.world_size > 1:
-            parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            torch.distributed.gather_object(self.results, parts)
-            self.results = [result for part in parts or [] for result in part]
-        val_set = self.data.val_set
-        scores = evaluate(val_set.coco, self.results, val_set.image_ids)[0] if trainer.is_global_zero else None
-        scores = trainer.strategy.broadcast(scores)
+        found, val_set = gathered(Predictions(results=self.results)), self.data.val_set
+        self.results = [] if found is None else found.results
+        scores = None if found is None else evaluate(val_set.coco, self.results, val_set.image_ids)[0]
+        scores = self.trainer.strategy.broadcast(scores)
         assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})
         self.log("AP", scores["AP"], prog_bar=True, logger=False)
@@ -158,13 +153,11 @@ class DetectionTask(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values: the file loads with weights_only=True, and nothing in it names a class to import.
         train_set = self.data.train_set
-        checkpoint[CHECKPOINT_KEY] = {
-            "detector": asdict(self.detector),
-            "crop": self.crop,
+        description = DetectorDescription(
+            self.detector, self.crop, train_set.category_ids, train_set.category_names, batch_norm_eps(self.model)
+        )
+        checkpoint[CHECKPOINT_KEY] = description.to_dict() | {
             "box_gradient": asdict(self.box_gradient),
-            "batch_norm_eps": batch_norm_eps(self.model),
-            "category_ids": train_set.category_ids,
-            "category_names": train_set.category_names,
             "optimizer": asdict(self.optimizer),
             "images_per_step": self.images_per_step,
             "steps": self._steps()[0],
@@ -173,24 +166,25 @@ class DetectionTask(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._starts = False  # the file that the run began from may be gone
         saved = checkpoint[CHECKPOINT_KEY]
+        description = DetectorDescription.from_dict(saved)
         if self.trainer.state.fn == "fit":
             self._resumed = saved
-            self._refuse_another_model(saved)
-        elif saved["category_names"] != self.data.val_set.category_names:
+            self._refuse_another_model(description, saved)
+        elif description.category_names != self.data.val_set.category_names:
             raise TrainingError(
-                f"the checkpoint was trained on {saved['category_names']}, {self.data.val_split} has "
+                f"the checkpoint was trained on {description.category_names}, {self.data.val_split} has "
                 f"{self.data.val_set.category_names}: tools/eval.py matches them by name"
             )
-        set_batch_norm_eps(self.model, saved["batch_norm_eps"])
+        set_batch_norm_eps(self.model, description.batch_norm_eps)
 
-    def _refuse_another_model(self, saved: dict[str, Any]) -> None:
+    def _refuse_another_model(self, description: DetectorDescription, saved: dict[str, Any]) -> None:
         if "box_gradient" not in saved:
             raise TrainingError(
                 "the checkpoint is of an earlier version of this project: it can be scored, not resumed; its weights "
                 "can start a new run: --model.detector.weights FILE"
             )
-        before = {"category_names": saved["category_names"], "crop": saved["crop"]}
-        before |= _settings(saved_settings(saved["detector"]))
+        before = {"category_names": description.category_names, "crop": description.crop}
+        before |= _settings(description.settings)
         # Earlier versions had no bound and no warm-up.
         gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
@@ -247,7 +241,7 @@ class DetectionTask(lightning.LightningModule):
 
     def _draw_by_image(self, targets: list[dict[str, Tensor]], epoch: int) -> None:
         self.image_ids = [int(target["image_id"]) for target in targets]
-        sample_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])
+        draw_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,142 @@
+"""What ``tools/predict.py`` does."""
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pycocotools.coco import COCO
+from tqdm import tqdm
+
+from detector.command_line.source import load_source, pick_device
+from detector.data.annotations import read_coco
+from detector.data.categories import match_ids
+from detector.errors import DataError, ModelError, in_a_sentence
+from detector.evaluation.report import newest_report
+from detector.pretrained.description import Crop
+from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.predict_files import by_suffix, find_images, predict_files
+from detector.run_folders import run_folder, unused_folder
+from detector.text import clean, listed
+
+
+def predict(
+    images: Sequence[str],
+    *,
+    checkpoint: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    output: str | None = None,
+    min_score: float | Literal["auto"] = 0.5,
+    annotations: str | None = None,
+    pictures: bool = True,
+    batch_size: int = 8,
+    workers: int = 2,
+    max_pixels: int | None = None,
+    device: str | None = None,
+) -> int:
+    """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
+    with in_a_sentence():
+        left_out: set[Path] = set()
+        known = None if annotations is None else read_coco(annotations)
+        files = find_images(images, known, left_out=left_out)
+        detector, called = load_source(checkpoint, model, weights, crop)
+        category_ids = None if known is None else _ids_in(known, detector)
+        least: float | list[float]
+        least = _scores_of_report(called, detector) if min_score == "auto" else min_score
+        detector.to(pick_device(device))
+        target = unused_folder(Path("runs") / "predict") if output is None else Path(output)
+        with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
+
+            def report(broken: str | None) -> None:
+                bar.update()
+                if broken is not None:
+                    tqdm.write(f"skipped: {broken}", file=sys.stderr)
+
+            done = predict_files(
+                detector,
+                files,
+                target,
+                min_score=least,
+                pictures=pictures,
+                batch_size=batch_size,
+                workers=workers,
+                max_pixels=max_pixels,
+                category_ids=category_ids,
+                about={
+                    "model": called,
+                    "crop": detector.crop,
+                    "left_out": Counter(path.suffix.lower() for path in left_out),
+                },
+                on_image=report,
+            )
+        found = sum(len(image["detections"]) for image in done.images)
+        of = f" of {len(files):,}" if len(done.images) < len(files) else ""
+        what = "pictures/, predictions.json and detections.json" if pictures else "predictions.json and detections.json"
+        print(f"{found:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
+        for remark, paths in done.remarks.items():
+            name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
+            print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
+        if left_out:
+            print(
+                f"left out: {by_suffix(left_out)} (not read here; convert them to JPEG, PNG or TIFF)", file=sys.stderr
+            )
+        if done.broken:
+            print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
+        if done.stopped:
+            print("interrupted", file=sys.stderr)
+            return 130
+        return 3 if done.broken else 0
+
+
+def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
+    """The score of each label from which on F1 is highest, in the last report of these weights; says which."""
+    home = Path(called)
+    folders = [run_folder(home), Path("runs")] if home.exists() else [Path("runs")]
+    digest = detector.digest()
+    reports = [report for folder in folders if (report := newest_report(folder, digest)) is not None]
+    if not reports:
+        places = " and ".join(f"{folder}/" for folder in folders)
+        raise ModelError(
+            f"--min_score auto: tools/eval.py has not scored these weights (of all report.json in {places} none is of "
+            "them); run it first, or give a score"
+        )
+    newest = max(reports, key=lambda report: str(report["about"].get("time", "")))
+    which = f"--min_score auto: the report of {clean(str(newest['about'].get('time', '')))}"
+    points = newest.get("operating_points")
+    if points is None:
+        raise ModelError(f"{which} has no scores to take; run tools/eval.py again, or give a score")
+    try:
+        rows = points["by_class"]
+        ids = match_ids(detector, [(row["id"], row["name"]) for row in rows])  # as tools/eval.py did
+        if points["mean"] is None:
+            raise ModelError(f"{which} says that nothing was found right, so no score is best; give one")
+        overall = points["mean"]["score"]
+        of_class = {row["id"]: row["score"] for row in rows if row["score"] is not None}
+        scores = [of_class.get(category, overall) for category in ids]
+        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in (*scores, overall)):
+            raise ValueError("a score must be a number from 0 to 1")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise DataError(f"{which} is damaged: operating_points: {type(error).__name__} {error}") from None
+    span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
+    about = newest["about"]
+    on = f" on {about['images']} images of {clean(str(about['data']))}" if {"images", "data"} <= about.keys() else ""
+    print(f"{which}: scores from {span} on, where F1 was highest{on}")
+    return scores
+
+
+def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | None] | None:
+    """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
+    try:
+        ids = match_ids(detector, [(i, annotations.cats[i]["name"]) for i in sorted(annotations.cats)])
+    except (DataError, ModelError) as error:
+        print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
+        return None
+    pairs = zip(detector.category_ids, detector.category_names, ids, strict=True)
+    if left := [name for own, name, found in pairs if own is not None and found is None]:
+        print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
+    return ids

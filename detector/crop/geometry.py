@@ -1,0 +1,127 @@
+"""Boxes, the normalised frame and the affine matrix theta: the arithmetic before any pixel is read.
+
+The *normalised frame* is that of ``torch.nn.functional.grid_sample`` with ``align_corners=False``:
+-1 is the outer edge of a map's first column (row) of pixels, +1 the outer edge of its last one.
+"""
+
+import torch
+from torch import Tensor
+
+
+def geometry_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which coordinates are computed: float32, or float64 if a tensor has that.
+
+    Coordinates lose whole pixels in bfloat16 and float16 (8 and 11 bits of mantissa), so geometry
+    is never computed in those, whatever dtype the features or an autocast region have.
+    """
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def normalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float = 1.0, aligned: bool = True) -> Tensor:
+    """Map boxes from image pixels to the normalised frame of a map. Differentiable.
+
+    Args:
+        boxes: [..., 4], (x1, y1, x2, y2) in pixels of the image. Inverted boxes are mapped as they are.
+        size: (height, width) of the map that will be sampled: an image, or a feature map.
+        spatial_scale: map pixels per image pixel, 1/16 for a feature map of stride 16.
+        aligned: ``True``: the image's pixel ``i`` covers ``[i, i + 1]``. ``False``: the convention of
+            ``torchvision.ops.roi_align(aligned=False)``, which samples half a map pixel further.
+
+    Returns:
+        [..., 4], (x1, y1, x2, y2) in the normalised frame; float32, or float64 where ``boxes`` is.
+
+    Raises:
+        ValueError: ``boxes`` does not end in 4 coordinates, or ``size`` or ``spatial_scale`` is not positive.
+
+    Example:
+        >>> normalize_boxes(torch.tensor([0.0, 0.0, 320.0, 120.0]), (240, 320))  # the upper half of an image
+        tensor([-1., -1.,  1.,  0.])
+    """
+    _check_frame(boxes, size, spatial_scale)
+    return boxes_in_frame(boxes.to(geometry_dtype(boxes)), size[0], size[1], spatial_scale, aligned)
+
+
+def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float = 1.0, aligned: bool = True) -> Tensor:
+    """The inverse of :func:`normalize_boxes`: from the normalised frame to image pixels.
+
+    Args, dtypes and errors are those of :func:`normalize_boxes`; ``boxes`` is normalised, the result in pixels.
+
+    Example:
+        >>> denormalize_boxes(torch.tensor([-1.0, -1.0, 1.0, 0.0]), (240, 320)).round()
+        tensor([  0.,   0., 320., 120.])
+    """
+    _check_frame(boxes, size, spatial_scale)
+    half_pixel = 0.0 if aligned else 1.0
+    sides = []
+    for axis, side in enumerate(boxes.to(geometry_dtype(boxes)).unbind(-1)):
+        pixels = size[1 - axis % 2]
+        sides.append((side - (half_pixel / pixels - 1)) / (2 * spatial_scale / pixels))
+    return torch.stack(sides, dim=-1)
+
+
+def boxes_in_frame(
+    boxes: Tensor, height: int | Tensor, width: int | Tensor, spatial_scale: float | Tensor, aligned: bool
+) -> Tensor:
+    """:func:`normalize_boxes` without its checks, for RoIs in maps of unlike sizes: numbers, or a value an RoI, [K]."""
+    half_pixel = 0.0 if aligned else 1.0
+    sides = []
+    for axis, side in enumerate(boxes.unbind(-1)):
+        pixels = height if axis % 2 else width
+        # Numbers are not made tensors: on a GPU each would be a copy that waits for it.
+        sides.append(side * (2 * spatial_scale / pixels) + (half_pixel / pixels - 1))
+    return torch.stack(sides, dim=-1)
+
+
+def boxes_to_theta(boxes: Tensor) -> Tensor:
+    """Turn boxes into the affine matrices that crop them. Differentiable.
+
+    theta maps the unit crop frame onto the box: corner (-1, -1) to (x1, y1) and corner (1, 1) to
+    (x2, y2). These four equations have one solution without rotation or shear (Jaderberg et al.,
+    "Spatial Transformer Networks", 2015, equation 1)::
+
+        theta = [[(x2 - x1) / 2, 0, (x2 + x1) / 2],
+                 [0, (y2 - y1) / 2, (y2 + y1) / 2]]
+
+    Args:
+        boxes: [K, 4], (x1, y1, x2, y2) in the normalised frame.
+
+    Returns:
+        [K, 2, 3], ready for ``torch.nn.functional.affine_grid(theta, size, align_corners=False)``;
+        float32, or float64 where ``boxes`` is.
+
+    Raises:
+        TypeError: ``boxes`` is not a floating point tensor.
+        ValueError: ``boxes`` is not [K, 4].
+
+    Example:
+        >>> boxes_to_theta(torch.tensor([[-1.0, -1.0, 1.0, 0.0]]))
+        tensor([[[ 1.0000,  0.0000,  0.0000],
+                 [ 0.0000,  0.5000, -0.5000]]])
+    """
+    _check_coordinates("boxes", boxes)
+    if boxes.dim() != 2:
+        raise ValueError(f"boxes must have shape [K, 4], got {list(boxes.shape)}")
+    x1, y1, x2, y2 = boxes.to(geometry_dtype(boxes)).unbind(1)
+    zero = torch.zeros_like(x1)
+    theta = torch.stack([(x2 - x1) / 2, zero, (x2 + x1) / 2, zero, (y2 - y1) / 2, (y2 + y1) / 2], dim=1)
+    return theta.view(-1, 2, 3)
+
+
+def _check_coordinates(name: str, boxes: Tensor) -> None:
+    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
+        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    if boxes.dim() < 1 or boxes.shape[-1] != 4:
+        raise ValueError(f"{name} must end in 4 coordinates (x1, y1, x2, y2), got shape {list(boxes.shape)}")
+
+
+def _check_frame(boxes: Tensor, size: tuple[int, int], spatial_scale: float) -> None:
+    _check_coordinates("boxes", boxes)
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be (height, width), both at least 1, got {tuple(size)}")
+    if not spatial_scale > 0:
+        raise ValueError(f"spatial_scale must be positive, got {spatial_scale}")

@@ -1,0 +1,168 @@
+"""The crop by ``grid_sample``: every operation differentiable twice, and every one that can be exported."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from detector.crop.positions import OUTSIDE, Samples, makes_graph
+
+# The most elements that one call of grid_sample may return (float32: 256 MiB). More are taken in chunks.
+MAX_SAMPLED_ELEMENTS = 2**26
+
+
+def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: list[int] | None = None) -> Tensor:
+    """Sample maps where the rows and columns of samples cross, and average over each bin.
+
+    Args:
+        maps: one [N, C, H, W] per level, N and C of all alike, float32 or float64.
+        samples: the K RoIs, each in one of the groups.
+        counts: of a single map and a single group, the number of RoIs of each image, if known without looking at
+            the values; the RoIs are then in the order of the images.
+
+    Returns:
+        [K, C, bins, bins]. RoIs on no level are zero.
+    """
+    crops = [_crop_group(maps, group, counts) for group in samples]
+    rois = [group.rois for group in samples if group.rois is not None]
+    return torch.cat(crops)[torch.cat(rois).argsort()] if rois else crops[0]
+
+
+def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
+    if torch.jit.is_tracing():
+        crops = _average_selected(maps, group)
+    elif torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
+        of_levels = [_average_masked(source, group, level) for level, source in enumerate(maps)]
+        crops = torch.stack(of_levels).sum(dim=0)
+    elif len(maps) == 1:
+        crops = _average(maps[0], group, counts)
+    else:
+        rois = [torch.where(group.level == level)[0] for level in range(len(maps))]
+        crops = torch.cat([_average(source, group.select(r), None) for source, r in zip(maps, rois)])
+        # Not every RoI is on a level.
+        crops = crops.new_zeros(len(group.level), *crops.shape[1:]).index_copy(0, torch.cat(rois), crops)
+    return crops / group.count.to(crops.dtype)[:, None, None, None] if isinstance(group.count, Tensor) else crops
+
+
+def _average_selected(maps: Sequence[Tensor], group: Samples) -> Tensor:
+    """:func:`_average` of each level and image, whose RoIs are found in the graph. [M, C, bins, bins]"""
+    rois, crops = [], []
+    for level, source in enumerate(maps):
+        for i, image in enumerate(source.split(1)):
+            own = torch.where((group.level == level) & (group.image == i))[0]
+            part = group.select(own)
+            rois.append(own)
+            crops.append(_average_batched(image, part.y[None], part.x[None], _divisor(group))[0])
+    found = torch.cat(crops)
+    return found.new_zeros(group.level.shape[0], *found.shape[1:]).index_copy(0, torch.cat(rois), found)
+
+
+def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
+    """:func:`_average` without a look at the values: each image is sampled for all RoIs.
+
+    One that is not the image's own, or not of this level, reads nothing and adds zero. [M, C, bins, bins]
+    """
+    images = torch.arange(source.shape[0], device=source.device)[:, None]
+    own = (group.image == images) & (group.level == level)  # [N, M]
+    x = torch.where(own[..., None, None], group.x, OUTSIDE)
+    return _average_batched(source, group.y.expand(len(source), *group.y.shape), x, _divisor(group)).sum(dim=0)
+
+
+def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor:
+    """The bins of the RoIs of one map, [M, C, bins, bins]: means where all have one count, else sums.
+
+    Images go through one call on the batch axis, their grids padded to the same length: on a CPU grid_sample runs
+    one thread per image.
+    """
+    images, rois = source.shape[0], group.image.shape[0]
+    divisor = _divisor(group)
+    if images == 1 or (not makes_graph() and rois == 0):
+        return _average_batched(source[:1], group.y[None][:images], group.x[None][:images], divisor).flatten(0, 1)
+    order = None
+    if counts is None:
+        counts = group.image.bincount(minlength=images).tolist()
+        if (group.image.diff() < 0).any():
+            order = group.image.argsort(stable=True)
+            group = replace(group, y=group.y[order], x=group.x[order])
+    y, x = group.y.split(counts), group.x.split(counts)
+    if makes_graph() or images * max(counts) > 2 * rois:  # padding would cost more than it saves
+        of_images = [
+            _average_batched(source[i : i + 1], y_image[None], x_image[None], divisor)[0]
+            for i, (y_image, x_image) in enumerate(zip(y, x))
+        ]
+    else:
+        padded_y, padded_x = (pad_sequence(list(p), batch_first=True, padding_value=OUTSIDE) for p in (y, x))
+        batched = _average_batched(source, padded_y, padded_x, divisor)
+        of_images = [batched[i, :count] for i, count in enumerate(counts)]
+    crops = torch.cat(of_images)
+    return crops if order is None else crops[order.argsort()]
+
+
+def _divisor(group: Samples) -> int:
+    return 1 if isinstance(group.count, Tensor) else group.count
+
+
+def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tensor:
+    """Bins of M RoIs in each image, sums over ``divisor``: [N, M, C, bins, bins].
+
+    ``y`` is [N, M, bins, rows] and ``x`` [N, M, bins, columns].
+
+    A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
+    """
+    images, rois = y.shape[:2]
+    # Constants in ONNX too. A size that is computed onnxruntime infers, which it cannot where there are no RoIs.
+    bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:], *x.shape[2:]))
+    channels = source.shape[1]
+    if channels == 0:  # grid_sample takes no such map; the sum, of the wrong value for no element, keeps the graph
+        return source.new_zeros(images, rois, 0, bins_y, bins_x) + (source.sum() + y.sum() + x.sum())
+    if not makes_graph():
+        row = images * channels * bins_y * bins_x * columns  # elements for one row of samples in each bin
+        fit = max(MAX_SAMPLED_ELEMENTS // max(row * rows, 1), 1)
+        if rois > fit:
+            chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
+            return torch.cat([_average_batched(source, *chunk, divisor) for chunk in chunks], dim=1)
+        # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
+        fit = max(MAX_SAMPLED_ELEMENTS // max(row * rois, 1), 1)
+        if rows > fit:
+            slices = [_average_batched(source, y_slice, x, divisor) for y_slice in y.split(fit, dim=3)]
+            return torch.stack(slices).sum(dim=0)
+    y = y.to(source.dtype).reshape(images, rois, bins_y * rows)
+    x = x.to(source.dtype).reshape(images, rois, bins_x * columns)
+    shape = (images, rois, bins_y * rows, bins_x * columns)
+    grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
+    sampled = F.grid_sample(
+        source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
+    )  # [N, C, M * bins * rows, bins * columns]
+    if makes_graph():  # pooling takes no empty tensor, in onnxruntime either, and here it is not known
+        windows = sampled.reshape(images, channels, rois, bins_y, rows, bins_x, columns)
+        return (windows.sum(dim=(4, 6)) / divisor).transpose(1, 2)
+    if rois and images and rows * columns > 1:  # pooling takes no empty tensor
+        sampled = _WindowMean.apply(sampled, (rows, columns), divisor)
+    return sampled.reshape(images, channels, rois, bins_y, bins_x).transpose(1, 2)
+
+
+class _WindowMean(torch.autograd.Function):
+    """Sum over windows side by side, by a divisor: avg_pool2d (the fastest way found), but without keeping its input.
+
+    avg_pool2d saves the samples, the largest tensor here, for a backward that needs only their shape.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sampled: Tensor, window: tuple[int, int], divisor: int) -> Tensor:
+        return F.avg_pool2d(sampled, window, divisor_override=divisor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int], int], output: Tensor) -> None:
+        _, ctx.window, ctx.divisor = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.window
+        spread = (grad / ctx.divisor)[..., None, :, None].expand(*grad.shape[:-1], rows, grad.shape[-1], columns)
+        return spread.reshape(*grad.shape[:-2], grad.shape[-2] * rows, grad.shape[-1] * columns), None, None

@@ -1,0 +1,1 @@
+"""Data sets in COCO's format: read, checked, batched, drawn, and the results that are scored against them."""

@@ -1,0 +1,155 @@
+"""Which category of a data set each label of a detector, or of another data set, stands for: that of the same name."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from detector.data.dataset import CocoDetection
+from detector.errors import DataError, ModelError
+from detector.text import listed, short
+
+Category = tuple[int | None, str]  # id and name
+
+
+class Labelled(Protocol):
+    """What has labels, 1, 2, ...: a detector or a data set. A label's id is ``None`` if it has no category."""
+
+    @property
+    def category_ids(self) -> Sequence[int | None]: ...
+
+    @property
+    def category_names(self) -> Sequence[str]: ...
+
+
+def same_names(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
+    """Find the place of each of our names in theirs; ``None`` if it is not there, or on either side more than once."""
+    place = {name: number for number, name in enumerate(theirs)}
+    once = {name for name, count in Counter(ours).items() if count == 1}
+    once &= {name for name, count in Counter(theirs).items() if count == 1}
+    return [place[name] if name in once else None for name in ours]
+
+
+def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> list[int | None]:
+    """Find the id of their category with the name of each of ours; ``None`` if it is not there.
+
+    Where a name is there more than once, on either side, the ids must be the same too.
+
+    Raises:
+        DataError: they are not.
+    """
+    names = [name for _, name in theirs]
+    ids = [None if place is None else theirs[place][0] for place in same_names([name for _, name in ours], names)]
+    for number, (category, name) in enumerate(ours):
+        if ids[number] is None and name in names:
+            if (category, name) not in theirs:
+                raise DataError(
+                    f"several categories are called {short(name)!r}, and the one with id {category} has no other with "
+                    "that id and name: it cannot be told which is which"
+                )
+            ids[number] = category
+    return ids
+
+
+def match_categories(detector: Labelled, data: CocoDetection) -> Sequence[int | None]:
+    """Find the category ids that a detector's labels have in the data, by the same names, see :func:`match_ids`."""
+    return match_ids(detector, _categories(data))
+
+
+def match_ids(detector: Labelled, categories: Sequence[Category]) -> Sequence[int | None]:
+    """Find the ids of a detector's classes in a data set: those of the categories with the same names.
+
+    Of weights that name no classes only the number must be the data's: labels are its categories in order of their ids.
+
+    Returns:
+        The category id of each label, from label 1 on; ``None`` for one to leave out: the data has no such class.
+
+    Raises:
+        ModelError: not one class has the same name; or weights that name none have another number of them.
+        DataError: see :func:`same_categories`.
+    """
+    if not any(category is not None for category in detector.category_ids):
+        if len(detector.category_ids) != len(categories):
+            raise ModelError(f"the weights have {len(detector.category_ids)} classes, the data has {len(categories)}")
+        return [category for category, _ in categories]
+    ours = [category for category in _categories(detector) if category[0] is not None]  # others are gaps, as in COCO's
+    found = dict(zip(ours, same_categories(ours, categories), strict=True))
+    ids = [found.get(category) for category in _categories(detector)]
+    if not any(category is not None for category in ids):
+        raise ModelError(
+            f"no class of the detector ({listed([name for _, name in ours])}) has the name of a category of the data "
+            f"({listed([name for _, name in categories])}): not the same set of classes"
+        )
+    return ids
+
+
+def label_as(data: CocoDetection, other: CocoDetection) -> list[str]:
+    """Give a data set the labels of another, in place, by the categories' names: a val split those of training.
+
+    Objects of classes that the other lacks go out of its targets; the annotations that it is scored by still have them.
+
+    Returns:
+        Sentences on what differs.
+
+    Raises:
+        DataError: not one category has the same name; or see :func:`same_categories`.
+    """
+    ids = same_categories(_categories(other), _categories(data))
+    if not any(category is not None for category in ids):
+        raise DataError(
+            f"no category ({listed(data.category_names)}) has the name of one to train on "
+            f"({listed(other.category_names)})"
+        )
+    notes = []
+    if moved := _moved(other, ids):
+        notes.append(f"categories are matched by name: {listed(moved)} have other ids than in training")
+    if unknown := _unknown(ids, data):
+        names = listed(list(unknown))
+        notes.append(f"objects of classes that are not trained on ({names}) count as missed: {unknown.total():,}")
+    data.relabel(ids, other.category_names)
+    return notes
+
+
+def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: CocoDetection) -> list[str]:
+    """Say how :func:`match_categories` matched a detector's labels, the most important first."""
+    notes = []
+    if unknown := _unknown(category_ids, data):
+        notes.append(
+            f"Of classes that the detector does not know ({listed(list(unknown))}) it finds none: their objects "
+            f"({unknown.total():,}) count as missed."
+        )
+    if moved := _moved(detector, category_ids):
+        notes.append(f"Classes are matched by name: {listed(moved)} have other ids in the data than in the detector.")
+    known = [(name, found) for (i, name), found in zip(_categories(detector), category_ids) if i is not None]
+    if left := [name for name, found in known if found is None]:
+        notes.append(
+            f"The data has {len(known) - len(left):,} of the detector's {len(known):,} classes: what is detected of "
+            f"the others ({listed(left)}) is left out."
+        )
+    return notes
+
+
+def labels_of_targets(category_ids: Sequence[int | None], data: CocoDetection) -> Tensor | None:
+    """Return the detector's label for each of the data's, [n + 1], background first; ``None`` if one is missing."""
+    label = {category: label for label, category in enumerate(category_ids, start=1)}
+    used = {int(one) for _, labels in data.targets for one in labels.unique()}
+    if any(data.category_ids[one - 1] not in label for one in used):
+        return None
+    return torch.tensor([0, *(label.get(category, 0) for category in data.category_ids)])
+
+
+def _categories(labelled: Labelled) -> list[Category]:
+    return list(zip(labelled.category_ids, labelled.category_names, strict=True))
+
+
+def _moved(labelled: Labelled, ids: Sequence[int | None]) -> list[str]:
+    """Name the classes that have another id where they were found."""
+    return [name for (i, name), found in zip(_categories(labelled), ids) if None not in (i, found) and found != i]
+
+
+def _unknown(ids: Sequence[int | None], data: CocoDetection) -> Counter[str]:
+    """Count the objects of other categories, by name, in the order of the labels."""
+    labels = sorted(label for _, labels in data.targets for label in labels.tolist())
+    return Counter(data.category_names[label - 1] for label in labels if data.category_ids[label - 1] not in ids)

@@ -1,0 +1,229 @@
+"""Checking a data set, its images too: all that is wrong at once, as a report."""
+
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from detector.data.images import read_image, without_pillows_warnings
+from detector.data.problems import CENTRES, CORNERS, Entry, Level, Problem, annotation_problems, where, wrong_fields
+from detector.data.shared_images import equal_files
+from detector.errors import DataError, SizeError, shown
+from detector.files import read_json
+
+AnchorAdvice = Callable[[Tensor, Tensor], str | None]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Holds what :func:`check_dataset` found, and in how much: "92 images with 829 annotations of 80 categories"."""
+
+    problems: Sequence[Problem]
+    contents: str = ""  # of a file that could not be read
+
+
+def check_dataset(
+    annotations: str | Path,
+    images: str | Path | None = None,
+    *,
+    decode: bool = True,
+    workers: int = 4,
+    other: str | Path | None = None,
+    other_images: str | Path | None = None,
+    anchor_advice: AnchorAdvice | None = None,
+) -> Findings:
+    """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
+
+    Args:
+        annotations: the annotation file, see :func:`~detector.data.annotations.read_coco`.
+        images: the folder that ``file_name`` is relative to; ``None``: only the annotation file is checked.
+        decode: also open every image whose entry is right and whose file is there.
+        workers: threads that open images, 1 or more.
+        other: the annotation file of another split, which must not have the same images; nothing else about it is
+            checked.
+        other_images: the folder of its images, to compare files by content. Without it, or ``images``, or ``decode``,
+            only names are.
+        anchor_advice: says whether a detector's anchors fit the objects, see
+            :func:`~detector.models.anchors.anchor_advice`: from their width and height [L, 2] and those of each one's
+            image [L, 2], in pixels; ``None``: they are not compared.
+
+    Returns:
+        The problems; a file that cannot be read is one of them.
+    """
+    try:
+        data = read_json(annotations)
+    except DataError as error:
+        return Findings([Problem("unreadable annotation file", "error", str(error))])
+    problems = list(annotation_problems(annotations, data))
+    entries, *others = (_entries(data, name) for name in ("images", "annotations", "categories"))
+    boxes_are_right = not any(p.level == "error" or p.kind in (CORNERS, CENTRES) for p in problems)
+    if anchor_advice is not None and boxes_are_right:
+        problems += _anchor_problems(annotations, data, anchor_advice)
+    files = [] if images is None else list(file_problems(annotations, entries, images))
+    problems += [problem for _, problem in files]
+    unusable = {position for position, _ in files}
+    if other is not None:
+        if images is None or other_images is None or not decode:
+            problems += _shared_images(_places(annotations, entries), other)
+        else:
+            problems += _shared_images(_places(annotations, entries, images, unusable), other, other_images)
+    if images is not None and decode and None not in unusable:
+        usable = [one for i, one in enumerate(entries) if i not in unusable and not wrong_fields("images", one)]
+        problems += [problem for problem in open_images(images, usable, workers=workers) if problem is not None]
+    counts = _count(len(entries), "image"), *map(_count, map(len, others), ("annotation", "category"))
+    return Findings(problems, "{} with {} of {}".format(*counts))
+
+
+def file_problems(
+    annotations_path: str | Path, images: Iterable[Any], folder: str | Path
+) -> Iterator[tuple[int | None, Problem]]:
+    """Find image files that are not in their folder, by their names alone. Entries without a name are passed over.
+
+    Yields:
+        Problems, all of level "error", each with the position of its image; ``None`` for the folder's.
+    """
+    try:
+        present = set(os.listdir(folder))  # one look, not one a file: COCO has 118,000
+    except OSError as error:
+        message = f"{folder}: no such image folder, or it cannot be read: {error.strerror}"
+        yield None, Problem("missing image folder", "error", message)
+        return
+    root = Path(folder).resolve()
+    for position, image in enumerate(images):
+        name = _file_name(image)
+        if name is None or name in present:
+            continue
+        inside, there = True, False
+        try:
+            file = (root / name).resolve()
+            inside, there = file.is_relative_to(root), file.is_file()
+        except (OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
+            pass
+        message = f"{where(annotations_path, 'images', position, image)} has file_name {shown(name)}"
+        if not inside:
+            yield position, Problem("image files outside their folder", "error", f"{message}, outside {folder}")
+        elif not there:
+            yield position, Problem("missing image files", "error", f"{message}, not in {folder}")
+
+
+def image_problem(folder: str | Path, image: Entry) -> Problem | None:
+    """Say what keeps an image, an entry of ``images``, from being read. It is decoded whole, as for training."""
+    try:
+        read_image(Path(folder) / image["file_name"], width=image["width"], height=image["height"])
+    except DataError as error:
+        kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
+        return Problem(kind, "error", " ".join(str(error).split()))
+    return None
+
+
+def open_images(folder: str | Path, images: Sequence[Entry], *, workers: int = 4) -> Iterator[Problem | None]:
+    """Open images, in threads and with a progress bar, and yield :func:`image_problem` of each, in order."""
+    # Also around all threads: what each of them sets and takes back is all threads' own.
+    with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
+        try:
+            opened = executor.map(partial(image_problem, folder), images)
+            yield from tqdm(opened, "opening images", len(images), unit="image", leave=False, delay=1, disable=None)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the images in the queue
+
+
+def report(findings: Findings, *, examples: int = 3) -> str:
+    """Say the problems as text: errors, flaws, then notes, so many examples of each kind, and a summary in a line."""
+    lines: list[str] = []
+    counts: list[str] = []
+    level: Level
+    for level in get_args(Level):
+        kinds: dict[str, list[str]] = {}
+        for problem in findings.problems:
+            if problem.level == level:
+                kinds.setdefault(problem.kind, []).append(problem.message)
+        for kind, messages in kinds.items():
+            lines.append(f"{_count(len(messages), level)}: {kind}")
+            lines += [f"    {message}" for message in messages[:examples]]
+            if len(messages) > examples:
+                lines.append(f"    ... and {len(messages) - examples:,} more")
+            lines.append("")
+        if kinds:
+            counts.append(_count(sum(map(len, kinds.values())), level))
+        elif level == "flaw" and not counts:
+            counts.append("nothing wrong")
+    lines.append(", ".join(counts) + (f" in {findings.contents}" if findings.contents else ""))
+    return "\n".join(lines)
+
+
+def _anchor_problems(path: str | Path, data: Entry, anchor_advice: AnchorAdvice) -> Iterator[Problem]:
+    """Say whether the anchors fit the objects of a file, which has no errors."""
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    objects = [(*one["bbox"], *sizes[one["image_id"]]) for one in data["annotations"] if not one.get("iscrowd")]
+    upper, shapes, images = torch.tensor(objects, dtype=torch.float64).reshape(-1, 6).split(2, dim=1)
+    shapes = (upper + shapes).minimum(images) - upper.clamp(min=0)  # as training clips them
+    kept = (shapes > 0).all(dim=1)
+    advice = anchor_advice(shapes[kept], images[kept])
+    if advice is not None:
+        yield Problem("anchors that most objects lie outside of", "note", f"{path}: {advice}")
+
+
+def _shared_images(
+    ours: dict[Path, str], other: str | Path, other_images: str | Path | None = None
+) -> Iterator[Problem]:
+    """Find those of our images, see :func:`_places`, that another split has too: byte for byte, or without a folder
+    by their names.
+    """
+    try:
+        data = read_json(other)
+    except DataError as error:
+        yield Problem("unreadable annotation file", "error", str(error))
+        return
+    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+        yield Problem("not in COCO's format", "error", f"{other}: must hold a dict with images, a list")
+        return
+    if other_images is None:
+        theirs = _places(other, data["images"])
+        for name in [name for name in ours if name in theirs]:
+            message = f"{ours[name]}, is called like {theirs[name]}"
+            what = "whether they are one image shows with both folders of images"
+            yield Problem("file names that the other split has, too", "note", f"{message}: {what}")
+        return
+    unusable = dict(file_problems(other, data["images"], other_images))
+    if None in unusable:
+        yield unusable[None]
+    theirs = _places(other, data["images"], other_images, unusable)
+    for file, same in equal_files(ours, theirs).items():
+        message = f"{ours[file]}, is byte for byte {theirs[same]}"
+        what = "trained on one, a detector scores too high on the other"
+        yield Problem("images that the other split has, too", "flaw", f"{message}: {what}")
+
+
+def _places(
+    path: str | Path, images: list[Any], folder: str | Path = "", unusable: Container[int | None] = ()
+) -> dict[Path, str]:
+    """Say where each image stands in an annotation file, by its path, or without a folder by its name."""
+    if None in unusable:  # the folder itself
+        return {}
+    return {
+        Path(folder, name): f"{where(path, 'images', position, image)}, {shown(name)}"
+        for position, image in enumerate(images)
+        if (name := _file_name(image)) is not None and position not in unusable
+    }
+
+
+def _file_name(image: Any) -> str | None:
+    name = image.get("file_name") if isinstance(image, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _entries(data: Any, name: str) -> list[Any]:
+    entries = data.get(name) if isinstance(data, dict) else None
+    return entries if isinstance(entries, list) else []
+
+
+def _count(number: int, one: str) -> str:
+    many = one.removesuffix("y") + "ies" if one.endswith("y") else f"{one}s"
+    return f"{number:,} {one if number == 1 else many}"

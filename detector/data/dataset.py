@@ -1,0 +1,162 @@
+"""Images and boxes of a split in COCO's layout, as torchvision's detectors are trained on them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from detector.data.annotations import read_coco, refuse
+from detector.data.checking import file_problems
+from detector.data.images import read_image
+from detector.errors import DataError
+from detector.seeds import drawn_from, seed_of
+from detector.text import listed
+
+Target = dict[str, Tensor]
+Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+
+
+def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Keep images of different sizes as a list; the detector pads them to one batch."""
+    images, targets = zip(*items)
+    return list(images), list(targets)
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target]]):
+    """A detection data set in COCO's layout: images, and boxes with labels.
+
+    Labels are 1 to the number of categories, in the order of the category ids, which may have gaps; 0 is
+    background. :attr:`category_ids` maps back: label ``n`` is ``category_ids[n - 1]``. :meth:`relabel` gives them
+    others.
+
+    Crowd regions and boxes of zero size (also: outside the image) are not in the targets; :attr:`dropped_boxes`
+    counts the latter. The evaluation reads :attr:`coco`, where everything still is.
+
+    Args:
+        images: the folder that ``file_name`` is relative to.
+        annotations: an annotation file, see :func:`read_coco`.
+        transform: takes and returns (image, target), both torchvision ``tv_tensors``: any transform of
+            ``torchvision.transforms.v2``.
+        seed: with the epoch and the index, all that the transform's random choices depend on.
+        skip_missing: take images whose file is missing as well; reading one fails.
+
+    Raises:
+        DataError: as :func:`read_coco`, or an image file is missing.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+        skip_missing: bool = False,
+    ) -> None:
+        self.folder = Path(images)
+        self.coco = read_coco(annotations)
+        self.transform = transform
+        self.seed = seed
+        self.category_ids: list[int | None] = sorted(self.coco.cats)
+        self.category_names: list[str] = [self.coco.cats[i]["name"] for i in sorted(self.coco.cats)]
+        self.image_ids: list[int] = sorted(self.coco.imgs)
+        self._label = {category: label for label, category in enumerate(sorted(self.coco.cats), start=1)}
+        problems = [problem for _, problem in file_problems(annotations, self.coco.imgs.values(), self.folder)]
+        if skip_missing:
+            problems = [problem for problem in problems if problem.kind != "missing image files"]
+        refuse(problems, f"{annotations} --images {self.folder}")
+        kept = [self._boxes(image_id) for image_id in self.image_ids]
+        self.targets = [(boxes, labels) for boxes, labels, _ in kept]
+        self.dropped_boxes = sum(dropped for _, _, dropped in kept)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def relabel(self, category_ids: Sequence[int | None], category_names: Sequence[str]) -> None:
+        """Let labels 1, 2, ... stand for these categories; objects of others are in the targets no longer.
+
+        The id is ``None`` for a label that is of no category of this data set.
+        """
+        labels = {category: label for label, category in enumerate(category_ids, start=1)}
+        label_of = torch.tensor([0, *(labels.get(category, 0) for category in self.category_ids)])  # by that of now
+        self.targets = [(boxes[label_of[old] > 0], label_of[old][label_of[old] > 0]) for boxes, old in self.targets]
+        self.category_ids, self.category_names = list(category_ids), list(category_names)
+
+    def leave_out(self, broken: Mapping[int, str]) -> str:
+        """Go on without some images, of which only :attr:`coco` still knows. Returns a sentence that says so.
+
+        Args:
+            broken: why each cannot be read, by the image's id.
+        """
+        names = listed([self.coco.imgs[image_id]["file_name"] for image_id in broken])
+        objects = sum(not a["iscrowd"] for image_id in broken for a in self.coco.imgToAnns[image_id])
+        what = f"{len(broken):,} of {len(self):,} images cannot be read and are left out"
+        kept = [index for index, image_id in enumerate(self.image_ids) if image_id not in broken]
+        self.image_ids = [self.image_ids[index] for index in kept]
+        self.targets = [self.targets[index] for index in kept]
+        return f"{what} with their objects ({objects:,}): {names} ({next(iter(broken.values()))})"
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        """Read one image and its target.
+
+        Args:
+            index: the image, or (epoch, image): the same pair gives the same augmentation.
+
+        Returns:
+            The image, [3, H, W] float32 in 0..1, and a dict of ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in
+            pixels, ``labels`` [L] int64 and ``image_id`` [] int64.
+        """
+        epoch, index = index if isinstance(index, tuple) else (0, index)
+        info = self.coco.imgs[self.image_ids[index]]
+        size = (info["height"], info["width"])
+        pixels = read_image(self.folder / info["file_name"], width=info["width"], height=info["height"])
+        boxes, labels = self.targets[index]
+        image: Tensor = tv_tensors.Image(pixels)
+        target: Target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": labels,
+            "image_id": torch.tensor(info["id"]),
+        }
+        if self.transform is not None:
+            try:
+                with drawn_from(seed_of(self.seed, epoch, index)):
+                    image, target = self.transform(image, target)
+            except (ValueError, TypeError, RuntimeError) as error:
+                path = self.folder / info["file_name"]
+                reason = " ".join(str(error).split())  # in one line, or a worker's report would lose its beginning
+                raise DataError(f"{path}: the augmentation fails on this image: {reason}") from error
+        image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
+        # A crop or a rotation leaves parts of boxes outside.
+        target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
+        target = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.
+        kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
+        target["boxes"], target["labels"] = target["boxes"][kept], target["labels"][kept]
+        return image, target
+
+    def files(self) -> list[Path]:
+        """Return the image files, in order."""
+        return [self.folder / self.coco.imgs[image_id]["file_name"] for image_id in self.image_ids]
+
+    def shapes(self) -> tuple[Tensor, Tensor]:
+        """Return width and height in pixels of all boxes in the targets, [L, 2], and of the image of each, [L, 2]."""
+        infos = [self.coco.imgs[image_id] for image_id in self.image_ids]
+        boxes = torch.cat([torch.empty(0, 4), *(boxes for boxes, _ in self.targets)])
+        sizes = torch.tensor([(i["width"], i["height"]) for i in infos], dtype=torch.float64).reshape(-1, 2)
+        counts = torch.tensor([len(labels) for _, labels in self.targets], dtype=torch.int64)
+        return boxes[:, 2:] - boxes[:, :2], sizes.repeat_interleave(counts, dim=0)
+
+    def _boxes(self, image_id: int) -> tuple[Tensor, Tensor, int]:
+        """Return boxes [L, 4] (x1, y1, x2, y2) within the image, labels [L], and how many of no size were dropped."""
+        info = self.coco.imgs[image_id]
+        annotations = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([self._label[a["category_id"]] for a in annotations], dtype=torch.int64)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([info["width"], info["height"]] * 2))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        return boxes[kept], labels[kept], int((~kept).sum())

@@ -1,0 +1,128 @@
+"""Pictures of what a detector sees: boxes with names, and sheets that put pictures side by side."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms import v2
+
+from detector.text import short
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; one a class, in turn.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+LIGHT = ("#F0E442", "#E69F00", "#56B4E9", "#FFE600")  # written on in black
+LEGIBLE_SIDE = 440  # pixels; a picture whose longer side is smaller is enlarged, so that captions fit beside boxes
+FONT_SIZE = 12
+GAP = 8  # pixels between the pictures of a sheet
+DASH = 9  # pixels
+
+Stroke = Literal["thin", "thick", "dashed"]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box to be drawn.
+
+    Args:
+        corners: x1, y1, x2, y2, in pixels of the picture.
+        caption: on a plate above it.
+        color: of frame and plate.
+        stroke: "thick" has black edges, and is seen on any ground; "dashed" is as thick, in turns with black.
+    """
+
+    corners: tuple[float, float, float, float]
+    caption: str
+    color: str
+    stroke: Stroke = "thin"
+
+
+def draw(image: Tensor, target: dict[str, Tensor], names: Sequence[str], *, min_score: float = 0.5) -> Image.Image:
+    """Draw boxes with class names, and scores if there are any.
+
+    Args:
+        image: [3, H, W], float in 0..1 or uint8.
+        target: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] from 1 on, and perhaps ``scores`` [L].
+        names: the class names, that of label 1 first.
+        min_score: detections below it are left out.
+
+    Returns:
+        The picture, enlarged if it is small.
+    """
+    picture = v2.functional.to_pil_image(v2.functional.to_dtype(image.cpu(), torch.uint8, scale=True))
+    factor = max(round(LEGIBLE_SIDE / max(picture.size)), 1)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
+    scores = target["scores"].tolist() if "scores" in target else [None] * len(target["labels"])
+    boxes = []
+    for corners, label, score in zip(target["boxes"].tolist(), target["labels"].tolist(), scores):
+        if score is not None and score < min_score:
+            continue
+        x1, y1, x2, y2 = (coordinate * factor for coordinate in corners)
+        name = short(names[label - 1], 40)
+        boxes.append(Box((x1, y1, x2, y2), name if score is None else f"{name} {score:.2f}", class_color(label)))
+    draw_boxes(picture, boxes)
+    return picture
+
+
+def class_color(label: int) -> str:
+    """Return the colour of a class, by its label, from 1 on."""
+    return COLORS[(label - 1) % len(COLORS)]
+
+
+def draw_boxes(picture: Image.Image, boxes: Iterable[Box], *, font_size: int = FONT_SIZE) -> None:
+    """Draw boxes with captions on an RGB picture, in place; the last ones lie on top.
+
+    torchvision's ``draw_bounding_boxes`` writes in a size of choice only with the file of a font, writes into the box,
+    over the object, and beyond the picture's edge, and draws neither edges around a frame nor dashes.
+    """
+    pen = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(font_size)
+    for box in boxes:
+        x1, y1, x2, y2 = box.corners
+        x2, y2 = max(x1, x2), max(y1, y2)
+        if box.stroke == "thin":
+            pen.rectangle((x1, y1, x2, y2), outline=box.color, width=2)
+        else:
+            pen.rectangle((x1 - 3, y1 - 3, x2 + 3, y2 + 3), outline="black", width=6)
+            if box.stroke == "thick":
+                pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=box.color, width=4)
+            else:
+                _dashes(pen, (x1 - 2, y1 - 2, x2 + 2, y2 + 2), box.color)
+        # Above the box, where it hides none of the object; inside at the upper edge of the picture.
+        frame = 0 if box.stroke == "thin" else 3  # of it that lies outside
+        lower = y1 - frame if y1 - frame >= font_size + 3 else y1 + frame + font_size + 3
+        left = max(min(x1 + 2, picture.width - pen.textlength(box.caption, font) - 2), 2)
+        plate = pen.textbbox((left, lower), box.caption, font, anchor="lb")
+        pen.rectangle((plate[0] - 2, plate[1] - 1, plate[2] + 2, plate[3] + 1), fill=box.color)
+        ink = "black" if box.color in LIGHT else "white"
+        pen.text((plate[0], plate[3]), box.caption, ink, font, anchor="lb")
+
+
+def _dashes(pen: ImageDraw.ImageDraw, frame: tuple[float, float, float, float], color: str) -> None:
+    """Draw pieces of a frame 4 pixels wide."""
+    x1, y1, x2, y2 = (round(side) for side in frame)
+    for x in range(x1, x2, 2 * DASH):
+        for y in (y1, y2 - 3):
+            pen.rectangle((x, y, min(x + DASH - 1, x2), y + 3), fill=color)
+    for y in range(y1, y2, 2 * DASH):
+        for x in (x1, x2 - 3):
+            pen.rectangle((x, y, x + 3, min(y + DASH - 1, y2)), fill=color)
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:
+    """Put pictures of any sizes on one white sheet, row by row, with a heading over each column."""
+    columns = [max(picture.width for picture in column) for column in zip(*rows)]
+    heights = [max(picture.height for picture in row) for row in rows]
+    top = GAP + (FONT_SIZE + GAP if headings else 0)
+    canvas = Image.new("RGB", (sum(columns) + GAP * (len(columns) + 1), top + sum(heights) + GAP * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
+    lefts = [GAP + sum(columns[:i]) + GAP * i for i in range(len(columns))]
+    for left, heading in zip(lefts, headings):
+        pen.text((left, GAP - 2), heading, "black", ImageFont.load_default(FONT_SIZE + 2))
+    for row, height in zip(rows, heights):
+        for left, picture in zip(lefts, row):
+            canvas.paste(picture, (left, top))
+        top += height + GAP
+    return canvas

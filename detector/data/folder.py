@@ -1,0 +1,56 @@
+"""Where a data set in COCO's layout lies, and what its splits are called there."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from detector.data.dataset import CocoDetection, Transform
+from detector.errors import DataError
+
+ROOT_VARIABLE = "DETECTOR_DATA"
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """The folder of a data set, and the patterns of its splits' files; {split} stands for the split.
+
+    Args:
+        root: the folder.
+        annotations: the annotation file of a split, relative to ``root``.
+        images: the image folder of a split, relative to ``root``.
+    """
+
+    root: Path
+    annotations: str = "annotations/instances_{split}.json"
+    images: str = "{split}"
+
+    def annotation_file(self, split: str) -> Path:
+        """Return the annotation file of a split."""
+        return self.root / self.annotations.replace("{split}", split)
+
+    def image_folder(self, split: str) -> Path:
+        """Return the image folder of a split."""
+        return self.root / self.images.replace("{split}", split)
+
+    def dataset(
+        self, split: str, *, transform: Transform | None = None, seed: int = 0, skip_missing: bool = False
+    ) -> CocoDetection:
+        """Read a split as a data set. The options are those of :class:`~detector.data.dataset.CocoDetection`."""
+        images, annotations = self.image_folder(split), self.annotation_file(split)
+        return CocoDetection(images, annotations, transform=transform, seed=seed, skip_missing=skip_missing)
+
+
+def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:
+    """Find the folder of a data set, by its path, or by its name in the folder that DETECTOR_DATA names.
+
+    Raises:
+        DataError: neither is told.
+    """
+    if root is not None:
+        return Path(root)
+    where = f"where is the data? Give its folder with {flag} FOLDER"
+    if dataset is None:
+        raise DataError(where)
+    if ROOT_VARIABLE not in os.environ:
+        raise DataError(f"{where}, or set {ROOT_VARIABLE} to the folder that {dataset!r} lies in")
+    return Path(os.environ[ROOT_VARIABLE]) / dataset

@@ -1,0 +1,58 @@
+"""Images that two splits share, by the files' content."""
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+MIDDLE = 4096  # bytes
+
+
+def equal_files(first: Iterable[Path], second: Iterable[Path]) -> dict[Path, Path]:
+    """Find the files of one list that are, byte for byte, also in another.
+
+    All are asked for their size; those of equal size are read a little, then whole. What is not there, or no regular
+    file, is passed over.
+
+    Returns:
+        Of the first, those that the second has too, in order; each with one of the second that is equal.
+    """
+    first, second = list(dict.fromkeys(first)), list(dict.fromkeys(second))
+    keys: tuple[Callable[[Path], int | bytes], ...] = (_size, _middle, _digest)
+    found: dict[int | bytes, Path] = {}
+    for key in keys:
+        ours, theirs = _keys(key, first), _keys(key, second)
+        found = {value: path for path, value in reversed(theirs.items())}
+        shared = found.keys() & set(ours.values())
+        first = [path for path, value in ours.items() if value in shared]
+        second = [path for path, value in theirs.items() if value in shared]
+    return {path: found[ours[path]] for path in first}
+
+
+def _keys(key: Callable[[Path], int | bytes], paths: list[Path]) -> dict[Path, int | bytes]:
+    keys = {}
+    for path in paths:
+        with suppress(OSError, ValueError):  # the latter: a name that no file can have
+            keys[path] = key(path)
+    return keys
+
+
+def _size(path: Path) -> int:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("no regular file")
+    return status.st_size
+
+
+def _middle(path: Path) -> bytes:
+    """Read a little of a file: enough to tell bitmaps apart, which are all of one size, and begin alike."""
+    with open(path, "rb") as file:
+        file.seek(max(os.fstat(file.fileno()).st_size // 2 - MIDDLE // 2, 0))
+        return file.read(MIDDLE)
+
+
+def _digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

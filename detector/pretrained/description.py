@@ -1,0 +1,85 @@
+"""The description of a detector that lies beside its weights: in a checkpoint, and in a saved folder's config.json."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.ops import FrozenBatchNorm2d
+
+from detector.errors import ModelError, shown
+from detector.models.build import build_detector
+from detector.models.config import DetectorConfig, saved_settings
+from detector.models.published import batch_norm_eps, set_batch_norm_eps
+from detector.models.weights import load_weights
+from detector.rcnn.swap import swap_crop_head
+
+Crop = Literal["affine", "roi_align"]
+
+
+@dataclass(frozen=True)
+class DetectorDescription:
+    """All that it takes, with the weights, to have a detector again.
+
+    Args:
+        settings: what it is built by.
+        crop: how it crops: "affine" or "roi_align".
+        category_ids: of each label, from 1 on; ``None`` where no category belongs to one.
+        category_names: likewise.
+        batch_norm_eps: see :func:`~detector.models.published.batch_norm_eps`.
+    """
+
+    settings: DetectorConfig
+    crop: Crop
+    category_ids: list[int | None]
+    category_names: list[str]
+    batch_norm_eps: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which JSON and ``weights_only=True`` take."""
+        return {
+            "detector": asdict(self.settings),
+            "crop": self.crop,
+            "categories": [{"id": i, "name": name} for i, name in zip(self.category_ids, self.category_names)],
+            "batch_norm_eps": self.batch_norm_eps,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "DetectorDescription":
+        """Read what :meth:`to_dict` made, of which nothing is trusted; other keys beside it are passed over.
+
+        Raises:
+            ModelError: a value cannot be right.
+            LookupError, TypeError, AttributeError, ValueError: something is missing, or of another type; see
+                :func:`~detector.models.weights.refusing`.
+        """
+        if not isinstance(content, dict):
+            raise ModelError(f"it must hold a dict, not a {type(content).__name__}")
+        settings, crop, eps = saved_settings(content["detector"]), content["crop"], content["batch_norm_eps"]
+        if "category_names" in content:  # a checkpoint of before this class
+            categories = list(zip(content["category_ids"], content["category_names"], strict=True))
+        else:
+            categories = [(category["id"], category["name"]) for category in content["categories"]]
+        if crop not in ("affine", "roi_align"):
+            raise ModelError(f"crop must be affine or roi_align, got {shown(crop)}")
+        for i, name in categories:
+            if (type(i) is not int and i is not None) or type(name) is not str:
+                raise ModelError(f"a category must have an id and a name, got {shown(i)} and {shown(name)}")
+        if not isinstance(eps, dict) or not all(type(e) in (int, float) and 0 <= e <= 1 for e in eps.values()):
+            raise ModelError("batch_norm_eps must be numbers from 0 to 1")
+        return cls(settings, crop, [i for i, _ in categories], [name for _, name in categories], eps)
+
+    def build(self, weights: Any) -> FasterRCNN:
+        """The detector with its weights, a state_dict of which nothing is trusted.
+
+        Raises:
+            ModelError: they are not of the detector that is described, or that cannot be built.
+        """
+        model = load_weights(lambda: build_detector(self.settings, len(self.category_ids), pretrained=False), weights)
+        known = batch_norm_eps(model)
+        # Earlier versions left out timm's frozen ones, whose eps is that of the builder.
+        named = {name for name in known if isinstance(model.get_submodule(name), (nn.BatchNorm2d, FrozenBatchNorm2d))}
+        if not named <= self.batch_norm_eps.keys() <= known.keys():
+            raise ModelError("batch_norm_eps does not name the model's batch norms")
+        set_batch_norm_eps(model, self.batch_norm_eps)
+        return swap_crop_head(model) if self.crop == "affine" else model

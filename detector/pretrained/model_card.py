@@ -1,0 +1,155 @@
+"""The text beside a saved detector: what it is, how to use it, how well it scores."""
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from detector.errors import DataError
+from detector.models.config import DetectorConfig
+from detector.text import clean
+
+# The numbers of a report that the card shows, and what they are.
+SCORES = {
+    "AP": "mean over IoU 0.50 to 0.95",
+    "AP50": "at IoU 0.50",
+    "AP75": "at IoU 0.75",
+    "AP90": "at IoU 0.90",
+    "APs": "objects below 32 x 32 pixels",
+    "APm": "32 x 32 to 96 x 96",
+    "APl": "larger",
+    "AR100": "recall, up to 100 detections an image",
+}
+LISTED = 100  # class names
+PACKAGE = "affine-crop-rcnn"
+# By this line a card is known as one that nobody wrote by hand.
+GENERATED = (
+    "<!-- Written by affine-crop-rcnn, which replaces this file when it saves again; to keep it, delete this line -->"
+)
+
+
+def is_generated(path: Path) -> bool:
+    """Whether the file is a card of :func:`model_card`, or not there."""
+    try:
+        return GENERATED in path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return True
+
+
+def project_url() -> str | None:
+    """Where the project is at home: the first of pyproject.toml's ``[project.urls]``, if it has any."""
+    try:
+        addresses = metadata.metadata(PACKAGE).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        return None
+    return next((address.partition(", ")[2] for address in addresses), None)
+
+
+def model_card(
+    data: ModelCardData,
+    settings: DetectorConfig,
+    crop: str | None,
+    names: Sequence[str],
+    report: dict[str, Any] | None = None,
+) -> ModelCard:
+    """A model card in Hugging Face's format.
+
+    Args:
+        data: the metadata that all cards of this project have.
+        settings: what the detector was built by.
+        crop: "affine" or "roi_align".
+        names: of the classes.
+        report: the dict of a ``report.json``; without one the card says that there are no scores.
+
+    Raises:
+        DataError: the report lacks what the card shows.
+    """
+    data = ModelCardData(**data.to_dict())
+    title = f"Affine-crop R-CNN: {settings.name}"
+    by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
+    listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+    url = project_url()
+    project, clone = (PACKAGE, "its repository") if url is None else (f"[{PACKAGE}]({url})", f"[its repository]({url})")
+    install = 'pip install -e ".[timm]"' if settings.name.startswith("timm/") else "pip install -e ."
+    text = f"""{GENERATED}
+
+# {title}
+
+A Faster R-CNN (`{settings.name}`) that crops its features by {by}, made with {project}.
+It finds {len(names)} classes: {listed}. Test images are resized to {settings.min_size} pixels on the shorter side, at \
+most {settings.max_size} on the longer.
+
+To load it, `{install}` in a clone of {clone}.
+
+```python
+from detector.pretrained import PretrainedDetector
+
+detector = PretrainedDetector.from_pretrained("FOLDER OR HUB NAME")
+found = detector.detect("photo.jpg")  # a path, a PIL image, an array or a tensor
+print(found)  # names, scores, boxes; a notebook draws it
+```
+
+## Scores
+
+"""
+    if report is None:
+        text += "It was not scored before it was saved (`tools/eval.py` does that).\n"
+    else:
+        try:
+            text += _scores(report)
+            data.model_name = title
+            data.eval_results = _results(report)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"report: not of tools/eval.py, or damaged: {type(error).__name__} {error}") from None
+    # Not a template: names come from files that anybody wrote.
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _scores(report: dict[str, Any]) -> str:
+    about, scores = report["about"], report["scores"]
+    rows = "\n".join(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items())
+    notes = "".join(f"- {_code(note)}\n\n" for note in report["notes"])
+    return f"""By {_code(about["evaluator"])} on {int(about["images"])} images with {int(about["objects"])} objects of \
+{_code(_where(about))}, {_code(about["time"][:10])}:
+
+| | | |
+|---|---|---|
+{rows}
+
+{notes}```sh
+{" ".join(about["command"].split()).replace("`", "'")}
+```
+"""
+
+
+def _results(report: dict[str, Any]) -> list[EvalResult]:
+    about, scores = report["about"], report["scores"]
+    return [
+        EvalResult(
+            task_type="object-detection",
+            dataset_type=Path(about["data"]).name,
+            dataset_name=_where(about),
+            metric_type=name,
+            metric_value=round(scores[name], 4),
+        )
+        for name in ("AP", "AP50", "AP75")
+        if scores.get(name) is not None
+    ]
+
+
+def _where(about: dict[str, Any]) -> str:
+    """The data set's name, not where it lies on somebody's disk."""
+    name = Path(about["data"]).name
+    return f"{name}, {about['split']}" if about.get("split") else name
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _code(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    plain = clean(text).replace("`", "'").replace("|", "/")
+    return f"`{plain or ' '}`"

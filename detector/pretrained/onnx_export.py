@@ -1,0 +1,321 @@
+"""A whole detector as one ONNX file of standard operators, checked against PyTorch before it is written.
+
+``torch.onnx.export(dynamo=False)`` traces the detector. The newer exporter (``dynamo=True``), and ``torch.export``, do
+not get through torchvision's own code: ``batched_nms`` asks whether there are any boxes ("Could not guard on
+data-dependent expression Eq(4*u1, 0)", torch 2.14). The crop alone goes through both.
+"""
+
+import copy
+import importlib.util
+import io
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.onnx.operators import shape_as_tensor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.errors import UserError
+from detector.files import write_atomically
+
+OPSETS = range(16, 21)  # GridSample came with 16; torch's exporter ends at 20
+FIELDS = ("boxes", "labels", "scores")
+# How far onnxruntime may be from PyTorch: in pixels for each pixel of the image's longer side, and in scores. Deep
+# models of random weights are a tenth of it apart, as PyTorch's float32 is from its float64; a wrong graph is more.
+BOX_TOLERANCE, SCORE_TOLERANCE = 3e-4, 2e-3
+# The share of detections that must be the same: rounding puts one now and then on the other side of a threshold.
+SHARE = 0.9
+COMPARED = 15  # detections, at least, of each image that are compared: the score threshold is set for them
+
+
+class ExportError(UserError, RuntimeError):
+    """Why a detector cannot be exported, or what is wrong with the file that came of it."""
+
+
+def export_onnx(
+    model: GeneralizedRCNN,
+    path: str | Path,
+    *,
+    batch_size: int = 1,
+    example_size: tuple[int, int] | None = None,
+    opset: int = 18,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int | None] | None = None,
+) -> bool:
+    """Write a Faster R-CNN as one ONNX file, in an atomic write. The model is left as it is.
+
+    The graph takes ``images`` [batch_size, 3, height, width], float32, RGB in 0..1, of any height and width; it
+    normalises and resizes them itself. It gives ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in pixels of the image,
+    ``labels`` [L] int64 (1 is the first class) and ``scores`` [L] float32, best first; L may be 0. With a batch of
+    several images their names are ``boxes_0``, ``labels_0``, ``scores_0``, ``boxes_1`` and so on.
+
+    A swapped model crops by GridSample, whatever its sampler, a stock one by RoiAlign. Before the file is written the
+    graph is checked: it is valid, and, where onnxruntime is installed, finds what PyTorch does in noise of another size
+    than the example's.
+
+    Args:
+        model: swapped or stock, in eval mode, on the CPU, in float32. Of a Mask or Keypoint R-CNN only boxes come out.
+        path: the file to write.
+        batch_size: images in a call, all of one size.
+        example_size: height and width of the image that the model is traced with, by default a square of the size
+            that the model resizes images to. A stock model that has not run yet takes its strides from it for good,
+            as torchvision's models do from the first image that they see.
+        opset: version of ONNX's operators, 16 to 20.
+        class_names: of labels 1, 2, ...; kept with the category ids in the file's metadata, under "classes", a JSON
+            list of objects with "label", "name" and "category_id".
+        category_ids: of labels 1, 2, ..., in the data set; ``None`` for one that has none.
+
+    Returns:
+        Whether onnxruntime was there to compare.
+
+    Raises:
+        ExportError: a package is missing, the model is not an R-CNN that can be exported, or the graph is wrong.
+        ValueError: ``batch_size``, ``example_size``, ``opset``, ``class_names`` or ``category_ids`` do not fit.
+        OSError: the file cannot be written.
+    """
+    onnx = _package("onnx")
+    _check_model(model)
+    side = min(model.transform.min_size[-1], model.transform.max_size)
+    height, width = example_size or (side, side)
+    if batch_size < 1 or height < 1 or width < 1:
+        raise ValueError(f"batch_size and example_size must be at least 1, got {batch_size} and {(height, width)}")
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
+    metadata = _metadata(model, class_names, category_ids)
+
+    graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, height, width), opset))
+    onnx.helper.set_model_props(graph, metadata)
+    try:
+        onnx.checker.check_model(graph)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid: {error}") from None
+    compared = importlib.util.find_spec("onnxruntime") is not None
+    if compared:
+        _compare(model, graph.SerializeToString(), side, batch_size)
+    _fix_threshold(graph, model.roi_heads.score_thresh)
+    write_atomically(Path(path), graph.SerializeToString())
+    return compared
+
+
+def compare_speed(
+    model: GeneralizedRCNN, path: str | Path, size: tuple[int, int], repeats: int = 10
+) -> dict[str, float]:
+    """Time an exported file beside its model, on the same noise and with as many threads, in turns.
+
+    Args:
+        model: as :func:`export_onnx` takes it.
+        path: what it wrote.
+        size: height and width of the images.
+        repeats: of each; both run once more before.
+
+    Returns:
+        The median seconds of a call, "pytorch" and "onnxruntime", and "ratio", onnxruntime's over PyTorch's.
+
+    Raises:
+        ExportError: onnxruntime is missing, or cannot run the file.
+    """
+    session = _session(Path(path).read_bytes())
+    images = torch.rand(session.get_inputs()[0].shape[0], 3, *size, generator=torch.Generator().manual_seed(0))
+    listed, fed = list(images), {"images": images.numpy()}
+    seconds: dict[str, list[float]] = {"pytorch": [], "onnxruntime": []}
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            model(listed)
+            middle = time.perf_counter()
+            session.run(None, fed)
+            seconds["pytorch"].append(middle - start)
+            seconds["onnxruntime"].append(time.perf_counter() - middle)
+    medians = {name: median(taken[1:]) for name, taken in seconds.items()}  # the first call of each allocates
+    return {**medians, "ratio": medians["onnxruntime"] / medians["pytorch"]}
+
+
+class _TracedTransform(GeneralizedRCNNTransform):
+    """torchvision's transform, which traced works out the resized size in float32: one pixel off for one in seven."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, None]:
+        if self.fixed_size is not None:
+            size = [self.fixed_size[1], self.fixed_size[0]]
+        else:
+            sides = shape_as_tensor(image)[-2:].double()
+            # Of one dimension: what has none the exporter makes float32. And no numbers, for one over a tensor is
+            # traced as a product with the reciprocal, which rounds once more.
+            shortest, longest = (sides.new_full((1,), n) for n in (self.min_size[-1], self.max_size))
+            scale = torch.minimum(shortest / sides.amin(0, keepdim=True), longest / sides.amax(0, keepdim=True))
+            size = list((sides * scale).floor().long().unbind(0))
+        return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], None
+
+
+class _Traced(nn.Module):
+    """A detector with tensors for arguments and results, the score threshold among them."""
+
+    def __init__(self, model: GeneralizedRCNN) -> None:
+        super().__init__()
+        # Copies that share all modules and weights, to change a few attributes of.
+        self.detector = copy.copy(model)
+        self.detector._modules = dict(model._modules)
+        self.detector.roi_heads = copy.copy(model.roi_heads)
+        if type(model.transform) is GeneralizedRCNNTransform:
+            self.detector.transform = copy.copy(model.transform)
+            self.detector.transform.__class__ = _TracedTransform
+        self.training = False
+
+    def forward(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, ...]:
+        self.detector.roi_heads.score_thresh = score_threshold
+        return tuple(found[field] for found in self.detector(list(images.unbind(0))) for field in FIELDS)
+
+
+def _package(name: str) -> Any:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ExportError(
+            f'export needs the package {name} ({error}): pip install "affine-crop-rcnn[export]"'
+        ) from None
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, GeneralizedRCNN) or not isinstance(getattr(model, "roi_heads", None), RoIHeads):
+        raise ExportError(f"{type(model).__name__} cannot be exported: it must be one of torchvision's R-CNNs")
+    if model.training:
+        raise ExportError("the model must be in eval mode to be exported: call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise ExportError(
+                f"the model must be on the CPU in float32 to be exported, {name} is {tensor.dtype} on {tensor.device}: "
+                "call model.float().cpu() first"
+            )
+    pool = model.roi_heads.box_roi_pool
+    if isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0:
+        raise ExportError(
+            "the RoI pool takes a number of samples that goes with the box (sampling_ratio 0 or less), which no graph "
+            "can; one with a fixed sampling_ratio, as torchvision's builders set, can be exported"
+        )
+
+
+def _metadata(
+    model: GeneralizedRCNN, class_names: Sequence[str] | None, category_ids: Sequence[int | None] | None
+) -> dict[str, str]:
+    count = getattr(getattr(model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
+    for name, given in (("class_names", class_names), ("category_ids", category_ids)):
+        if given is not None and count is not None and len(given) != count - 1:
+            raise ValueError(f"{name} must be {count - 1}, one for each class without the background, got {len(given)}")
+    known: dict[str, Sequence[Any] | None] = {"name": class_names, "category_id": category_ids}
+    classes = [
+        {"label": i + 1} | {name: values[i] for name, values in known.items() if values is not None}
+        for i in range(len(class_names or category_ids or ()))
+    ]
+    inputs = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1]}
+    outputs = {
+        "boxes": "(x1, y1, x2, y2) in pixels of the image",
+        "labels": "1 is the first class",
+        "scores": "best first",
+    }
+    metadata: dict[str, Any] = {
+        "input": inputs | {"size": "any; normalised and resized in the graph"},
+        "outputs": outputs,
+        "classes": classes,
+    }
+    return {name: json.dumps(value) for name, value in metadata.items()}
+
+
+def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
+    suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
+    axes = {field + suffix: {0: f"detections{suffix}"} for suffix in suffixes for field in FIELDS}
+    content = io.BytesIO()
+    # The exporter is deprecated, and warns of each branch that it follows; torchvision's are meant to be followed.
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                _Traced(model),
+                (images, torch.tensor(0.5)),
+                content,  # type: ignore[arg-type]
+                input_names=["images", "score_threshold"],
+                output_names=list(axes),
+                dynamic_axes=axes | {"images": {2: "height", 3: "width"}},
+                opset_version=opset,
+                dynamo=False,
+            )
+        except Exception as error:  # it raises what it likes, and so does the model's own code
+            raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}") from error
+    return content.getvalue()
+
+
+def _session(content: bytes) -> Any:
+    onnxruntime = _package("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # its idle threads would slow PyTorch's
+    options.log_severity_level = 4  # what goes wrong is raised as well
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no base class for its errors
+        raise ExportError(f"onnxruntime does not take the graph: {_first_line(error)}") from None
+
+
+def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int) -> None:
+    """Raise unless onnxruntime and PyTorch detect the same in noise of other sizes than the example's."""
+    session = _session(content)
+    generator = torch.Generator().manual_seed(0)
+    # Sizes for which a stock model tells its strides as for a square.
+    for height, width in ((side * 4 // 5 + 1, side + 3), (side + 5, side * 9 // 10)):
+        images = torch.rand(batch_size, 3, height, width, generator=generator)
+        expected, threshold = _detect(model, images)
+        try:
+            results = session.run(None, {"images": images.numpy(), "score_threshold": threshold.numpy()})
+        except Exception as error:  # onnxruntime has no base class for its errors
+            raise ExportError(f"onnxruntime cannot run the graph: {_first_line(error)}") from None
+        for i, wanted in enumerate(expected):
+            given = dict(zip(FIELDS, (torch.from_numpy(r) for r in results[len(FIELDS) * i :])))
+            same = _same(wanted, given, BOX_TOLERANCE * max(height, width))
+            for side_of, found in (("PyTorch", same.any(1)), ("onnxruntime", same.any(0))):
+                if found.sum() < SHARE * len(found):
+                    raise ExportError(
+                        f"onnxruntime does not detect what PyTorch does: for an image of {height} x {width}, "
+                        f"{int((~found).sum())} of {len(found)} detections are {side_of}'s alone"
+                    )
+
+
+def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> Tensor:
+    """Which detections [L] are which of the others [M]: label, box and score. [L, M]"""
+    boxes = (wanted["boxes"][:, None] - given["boxes"]).abs().amax(2) <= pixels
+    scores = (wanted["scores"][:, None] - given["scores"]).abs() <= SCORE_TOLERANCE
+    return boxes & scores & (wanted["labels"][:, None] == given["labels"])
+
+
+def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """PyTorch's detections, and a score threshold by which each image has some: in noise there are few objects."""
+    heads = model.roi_heads
+    before = heads.score_thresh
+    try:
+        with torch.no_grad():
+            heads.score_thresh = -1.0
+            scores = [image["scores"] for image in model(list(images))]
+            if all(len(of_image) for of_image in scores):
+                heads.score_thresh = min(float(of_image[:COMPARED][-1]) for of_image in scores) * (1 - 1e-3)
+            return model(list(images)), torch.tensor(heads.score_thresh)
+    finally:
+        heads.score_thresh = before
+
+
+def _fix_threshold(graph: Any, threshold: float) -> None:
+    """Turn the input of that name into the constant that it is to the model."""
+    onnx = _package("onnx")
+    (given,) = (value for value in graph.graph.input if value.name == "score_threshold")
+    graph.graph.input.remove(given)
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(threshold).numpy(), given.name))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

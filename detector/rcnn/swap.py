@@ -1,0 +1,129 @@
+"""Put the affine crop into a torchvision R-CNN that exists already, and take it out again."""
+
+from typing import TypeVar
+
+from torch import nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import MultiScaleRoIAlign
+
+from detector.crop.crop import Sampler, check_sampler
+from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.rcnn.box_gradient import BoxGradient
+from detector.rcnn.roi_heads import AttachedRoIHeads
+from detector.rcnn.rpn import AttachedRPN
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, sampler: Sampler | None = None) -> Model:
+    """Make a torchvision R-CNN crop with :class:`~detector.MultiScaleAffineCrop`, in place.
+
+    Its detections stay those of the stock model to float rounding; in training its proposals get gradients. Box,
+    mask and keypoint pools, the RPN and the RoI heads of this one instance change their class; no module is
+    added, no parameter, buffer, hook or state_dict key changes, and weights load before or after. A second call
+    changes the settings.
+
+    Parts of a user's own subclass get a class made on the spot, which pickle does not find: save the ``state_dict``
+    of such a model, or restore it first.
+
+    Args:
+        model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
+        box_gradient: which losses move the proposals, and how far. Its ``warmup_steps`` begin anew with each call.
+        sampler: how the pools read the features, see :func:`~detector.affine_crop`; ``None`` leaves it as it is,
+            which in a stock model is "auto".
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: the model has no RoI pooler (RetinaNet, SSD, FCOS), or parts of a class that cannot be swapped.
+        ValueError: ``sampler`` is not one of its values.
+    """
+    if not isinstance(box_gradient, BoxGradient):
+        raise TypeError(f"box_gradient must be a BoxGradient, got {box_gradient!r}")
+    if sampler is not None:
+        check_sampler(sampler)
+    rpn, heads, pools = _parts(model)
+    for part, stock, attached in ((rpn, RegionProposalNetwork, AttachedRPN), (heads, RoIHeads, AttachedRoIHeads)):
+        _refuse_own_forward(part, stock, attached)
+    for pool in pools:
+        _refuse_own_forward(pool, MultiScaleRoIAlign, MultiScaleAffineCrop)
+    for pool in pools:
+        if type(pool) is MultiScaleRoIAlign:
+            pool.__class__ = MultiScaleAffineCrop
+        if sampler is not None:
+            pool.sampler = sampler
+        # A transform of the user's own may pad in a way that only the maps tell.
+        pool.size_divisible = getattr(model.transform, "size_divisible", None)
+    _attach(rpn, AttachedRPN, RegionProposalNetwork)
+    _attach(heads, AttachedRoIHeads, RoIHeads)
+    rpn.box_gradient = heads.box_gradient = box_gradient
+    rpn.warmup_step = 0
+    return model
+
+
+def restore_roi_align(model: Model) -> Model:
+    """Undo :func:`swap_crop_head`, in place: the stock model, with the weights it has now.
+
+    Args:
+        model: a swapped R-CNN; a stock one is left as it is.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: as :func:`swap_crop_head`.
+        ValueError: a pool was built with ``aligned=True``, which torchvision's pooler cannot do.
+    """
+    rpn, heads, pools = _parts(model)
+    pools = [pool for pool in pools if isinstance(pool, MultiScaleAffineCrop)]
+    if any(pool.aligned for pool in pools):
+        raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
+    for pool in pools:
+        pool.__class__ = MultiScaleRoIAlign
+        for name in ("aligned", "sampler", "size_divisible"):
+            pool.__dict__.pop(name, None)
+    _detach(rpn, AttachedRPN)
+    _detach(heads, AttachedRoIHeads)
+    return model
+
+
+def _parts(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[MultiScaleRoIAlign]]:
+    if not isinstance(model, GeneralizedRCNN) or not isinstance(getattr(model, "roi_heads", None), RoIHeads):
+        raise TypeError(
+            f"{type(model).__name__} has no RoI pooler to swap: the model must be a torchvision Faster, Mask or "
+            "Keypoint R-CNN (unwrapped from DataParallel, DistributedDataParallel or torch.compile)"
+        )
+    heads = model.roi_heads
+    pools = [heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool]
+    pools = [pool for pool in dict.fromkeys(pools) if pool is not None]
+    for pool in pools:
+        if type(pool) not in (MultiScaleRoIAlign, MultiScaleAffineCrop):
+            raise TypeError(
+                f"a RoI pool of {type(model).__name__} is a {type(pool).__name__}; only torchvision's "
+                "MultiScaleRoIAlign can be swapped"
+            )
+    return model.rpn, heads, pools
+
+
+def _refuse_own_forward(part: nn.Module, stock: type[nn.Module], attached: type[nn.Module]) -> None:
+    """Of the part's class, or set on the instance: it would run instead of ours, without a word."""
+    if type(part).forward not in (stock.forward, attached.forward) or "forward" in part.__dict__:
+        raise TypeError(f"{type(part).__name__} has a forward of its own, which the swap cannot see into")
+
+
+def _attach(module: nn.Module, attached: type[nn.Module], stock: type[nn.Module]) -> None:
+    """Change a module's class to ``attached``, in front of a user's own subclass of ``stock`` if it is one."""
+    kind = type(module)
+    if not isinstance(module, attached):
+        module.__class__ = attached if kind is stock else type(f"Attached{kind.__name__}", (attached, kind), {})
+
+
+def _detach(module: nn.Module, attached: type[nn.Module]) -> None:
+    if isinstance(module, attached):
+        classes = type(module).__mro__
+        module.__class__ = classes[classes.index(attached) + 1]
+        for name in ("box_gradient", "warmup_step", "_drawn"):
+            module.__dict__.pop(name, None)

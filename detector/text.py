@@ -1,0 +1,40 @@
+"""Names and notes from files that anybody may have written, made fit to be shown."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def clean(text: str) -> str:
+    """Return one line without control characters or marks that turn the direction of what follows."""
+    kept = []
+    for character in text:
+        category = unicodedata.category(character)
+        if category == "Cs":  # half a surrogate pair, which no file can be written with
+            kept.append("\ufffd")
+        elif category != "Cf":
+            kept.append(" " if category in ("Cc", "Zl", "Zp") else character)
+    return " ".join("".join(kept).split())
+
+
+def short(text: str, longest: int = 60) -> str:
+    """Return :func:`clean` text, cut to a number of characters."""
+    text = clean(text)
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "\u2026"
+
+
+def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the categories' names, with the id where several are called the same."""
+    categories = list(categories)
+    times = Counter(category["name"] for category in categories)
+    return [
+        category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
+        for category in categories
+    ]
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """List the first of some names, each :func:`short`, and say how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(short(name) for name in names[:most]) + more

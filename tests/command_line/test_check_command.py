@@ -1,0 +1,115 @@
+"""The command that checks a data set: its exit codes, its flags, and mistakes in them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.annotation_files import added, boxed, scattered, write, write_splits
+
+from detector.command_line.check import main
+
+TOOL = Path(__file__).parents[2] / "tools" / "check.py"
+
+
+@pytest.fixture
+def tool(capsys):
+    """The command in this process: its exit code, and what it printed."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_exit_codes(tmp_path, tool):
+    path = write(tmp_path, added("categories", id=8, name="Hündin"))
+    command = [sys.executable, TOOL, path, "--images", tmp_path / "images"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    fine = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert fine.returncode == 0, fine.stderr
+    assert fine.stdout.splitlines()[-1] == "nothing wrong, 1 note in 2 images with 3 annotations of 3 categories"
+    assert fine.stderr == ""
+    write(tmp_path, boxed(1, 2, 0, 3))
+    code, printed, _ = tool(path)
+    assert code == 1
+    assert "1 flaw: empty boxes\n" in printed
+    assert "--images DIR" in printed
+    path.write_text(path.read_text()[:-30])
+    code, printed, error = tool(path, "--images", tmp_path / "images", "--quick")
+    assert code == 2
+    assert "cut off" in printed
+    assert printed.splitlines()[-1] == "1 error"
+    assert error == ""
+
+
+@pytest.fixture
+def splits(tmp_path):
+    return write_splits(tmp_path)
+
+
+def test_tool_takes_anchors_from_a_configuration_and_from_flags(tmp_path, tool):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(scattered(lambda x, y, *_: (x, y, 30, 30))))
+    config = tmp_path / "config.yaml"
+    settings = "{name: timm/x, min_size: 480, max_size: 640, anchor_sizes: [9, 10, 11, 12, 13], score_threshold: 1e-3}"
+    config.write_text(f"model: {{detector: {settings}}}")
+    code, printed, _ = tool(path)
+    assert code == 0
+    assert "anchors" not in printed
+    code, printed, _ = tool(path, "--config", config)
+    assert code == 0
+    assert "anchors have sizes [9, 10, 11, 12, 13] and ratios [0.5, 1, 2]" in printed
+    (flag,) = re.findall(r'--model\.detector\.anchor_sizes "\[(.*)\]"', printed)
+    assert "anchors" not in tool(path, "--config", config, "--anchor_sizes", *flag.split(", "))[1]
+    assert "ratios [7, 8, 9]" in tool(path, "--aspect_ratios", *"789")[1]
+    config.write_text("model: {}")
+    assert "anchors" not in tool(path, "--config", config)[1]
+
+
+def test_tool_compares_splits(splits, tool):
+    val, images, train, train_images = splits
+    code, printed, _ = tool(val, "--images", images, "--other", train, "--other_images", train_images)
+    assert code == 1
+    assert printed.startswith("1 flaw: images that the other split has, too\n")
+    for arguments in (["--images", images], ["--images", images, "--other_images", train_images, "--quick"]):
+        code, printed, _ = tool(val, "--other", train, *arguments)
+        assert code == 0
+        assert "Of the other split only names were compared: " in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--config", "list.yaml"], "list.yaml: not the settings of a training: model must be a dict"),
+        (["--config", "broken.yaml"], "broken.yaml: not valid YAML"),
+        (["--config", "binary.yaml"], "binary.yaml: not valid YAML"),
+        (["--config", "wrong.yaml"], "detector.anchor_sizes must be 5 positive integers, got [1]"),
+        (["--min_size", "0"], "detector.min_size must be a positive integer, got 0"),
+        (["--aspect_ratios", "nan", "1", "2"], "detector.aspect_ratios must be 3 numbers from 0.01 to 100"),
+        (["--other_images", "images"], "--other_images needs --other"),
+        (["--anchor_sizes", "1"], "--anchor_sizes"),
+    ],
+)
+def test_mistakes_in_the_command_line(tmp_path, monkeypatch, tool, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "list.yaml": b"[1, 2]",
+        "broken.yaml": b"a: [",
+        "binary.yaml": b"\xff\x00",
+        "wrong.yaml": b"model: {detector: {anchor_sizes: [1]}}",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    path = write(tmp_path)
+    code, printed, error = tool(path, *arguments)
+    assert code == 2
+    assert words in error
+    assert printed == ""

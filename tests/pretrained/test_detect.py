@@ -1,0 +1,361 @@
+"""One image in, named detections out."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+pytest.importorskip("timm")
+
+from support.tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
+
+from detector import BoxGradient, swap_crop_head
+from detector.errors import DataError
+from detector.models.build import build_detector
+from detector.pretrained.detections import Detections
+from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.image_tensors import image_tensor
+from detector.pretrained.loading import load_checkpoint
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "last.ckpt"
+    torch.save(tiny_checkpoint(), path)
+    return load_checkpoint(path)
+
+
+def as_pil(pixels):
+    return v2.functional.to_pil_image(pixels)
+
+
+def as_array(pixels):
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def opened(image, form, **options):
+    """As it comes from a file: not yet read."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+def path_of(tmp_path, pixels):
+    path = tmp_path / "image.png"
+    as_pil(pixels).save(path)
+    return path
+
+
+WAYS = {
+    "tensor": lambda x: x,
+    "tensor, float": lambda x: x / 255,
+    "tensor, double": lambda x: x.double() / 255,
+    "tensor, half": lambda x: (x / 255).half(),
+    "tensor, with a gradient": lambda x: (x / 255).requires_grad_(),
+    "tensor, channels last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    "array": as_array,
+    "array, float": lambda x: as_array(x) / np.float32(255),
+    "array, double": lambda x: as_array(x) / 255,
+    "array, big endian": lambda x: (as_array(x) / 255).astype(">f4"),
+    "array, long double": lambda x: as_array(x).astype(np.longdouble) / 255,
+    "array, a view": lambda x: np.repeat(as_array(x), 2, axis=0)[::2],
+    "array, backwards": lambda x: as_array(x)[::-1].copy()[::-1],
+    "array, read-only": lambda x: read_only(as_array(x)),
+    "array, with alpha": lambda x: np.concatenate([as_array(x), np.full((*x.shape[1:], 1), 7, np.uint8)], 2),
+    "PIL, RGB": as_pil,
+    "PIL, RGBA": lambda x: Image.merge("RGBA", [*as_pil(x).split(), Image.new("L", as_pil(x).size, 9)]),
+    "PIL, not yet read": lambda x: opened(as_pil(x), "PNG"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_pixels_are_the_same_detections(detector, way):
+    image = WAYS[way](scene())
+    before = image.copy() if isinstance(image, np.ndarray) else image
+    found, expected = detector.detect(image, min_score=0), detector.detect(scene(), min_score=0)
+    assert len(expected) == 10
+    assert torch.equal(found.image, scene())
+    for name in ("boxes", "labels", "scores"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    if isinstance(image, np.ndarray):
+        assert np.array_equal(image, before)
+
+
+GREY = {
+    "tensor": lambda x: x,
+    "tensor, float": lambda x: x / 255,
+    "array": lambda x: x[0].numpy(),
+    "array, float": lambda x: x[0].numpy() / 255,
+    "array, a channel": lambda x: x[0].numpy()[..., None],
+    "PIL, L": as_pil,
+    "PIL, LA": lambda x: Image.merge("LA", [as_pil(x), Image.new("L", as_pil(x).size, 9)]),
+    "PIL, P": lambda x: as_pil(x).convert("P"),
+    "PIL, I;16": lambda x: Image.fromarray(x[0].numpy().astype(np.uint16) * 257),
+    "PIL, I;16 of 12 bits": lambda x: Image.fromarray(x[0].numpy().astype(np.uint16) * 16 + 15),
+    "PIL, I of 10 bits": lambda x: Image.fromarray(x[0].numpy().astype(np.int32) * 4),
+    "PIL, F in 0 to 1": lambda x: Image.fromarray(x[0].numpy().astype(np.float32) / 255),
+    "PIL, F in 0 to 255": lambda x: Image.fromarray(x[0].numpy().astype(np.float32)),
+    "PIL, CMYK": lambda x: Image.merge("CMYK", [as_pil(255 - x)] * 3 + [Image.new("L", as_pil(x).size, 0)]),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("way", GREY)
+def test_grey_images(detector, way):
+    grey = scene()[:1]
+    found = detector.detect(GREY[way](grey), min_score=0)
+    assert torch.equal(found.image, grey.expand(3, -1, -1))
+    assert torch.equal(found.scores, detector.detect(grey.expand(3, -1, -1), min_score=0).scores)
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_path(detector, tmp_path, kind):
+    found = detector.detect(kind(path_of(tmp_path, scene())), min_score=0)
+    assert torch.equal(found.scores, detector.detect(scene(), min_score=0).scores)
+
+
+def test_a_photograph_is_turned_upright_from_a_path_and_from_pil(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    path = tmp_path / "turned.png"
+    as_pil(scene()).save(path, exif=exif)
+    upright = torch.rot90(scene(), -1, (1, 2))
+    assert torch.equal(image_tensor(path), upright)
+    with Image.open(path) as image:
+        assert torch.equal(image_tensor(image), upright)
+        assert image.size == (64, 48)  # the caller's is as it was
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (torch.zeros(1, 3, 8, 8), r"an image tensor must be \[3, H, W\] or \[1, H, W\], got \[1, 3, 8, 8\]"),
+        (torch.zeros(8, 8), r"got \[8, 8\]"),
+        (torch.zeros(4, 8, 8), r"got \[4, 8, 8\]"),
+        (
+            torch.zeros(3, 8, 8, dtype=torch.int64),
+            r"an image tensor must be uint8, or float in 0\.\.1, got torch\.int64",
+        ),
+        (torch.zeros(3, 8, 8, dtype=torch.bool), "got torch.bool"),
+        (torch.full((3, 8, 8), 255.0), r"must lie in 0\.\.1 \(RGB, not normalised\), got 255 to 255"),
+        (torch.full((3, 8, 8), -0.01), r"got -0\.01 to -0\.01"),
+        (torch.full((3, 8, 8), torch.nan), "got nan to nan"),
+        (torch.zeros(3, 0, 8), "an image must have pixels, got 8 x 0 of them"),
+        (torch.zeros(3, 8, 0, dtype=torch.uint8), "an image must have pixels, got 0 x 8 of them"),
+        (
+            np.zeros((3, 8, 8), np.uint8),
+            r"an image array must be \[H, W, 3\], \[H, W, 4\] or \[H, W\], got \[3, 8, 8\]",
+        ),
+        (np.zeros(8, np.uint8), r"got \[8\]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"got \[1, 8, 8, 3\]; give the images of a batch as list\(batch\)$"),
+        (torch.zeros(2, 3, 8, 8), r"got \[2, 3, 8, 8\]; give the images of a batch as list\(batch\)$"),
+        (Image.new("F", (8, 8), -1), "^the image has floats from -1 to -1"),
+        (Image.new("I", (8, 8), 70000), "^the image has integers from 70000 to 70000"),
+        ((path for path in "ab"), "a path, a PIL image, an array or a tensor, got generator"),
+        ({"a.png": 1}, "got dict"),
+        ({"a.png"}, "got set"),
+        (np.zeros((8, 8, 3), np.uint16), r"an image array must be uint8, or float in 0\.\.1, got uint16"),
+        (np.zeros((8, 8), object), "got object"),
+        (np.zeros((8, 8), complex), "got complex128"),
+        (np.full((8, 8, 3), np.inf), "got inf to inf"),
+        (np.zeros((0, 8, 3), np.uint8), "must have pixels"),
+        (Image.new("RGB", (0, 8)), "an image must have pixels, got 0 x 8 of them"),
+        ("nothing.png", r"^nothing\.png: no such image$"),
+        (None, "must be a path, a PIL image, an array or a tensor, got NoneType"),
+        (b"image.png", "got bytes"),
+        ([[0, 1]], "got list"),
+    ],
+)
+def test_what_is_no_image_is_refused(detector, image, reason):
+    with pytest.raises(DataError, match=reason) as error:
+        detector.detect(image)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pil_image_that_is_cut_off(detector):
+    file = io.BytesIO()
+    as_pil(scene(200, 200)).save(file, "JPEG")
+    with pytest.raises(DataError, match="the PIL image cannot be read"):
+        detector.detect(Image.open(io.BytesIO(file.getvalue()[:900])))
+
+
+def test_a_folder_and_a_text(detector, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    for path in (tmp_path, tmp_path / "text.png"):
+        with pytest.raises(DataError, match=f"^{path}: cannot be read as an image"):
+            detector.detect(path)
+
+
+def test_detections(detector):
+    found = detector.detect(scene(), min_score=0)
+    assert isinstance(found, Detections)
+    assert found.names == [NAMES[label - 1] for label in found.labels.tolist()]
+    assert len(found) == len(found.boxes) == len(list(found)) == 10
+    assert len(set(found.names)) > 1
+    first = next(iter(found))
+    assert first == {
+        "name": found.names[0],
+        "label": found.labels[0].item(),
+        "score": found.scores[0].item(),
+        "box": found.boxes[0].tolist(),
+    }
+    assert (found.scores.diff() <= 0).all()
+    lines = repr(found).splitlines()
+    assert lines[0] == "10 detections in an image of 64 x 48 pixels (x1, y1, x2, y2):"
+    assert len(lines) == 11
+    assert lines[1].split("  ")[1:3] == [f"{first['score']:.3f}", first["name"]]
+    corners = ", ".join(f"{side:.1f}" for side in first["box"])
+    assert lines[1].endswith(f"({corners})")
+    assert found == found  # of tensors, == has no truth
+    assert found != detector.detect(scene(), min_score=0)
+
+
+def test_a_notebook_draws_them(detector):
+    found = detector.detect(scene(), min_score=0)
+    with Image.open(io.BytesIO(found._repr_png_())) as picture:
+        assert picture.format == "PNG"
+        assert picture.size == (64 * 7, 48 * 7)  # enlarged, so that captions can be read
+        drawn = picture.convert("RGB")
+    plain = found.draw(min_score=1.1)
+    assert plain.size == drawn.size
+    assert np.array(plain).tobytes() != np.array(drawn).tobytes()
+    assert np.array(found.draw()).tobytes() == np.array(drawn).tobytes()
+
+
+def test_min_score(detector):
+    every = detector.detect(scene(), min_score=0)
+    least = every.scores[4].item()
+    found = detector.detect(scene(), min_score=least)
+    assert torch.equal(found.scores, every.scores[every.scores >= least])
+    assert 5 <= len(found) < 10
+    assert 0 < len(detector.detect(scene())) < 10
+    assert torch.equal(detector.detect(scene()).scores, every.scores[every.scores >= 0.5])
+    nothing = detector.detect(scene(), min_score=1)
+    assert (len(nothing), nothing.names, list(nothing)) == (0, [], [])
+    assert repr(nothing).startswith("0 detections in an image of 64 x 48")
+    nothing._repr_png_()
+
+
+def test_every_part_keeps_its_mode():
+    detector = PretrainedDetector(build_detector(SETTINGS, 3), IDS, NAMES, settings=SETTINGS)
+    assert not any(part.training for part in detector.modules())  # a new one is in eval mode
+    expected = detector.detect(scene(), min_score=0).scores
+    detector.train()
+    detector.model.backbone.eval()  # as one that is frozen
+    detector.model.rpn.train()
+    modes = [part.training for part in detector.modules()]
+    assert torch.equal(detector.detect(scene(), min_score=0).scores, expected)
+    assert [part.training for part in detector.modules()] == modes
+    detector.model.forward = lambda images: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        detector.detect(scene())
+    assert [part.training for part in detector.modules()] == modes
+
+
+def test_no_gradient_is_kept_and_training_can_go_on():
+    model = swap_crop_head(build_detector(SETTINGS, 3), BoxGradient())
+    detector = PretrainedDetector(model, IDS, NAMES, settings=SETTINGS)
+    found = detector.detect(scene(), min_score=0)
+    assert not found.boxes.requires_grad
+    assert not found.scores.requires_grad
+    scale = nn.Parameter(torch.ones(()))
+    (found.boxes * scale).sum().backward()
+    assert scale.grad is not None
+    assert all(parameter.grad is None for parameter in detector.parameters())
+    assert any(parameter.requires_grad for parameter in detector.parameters())
+    detector.train()
+    losses = detector.model(
+        [scene() / 255], [{"boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]), "labels": torch.tensor([1])}]
+    )
+    sum(losses.values()).backward()
+
+
+def test_a_detector_is_called_as_its_model(detector):
+    (ours,), (theirs,) = detector([scene() / 255]), detector.model([scene() / 255])
+    assert torch.equal(ours["scores"], theirs["scores"])
+    assert torch.equal(ours["scores"], detector.detect(scene(), min_score=0).scores)
+
+
+# ---- a list of images
+
+
+def batches_of(monkeypatch):
+    batches, detect_batch = [], PretrainedDetector.detect_batch
+    monkeypatch.setattr(
+        PretrainedDetector,
+        "detect_batch",
+        lambda self, images: batches.append(len(images)) or detect_batch(self, images),
+    )
+    return batches
+
+
+def test_a_list_is_each_of_its_images(detector, tmp_path, monkeypatch):
+    sizes = [(48, 64)] * 10 + [(64, 48), (48, 64), (64, 48), (64, 48)]
+    pixels = [scene(*size, seed=seed) for seed, size in enumerate(sizes)]
+    images = [pixels[0], as_pil(pixels[1]), as_array(pixels[2]), path_of(tmp_path, pixels[3]), *pixels[4:]]
+    expected = [detector.detect(image, min_score=0.6) for image in pixels]
+    batches = batches_of(monkeypatch)
+    for given in (images, tuple(images)):
+        found = detector.detect(given, min_score=0.6)
+        assert type(found) is list
+        assert [torch.equal(one.image, image) for one, image in zip(found, pixels, strict=True)] == [True] * 14
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.labels, other.labels)
+            assert torch.allclose(one.scores, other.scores, atol=1e-5)
+            assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
+            assert one.category_names == NAMES
+    assert batches == [8, 2, 1, 1, 2] * 2
+    assert len({len(one) for one in expected}) > 1  # or min_score would not be seen
+
+
+def test_a_list_of_none_and_of_one(detector):
+    assert detector.detect([]) == []
+    assert detector.detect(()) == []
+    (found,) = detector.detect([scene()])
+    assert torch.equal(found.scores, detector.detect(scene()).scores)
+
+
+def test_a_batch_of_pixels_is_given_as_a_list(detector):
+    batch = torch.stack([scene(seed=seed) for seed in range(3)])
+    assert len(detector.detect(list(batch))) == 3
+    assert len(detector.detect(list(batch.permute(0, 2, 3, 1).numpy()))) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ([scene(), [scene()]], r"^images\[1\]: an image must be a path.*, got list$"),
+        ([None], r"^images\[0\]: .*got NoneType$"),
+        ([scene(), "nothing.png"], r"^images\[1\]: nothing\.png: no such image$"),
+        ([scene(), scene() / 255 + 1], r"^images\[1\]: a float image must lie in 0\.\.1"),
+    ],
+)
+def test_of_a_list_the_image_is_named(detector, images, reason, monkeypatch):
+    batches = batches_of(monkeypatch)
+    with pytest.raises(DataError, match=reason):
+        detector.detect(images)
+    assert batches == []
+
+
+def test_detect_takes_a_limit_to_the_pixels(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = path_of(tmp_path, scene())
+    for image in (path, [path]):
+        with pytest.raises(DataError, match=r"exceeds limit of 200 pixels.* max_pixels of detect"):
+            detector.detect(image)
+        with pytest.raises(DataError, match="more than the 3,071 that are read"):
+            detector.detect(image, max_pixels=3071)
+        detector.detect(image, max_pixels=3072)

@@ -1,0 +1,425 @@
+"""Detectors as ONNX, run by onnxruntime, and the crop through torch.export."""
+
+import builtins
+import io
+import json
+
+import pytest
+import torch
+from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
+from support.tiny_models import CHANNELS, tiny_rcnn
+from torch import nn
+from torch.export import Dim
+from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+import detector.crop.pyramid
+from detector import AffineCrop, MultiScaleAffineCrop, swap_crop_head
+from detector.pretrained.onnx_export import ExportError, _detect, compare_speed, export_onnx
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+FIELDS = ("boxes", "labels", "scores")
+# The example's, smaller, tall, wide, one of which resized is 63 pixels in float32, tiny, and larger than the model's.
+SIZES = [(64, 64), (48, 40), (150, 31), (30, 100), (100, 100), (7, 9), (130, 141)]
+
+
+def tiny(*, swapped=True, **settings):
+    model = tiny_rcnn(**settings).eval()
+    return swap_crop_head(model) if swapped else model
+
+
+def noise(*size, batch=1, seed=0):
+    return torch.rand(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Export a model, and run it by onnxruntime: detections of each image, as PyTorch gives them."""
+
+    def exported(model, **settings):
+        path = tmp_path / "model.onnx"
+        export_onnx(model, path, **settings)
+        assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def run(images):
+            names = [output.name for output in session.get_outputs()]
+            outputs = dict(
+                zip(names, map(torch.from_numpy, session.run(None, {"images": images.numpy()})), strict=True)
+            )
+            suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
+            assert names == [field + suffix for suffix in suffixes for field in FIELDS]
+            return [{field: outputs[field + suffix] for field in FIELDS} for suffix in suffixes]
+
+        run.path = path
+        return run
+
+    return exported
+
+
+def detections(model, images):
+    with torch.no_grad():
+        return model(list(images))
+
+
+def assert_detects_alike(run, model, images):
+    """All detections, best first; two whose scores are the same but for rounding may change places.
+
+    PyTorch's own float32 is up to 1e-5 from its float64 here.
+    """
+    counts = []
+    for result, wanted in zip(run(images), detections(model, images), strict=True):
+        count = len(wanted["scores"])
+        assert [tuple(result[field].shape) for field in FIELDS] == [(count, 4), (count,), (count,)]
+        assert [result[field].dtype for field in FIELDS] == [torch.float32, torch.int64, torch.float32]
+        assert (result["scores"].diff() <= 0).all()
+        boxes = (result["boxes"][:, None] - wanted["boxes"]).abs().amax(2) < 2e-3
+        scores = (result["scores"][:, None] - wanted["scores"]).abs() < 5e-5
+        same = boxes & scores & (result["labels"][:, None] == wanted["labels"])
+        assert same.any(0).all()
+        assert same.any(1).all()
+        counts.append(count)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("swapped", "fpn", "batch"),
+    [(True, True, 1), (True, True, 2), (True, False, 1), (True, False, 2), (False, True, 1)],
+)
+def test_detections_equal_pytorchs_for_any_size(export, swapped, fpn, batch):
+    model = tiny(fpn=fpn, swapped=swapped)
+    run = export(model, batch_size=batch)
+    for size in SIZES:
+        if swapped or min(size) >= 32:  # below, the graph of a stock model tells other strides, as the model would
+            assert min(assert_detects_alike(run, model, noise(*size, batch=batch))) > 5
+
+
+class Unresized(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        return image, target
+
+
+def test_thin_images_have_the_strides_of_ordinary_ones(export):
+    """Against the stock model, which tells its strides from the first image that it sees: here an ordinary one."""
+    stock, model = tiny(swapped=False), tiny()
+    for one in (stock, model):
+        one.transform = Unresized(64, 64, [0.5] * 3, [0.25] * 3)
+    detections(stock, noise(64, 64))
+    run = export(model, example_size=(64, 96))
+    found = [
+        assert_detects_alike(run, stock, noise(*size))[0]
+        for size in [(1, 1), (3, 70), (20, 128), (22, 22), (33, 45), (40, 600), (66, 66), (67, 5), (1333, 12), (90, 90)]
+    ]
+    assert min(found[2:]) > 5
+
+
+def test_standard_operators_only_grid_sample_among_them(export):
+    run = export(swap_crop_head(tiny(), sampler="gather"))
+    graph = onnx.load(run.path)
+    assert {opset.domain for opset in graph.opset_import} == {""}
+    assert not graph.functions
+    operators = set()
+
+    def collect(nodes):
+        for node in nodes:
+            assert node.domain == ""
+            operators.add(node.op_type)
+            for attribute in node.attribute:
+                collect(attribute.g.node)
+
+    collect(graph.graph.node)
+    assert {"GridSample", "NonMaxSuppression", "If"} <= operators
+    assert "RoiAlign" not in operators
+
+
+@pytest.mark.parametrize(
+    ("canonical_scale", "used", "batch"), [(1, [2], 1), (10**6, [0], 2), (20, [0, 1], 1), (6, [0, 1, 2], 2)]
+)
+def test_levels_without_rois(export, monkeypatch, canonical_scale, used, batch):
+    model = tiny()
+    model.roi_heads.box_roi_pool.canonical_scale = canonical_scale
+    run = export(model, batch_size=batch)
+    levels = []
+
+    class Spy(detector.crop.pyramid.LevelMapper):
+        def __call__(self, boxlists):
+            levels.append(super().__call__(boxlists))
+            return levels[-1]
+
+    monkeypatch.setattr(detector.crop.pyramid, "LevelMapper", Spy)
+    assert min(assert_detects_alike(run, model, noise(60, 50, batch=batch))) > 5
+    assert torch.cat(levels).unique().tolist() == used
+
+
+@pytest.mark.parametrize("fpn", [True, False])
+def test_no_detections(export, fpn):
+    model = tiny(fpn=fpn, box_score_thresh=0.999)
+    run = export(model)
+    for size in SIZES[1:3]:
+        assert assert_detects_alike(run, model, noise(*size)) == [0]
+
+
+def test_one_image_of_two_without_detections(export):
+    model = tiny()
+    images = noise(52, 60, batch=2)
+    first, second = (float(found["scores"].max()) for found in detections(model, images))
+    model.roi_heads.score_thresh = (first + second) / 2
+    run = export(model, batch_size=2)
+    counts = assert_detects_alike(run, model, images)
+    assert min(counts) == 0
+    assert max(counts) > 0
+    assert assert_detects_alike(run, model, images.flip(0)) == counts[::-1]
+
+
+@pytest.mark.parametrize(("fpn", "batch"), [(True, 1), (False, 2)])
+def test_no_proposals(export, fpn, batch):
+    model = tiny(fpn=fpn)
+    images = noise(52, 60, batch=batch)
+    model.rpn.score_thresh = 1.1
+    run = export(model, batch_size=batch)
+    assert assert_detects_alike(run, model, images) == [0] * batch
+
+
+def test_another_number_of_proposals_than_the_examples(export, monkeypatch):
+    model = tiny(fpn=False, rpn_score_thresh=0.5)
+    run = export(model)
+    counts = set()
+    pooled = type(model.roi_heads.box_roi_pool).forward
+
+    def counting(pool, x, boxes, image_shapes):
+        counts.add(len(boxes[0]))
+        return pooled(pool, x, boxes, image_shapes)
+
+    monkeypatch.setattr(MultiScaleAffineCrop, "forward", counting)
+    for size in [(64, 64), (48, 40), (64, 12), (30, 64)]:
+        assert_detects_alike(run, model, noise(*size))
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize("opset", [16, 20])
+def test_opsets(export, opset):
+    model = tiny()
+    run = export(model, opset=opset)
+    assert onnx.load(run.path).opset_import[0].version == opset
+    assert_detects_alike(run, model, noise(48, 40))
+
+
+def test_the_example_leaves_no_trace(export):
+    """Of its size, its RoIs on levels, or that none of them was left."""
+    model = tiny()
+    run = export(model, example_size=(9, 90))
+    for size in SIZES[::2]:
+        assert_detects_alike(run, model, noise(*size))
+
+
+def test_the_model_is_left_as_it_is(export):
+    model = tiny()
+    before, parts = dict(model.roi_heads.__dict__), dict(model.named_modules())
+    export(model, batch_size=2)
+    assert dict(model.roi_heads.__dict__) == before
+    assert dict(model.named_modules()) == parts
+    assert type(model.transform).__name__ == "GeneralizedRCNNTransform"
+    assert not any(module.training for module in model.modules())
+
+
+def test_metadata(export):
+    run = export(tiny(), class_names=["red", "ÿ"], category_ids=[7, 3])
+    metadata = {p.key: json.loads(p.value) for p in onnx.load(run.path).metadata_props}
+    assert metadata["classes"] == [
+        {"label": 1, "name": "red", "category_id": 7},
+        {"label": 2, "name": "ÿ", "category_id": 3},
+    ]
+    assert metadata["input"]["colors"] == "RGB"
+    assert metadata["input"]["range"] == [0, 1]
+
+
+def test_nothing_is_printed(export, capfd, recwarn):
+    export(tiny())
+    assert not recwarn.list
+    assert capfd.readouterr() == ("", "")
+
+
+def test_speed(export):
+    model = tiny()
+    run = export(model)
+    times = compare_speed(model, run.path, (40, 50), repeats=2)
+    assert times["ratio"] == times["onnxruntime"] / times["pytorch"]
+    assert times["pytorch"] > 0
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["onnx"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
+    find = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == missing:
+            raise ImportError(f"No module named {name!r}")
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ExportError, match=rf'package {missing} .*pip install "affine-crop-rcnn\[export\]"'):
+        export_onnx(tiny(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "message"),
+    [
+        (lambda: nn.Linear(2, 2).eval(), {}, ExportError, "Linear cannot be exported: it must be one of torchvision's"),
+        (
+            lambda: retinanet_resnet50_fpn(weights=None, weights_backbone=None).eval(),
+            {},
+            ExportError,
+            "RetinaNet cannot be exported",
+        ),
+        (lambda: tiny().train(), {}, ExportError, r"model\.eval\(\)"),
+        (lambda: tiny().double(), {}, ExportError, "float64 on cpu"),
+        (
+            lambda: tiny(box_roi_pool=MultiScaleAffineCrop(["0", "1", "2"], 3, 0)),
+            {},
+            ExportError,
+            "sampling_ratio 0 or less",
+        ),
+        (tiny, {"batch_size": 0}, ValueError, "batch_size"),
+        (tiny, {"opset": 15}, ValueError, "opset must be 16 to 20, got 15"),
+        (tiny, {"class_names": ["one"]}, ValueError, "class_names must be 2"),
+        (tiny, {"category_ids": [1, 2, 3]}, ValueError, "category_ids must be 2"),
+    ],
+    ids=["module", "retinanet", "training", "double", "adaptive", "batch", "opset", "names", "ids"],
+)
+def test_refusals(tmp_path, model, settings, error, message):
+    with pytest.raises(error, match=message):
+        export_onnx(model(), tmp_path / "model.onnx", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+class Baked(nn.Module):
+    """A box head that makes a constant of a value, as tracing does unnoticed."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, crops):
+        return self.head(crops) * float(crops.mean()) * 10
+
+
+def test_a_graph_that_detects_something_else_is_not_written(tmp_path):
+    model = tiny()
+    model.roi_heads.box_head = Baked(model.roi_heads.box_head)
+    (tmp_path / "model.onnx").write_bytes(b"before")
+    with pytest.raises(ExportError, match="onnxruntime does not detect what PyTorch does: for an image of 52 x 67, "):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_model_that_cannot_be_traced(tmp_path):
+    model = tiny()
+    model.roi_heads.box_head = nn.Sequential(model.roi_heads.box_head, Untraceable())
+    with pytest.raises(ExportError, match=r"FasterRCNN cannot be exported to ONNX: .*lgamma"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Untraceable(nn.Module):
+    def forward(self, features):
+        return torch.lgamma(features)
+
+
+# --- torch.export ----------------------------------------------------------------------------------------------------
+
+
+def saved(program):
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    content.seek(0)
+    return torch.export.load(content).module()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["list", "tensor"])
+def test_torch_export_of_the_crop(form):
+    def inputs(size, counts, seed):
+        maps = torch.randn(2, CHANNELS, *size, generator=torch.Generator().manual_seed(seed))
+        boxes = [boxes_of_side([10.0] * n, seed + i, torch.float32) for i, n in enumerate(counts)]
+        if form == "list":
+            return maps, boxes
+        index = torch.cat([torch.full((n, 1), float(i)) for i, n in enumerate(counts)])
+        return maps, torch.cat([index, torch.cat(boxes)], 1)
+
+    dynamic = [{0: Dim.DYNAMIC}] * 2 if form == "list" else {0: Dim.DYNAMIC}
+    shapes = ({2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, dynamic)
+    module = saved(torch.export.export(AffineCrop((2, 3), 0.5, 2), inputs((20, 30), (3, 5), 0), dynamic_shapes=shapes))
+    for size, counts in [((20, 30), (3, 5)), ((33, 9), (7, 2)), ((40, 41), (0, 4)), ((8, 8), (1, 0)), ((9, 9), (0, 0))]:
+        arguments = inputs(size, counts, 1)
+        expected = roi_align(*arguments, (2, 3), 0.5, 2)
+        torch.testing.assert_close(module(*arguments), expected, rtol=0, atol=1e-4)
+        assert len(expected) == sum(counts)
+
+
+class PoolOfImages(nn.Module):
+    """The pool with the sizes of its images out of a tensor, so that they are not constants."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, features, boxes, images):
+        return self.pool(features, boxes, [tuple(images.shape[-2:])] * len(boxes))
+
+
+@pytest.mark.slow
+def test_torch_export_of_the_pooler():
+    def inputs(size, sides):
+        features = pyramid(2, size, dtype=torch.float32)
+        boxes = [boxes_of_side(s, i, torch.float32).reshape(-1, 4) for i, s in enumerate(sides)]
+        return features, boxes, torch.zeros(2, 3, *size)
+
+    both = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    pooler = PoolOfImages(MultiScaleAffineCrop(list(STRIDES), 3, 2, **SMALL))
+    example = inputs((128, 160), (LEVEL_SIDES, LEVEL_SIDES[:3]))
+    shapes = (dict.fromkeys(STRIDES, both), [{0: Dim.DYNAMIC}] * 2, both)
+    module = saved(torch.export.export(pooler, example, dynamic_shapes=shapes))
+    for size, sides in [
+        ((128, 160), (LEVEL_SIDES, LEVEL_SIDES[:3])),
+        ((192, 96), ([20.0] * 4, LEVEL_SIDES)),  # no image has a RoI on every level
+        ((96, 224), ([18.0], [18.0, 20.0])),  # all on the finest level
+        ((160, 160), ([], [80.0])),
+    ]:
+        arguments = inputs(size, sides)
+        expected = PoolOfImages(MultiScaleRoIAlign(list(STRIDES), 3, 2, **SMALL))(*arguments)
+        torch.testing.assert_close(module(*arguments), expected, rtol=0, atol=1e-4)
+
+
+def test_every_image_is_compared_by_several_detections():
+    """Of a trained detector one score may stand far above the others: a gap that is no place for a threshold."""
+
+    class Trained(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scores = [torch.tensor([0.99, *torch.linspace(0.05, 0.01, 40)]), torch.linspace(0.3, 0.02, 15)]
+            self.roi_heads = nn.Module()
+            self.roi_heads.score_thresh = 0.5
+
+        def forward(self, images):
+            kept = [scores[scores > self.roi_heads.score_thresh] for scores in self.scores]
+            return [{"boxes": torch.zeros(len(s), 4), "labels": torch.ones(len(s)).long(), "scores": s} for s in kept]
+
+    model = Trained()
+    found, threshold = _detect(model, torch.zeros(2, 3, 4, 4))
+    assert all(len(image["scores"]) >= 10 for image in found)
+    assert model.roi_heads.score_thresh == 0.5
+    assert 0 < threshold < 0.05
+
+
+def test_without_onnxruntime_nothing_is_compared_and_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert export_onnx(tiny(), tmp_path / "model.onnx") is False
+    monkeypatch.undo()
+    assert export_onnx(tiny(), tmp_path / "model.onnx") is True

@@ -1,0 +1,468 @@
+import copy
+import io
+
+import pytest
+import torch
+import torchvision
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.tiny_models import batch, copies, tiny_rcnn
+from torchvision.models import detection
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
+
+from detector import BoxGradient, MultiScaleAffineCrop, restore_roi_align, swap_crop_head
+
+EVERY_LOSS = ("box", "classification", "mask", "keypoint")
+BUILDERS = [
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "maskrcnn_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn",
+]
+TINY = ["box", "mask", "keypoint", "single scale"]
+
+
+def build(name, **options):
+    """A detector with random weights that answers with a few detections, whatever their score."""
+    torch.manual_seed(0)
+    if name in TINY:
+        return tiny_rcnn("box" if name == "single scale" else name, fpn=name != "single scale", **options)
+    small = {
+        "weights": None,
+        "weights_backbone": None,
+        "min_size": 128,
+        "max_size": 192,
+        "rpn_pre_nms_top_n_test": 100,
+        "rpn_post_nms_top_n_test": 30,
+        "rpn_score_thresh": 0.0,
+        "box_score_thresh": 0.0,
+        "box_detections_per_img": 5,
+    }
+    return getattr(detection, name)(**small | options)
+
+
+def photographs():
+    generator = torch.Generator().manual_seed(5)
+    return [torch.rand(3, height, width, generator=generator) for height, width in ((128, 160), (150, 110))]
+
+
+def detect(model, images=None):
+    with torch.no_grad():
+        return model.eval()(photographs() if images is None else images)
+
+
+def assert_same(detections, expected, exact=False):
+    assert len(detections) == len(expected)
+    for ours, theirs in zip(detections, expected):
+        assert ours.keys() == theirs.keys()
+        assert len(theirs["boxes"])  # two empty lists are equal
+        assert torch.equal(ours["labels"], theirs["labels"])
+        for key, wanted in theirs.items():
+            assert ours[key].dtype == wanted.dtype
+            if exact:
+                assert torch.equal(ours[key], wanted)
+            else:
+                # Boxes and key points are in pixels, the others in 0..1 (scores of key points are logits).
+                atol = 1e-2 if key in ("boxes", "keypoints") else 1e-4
+                torch.testing.assert_close(ours[key], wanted, rtol=0, atol=atol)
+
+
+def classes(model):
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("name", BUILDERS + TINY)
+def test_detections_equal_those_of_the_stock_model_and_restore_gives_it_back(name):
+    model = build(name)
+    expected, before, keys = detect(model), classes(model), list(model.state_dict())
+    parameters = dict(model.named_parameters())
+
+    assert swap_crop_head(model) is model
+    assert_same(detect(model), expected)
+    assert list(model.state_dict()) == keys
+    assert all(parameters[n] is p for n, p in model.named_parameters())
+    changed = {n for n, kind in classes(model).items() if kind is not before[n]}
+    pools = {"roi_heads.box_roi_pool", "roi_heads.mask_roi_pool", "roi_heads.keypoint_roi_pool"} & set(before)
+    assert changed == {"rpn", "roi_heads"} | pools
+    assert all(isinstance(model.get_submodule(pool), MultiScaleAffineCrop) for pool in pools)
+
+    assert restore_roi_align(model) is model
+    assert classes(model) == before
+    assert_same(detect(model), expected, exact=True)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_restored_model_trains_as_the_stock_one(name):
+    stock = build(name).train()
+    images, targets = batch()
+    restored = swap_crop_head(copy.deepcopy(stock), BoxGradient(losses=EVERY_LOSS))
+    torch.manual_seed(1)
+    restored(images, copies(targets))  # a step in between leaves nothing behind
+    restore_roi_align(restored)
+    results = []
+    for model in (stock, restored):
+        model.zero_grad()
+        torch.manual_seed(2)
+        losses = model(images, copies(targets))
+        sum(losses.values()).backward()
+        results.append((losses, [p.grad for p in model.parameters()]))
+    for name, loss in results[0][0].items():
+        assert torch.equal(results[1][0][name], loss)
+    for gradient, wanted in zip(results[1][1], results[0][1]):
+        assert torch.equal(gradient, wanted)
+
+
+def sized(name, sizes):
+    """A stock and a swapped model of the same weights, and images that they see in their own sizes.
+
+    In float64, where rounding decides about no detection. torchvision's pooler tells its scales from the first image
+    that it ever sees: here an ordinary one.
+    """
+    stock, swapped = build(name).double(), swap_crop_head(build(name).double())
+    for model in (stock, swapped):
+        model.transform = Unresized(64, 64, [0.5] * 3, [0.25] * 3)
+    detect(stock, [torch.rand(3, 128, 128).double()])
+    generator = torch.Generator().manual_seed(sum(map(sum, sizes)))
+    return stock, swapped, [torch.rand(3, *size, generator=generator).double() for size in sizes]
+
+
+class Unresized(GeneralizedRCNNTransform):
+    def resize(self, image, target=None):
+        return image, target
+
+
+# Of a height of 22 pixels or less, 33 to 45, or 65 to 67, a map divided by the image says twice the scale, or more.
+sides = st.one_of(st.integers(1, 70), st.integers(1, 1333))
+
+
+@pytest.mark.parametrize("name", ["box", "single scale"])
+@settings(deadline=None, derandomize=True, max_examples=15)
+@given(sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=2))
+@example(sizes=[(1, 1)])
+@example(sizes=[(20, 128)])
+@example(sizes=[(1333, 66)])
+@example(sizes=[(40, 600)])
+@example(sizes=[(45, 45), (33, 35)])
+def test_images_of_any_size(name, sizes):
+    stock, swapped, images = sized(name, sizes)
+    expected = detect(stock, images)
+    for found, wanted in zip(detect(swapped, images), expected, strict=True):
+        if len(wanted["boxes"]):  # not in every image of a few pixels
+            assert_same([found], [wanted])
+        else:
+            assert not len(found["boxes"])
+
+
+def test_losses_of_thin_images():
+    for gradient in (BoxGradient(), BoxGradient(crop=0, coder=0)):
+        stock, swapped, images = sized("box", [(20, 128), (17, 60)])
+        swap_crop_head(swapped, gradient)
+        targets = [
+            {"boxes": torch.tensor([[30.2, 2.1, 55.3, 15.4]]).double(), "labels": torch.tensor([1])},
+            {"boxes": torch.tensor([[3.2, 1.1, 20.3, 16.4]]).double(), "labels": torch.tensor([2])},
+        ]
+        losses = []
+        for model in (stock, swapped):
+            torch.manual_seed(0)
+            losses.append(model.train()(images, copies(targets)))
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_a_transform_that_pads_to_another_multiple():
+    stock, swapped = build("box"), build("box")
+    for model in (stock, swapped):
+        model.transform = Unresized(64, 64, [0.5] * 3, [0.25] * 3, size_divisible=128)
+    swap_crop_head(swapped)
+    detect(stock, [torch.rand(3, 128, 128)])
+    images = [torch.rand(3, 20, 30)]
+    assert_same(detect(swapped, images), detect(stock, images))
+    restore_roi_align(swapped)
+    assert "size_divisible" not in swapped.roi_heads.box_roi_pool.__dict__
+
+
+def test_nothing_of_torchvision_is_patched():
+    before = {
+        cls: {name: value for name, value in vars(cls).items() if not name.startswith("_abc")}
+        for cls in (RegionProposalNetwork, RoIHeads, MultiScaleRoIAlign, detection.FasterRCNN)
+    }
+    functions = torchvision.ops.roi_align, torchvision.ops.poolers.roi_align
+    swapped, other = swap_crop_head(build("mask")), build("mask")
+    detect(swapped)
+    torch.manual_seed(1)
+    images, targets = batch()
+    swapped.train()(images, copies(targets))
+    assert (torchvision.ops.roi_align, torchvision.ops.poolers.roi_align) == functions
+    for cls, attributes in before.items():
+        assert dict(vars(cls)) == attributes
+    kinds = classes(other)
+    assert kinds["rpn"] is RegionProposalNetwork
+    assert kinds["roi_heads"] is RoIHeads
+    assert kinds["roi_heads.box_roi_pool"] is kinds["roi_heads.mask_roi_pool"] is MultiScaleRoIAlign
+    # Another instance also keeps the cut.
+    torch.manual_seed(1)
+    losses = other.train()(images, copies(targets))
+    (gradient,) = torch.autograd.grad(losses["loss_box_reg"], other.rpn.head.bbox_pred.weight, allow_unused=True)
+    assert gradient is None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_load_before_or_after(when):
+    trained = build("mask", seed=3)
+    expected = detect(trained)
+    model = build("mask")
+    if when == "before":
+        model.load_state_dict(trained.state_dict())
+    swap_crop_head(model)
+    if when == "after":
+        model.load_state_dict(trained.state_dict())
+    assert_same(detect(model), expected)
+    # And back: a swapped model's weights into a stock one.
+    stock = build("mask")
+    stock.load_state_dict(model.state_dict())
+    assert_same(detect(stock), expected, exact=True)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "save"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_swapped_model_can_be_copied_and_pickled(duplicate, used):
+    settings = BoxGradient(crop=0.5, losses=("box", "mask"))
+    model = swap_crop_head(build("mask"), settings)
+    images, targets = batch()
+    if used:
+        sum(model.train()(images, copies(targets)).values()).backward()
+    twin = duplicate(model)
+    assert classes(twin) == classes(model)
+    assert twin.roi_heads.box_gradient == settings
+    assert_same(detect(twin), detect(model), exact=True)
+    # The twin is a model of its own.
+    restore_roi_align(twin)
+    assert isinstance(model.roi_heads.box_roi_pool, MultiScaleAffineCrop)
+    assert type(twin.roi_heads) is RoIHeads
+
+
+EXACT = BoxGradient.exact()  # passes also where the RPN's own loss is left out
+
+
+def box_gradient_of(model):
+    torch.manual_seed(1)
+    images, targets = batch()
+    loss = model.train()(images, copies(targets))["loss_box_reg"]
+    return torch.autograd.grad(loss, model.rpn.head.bbox_pred.weight, allow_unused=True)[0]
+
+
+def test_a_second_swap_changes_the_settings():
+    model = swap_crop_head(build("box"), EXACT)
+    both = box_gradient_of(model)
+    kinds = classes(model)
+    assert box_gradient_of(swap_crop_head(model, BoxGradient(crop=0, coder=0))) is None
+    half = box_gradient_of(swap_crop_head(model, BoxGradient(crop=0.5, coder=0.5, bound=None)))
+    torch.testing.assert_close(half, both / 2, rtol=1e-4, atol=1e-7)
+    assert classes(model) == kinds
+    torch.testing.assert_close(box_gradient_of(swap_crop_head(model, EXACT)), both)
+    assert swap_crop_head(model).rpn.box_gradient == model.roi_heads.box_gradient == BoxGradient()  # the default again
+    assert type(restore_roi_align(model).roi_heads) is RoIHeads
+
+
+def test_settings_belong_to_the_instance():
+    off, on = swap_crop_head(build("box"), BoxGradient(crop=0, coder=0)), swap_crop_head(build("box"), EXACT)
+    assert box_gradient_of(off) is None
+    assert box_gradient_of(on).any()
+
+
+def test_restore_leaves_a_stock_model_as_it_is():
+    model = build("box")
+    before = classes(model)
+    model.rpn.warmup_step = model.roi_heads.box_gradient = "the user's own"
+    assert restore_roi_align(model) is model
+    assert classes(model) == before
+    assert model.rpn.warmup_step == model.roi_heads.box_gradient == "the user's own"
+
+
+def test_train_restore_swap_and_train():
+    model = swap_crop_head(build("box"), EXACT)
+    assert box_gradient_of(model).any()
+    assert box_gradient_of(restore_roi_align(model)) is None
+    assert box_gradient_of(swap_crop_head(model, EXACT)).any()
+
+
+class OwnHeads(RoIHeads):
+    """A user's subclass that changes one step and has no forward of its own."""
+
+    def postprocess_detections(self, *args):
+        boxes, scores, labels = super().postprocess_detections(*args)
+        return boxes, [s / 2 for s in scores], labels
+
+
+class OwnRPN(RegionProposalNetwork):
+    def forward(self, images, features, targets=None):
+        return super().forward(images, features, targets)
+
+
+class OwnQuietRPN(RegionProposalNetwork):
+    def filter_proposals(self, *args):
+        boxes, scores = super().filter_proposals(*args)
+        few = None if self.training else 10
+        return [b[:few] for b in boxes], [s[:few] for s in scores]
+
+
+def test_a_subclass_of_the_heads_keeps_what_it_changes():
+    model = build("box")
+    model.roi_heads.__class__ = OwnHeads
+    model.rpn.__class__ = OwnQuietRPN
+    expected = detect(model)
+    assert max(d["scores"].max() for d in expected) < 0.5
+    swap_crop_head(model, EXACT)
+    assert isinstance(model.roi_heads, OwnHeads)
+    assert isinstance(model.rpn, OwnQuietRPN)
+    assert_same(detect(model), expected)
+    assert box_gradient_of(model).any()
+    assert_same(detect(copy.deepcopy(model)), expected)
+    restore_roi_align(model)
+    assert type(model.roi_heads) is OwnHeads
+    assert type(model.rpn) is OwnQuietRPN
+    assert_same(detect(model), expected, exact=True)
+
+
+def test_an_rpn_with_a_forward_of_its_own_is_refused_and_nothing_is_changed():
+    model = build("box")
+    model.rpn.__class__ = OwnRPN
+    before = classes(model)
+    with pytest.raises(TypeError, match=r"OwnRPN .*a forward of its own"):
+        swap_crop_head(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("part", ["rpn", "roi_heads", "roi_heads.box_roi_pool", "roi_heads.mask_roi_pool"])
+def test_a_forward_set_on_the_instance_is_refused_and_nothing_is_changed(part):
+    model = build("mask")
+    module = model.get_submodule(part)
+    module.forward = type(module).forward.__get__(module)
+    before = classes(model)
+    with pytest.raises(TypeError, match=f"{type(module).__name__} has a forward of its own"):
+        swap_crop_head(model)
+    assert classes(model) == before
+    del module.forward
+    swap_crop_head(model)
+
+
+class OwnPool(MultiScaleRoIAlign):
+    pass
+
+
+def test_a_pool_of_another_class_is_refused_and_nothing_is_changed():
+    model = build("mask")
+    model.roi_heads.mask_roi_pool.__class__ = OwnPool
+    before = classes(model)
+    with pytest.raises(TypeError, match="a RoI pool of MaskRCNN is a OwnPool"):
+        swap_crop_head(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("function", [swap_crop_head, restore_roi_align])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("retinanet_resnet50_fpn", {}), ("ssd300_vgg16", {}), ("fcos_resnet50_fpn", {})],
+)
+def test_a_model_without_a_roi_pooler(function, name, settings):
+    with torch.device("meta"):  # nothing is computed
+        model = getattr(detection, name)(weights=None, weights_backbone=None, **settings)
+    with pytest.raises(TypeError, match=f"{type(model).__name__} has no RoI pooler to swap"):
+        function(model)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), torch.nn.Sequential(), None])
+def test_something_else_than_a_detector(model):
+    with pytest.raises(TypeError, match=f"{type(model).__name__} has no RoI pooler to swap"):
+        swap_crop_head(model)
+
+
+def test_a_pool_with_aligned_true_cannot_be_restored():
+    model = build("box")
+    pool = MultiScaleAffineCrop(["0", "1", "2"], 3, 2, aligned=True)
+    model.roi_heads.box_roi_pool = pool
+    swap_crop_head(model)
+    assert pool.aligned  # a pool that is ours already stays as it was built
+    before = classes(model)
+    with pytest.raises(ValueError, match="aligned=True"):
+        restore_roi_align(model)
+    assert classes(model) == before
+
+
+def test_hooks_of_the_user_survive():
+    model = build("mask")
+    calls = []
+    for name in ("rpn", "roi_heads", "roi_heads.box_roi_pool", "roi_heads.mask_roi_pool"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda module, given, result, name=name: calls.append(name))
+    detect(model)
+    expected = calls.copy()
+    for change in (swap_crop_head, restore_roi_align):
+        calls.clear()
+        change(model)
+        detect(model)
+        assert calls == expected
+    # In training as well, where ours records what the pools return: one call of each, and of the attached crop.
+    swap_crop_head(model, BoxGradient(losses=EVERY_LOSS))
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    calls.clear()
+    model.train()(*batch())
+    assert {"rpn", "roi_heads", "roi_heads.box_roi_pool", "roi_heads.mask_roi_pool"} == set(calls)
+    assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
+
+
+@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
+def test_a_training_step_with_all_losses_named(name):
+    """Of torchvision's own heads, on the maps of a ResNet that is not run."""
+    few = {"rpn_pre_nms_top_n_train": 50, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 8}
+    model = swap_crop_head(build(name, min_size=64, max_size=64, **few).train(), BoxGradient(losses=EVERY_LOSS))
+    strides = {"0": 4, "1": 8, "2": 16, "3": 32, "pool": 64}
+    features = {level: torch.randn(2, 256, 64 // s, 64 // s, requires_grad=True) for level, s in strides.items()}
+    model.backbone = Constant(features)
+    # At random initialisation no proposal but the truth is a positive: put one there.
+    images, targets = batch()
+    for target in targets:
+        target["keypoints"] = target["keypoints"].repeat(1, 9, 1)[:, :17]
+        target["labels"] = torch.ones_like(target["labels"])  # a person, the only class of keypointrcnn
+    near = [(t["boxes"] + torch.tensor([1.3, -0.9, 0.7, 1.1])).requires_grad_() for t in targets]
+    sizes = [image.shape[1:] for image in images]
+    losses = model.roi_heads(features, near, [tuple(size) for size in sizes], copies(targets))[1]
+    assert len(losses) == 3
+    for loss in losses.values():
+        assert loss.isfinite()
+        assert sum(g.abs().sum() for g in torch.autograd.grad(loss, near, retain_graph=True)) > 0
+    total = model(images, targets)
+    sum(total.values()).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, images):
+        return self.features
+
+
+def test_the_readme_example_two_steps():
+    """Swap, fine-tune two steps, look at the gradient."""
+    model = swap_crop_head(build("box")).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, targets = batch()
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(model(images, copies(targets)).values()).backward()
+        optimizer.step()
+    assert model.rpn.head.bbox_pred.weight.grad.any()

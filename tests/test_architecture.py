@@ -1,0 +1,92 @@
+"""The floors of the package: imports go down, never up or in a circle, and none hides within a function."""
+
+import ast
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "detector"
+# From the ground up. Below them all lie the single modules beside them: errors, text, files, ...
+FLOORS = ("crop", "rcnn", "data", "models", "pretrained", "evaluation", "training", "command_line")
+MODULES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+
+
+# What the main of a tool imports, alone, for its flags are read before torch is, which takes seconds.
+WORK = {
+    "detector.command_line.check": "detector.command_line.checking",
+    "detector.command_line.eval": "detector.command_line.evaluating",
+    "detector.command_line.browse": "detector.command_line.browsing",
+    "detector.command_line.export": "detector.command_line.exporting",
+    "detector.command_line.predict": "detector.command_line.predicting",
+    "detector.command_line.train": "detector.command_line.training",
+}
+
+
+def imports(module: str, within: type[ast.AST] = ast.Module) -> dict[str, ast.stmt]:
+    """The modules of the package that one imports, wherever in its text, with the statement that does."""
+    found: dict[str, ast.stmt] = {}
+    outer = [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, within)]
+    for node in (inner for one in outer for inner in ast.walk(one)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative imports hide what they name"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in MODULES else str(node.module): node for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name: node for alias in node.names}
+    return {name: node for name, node in found.items() if name.split(".")[0] == "detector"}
+
+
+def floor(module: str) -> int:
+    part = module.split(".")[1] if "." in module else ""
+    return FLOORS.index(part) + 1 if part in FLOORS else 0
+
+
+def test_every_folder_is_a_floor():
+    folders = {path.parent.name for path in MODULES.values()} - {PACKAGE.name}
+    assert folders == set(FLOORS)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"detector"}))  # the roof, which shows what lies below
+def test_imports_go_down(module):
+    for imported in imports(module):
+        assert imported != "detector", f"{module} imports the roof"
+        assert floor(imported) <= floor(module), f"{module} imports {imported}, which lies above it"
+
+
+def test_no_imports_in_a_circle():
+    # A package that is imported from stands for all that its __init__ imports.
+    TopologicalSorter({module: set(imports(module)) for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_import_hides_in_a_function(module):
+    assert imports(module, within=ast.FunctionDef).keys() <= {WORK.get(module)}
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("test_*.py")), ids=lambda path: path.stem)
+def test_no_test_imports_another(path):
+    modules = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    assert not [module for module in modules if module.startswith("test_")]
+
+
+def thirds(module: str) -> set[str]:
+    """The packages of others that a module imports anywhere."""
+    nodes = list(ast.walk(ast.parse(MODULES[module].read_text())))
+    names = [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name for name in names if name.split(".")[0] not in {"detector", *sys.stdlib_module_names}}
+
+
+def test_lightning_is_imported_on_the_last_two_floors_only():
+    users = [m for m in MODULES if any(name.startswith(("lightning", "jsonargparse")) for name in thirds(m))]
+    assert {m.split(".")[1] for m in users} == {"training", "command_line"}
+
+
+def test_the_crop_needs_torch_and_its_operators_alone():
+    of_crop = set().union(*(thirds(m) for m in MODULES if m.startswith("detector.crop")))
+    assert {name for name in of_crop if not name.startswith(("torch.", "torchvision.ops"))} == {"torch"}
