@@ -258,7 +258,7 @@ def test_every_number_of_the_tables_is_there(report, html):
     for key, value in report["losses"].items():
         assert (key, f"{value:.4f}") in rows
     for row in report["speed"]["rows"]:
-        times = [f"{row[key]:,.2f}" for key in ("ms", "low", "high")]
+        times = [f"{row[key]:,.1f}" for key in ("ms", "low", "high")]
         assert (row["stage"], *times, f"{row['images_per_second']:.1f}") in rows
     for row in report["images"]:
         counts = [str(row[key]) for key in ("id", "objects", "found", "missed", "confused", "false")]
