@@ -121,3 +121,25 @@ def test_flags_from_a_file_and_to_one(tmp_path, monkeypatch, capsys):
         (tmp_path / "a.yaml").write_text(content)
         with refused(words, code=code):
             evaluate.make_parser().read(given)
+
+
+def test_flags_in_a_file_of_an_earlier_version(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("checkpoint: x\nflip: false\nsizes: null\nlimit: 3\n")
+    assert evaluate.make_parser().read(["--config=a.yaml"]).limit == 3
+    (tmp_path / "b.yaml").write_text("checkpoint: x\nsizes: [320]\n")
+    with refused(r"b\.yaml: sizes \[320\]: this version has no test-time augmentation"):
+        evaluate.make_parser().read(["--config=b.yaml"])
+
+
+def test_a_training_without_arguments_shows_its_usage():
+    for module in ("train", "browse"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; from detector.command_line.{module} import main; sys.exit(main([]))"],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        assert done.returncode == 2
+        assert f"python tools/{module}.py --config" in done.stderr
+        assert done.stderr.endswith("error: no arguments were given; --help lists them\n")
