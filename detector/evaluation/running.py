@@ -205,11 +205,11 @@ class _Readable(Dataset[Any]):
             return self.split.image_ids[index], sentence(error)
 
 
-def _collate_readable(samples: list[Any]) -> tuple[list[Tensor], list[Target], dict[int, str]]:
+def _collate_readable(items: list[Any]) -> tuple[list[Tensor], list[Target], dict[int, str]]:
     """A batch as :func:`~detector.data.dataset.collate` makes it, and the images that cannot be read."""
-    readable = [sample for sample in samples if isinstance(sample[0], Tensor)]
+    readable = [item for item in items if isinstance(item[0], Tensor)]
     images, targets = collate(readable) if readable else ([], [])
-    return images, targets, dict(sample for sample in samples if not isinstance(sample[0], Tensor))
+    return images, targets, dict(item for item in items if not isinstance(item[0], Tensor))
 
 
 def _without_broken(batches: Iterable[Any], found: Predictions, ranks: int, bar: tqdm) -> Iterator[Any]:

@@ -19,6 +19,7 @@ from detector.models.anchors import anchor_advice
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, set_batch_norm_eps, starts_from_own_weights
+from detector.models.weights import refusing
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import CHECKPOINT_KEY
@@ -166,7 +167,8 @@ class DetectionTask(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._starts = False  # the file that the run began from may be gone
         saved = checkpoint[CHECKPOINT_KEY]
-        description = DetectorDescription.from_dict(saved)
+        with refusing("the checkpoint is of an earlier version of this project, or damaged"):
+            description = DetectorDescription.from_dict(saved)
         if self.trainer.state.fn == "fit":
             self._resumed = saved
             self._refuse_another_model(description, saved)

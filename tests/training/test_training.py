@@ -899,3 +899,12 @@ def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
             go_on(begun, DetectorConfig(weights=other))
     with pytest.raises(TrainingError, match=r"was trained with anchor_sizes \(32, 64, 128, 256, 512\), this run has"):
         go_on(old, ignored)
+
+
+def test_going_on_from_a_checkpoint_with_holes_is_a_sentence():
+    task = DetectionTask()
+    task.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    saved = {"detector": asdict(DetectorConfig()), "crop": "affine", "category_ids": [1], "category_names": ["a"]}
+    message = "^the checkpoint is of an earlier version of this project, or damaged: it has no 'batch_norm_eps'$"
+    with pytest.raises(ModelError, match=message):
+        task.on_load_checkpoint({CHECKPOINT_KEY: saved})
