@@ -4,6 +4,7 @@ What is imported here needs torch and torchvision alone. Below it lie, each usin
 
 * ``crop``: a box becomes an affine matrix, by which feature maps are read where RoIAlign looks;
 * ``rcnn``: what changes in torchvision's R-CNN, so that the losses of its second stage move its proposals;
+* ``refinement``: detections that are looked at again, and climb the fit of their crops;
 * ``data``: images and annotations in COCO's format, checked, batched and drawn, and the results format;
 * ``models``: detectors by their settings, and files of weights;
 * ``pretrained``: trained detectors, out of checkpoints and folders, applied to images, exported;
@@ -27,15 +28,20 @@ if TYPE_CHECKING:
         normalize_boxes,
     )
     from detector.rcnn import BoxGradient, restore_roi_align, swap_crop_head, watch_box_gradient
+    from detector.refinement import RefinementConfig, add_refinement, refinement_losses, remove_refinement
 
 __all__ = [
     "AffineCrop",
     "BoxGradient",
     "MultiScaleAffineCrop",
+    "RefinementConfig",
+    "add_refinement",
     "affine_crop",
     "boxes_to_theta",
     "denormalize_boxes",
     "normalize_boxes",
+    "refinement_losses",
+    "remove_refinement",
     "restore_roi_align",
     "swap_crop_head",
     "watch_box_gradient",
@@ -44,6 +50,7 @@ __all__ = [
 # Imported when first asked for: torch takes seconds, in which a command line could have been read.
 _FLOORS = {
     "detector.rcnn": ("BoxGradient", "restore_roi_align", "swap_crop_head", "watch_box_gradient"),
+    "detector.refinement": ("RefinementConfig", "add_refinement", "refinement_losses", "remove_refinement"),
     "detector.crop": tuple(__all__),  # the others
 }
 

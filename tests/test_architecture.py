@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "detector"
 # From the ground up. Below them all lie the single modules beside them: errors, text, files, ...
-FLOORS = ("crop", "rcnn", "data", "models", "pretrained", "evaluation", "training", "command_line")
+FLOORS = ("crop", "rcnn", "refinement", "data", "models", "pretrained", "evaluation", "training", "command_line")
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")

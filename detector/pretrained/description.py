@@ -13,6 +13,8 @@ from detector.models.config import DetectorConfig, saved_settings
 from detector.models.published import batch_norm_eps, set_batch_norm_eps
 from detector.models.weights import load_weights
 from detector.rcnn.swap import swap_crop_head
+from detector.refinement.attach import add_refinement
+from detector.refinement.config import RefinementConfig
 
 Crop = Literal["affine", "roi_align"]
 
@@ -27,6 +29,7 @@ class DetectorDescription:
         category_ids: of each label, from 1 on; ``None`` where no category belongs to one.
         category_names: likewise.
         batch_norm_eps: see :func:`~detector.models.published.batch_norm_eps`.
+        refinement: that of its boxes, if it has one.
     """
 
     settings: DetectorConfig
@@ -34,6 +37,7 @@ class DetectorDescription:
     category_ids: list[int | None]
     category_names: list[str]
     batch_norm_eps: dict[str, float]
+    refinement: RefinementConfig | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which JSON and ``weights_only=True`` take."""
@@ -42,7 +46,7 @@ class DetectorDescription:
             "crop": self.crop,
             "categories": [{"id": i, "name": name} for i, name in zip(self.category_ids, self.category_names)],
             "batch_norm_eps": self.batch_norm_eps,
-        }
+        } | ({} if self.refinement is None else {"refinement": asdict(self.refinement)})
 
     @classmethod
     def from_dict(cls, content: Any) -> "DetectorDescription":
@@ -67,7 +71,15 @@ class DetectorDescription:
                 raise ModelError(f"a category must have an id and a name, got {shown(i)} and {shown(name)}")
         if not isinstance(eps, dict) or not all(type(e) in (int, float) and 0 <= e <= 1 for e in eps.values()):
             raise ModelError("batch_norm_eps must be numbers from 0 to 1")
-        return cls(settings, crop, [i for i, _ in categories], [name for _, name in categories], eps)
+        refinement = content.get("refinement")
+        return cls(
+            settings,
+            crop,
+            [i for i, _ in categories],
+            [name for _, name in categories],
+            eps,
+            None if refinement is None else RefinementConfig.from_dict(refinement),
+        )
 
     def build(self, weights: Any) -> FasterRCNN:
         """The detector with its weights, a state_dict of which nothing is trusted.
@@ -75,7 +87,7 @@ class DetectorDescription:
         Raises:
             ModelError: they are not of the detector that is described, or that cannot be built.
         """
-        model = load_weights(lambda: build_detector(self.settings, len(self.category_ids), pretrained=False), weights)
+        model = load_weights(self._untrained, weights)
         known = batch_norm_eps(model)
         # Earlier versions left out timm's frozen ones, whose eps is that of the builder.
         named = {name for name in known if isinstance(model.get_submodule(name), (nn.BatchNorm2d, FrozenBatchNorm2d))}
@@ -83,3 +95,7 @@ class DetectorDescription:
             raise ModelError("batch_norm_eps does not name the model's batch norms")
         set_batch_norm_eps(model, self.batch_norm_eps)
         return swap_crop_head(model) if self.crop == "affine" else model
+
+    def _untrained(self) -> FasterRCNN:
+        model = build_detector(self.settings, len(self.category_ids), pretrained=False)
+        return model if self.refinement is None else add_refinement(model, self.refinement)

@@ -25,6 +25,8 @@ from detector.pretrained.hub import CARD, CONFIG, WEIGHTS, fetch
 from detector.pretrained.image_tensors import ImageLike, batches_of_one_size, image_tensor
 from detector.pretrained.model_card import is_generated, model_card
 from detector.rcnn.swap import restore_roi_align, swap_crop_head
+from detector.refinement.attach import refinement_of
+from detector.refinement.head import Refinement
 from detector.text import short
 
 BATCH_SIZE = 8  # of a list of images, those of one size that follow one another
@@ -77,6 +79,11 @@ class PretrainedDetector(
         if heads is None:
             return None
         return "affine" if isinstance(heads.box_roi_pool, MultiScaleAffineCrop) else "roi_align"
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """That of its boxes, ``None`` if it has none. ``refinement.enabled = False`` leaves them as they were."""
+        return refinement_of(self.model)
 
     def crop_by(self, crop: Crop) -> None:
         """Swap the affine crop in, or out.
@@ -205,7 +212,12 @@ class PretrainedDetector(
         # Where the weights came from is nobody's business: the name is kept, the folder is not.
         settings = replace(self.settings, weights=self.settings.weights and Path(self.settings.weights).name)
         description = DetectorDescription(
-            settings, self.crop, self.category_ids, self.category_names, batch_norm_eps(self.model)
+            settings,
+            self.crop,
+            self.category_ids,
+            self.category_names,
+            batch_norm_eps(self.model),
+            None if self.refinement is None else self.refinement.config,
         )
         # Not the mixin's own, which deletes config.json before the rest is written, and leaves old scores in a card.
         write_atomically(folder / WEIGHTS, safetensors.torch.save(weights))

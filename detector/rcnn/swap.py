@@ -11,6 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from detector.crop.crop import Sampler, check_sampler
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.rcnn.box_gradient import BoxGradient
+from detector.rcnn.classes import mix_in, refuse_own_forward, take_out
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.rcnn.rpn import AttachedRPN
 
@@ -45,11 +46,10 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
         raise TypeError(f"box_gradient must be a BoxGradient, got {box_gradient!r}")
     if sampler is not None:
         check_sampler(sampler)
-    rpn, heads, pools = _parts(model)
-    for part, stock, attached in ((rpn, RegionProposalNetwork, AttachedRPN), (heads, RoIHeads, AttachedRoIHeads)):
-        _refuse_own_forward(part, stock, attached)
-    for pool in pools:
-        _refuse_own_forward(pool, MultiScaleRoIAlign, MultiScaleAffineCrop)
+    rpn, heads, pools = parts_of(model)
+    stocks = (RegionProposalNetwork, RoIHeads, *[MultiScaleRoIAlign] * len(pools))
+    for part, stock in zip((rpn, heads, *pools), stocks):
+        refuse_own_forward(part, stock)
     for pool in pools:
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop
@@ -57,8 +57,8 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
             pool.sampler = sampler
         # A transform of the user's own may pad in a way that only the maps tell.
         pool.size_divisible = getattr(model.transform, "size_divisible", None)
-    _attach(rpn, AttachedRPN, RegionProposalNetwork)
-    _attach(heads, AttachedRoIHeads, RoIHeads)
+    mix_in(rpn, AttachedRPN, RegionProposalNetwork)
+    mix_in(heads, AttachedRoIHeads, RoIHeads)
     rpn.box_gradient = heads.box_gradient = box_gradient
     rpn.warmup_step = 0
     return model
@@ -77,7 +77,7 @@ def restore_roi_align(model: Model) -> Model:
         TypeError: as :func:`swap_crop_head`.
         ValueError: a pool was built with ``aligned=True``, which torchvision's pooler cannot do.
     """
-    rpn, heads, pools = _parts(model)
+    rpn, heads, pools = parts_of(model)
     pools = [pool for pool in pools if isinstance(pool, MultiScaleAffineCrop)]
     if any(pool.aligned for pool in pools):
         raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
@@ -85,12 +85,20 @@ def restore_roi_align(model: Model) -> Model:
         pool.__class__ = MultiScaleRoIAlign
         for name in ("aligned", "sampler", "size_divisible"):
             pool.__dict__.pop(name, None)
-    _detach(rpn, AttachedRPN)
-    _detach(heads, AttachedRoIHeads)
+    take_out(rpn, AttachedRPN)
+    take_out(heads, AttachedRoIHeads)
+    for part in (rpn, heads):
+        for name in ("box_gradient", "warmup_step", "_drawn"):
+            part.__dict__.pop(name, None)
     return model
 
 
-def _parts(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[MultiScaleRoIAlign]]:
+def parts_of(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[MultiScaleRoIAlign]]:
+    """The RPN, the RoI heads and the pools of a torchvision R-CNN.
+
+    Raises:
+        TypeError: the model is none, or a pool is of another class.
+    """
     if not isinstance(model, GeneralizedRCNN) or not isinstance(getattr(model, "roi_heads", None), RoIHeads):
         raise TypeError(
             f"{type(model).__name__} has no RoI pooler to swap: the model must be a torchvision Faster, Mask or "
@@ -106,24 +114,3 @@ def _parts(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[Mult
                 "MultiScaleRoIAlign can be swapped"
             )
     return model.rpn, heads, pools
-
-
-def _refuse_own_forward(part: nn.Module, stock: type[nn.Module], attached: type[nn.Module]) -> None:
-    """Of the part's class, or set on the instance: it would run instead of ours, without a word."""
-    if type(part).forward not in (stock.forward, attached.forward) or "forward" in part.__dict__:
-        raise TypeError(f"{type(part).__name__} has a forward of its own, which the swap cannot see into")
-
-
-def _attach(module: nn.Module, attached: type[nn.Module], stock: type[nn.Module]) -> None:
-    """Change a module's class to ``attached``, in front of a user's own subclass of ``stock`` if it is one."""
-    kind = type(module)
-    if not isinstance(module, attached):
-        module.__class__ = attached if kind is stock else type(f"Attached{kind.__name__}", (attached, kind), {})
-
-
-def _detach(module: nn.Module, attached: type[nn.Module]) -> None:
-    if isinstance(module, attached):
-        classes = type(module).__mro__
-        module.__class__ = classes[classes.index(attached) + 1]
-        for name in ("box_gradient", "warmup_step", "_drawn"):
-            module.__dict__.pop(name, None)

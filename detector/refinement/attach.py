@@ -1,0 +1,141 @@
+"""Add a refinement to a torchvision R-CNN that exists already, train it alone, and take it out again."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from detector.rcnn.classes import mix_in, refuse_own_forward, take_out
+from detector.rcnn.roi_heads import AttachedRoIHeads
+from detector.rcnn.swap import parts_of
+from detector.refinement.config import RefinementConfig
+from detector.refinement.head import Refinement
+from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
+from detector.refinement.roi_heads import RefinedRoIHeads
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) -> Model:
+    """Let a torchvision R-CNN refine its detections, in place. Until it is trained they stay what they are.
+
+    The detector's own parameters, buffers and ``state_dict`` keys stay; those of the refinement lie under
+    ``roi_heads.refinement.`` They are trained alone by :func:`refinement_losses`, which takes minutes, or beside the
+    detector's own by its usual call. ``model.roi_heads.refinement.enabled = False`` is the detector as it was.
+
+    Args:
+        model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, stock or swapped, from a builder or
+            built by hand.
+        config: the settings. Those of a refinement that is there already are changed, and its weights kept, unless
+            the number of stages is another one.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: the model has no RoI pooler, or RoI heads that cannot be refined.
+    """
+    if not isinstance(config, RefinementConfig):
+        raise TypeError(f"config must be a RefinementConfig, got {config!r}")
+    _, heads, pools = parts_of(model)
+    refuse_own_forward(heads, RoIHeads)
+    if not isinstance(getattr(heads.box_predictor, "cls_score", None), nn.Linear):
+        raise TypeError(f"{type(heads.box_predictor).__name__} has no linear cls_score, whose input could be read")
+    known = getattr(heads, "refinement", None)
+    if known is None or len(known.stages) != config.stages:
+        refinement = Refinement(heads, config, size_divisible=getattr(model.transform, "size_divisible", None))
+        like = next(model.parameters())
+        heads.refinement = refinement.to(like.device).train(model.training)
+    heads.refinement.configure(config)
+    with _without_swap(heads):
+        mix_in(heads, RefinedRoIHeads, RoIHeads)
+    return model
+
+
+def remove_refinement(model: Model) -> Model:
+    """Undo :func:`add_refinement`, in place; a model without a refinement is left as it is."""
+    _, heads, _ = parts_of(model)
+    if isinstance(heads, RefinedRoIHeads):
+        with _without_swap(heads):
+            take_out(heads, RefinedRoIHeads)
+        del heads.refinement
+        heads.__dict__.pop("_features", None)
+    return model
+
+
+def refinement_of(model: nn.Module) -> Refinement | None:
+    """The refinement of a model, or ``None``."""
+    return getattr(getattr(model, "roi_heads", None), "refinement", None)
+
+
+def freeze_detector(model: nn.Module) -> list[nn.Parameter]:
+    """Let nothing be trained but the refinement; returns its parameters."""
+    model.requires_grad_(False)
+    refinement = refinement_of(model)
+    assert refinement is not None
+    refinement.requires_grad_(True)
+    return list(refinement.parameters())
+
+
+def refinement_losses(
+    model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The losses of the refinement alone, on the features and the detections of the detector as it is.
+
+    The detector runs in eval mode and without a graph, whatever mode it is in; it learns nothing.
+
+    Args:
+        model: a detector with a refinement.
+        images: [3, H, W] each, in 0..1.
+        targets: for each image ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels. Their labels are not looked at: the
+            refinement is the same for all classes.
+
+    Returns:
+        ``loss_refinement_box`` and ``loss_refinement_fit``.
+
+    Raises:
+        TypeError: the model has no refinement.
+    """
+    refinement = refinement_of(model)
+    if refinement is None:
+        raise TypeError(f"{type(model).__name__} has no refinement: call add_refinement first")
+    with _frozen(model, refinement), torch.no_grad():
+        inputs, resized = model.transform(list(images), [{"boxes": t["boxes"]} for t in targets])
+        features = model.backbone(inputs.tensors)
+        if isinstance(features, Tensor):
+            features = OrderedDict([("0", features)])
+        proposals, _ = model.rpn(inputs, features)
+        found, _ = model.roi_heads(features, proposals, inputs.image_sizes)
+    truth = [target["boxes"] for target in resized]
+    boxes, matched = boxes_to_learn_from([one["boxes"] for one in found], truth, inputs.image_sizes, refinement)
+    return unrolled_losses(refinement, features, boxes, matched, inputs.image_sizes)
+
+
+@contextmanager
+def _frozen(model: nn.Module, refinement: Refinement) -> Iterator[None]:
+    """The detector without its refinement, in eval mode; then each module has the mode that it had."""
+    modes, enabled = [(module, module.training) for module in model.modules()], refinement.enabled
+    model.eval()
+    refinement.enabled = False
+    try:
+        yield
+    finally:
+        refinement.enabled = enabled
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _without_swap(heads: RoIHeads) -> Iterator[None]:
+    """The swap's mix-in is always the outermost, so that each can be taken out by itself."""
+    swapped = isinstance(heads, AttachedRoIHeads)
+    take_out(heads, AttachedRoIHeads)
+    try:
+        yield
+    finally:
+        if swapped:
+            mix_in(heads, AttachedRoIHeads, RoIHeads)

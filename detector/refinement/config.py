@@ -1,0 +1,83 @@
+"""The settings of a refinement: how often boxes are looked at again, how far they climb, and how that is learned."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from detector.rcnn.box_gradient import BoxGradient
+
+MOST = 100  # of anything that is done over and over: the settings may come from a file that anybody wrote
+
+
+@dataclass(frozen=True)
+class RefinementConfig:
+    """How detections are refined, and how that is trained; plain values, kept in every checkpoint.
+
+    A small head crops the detector's own feature maps at a box and says two things about it: where the object's box is
+    (four deltas, whatever the class) and how well this one fits (the IoU that it expects). **Looking again** moves the
+    box by the deltas, and does so ``looks`` times, each time with a new crop. **Climbing** then follows the gradient of
+    the fit through the crop (Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection",
+    2018, section 3.3), ``climbs`` steps at most.
+
+    Args:
+        looks: how often a box is looked at again, 0 for not at all.
+        climbs: the most steps that a box climbs the fit, 0 for none.
+        step_size: of a climb: sides move by ``step_size * gradient`` in units of the box's sides, at most 5 % of them.
+        score_threshold: detections with a lower score are left as they are,
+        boxes_per_image: and so are all but so many of an image, the best ones.
+        fit_power: alpha of ``score * fit ** alpha``, the score that refined detections are ranked by; 0: as it is.
+        fit_nms: of refined boxes of a class that overlap too much for the detector the one that fits best is kept, with the
+            best score of them.
+        sampling: how the head crops, see :func:`~detector.affine_crop`.
+        stages: sets of weights, one for each look; further looks share the last. With more than one, each learns from
+            boxes of a higher IoU, as in a cascade.
+        train_looks: how often a box is looked at again in training; the losses of all looks are summed.
+        box_gradient: how the losses of later looks flow into the earlier ones' boxes: ``crop`` and ``coder`` scale the
+            two paths (both 0: boxes are constants between the looks), ``bound`` holds what comes back at a box's deltas
+            to a share of the gradient of that look's own loss there.
+        boxes_per_object: jittered copies of each true box to learn from,
+        train_boxes: but no more than so many boxes an image.
+        jitter: how far off they are: centre and logarithm of the size by a normal deviate times up to so much.
+        min_iou: only boxes with this IoU, or more, with the truth are learned from.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    looks: int = 2
+    climbs: int = 0
+    step_size: float = 0.03
+    score_threshold: float = 0.05
+    boxes_per_image: int = 100
+    fit_power: float = 0.0
+    fit_nms: bool = False
+    sampling: Literal["points", "exact"] = "points"
+    stages: int = 1
+    train_looks: int = 3
+    box_gradient: BoxGradient = BoxGradient.exact()
+    boxes_per_object: int = 8
+    train_boxes: int = 64
+    jitter: float = 0.35
+    min_iou: float = 0.3
+
+    def __post_init__(self) -> None:
+        whole = {"looks": 0, "climbs": 0, "stages": 1, "train_looks": 1, "boxes_per_object": 1, "train_boxes": 1}
+        for name, least in (whole | {"boxes_per_image": 1}).items():
+            value = getattr(self, name)
+            most = 10_000 if name.endswith(("boxes", "image")) else MOST
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"refinement.{name} must be a whole number from {least} to {most}, got {value!r}")
+        ranges = {"step_size": (0, 10), "score_threshold": (0, 1), "fit_power": (0, 10), "jitter": (0, 1)}
+        for name, (low, high) in (ranges | {"min_iou": (0, 1)}).items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ValueError(f"refinement.{name} must be a number from {low} to {high}, got {value!r}")
+        if self.sampling not in ("points", "exact"):
+            raise ValueError(f"refinement.sampling must be points or exact, got {self.sampling!r}")
+        if not isinstance(self.box_gradient, BoxGradient):
+            raise ValueError(f"refinement.box_gradient must be a BoxGradient, got {self.box_gradient!r}")
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "RefinementConfig":
+        """What ``dataclasses.asdict`` made of one. Raises ValueError, TypeError or LookupError if it is not."""
+        gradient = fields["box_gradient"]
+        return cls(**{**fields, "box_gradient": BoxGradient(**{**gradient, "losses": tuple(gradient["losses"])})})
