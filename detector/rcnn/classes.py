@@ -12,9 +12,8 @@ def mix_in(module: nn.Module, mixin: type[nn.Module], stock: type[nn.Module]) ->
 
 def take_out(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Undo :func:`mix_in`; of several mix-ins the last one first."""
-    if isinstance(module, mixin):
-        classes = type(module).__mro__
-        module.__class__ = classes[classes.index(mixin) + 1]
+    classes = type(module).__mro__
+    module.__class__ = classes[classes.index(mixin) + 1]
 
 
 def refuse_own_forward(part: nn.Module, stock: type[nn.Module]) -> None:

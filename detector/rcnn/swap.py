@@ -85,11 +85,11 @@ def restore_roi_align(model: Model) -> Model:
         pool.__class__ = MultiScaleRoIAlign
         for name in ("aligned", "sampler", "size_divisible"):
             pool.__dict__.pop(name, None)
-    take_out(rpn, AttachedRPN)
-    take_out(heads, AttachedRoIHeads)
-    for part in (rpn, heads):
-        for name in ("box_gradient", "warmup_step", "_drawn"):
-            part.__dict__.pop(name, None)
+    for part, attached in ((rpn, AttachedRPN), (heads, AttachedRoIHeads)):
+        if isinstance(part, attached):
+            take_out(part, attached)
+            for name in ("box_gradient", "warmup_step", "_drawn"):
+                part.__dict__.pop(name, None)
     return model
 
 

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
 from detector.refinement.roi_heads import RefinedRoIHeads
 
 Model = TypeVar("Model", bound=nn.Module)
+DEFAULT = RefinementConfig()
 
 
-def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) -> Model:
+def add_refinement(model: Model, config: RefinementConfig = DEFAULT) -> Model:
     """Let a torchvision R-CNN refine its detections, in place. Until it is trained they stay what they are.
 
     The detector's own parameters, buffers and ``state_dict`` keys stay; those of the refinement lie under
@@ -41,7 +42,7 @@ def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) 
     """
     if not isinstance(config, RefinementConfig):
         raise TypeError(f"config must be a RefinementConfig, got {config!r}")
-    _, heads, pools = parts_of(model)
+    _, heads, _ = parts_of(model)
     refuse_own_forward(heads, RoIHeads)
     if not isinstance(getattr(heads.box_predictor, "cls_score", None), nn.Linear):
         raise TypeError(f"{type(heads.box_predictor).__name__} has no linear cls_score, whose input could be read")
@@ -81,9 +82,7 @@ def freeze_detector(model: nn.Module) -> list[nn.Parameter]:
     return list(refinement.parameters())
 
 
-def refinement_losses(
-    model: nn.Module, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
-) -> dict[str, Tensor]:
+def refinement_losses(model: Any, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The losses of the refinement alone, on the features and the detections of the detector as it is.
 
     The detector runs in eval mode and without a graph, whatever mode it is in; it learns nothing.
@@ -116,7 +115,7 @@ def refinement_losses(
 
 
 @contextmanager
-def _frozen(model: nn.Module, refinement: Refinement) -> Iterator[None]:
+def _frozen(model: Any, refinement: Refinement) -> Iterator[None]:
     """The detector without its refinement, in eval mode; then each module has the mode that it had."""
     modes, enabled = [(module, module.training) for module in model.modules()], refinement.enabled
     model.eval()
@@ -133,7 +132,8 @@ def _frozen(model: nn.Module, refinement: Refinement) -> Iterator[None]:
 def _without_swap(heads: RoIHeads) -> Iterator[None]:
     """The swap's mix-in is always the outermost, so that each can be taken out by itself."""
     swapped = isinstance(heads, AttachedRoIHeads)
-    take_out(heads, AttachedRoIHeads)
+    if swapped:
+        take_out(heads, AttachedRoIHeads)
     try:
         yield
     finally:

@@ -25,8 +25,8 @@ class RefinementConfig:
         score_threshold: detections with a lower score are left as they are,
         boxes_per_image: and so are all but so many of an image, the best ones.
         fit_power: alpha of ``score * fit ** alpha``, the score that refined detections are ranked by; 0: as it is.
-        fit_nms: of refined boxes of a class that overlap too much for the detector the one that fits best is kept, with the
-            best score of them.
+        fit_nms: of refined boxes of a class that overlap too much for the detector the one that fits best is kept, with
+            the best score of them.
         sampling: how the head crops, see :func:`~detector.affine_crop`.
         stages: sets of weights, one for each look; further looks share the last. With more than one, each learns from
             boxes of a higher IoU, as in a cascade.

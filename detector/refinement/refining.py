@@ -54,7 +54,7 @@ def refine(
     for b, s, la, f in zip(refined, scores, labels, fit):
         if config.fit_nms:
             kept = batched_nms(b, f, la, nms_threshold)
-            # The best fitting box of a group stands for it, with the group's best score (Jiang et al. 2018, section 3.2)
+            # The best fitting box of a group stands for it, with the group's best score (Jiang et al., section 3.2).
             groups = (box_iou(b[kept], b) > nms_threshold) & (la[kept][:, None] == la)
             groups[torch.arange(len(kept)), kept] = True
             b, s, la = b[kept], torch.where(groups, s, 0).amax(dim=1), la[kept]

@@ -46,4 +46,6 @@ class RefinedRoIHeads(RoIHeads):
         found = super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
         if not self.refinement.enabled or self._features is None:
             return found
-        return refine(self.refinement, self._features, *found, image_shapes, nms_threshold=self.nms_thresh)
+        boxes, scores, labels = found
+        threshold = self.nms_thresh
+        return refine(self.refinement, self._features, boxes, scores, labels, image_shapes, nms_threshold=threshold)
