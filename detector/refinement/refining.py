@@ -48,7 +48,7 @@ def refine(
     fit = [torch.cat([f, torch.zeros_like(s[len(f) :])]) for s, f in zip(scores, fit)]
     ranked = []
     for b, s, la, f in zip(refined, scores, labels, fit):
-        if config.fit_nms:
+        if config.fit_nms and len(b):
             kept = batched_nms(b, f, la, nms_threshold)
             # The best fitting box of a group stands for it, with the group's best score (Jiang et al., section 3.2).
             groups = (box_iou(b[kept], b) > nms_threshold) & (la[kept][:, None] == la)
