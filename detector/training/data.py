@@ -142,7 +142,7 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def _open_images(self) -> None:
         """Open all images: one that cannot be read would end the run when it comes to it, perhaps hours later."""
-        splits = ((self.train_split, self.train_set), (self.val_split, self.val_set))
+        splits = self._used()
         check = {name: self._check(name) for name, _ in splits}
         pixels = sum(image["width"] * image["height"] for _, data in splits for image in data.coco.imgs.values())
         if pixels > OPENED_PIXELS and not self.skip_broken:
@@ -162,6 +162,9 @@ class CocoDataModule(lightning.LightningDataModule):
             lists = " and ".join(check[name] for name, _, _ in broken)
             raise DataError(f"{first}{more}: {lists} shows all; --data.skip_broken true trains without them")
         self.notes += [f"{name}: {data.leave_out(reasons)}" for name, data, reasons in broken]
+
+    def _used(self) -> list[tuple[str, CocoDetection]]:
+        return [(self.train_split, self.train_set), (self.val_split, self.val_set)]
 
     @rank_zero_only
     def _say_what_is_shared(self) -> None:
@@ -225,17 +228,21 @@ class CocoDataModule(lightning.LightningDataModule):
         }
 
     def _training_batches(self) -> TrainingBatches:
+        return TrainingBatches(**self._order())
+
+    def _order(self) -> dict[str, Any]:
+        """What the batches are made of, and where a run goes on."""
         ranks, rank = self._ranks()
         images = [self.train_set.coco.imgs[image_id] for image_id in self.train_set.image_ids]
-        return TrainingBatches(
-            [image["width"] >= image["height"] or not self.group_by_shape for image in images],
-            self.batch_size,
-            seed=self.seed,
-            ranks=ranks,
-            rank=rank,
-            epoch=self._position.get("epoch", 0),
-            start=self._position.get("batches", 0),
-        )
+        return {
+            "wide": [image["width"] >= image["height"] or not self.group_by_shape for image in images],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "ranks": ranks,
+            "rank": rank,
+            "epoch": self._position.get("epoch", 0),
+            "start": self._position.get("batches", 0),
+        }
 
     def _loader(self, dataset: CocoDetection, batches: Sampler[Any]) -> DataLoader[Batch]:
         return DataLoader(

@@ -105,7 +105,7 @@ class Run:
         callbacks: list[Callback] = [
             self.checkpoints,
             self.divergence,
-            BoxGradientGuard(),
+            *self._watches(),
             RunRecord(self.folder, self.checkpoint),
             StepTimes(self.checkpoints),
         ]
@@ -128,6 +128,9 @@ class Run:
             "callbacks": [*theirs, *callbacks],
             "plugins": [*_as_list(given.get("plugins")), AtomicCheckpointIO()],
         }
+
+    def _watches(self) -> list[Callback]:
+        return [BoxGradientGuard()]
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
         """Train, or go on, then score; see :func:`fit`."""
