@@ -12,6 +12,7 @@ from detector.data.dataset import CocoDetection
 from detector.errors import DataError
 from detector.seeds import seed_of
 from detector.training.data import CocoDataModule
+from detector.training.failures import REFINE
 
 SHARE, LEAST, MOST = 0.2, 5, 200  # of the images, held apart
 FEWEST = 25  # images, of which some can be spared
@@ -31,6 +32,8 @@ class RefinementData(CocoDataModule):
             none where there are fewer than 25.
         train_split, options: see :class:`CocoDataModule`.
     """
+
+    advice = REFINE
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from detector.pretrained.detector import PretrainedDetector, digest_of
 from detector.pretrained.initial_weights import REFINEMENT
 from detector.refinement.attach import DEFAULT, add_refinement, freeze_detector, refinement_losses
 from detector.refinement.config import RefinementConfig
-from detector.training.failures import TrainingError
+from detector.training.failures import REFINE, TrainingError
 from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
 
@@ -33,6 +33,8 @@ class RefinementTask(DetectionTask):
     Raises:
         ModelError: the detector cannot be refined, or could not be saved.
     """
+
+    advice = REFINE
 
     def __init__(
         self,
@@ -72,4 +74,6 @@ class RefinementTask(DetectionTask):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if checkpoint.get("refined_weights") != self.base:
-            raise TrainingError("the checkpoint refines another detector: give the one that it began with")
+            raise TrainingError(
+                f"the checkpoint refines another detector: give the one that it began with{REFINE.anew}"
+            )

@@ -30,7 +30,7 @@ from detector.refinement.attach import add_refinement
 from detector.refinement.config import RefinementConfig
 from detector.seeds import drawn_from, seed_of
 from detector.training.data import Batch, CocoDataModule
-from detector.training.failures import ANEW, TrainingError
+from detector.training.failures import TRAIN, TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
 
 
@@ -47,6 +47,8 @@ class DetectionTask(lightning.LightningModule):
         refinement: let the boxes refine themselves, and learn that beside the detector, from the start.
             tools/refine.py adds it to a detector that is trained already.
     """
+
+    advice = TRAIN
 
     def __init__(
         self,
@@ -104,7 +106,7 @@ class DetectionTask(lightning.LightningModule):
             values = {name: loss.item() for name, loss in losses.items()}
             raise TrainingError(
                 f"the loss is not finite in step {self.global_step}, on images {self.image_ids}: {values}. Start "
-                "again with a lower --model.optimizer.lr, or with --trainer.gradient_clip_val"
+                f"again with a lower {self.advice.rate}{self.advice.clip}"
             )
         size = len(images)
         self.log("train/loss", total, prog_bar=True, batch_size=size)
@@ -215,7 +217,7 @@ class DetectionTask(lightning.LightningModule):
             if _plain(before.get(name)) != _plain(value):
                 raise TrainingError(
                     f"the checkpoint was trained with {name} {before.get(name)}, this run has {value}: go on with the "
-                    f"same{ANEW}"
+                    f"same{self.advice.anew}"
                 )
 
     def _check_resumed(self, images: int, steps: int) -> None:
@@ -227,19 +229,19 @@ class DetectionTask(lightning.LightningModule):
             if _plain(before) != _plain(now):
                 raise TrainingError(
                     f"the checkpoint was trained with optimizer.{name} {before}, this run has {now}: go on with the "
-                    f"same{ANEW}"
+                    f"same{self.advice.anew}"
                 )
         before = self._resumed["images_per_step"]
         if before != images:
             raise TrainingError(
                 f"the checkpoint was trained on {before} images a step, this run has {images}: go on with the same "
-                f"devices x --data.batch_size x --trainer.accumulate_grad_batches{ANEW}"
+                f"devices x {self.advice.images}{self.advice.anew}"
             )
         before = self._resumed["steps"]
         if before != steps and self.optimizer.schedule != "multistep":
             raise TrainingError(
                 f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has "
-                f"{steps}: go on with the same data and --trainer.max_epochs{ANEW}"
+                f"{steps}: go on with the same data and {self.advice.length}{self.advice.anew}"
             )
 
     def _steps(self) -> tuple[int, int]:

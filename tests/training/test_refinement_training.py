@@ -1,7 +1,12 @@
 """tools/refine.py from end to end on a handful of digits, and a refinement that is trained beside its detector."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ pytest.importorskip("timm")
 
 from support.commands import refused, score
 from support.runs import assert_equal
-from support.tiny_detector import tiny_checkpoint
+from support.tiny_detector import SETTINGS, tiny_checkpoint
 from support.tiny_training import REPOSITORY, TINY
 
 from detector.command_line.predict import main as predict
@@ -24,8 +29,10 @@ from detector.errors import ModelError
 from detector.evaluation import evaluate
 from detector.evaluation.choosing import best_refinement, score_refinements
 from detector.evaluation.running import run_detector
+from detector.models.build import build_detector
+from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
-from detector.refinement import RefinementConfig
+from detector.refinement import RefinementConfig, add_refinement
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement_data import RefinementData, RepeatedBatches, held_apart
 from detector.training.refinement_run import fit_refinement
@@ -163,6 +170,11 @@ def test_batches_of_several_epochs_are_one(count, epochs):
     assert [batch[0][0] for batch in whole] == [number // 2 for number in range(len(whole))]
     rest = RepeatedBatches(count=count, epochs=epochs, **options, start=1)
     assert list(rest) == list(whole)[1:]
+    one, other = (
+        RepeatedBatches(count=count, epochs=epochs * 2, **(options | {"batch_size": 1}), ranks=2, rank=r)
+        for r in (0, 1)
+    )
+    assert [a + b for a, b in zip(one, other, strict=True)][: len(whole)] == list(whole)
 
 
 def fit(base, digits, folder, *, steps=4, config=None, data=None, **options):
@@ -308,3 +320,94 @@ def test_a_detector_is_trained_with_its_refinement_from_the_start(digits, base, 
     begin += [f"--model.detector.weights={tmp_path / 'run'}", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
     train([*begin, f"--run_dir={tmp_path / 'without'}"])
     assert load_detector(tmp_path / "without").refinement is None
+
+
+def test_a_loss_that_is_not_finite_names_the_flags_of_this_tool(base, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(RefinementTask, "losses", lambda *arguments: {"loss": torch.tensor(torch.nan)})
+    with pytest.raises(TrainingError, match=r"not finite in step 0, .*Start again with a lower --lr$"):
+        fit(base, digits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_is_named_before_the_first_step(base, digits, tmp_path):
+    root = with_annotations(digits, tmp_path / "data", lambda content: None)
+    (root / "train").unlink()
+    shutil.copytree(digits / "train", root / "train")
+    broken = sorted((root / "train").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:50])
+    with refused(rf"{broken.name}.*tools/check\.py .* shows all$", code=1):
+        refine(base, root, run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("other", ["refined", "unrefined"])
+def test_a_training_begins_with_the_refinement_of_its_weights_or_with_their_box_head(refined, base, other):
+    weights = refined / "checkpoints" / "last.ckpt" if other == "refined" else base
+    settings = replace(SETTINGS, weights=str(weights))
+    torch.manual_seed(1)
+    model = add_refinement(build_detector(settings, 10, pretrained=False), RefinementConfig(stages=1))
+    load_initial_weights(model, settings, DIGITS)
+    if other == "refined":
+        ours, theirs = model.roi_heads.state_dict(), load_detector(refined).model.roi_heads.state_dict()
+        assert_equal(dict(ours), dict(theirs))
+    else:
+        head, trunk = model.roi_heads.box_head, model.roi_heads.refinement.stages[0].trunk
+        assert_equal(trunk.state_dict(), head.state_dict())
+        assert_equal(head.state_dict(), load_detector(base).model.roi_heads.box_head.state_dict())
+
+
+def run(command):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["by the tool", "by torchrun"])
+def test_two_processes(launched, base, digits, tmp_path):
+    flags = ["tools/refine.py", f"--checkpoint={base}", f"--root={digits}", "--train_split=train", "--split=val"]
+    flags += ["--device=cpu", "--workers=0", "--max_steps=2", "--batch_size=2", f"--run_dir={tmp_path / 'run'}"]
+    if launched == "by torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags]
+    else:
+        command = [sys.executable, *flags, "--devices=2"]
+    done = run(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("before   after") == 1
+    assert (tmp_path / "run" / "scores.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["affine_crop_rcnn"]["images_per_step"] == 4
+    assert_equal({k: v for k, v in weights_of(last).items() if ".refinement." not in k}, weights_of(base))
+
+
+KILLED = """
+import os, signal, sys
+from detector.training.{module} import {owner}
+step = {owner}.{name}
+def killed(self, *arguments):
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+{owner}.{name} = killed
+from detector.command_line.refine import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_as_one_never_killed(refined, base, digits, tmp_path):
+    flags = [f"--checkpoint={base}", f"--root={digits}", "--train_split=train", "--split=val", "--device=cpu"]
+    flags += ["--workers=0", "--max_steps=3", "--save_every=1", f"--run_dir={tmp_path / 'run'}"]
+    owners = [
+        {"module": "refinement_task", "owner": "RefinementTask", "name": "training_step", "when": "arguments[1] == 2"},
+        {"module": "refinement_run", "owner": "RefinementRun", "name": "_choose", "when": "True"},
+    ]
+    for owner in owners:
+        done = run([sys.executable, "-c", KILLED.format(**owner), *flags])
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        flags.append("--ckpt_path=last")
+    assert main(flags) == 0
+    ours, theirs = tmp_path / "run", refined
+    assert_equal(*(weights_of(folder / "checkpoints" / "last.ckpt") for folder in (ours, theirs)))
+    for name in ("scores.json", "chosen.json"):
+        assert json.loads((ours / name).read_text()) == json.loads((theirs / name).read_text())
