@@ -22,6 +22,7 @@ WORK = {
     "detector.command_line.eval": "detector.command_line.evaluating",
     "detector.command_line.browse": "detector.command_line.browsing",
     "detector.command_line.export": "detector.command_line.exporting",
+    "detector.command_line.refine": "detector.command_line.refining",
     "detector.command_line.predict": "detector.command_line.predicting",
     "detector.command_line.train": "detector.command_line.training",
 }

@@ -43,7 +43,7 @@ class TrainingBatches(Sampler[list[Item]]):
         self.wide = torch.tensor(wide, dtype=torch.bool)
         self.batch_size, self.seed, self.ranks, self.rank = batch_size, seed, ranks, rank
         self.epoch = self._first_epoch = epoch
-        self._start = start
+        self.start = start
 
     @property
     def sampler(self) -> "TrainingBatches":
@@ -59,7 +59,7 @@ class TrainingBatches(Sampler[list[Item]]):
         return max(len(self.wide) // (self.batch_size * self.ranks), 1)
 
     def __iter__(self) -> Iterator[list[Item]]:
-        start = self._start if self.epoch == self._first_epoch else 0
+        start = self.start if self.epoch == self._first_epoch else 0
         for indices in self.batches(self.epoch)[start:]:
             yield [(self.epoch, index) for index in indices]
 

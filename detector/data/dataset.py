@@ -1,6 +1,6 @@
 """Images and boxes of a split in COCO's layout, as torchvision's detectors are trained on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -86,6 +86,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.targets = [(boxes[label_of[old] > 0], label_of[old][label_of[old] > 0]) for boxes, old in self.targets]
         self.category_ids, self.category_names = list(category_ids), list(category_names)
 
+    def keep(self, image_ids: Collection[int]) -> None:
+        """Go on with these images alone, in the order that they have here; :attr:`coco` still knows the others."""
+        wanted = set(image_ids)
+        kept = [index for index, image_id in enumerate(self.image_ids) if image_id in wanted]
+        self.image_ids = [self.image_ids[index] for index in kept]
+        self.targets = [self.targets[index] for index in kept]
+
     def leave_out(self, broken: Mapping[int, str]) -> str:
         """Go on without some images, of which only :attr:`coco` still knows. Returns a sentence that says so.
 
@@ -95,9 +102,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         names = listed([self.coco.imgs[image_id]["file_name"] for image_id in broken])
         objects = sum(not a["iscrowd"] for image_id in broken for a in self.coco.imgToAnns[image_id])
         what = f"{len(broken):,} of {len(self):,} images cannot be read and are left out"
-        kept = [index for index, image_id in enumerate(self.image_ids) if image_id not in broken]
-        self.image_ids = [self.image_ids[index] for index in kept]
-        self.targets = [self.targets[index] for index in kept]
+        self.keep([image_id for image_id in self.image_ids if image_id not in broken])
         return f"{what} with their objects ({objects:,}): {names} ({next(iter(broken.values()))})"
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:

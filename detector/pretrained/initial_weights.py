@@ -3,6 +3,7 @@
 What fits by name and shape is taken. Of the class predictor that is the rows of the classes with the same name.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from detector.pretrained.loading import CHECKPOINT_KEY, checkpoint_of, detector_
 from detector.text import listed, short
 
 PREDICTOR = "roi_heads.box_predictor."
+REFINEMENT = "roi_heads.refinement."
+BOX_HEAD = re.compile(rf"{re.escape(REFINEMENT)}stages\.\d+\.trunk\.(.*)")  # copies of it
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
 LEAST = 0.5  # of the numbers outside of the predictor that must fit: less is another network
 # What training scripts, and torch.compile, put before each name.
@@ -65,10 +68,14 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
     source = _read(given, config)
     called = f"weights of {given}"
     expected, found = _without_counts(model.state_dict()), _without_counts(source.state)
+    for name in expected.keys() - found.keys():  # a refinement's head begins as the box head of a file without one
+        if (part := BOX_HEAD.fullmatch(name)) and (like := f"roi_heads.box_head.{part[1]}") in found:
+            found[name] = found[like]
     body = {name: value for name, value in expected.items() if not name.startswith(PREDICTOR)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
     with refusing(called):
-        if sum(value.numel() for value in taken.values()) < LEAST * sum(value.numel() for value in body.values()):
+        taken_of_body, whole_body = (_numbers(part) for part in (taken, body))
+        if taken_of_body < LEAST * whole_body:
             rest = {name: value for name, value in found.items() if not name.startswith(PREDICTOR)}
             settings = source.detector and source.detector.settings
             of = f"are of {settings.name} and " if settings else ""
@@ -134,6 +141,11 @@ def _bare(path: Path, content: dict[str, Any]) -> _Source:
         norms = [name.removesuffix(".running_var") for name in state if name.endswith(".running_var")]
         return _Source(state, names, dict.fromkeys(norms, 0.0))
     return _Source(state, names)
+
+
+def _numbers(state: dict[str, Tensor]) -> int:
+    """How many there are of the network, without a refinement of its boxes."""
+    return sum(value.numel() for name, value in state.items() if not name.startswith(REFINEMENT))
 
 
 def _first(lines: list[str], most: int = 3) -> list[str]:

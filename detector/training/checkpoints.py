@@ -20,7 +20,7 @@ from detector.errors import ModelError
 from detector.files import link_atomically, write_atomically
 from detector.models.weights import read_weights
 from detector.pretrained.loading import CHECKPOINT_KEY
-from detector.training.failures import TrainingError
+from detector.training.failures import TRAIN, TrainingError
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -151,9 +151,10 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: lightning.Trainer, name: str) -> None:
         weights: list[torch.Tensor] = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights)):
+            advice = getattr(trainer.lightning_module, "advice", TRAIN)
             raise TrainingError(
                 f"the weights are no longer finite after step {trainer.global_step}: start again with a lower "
-                "--model.optimizer.lr, or with --trainer.gradient_clip_val"
+                f"{advice.rate}{advice.clip}"
             )
         trainer.save_checkpoint(self.folder / name, weights_only=False)
         self.written += 1

@@ -21,7 +21,7 @@ from detector.data.folder import DataFolder, find_root
 from detector.data.shared_images import equal_files
 from detector.errors import DataError
 from detector.signals import ignoring_signals
-from detector.training.failures import ANEW, TrainingError
+from detector.training.failures import TRAIN, TrainingError
 
 MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
 Batch = tuple[list[Tensor], list[Target]]
@@ -62,6 +62,8 @@ class CocoDataModule(lightning.LightningDataModule):
             image ends the run: before its first step where opening all takes seconds, else when it comes to it.
         generate: "digits": write the synthetic set of configs/quickstart.yaml to root first, if it is not there.
     """
+
+    advice = TRAIN
 
     def __init__(
         self,
@@ -142,13 +144,15 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def _open_images(self) -> None:
         """Open all images: one that cannot be read would end the run when it comes to it, perhaps hours later."""
-        splits = ((self.train_split, self.train_set), (self.val_split, self.val_set))
+        splits = self._used()
         check = {name: self._check(name) for name, _ in splits}
         pixels = sum(image["width"] * image["height"] for _, data in splits for image in data.coco.imgs.values())
+        skip = self.advice.skip_broken
         if pixels > OPENED_PIXELS and not self.skip_broken:
+            also = f"; {skip} also leaves broken ones out" if skip else ""
             rank_zero_info(
                 f"The images are not opened before training ({pixels / 1e9:,.0f} gigapixels), which takes a while: "
-                f"{' and '.join(check.values())} do that; --data.skip_broken true also leaves broken ones out"
+                f"{' and '.join(check.values())} do that{also}"
             )
             return
         ranks, rank = self._ranks()
@@ -160,8 +164,12 @@ class CocoDataModule(lightning.LightningDataModule):
             first, *others = (reason for _, _, reasons in broken for reason in reasons.values())
             more = f" (and {len(others):,} more image{'s' * (len(others) > 1)})" if others else ""
             lists = " and ".join(check[name] for name, _, _ in broken)
-            raise DataError(f"{first}{more}: {lists} shows all; --data.skip_broken true trains without them")
+            without = f"; {skip} trains without them" if skip else ""
+            raise DataError(f"{first}{more}: {lists} shows all{without}")
         self.notes += [f"{name}: {data.leave_out(reasons)}" for name, data, reasons in broken]
+
+    def _used(self) -> list[tuple[str, CocoDetection]]:
+        return [(self.train_split, self.train_set), (self.val_split, self.val_set)]
 
     @rank_zero_only
     def _say_what_is_shared(self) -> None:
@@ -212,7 +220,7 @@ class CocoDataModule(lightning.LightningDataModule):
             if before != now:
                 raise TrainingError(
                     f"the checkpoint was trained with {name.replace('_', ' ')} {before}, this run has {now}: go on "
-                    f"with the same data, seed and devices x --data.batch_size{ANEW}"
+                    f"with the same data, seed and devices x {self.advice.images.split()[0]}{self.advice.anew}"
                 )
         self._position = state_dict
 
@@ -225,17 +233,21 @@ class CocoDataModule(lightning.LightningDataModule):
         }
 
     def _training_batches(self) -> TrainingBatches:
+        return TrainingBatches(**self._order())
+
+    def _order(self) -> dict[str, Any]:
+        """What the batches are made of, and where a run goes on."""
         ranks, rank = self._ranks()
         images = [self.train_set.coco.imgs[image_id] for image_id in self.train_set.image_ids]
-        return TrainingBatches(
-            [image["width"] >= image["height"] or not self.group_by_shape for image in images],
-            self.batch_size,
-            seed=self.seed,
-            ranks=ranks,
-            rank=rank,
-            epoch=self._position.get("epoch", 0),
-            start=self._position.get("batches", 0),
-        )
+        return {
+            "wide": [image["width"] >= image["height"] or not self.group_by_shape for image in images],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "ranks": ranks,
+            "rank": rank,
+            "epoch": self._position.get("epoch", 0),
+            "start": self._position.get("batches", 0),
+        }
 
     def _loader(self, dataset: CocoDetection, batches: Sampler[Any]) -> DataLoader[Batch]:
         return DataLoader(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detector.data.results import Result
 from detector.rcnn.box_gradient import BOUND
+from detector.training.failures import TRAIN, Advice
 
 FIRST, BLOCK = 10, 50  # batches; the first ones stand for the loss before anything was learnt
 LONG = 3  # blocks in a row, of which a short burst spoils two
@@ -65,9 +66,10 @@ class Divergence(Callback):
         """What there is to say of the loss as it is now, and what to change; ``None`` if it is not far above."""
         if self.far < LONG or self.best is None or self.now is None:
             return None
-        advice = f"--model.optimizer.lr ({task.optimizer.lr:g}), or --trainer.gradient_clip_val"
+        words: Advice = getattr(task, "advice", TRAIN)
+        advice = f"{words.rate} ({task.optimizer.lr:g}){words.clip.replace('with ', '')}"
         settings = task.box_gradient
-        if task.crop == "affine" and settings.enabled and (settings.bound or inf) > BOUND:
+        if words is TRAIN and task.crop == "affine" and settings.enabled and (settings.bound or inf) > BOUND:
             advice += f", or hold the box gradient back: --model.box_gradient.bound {BOUND}"
         return (
             f"the loss has been {self.now / self.best:.3g} times as high as at its best for {self.far * BLOCK} batches "

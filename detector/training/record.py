@@ -82,6 +82,7 @@ def settings(trainer: lightning.Trainer) -> dict[str, Any]:
         "box_gradient": asdict(task.box_gradient),
         "crop": task.crop,
         "optimizer": asdict(task.optimizer),
+        "refinement": None if task.refinement is None else asdict(task.refinement),
         "trainer": {
             name: getattr(trainer, name)
             for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")

@@ -105,7 +105,7 @@ class Run:
         callbacks: list[Callback] = [
             self.checkpoints,
             self.divergence,
-            BoxGradientGuard(),
+            *self._watches(),
             RunRecord(self.folder, self.checkpoint),
             StepTimes(self.checkpoints),
         ]
@@ -128,6 +128,9 @@ class Run:
             "callbacks": [*theirs, *callbacks],
             "plugins": [*_as_list(given.get("plugins")), AtomicCheckpointIO()],
         }
+
+    def _watches(self) -> list[Callback]:
+        return [BoxGradientGuard()]
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
         """Train, or go on, then score; see :func:`fit`."""
@@ -230,16 +233,16 @@ class Run:
                 upcoming = data.upcoming(2 * max(data.workers, 1))
         except Exception:  # it had not come that far
             pass
-        known = explained(error, trainer.global_step, task.image_ids, upcoming)
+        known = explained(error, trainer.global_step, task.image_ids, upcoming, task.advice)
         if known is None and isinstance(error, (TrainingError, DataError, OSError)):
             known = error
         last = self.checkpoints.last
         if known is None or (known is error and not last.exists() and not isinstance(error, ImageError)):
             return known
         stays = f". The last good checkpoint stays: {last}" if last.exists() else ""
-        if isinstance(error, ImageError) and not data.skip_broken:
+        if isinstance(error, ImageError) and task.advice.skip_broken and not data.skip_broken:
             begins = f" --model.detector.weights {last}" if last.exists() else ""
-            stays += f". To leave such images out, begin a new run: --data.skip_broken true{begins}"
+            stays += f". To leave such images out, begin a new run: {task.advice.skip_broken}{begins}"
         return TrainingError(f"{sentence(known)}{stays}")
 
 

@@ -26,9 +26,11 @@ from detector.pretrained.loading import CHECKPOINT_KEY
 from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.draws import draw_by_image
 from detector.rcnn.swap import swap_crop_head
+from detector.refinement.attach import add_refinement
+from detector.refinement.config import RefinementConfig
 from detector.seeds import drawn_from, seed_of
 from detector.training.data import Batch, CocoDataModule
-from detector.training.failures import ANEW, TrainingError
+from detector.training.failures import TRAIN, TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
 
 
@@ -42,7 +44,11 @@ class DetectionTask(lightning.LightningModule):
         box_gradient: how the losses of the RoI heads move the proposals.
         crop: "affine" is the swapped model; "roi_align" is torchvision's stock one, for comparison.
         optimizer: how the weights are changed.
+        refinement: let the boxes refine themselves, and learn that beside the detector, from the start.
+            tools/refine.py adds it to a detector that is trained already.
     """
+
+    advice = TRAIN
 
     def __init__(
         self,
@@ -50,9 +56,11 @@ class DetectionTask(lightning.LightningModule):
         box_gradient: BoxGradient = BoxGradient(),
         crop: Literal["affine", "roi_align"] = "affine",
         optimizer: OptimizerConfig = OptimizerConfig(),
+        refinement: RefinementConfig | None = None,
     ) -> None:
         super().__init__()
         self.detector, self.box_gradient, self.crop, self.optimizer = detector, box_gradient, crop, optimizer
+        self.refinement = refinement
         self.model: Any = None  # a FasterRCNN, from configure_model on
         self.image_ids: list[int] = []  # of the batch under way
         self.results: list[Result] = []  # on rank 0: of the last scoring, on every image of the val split
@@ -70,6 +78,8 @@ class DetectionTask(lightning.LightningModule):
             with drawn_from(seed_of(self.data.seed)):
                 categories = len(self.data.val_set.category_ids)
                 self.model = build_detector(self.detector, categories, pretrained=not self._starts)
+                if self.refinement is not None:
+                    add_refinement(self.model, self.refinement)
             if self.crop == "affine":
                 swap_crop_head(self.model, self.box_gradient)
 
@@ -89,16 +99,14 @@ class DetectionTask(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        self._draw_by_image(targets, self.current_epoch)
-        if self.crop == "affine":
-            self.model.rpn.warmup_step = self.global_step  # also of a run that goes on, or accumulates batches
-        losses = self.model(images, targets)
+        self.image_ids = [int(target["image_id"]) for target in targets]
+        losses = self.losses(images, targets)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             values = {name: loss.item() for name, loss in losses.items()}
             raise TrainingError(
                 f"the loss is not finite in step {self.global_step}, on images {self.image_ids}: {values}. Start "
-                "again with a lower --model.optimizer.lr, or with --trainer.gradient_clip_val"
+                f"again with a lower {self.advice.rate}{self.advice.clip}"
             )
         size = len(images)
         self.log("train/loss", total, prog_bar=True, batch_size=size)
@@ -106,13 +114,22 @@ class DetectionTask(lightning.LightningModule):
             self.log(f"train/{name}", loss, prog_bar=True, batch_size=size)
         return total
 
+    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a training step brings down."""
+        self._draw_by_image(self.current_epoch)
+        if self.crop == "affine":
+            self.model.rpn.warmup_step = self.global_step  # also of a run that goes on, or accumulates batches
+        return self.model(images, targets)
+
     def on_validation_start(self) -> None:
         self._load_initial_weights()
         self.results = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        self._draw_by_image(targets, 0)  # the same in every epoch: its losses can be compared
+        self.image_ids = [int(target["image_id"]) for target in targets]
+        self._draw_by_image(0)  # the same in every epoch: its losses can be compared
+        torch.manual_seed(seed_of(self.data.seed, *self.image_ids))  # and the refinement's
         detections, losses = detect_with_losses(self.model, images, targets)
         self.results += to_results(detections, self.image_ids, self.data.val_set.category_ids)
         size = len(images)
@@ -153,16 +170,17 @@ class DetectionTask(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values: the file loads with weights_only=True, and nothing in it names a class to import.
-        train_set = self.data.train_set
-        description = DetectorDescription(
-            self.detector, self.crop, train_set.category_ids, train_set.category_names, batch_norm_eps(self.model)
-        )
-        checkpoint[CHECKPOINT_KEY] = description.to_dict() | {
+        checkpoint[CHECKPOINT_KEY] = self.description().to_dict() | {
             "box_gradient": asdict(self.box_gradient),
             "optimizer": asdict(self.optimizer),
             "images_per_step": self.images_per_step,
             "steps": self._steps()[0],
         }
+
+    def description(self) -> DetectorDescription:
+        """What a checkpoint says of the detector in it."""
+        ids, names = self.data.train_set.category_ids, self.data.train_set.category_names
+        return DetectorDescription(self.detector, self.crop, ids, names, batch_norm_eps(self.model), self.refinement)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._starts = False  # the file that the run began from may be gone
@@ -190,14 +208,16 @@ class DetectionTask(lightning.LightningModule):
         # Earlier versions had no bound and no warm-up.
         gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
-        now = {"category_names": self.data.val_set.category_names, "crop": self.crop} | _settings(self.detector)
+        before |= _of_training(description.refinement)
+        now = {"category_names": self.description().category_names, "crop": self.crop} | _settings(self.detector)
+        now |= _of_training(self.refinement)
         if self.crop == "affine" and (self.box_gradient.enabled or BoxGradient(**gradient).enabled):
             now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}
         for name, value in now.items():
             if _plain(before.get(name)) != _plain(value):
                 raise TrainingError(
                     f"the checkpoint was trained with {name} {before.get(name)}, this run has {value}: go on with the "
-                    f"same{ANEW}"
+                    f"same{self.advice.anew}"
                 )
 
     def _check_resumed(self, images: int, steps: int) -> None:
@@ -209,19 +229,19 @@ class DetectionTask(lightning.LightningModule):
             if _plain(before) != _plain(now):
                 raise TrainingError(
                     f"the checkpoint was trained with optimizer.{name} {before}, this run has {now}: go on with the "
-                    f"same{ANEW}"
+                    f"same{self.advice.anew}"
                 )
         before = self._resumed["images_per_step"]
         if before != images:
             raise TrainingError(
                 f"the checkpoint was trained on {before} images a step, this run has {images}: go on with the same "
-                f"devices x --data.batch_size x --trainer.accumulate_grad_batches{ANEW}"
+                f"devices x {self.advice.images}{self.advice.anew}"
             )
         before = self._resumed["steps"]
         if before != steps and self.optimizer.schedule != "multistep":
             raise TrainingError(
                 f"the checkpoint's {self.optimizer.schedule} schedule was made for {before} steps, this run has "
-                f"{steps}: go on with the same data and --trainer.max_epochs{ANEW}"
+                f"{steps}: go on with the same data and {self.advice.length}{self.advice.anew}"
             )
 
     def _steps(self) -> tuple[int, int]:
@@ -241,8 +261,7 @@ class DetectionTask(lightning.LightningModule):
             self._starts = False
             rank_zero_info(load_initial_weights(self.model, self.detector, self.data.val_set.category_names))
 
-    def _draw_by_image(self, targets: list[dict[str, Tensor]], epoch: int) -> None:
-        self.image_ids = [int(target["image_id"]) for target in targets]
+    def _draw_by_image(self, epoch: int) -> None:
         draw_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])
 
 
@@ -254,3 +273,16 @@ def _plain(value: Any) -> Any:
 def _settings(detector: DetectorConfig) -> dict[str, Any]:
     """Those that a run goes on with. Where weights of one's own came from is past: the checkpoint has them."""
     return asdict(detector) | ({"weights": "one's own"} if starts_from_own_weights(detector) else {})
+
+
+# What may change after the training.
+OF_TESTING = {"looks", "climbs", "step_size", "score_threshold", "boxes_per_image", "fit_power", "fit_nms"}
+
+
+def _of_training(refinement: RefinementConfig | None) -> dict[str, Any]:
+    """The settings of a refinement that a run goes on with, by their flags."""
+    if refinement is None:
+        return {"refinement": None}
+    fields = {name: value for name, value in asdict(refinement).items() if name not in OF_TESTING}
+    gradient = {f"box_gradient.{name}": value for name, value in fields.pop("box_gradient").items()}
+    return {"refinement": True} | {f"refinement.{name}": value for name, value in (fields | gradient).items()}

@@ -1,0 +1,99 @@
+"""What ``tools/refine.py`` does."""
+
+import argparse
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from detector.command_line.source import load_source, pick_device
+from detector.command_line.training import resuming_command
+from detector.data.categories import match_categories
+from detector.data.folder import DataFolder, find_root
+from detector.errors import UsageError, in_a_sentence
+from detector.refinement.config import RefinementConfig
+from detector.run_folders import run_folder
+from detector.training.failures import Interrupted
+from detector.training.optimization import OptimizerConfig
+from detector.training.refinement_data import RefinementData
+from detector.training.refinement_run import fit_refinement
+from detector.training.refinement_task import RefinementTask
+
+LOOKS, CLIMBS = (0, 1, 2, 3), (0, 3)  # that are tried
+
+
+def refine(flags: argparse.Namespace) -> int:
+    """Train a refinement as the flags of ``tools/refine.py`` say, and score it. Returns the exit code."""
+    with in_a_sentence(MisconfigurationException):
+        device = pick_device(flags.device)
+        folder = DataFolder(
+            find_root(flags.root, flags.dataset, flag="--root"),
+            flags.annotations or DataFolder.annotations,
+            flags.images,
+        )
+        score_on = folder.dataset(flags.split)
+        detector, called = load_source(flags.checkpoint, flags.model, flags.weights, flags.crop)
+        match_categories(detector, score_on)  # now, not after the training
+        try:
+            config = RefinementConfig(
+                looks=flags.looks,
+                climbs=flags.climbs,
+                sampling=flags.sampling,
+                stages=flags.stages,
+                train_looks=flags.train_looks,
+            )
+        except ValueError as error:
+            raise UsageError(str(error).replace("refinement.", "--")) from None
+        task = RefinementTask(
+            detector,
+            config,
+            OptimizerConfig(lr=flags.lr, lr_rule="constant", weight_decay=flags.weight_decay, ema=flags.ema),
+        )
+        data = RefinementData(
+            root=str(folder.root),
+            train_split=flags.train_split,
+            annotations=folder.annotations,
+            images=folder.images,
+            steps=flags.max_steps,
+            epochs=flags.epochs,
+            flip=flags.flip,
+            hold_apart=flags.choose,
+            batch_size=flags.batch_size,
+            workers=flags.workers,
+            seed=flags.seed,
+        )
+        devices = flags.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        try:
+            fit_refinement(
+                task,
+                data,
+                score_on,
+                split=flags.split,
+                run_dir=flags.run_dir or _run_dir(flags, called),
+                ckpt_path=flags.ckpt_path,
+                save_every=flags.save_every,
+                candidates=[RefinementConfig(looks=n, climbs=m) for n, m in product(LOOKS, CLIMBS)]
+                if flags.choose
+                else (),
+                accelerator=device.type,
+                devices=[device.index] if devices == 1 and device.index is not None else devices,
+                precision=flags.precision,
+                deterministic=flags.deterministic,
+            )
+        except Interrupted as stop:
+            rank_zero_only(print)(f"Stopped. {resuming_command(None, str(stop))}", file=sys.stderr)
+            sys.exit(130)
+    return 0
+
+
+def _run_dir(flags: argparse.Namespace, called: str) -> Path:
+    if flags.checkpoint is None:
+        return Path("runs") / f"refined-{flags.model}"
+    source = Path(called)
+    if not source.exists():  # on the hub
+        return Path("runs") / f"refined-{source.name}"
+    run = run_folder(source) if source.is_file() else source
+    return run.with_name(f"{run.name}-refined")

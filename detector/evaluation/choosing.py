@@ -1,0 +1,103 @@
+"""Which settings refine a detector's boxes best, told on images that its refinement did not learn from."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from detector.data.batches import ScoringBatches
+from detector.data.categories import match_categories
+from detector.data.dataset import CocoDetection, collate
+from detector.data.results import Result, to_results
+from detector.errors import ModelError
+from detector.evaluation.metric import evaluate
+from detector.overriding import overridden
+from detector.pretrained.detector import PretrainedDetector
+from detector.refinement.config import RefinementConfig
+from detector.refinement.refining import refine
+from detector.signals import ignoring_signals
+
+
+@torch.no_grad()
+def score_refinements(
+    detector: PretrainedDetector,
+    data: CocoDetection,
+    candidates: Sequence[RefinementConfig],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    workers: int = 2,
+) -> list[dict[str, float]]:
+    """Score a refined detector with several settings on a data set; backbone, RPN and head run once an image.
+
+    Args:
+        detector: with a refinement, on ``device``; its settings stay.
+        data: without a transform.
+        candidates: the settings, of as many stages as the refinement has.
+        device: where the detector is.
+        batch_size: images at a time.
+        workers: processes that read images.
+
+    Returns:
+        The scores of each candidate, see :func:`~detector.evaluation.evaluate`.
+
+    Raises:
+        ModelError: the detector has no refinement, or no class of the data.
+        DataError: an image cannot be read.
+    """
+    model: Any = detector.model
+    refinement = detector.refinement
+    if refinement is None:
+        raise ModelError("the detector has no refinement whose settings could be told")
+    category_ids = match_categories(detector, data)
+    loader: DataLoader[Any] = DataLoader(
+        data,
+        batch_sampler=ScoringBatches(len(data), batch_size),
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=ignoring_signals(),
+    )
+    results: list[list[Result]] = [[] for _ in candidates]
+    known = refinement.config
+    detector.eval()
+    with tqdm(total=len(data), desc="telling the settings", unit="image", leave=False, disable=None) as bar:
+        for images, targets in loader:
+            sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+            image_ids = [int(target["image_id"]) for target in targets]
+            batch, _ = model.transform([image.to(device) for image in images])
+            features: dict[str, Tensor] | Tensor = model.backbone(batch.tensors)
+            if isinstance(features, Tensor):
+                features = OrderedDict([("0", features)])
+            proposals, _ = model.rpn(batch, features)
+            with overridden(refinement, enabled=False):
+                found, _ = model.roi_heads(features, proposals, batch.image_sizes)
+            boxes, kept, labels = ([one[name] for one in found] for name in ("boxes", "scores", "labels"))
+            for candidate, into in zip(candidates, results, strict=True):
+                refinement.configure(candidate)
+                try:
+                    refined = refine(
+                        refinement,
+                        features,
+                        boxes,
+                        kept,
+                        labels,
+                        batch.image_sizes,
+                        nms_threshold=model.roi_heads.nms_thresh,
+                    )
+                finally:
+                    refinement.configure(known)
+                detections = [{"boxes": b, "scores": s, "labels": la} for b, s, la in zip(*refined, strict=True)]
+                detections = model.transform.postprocess(detections, batch.image_sizes, sizes)
+                into += to_results(detections, image_ids, category_ids)
+            bar.update(len(images))
+    return [evaluate(data.coco, one, data.image_ids)[0] for one in results]
+
+
+def best_refinement(candidates: Sequence[RefinementConfig], scores: Sequence[dict[str, float]]) -> RefinementConfig:
+    """The candidate of the highest AP; of equals the one that takes the fewest looks and climbs."""
+    order = sorted(zip(candidates, scores, strict=True), key=lambda one: (-one[1]["AP"], one[0].looks + one[0].climbs))
+    return order[0][0]

@@ -1,0 +1,121 @@
+"""The images that a refinement learns from, and those of the train split that are held apart to tell its settings."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from detector.data.batches import Item, TrainingBatches
+from detector.data.dataset import CocoDetection
+from detector.errors import DataError
+from detector.seeds import seed_of
+from detector.training.data import CocoDataModule
+from detector.training.failures import REFINE
+
+SHARE, LEAST, MOST = 0.2, 5, 200  # of the images, held apart
+FEWEST = 25  # images, of which some can be spared
+
+
+class RefinementData(CocoDataModule):
+    """The images of a train split that have boxes, in batches of as many epochs as it takes.
+
+    To Lightning it is one epoch: a data set of five images would else write a checkpoint every other step. Images keep
+    their size; the detector resizes them as it does in testing.
+
+    Args:
+        steps: of the whole training.
+        epochs: as many as give so many passes over the images, in place of ``steps``.
+        flip: every second image is flipped.
+        hold_apart: a fifth of the images, 5 to 200, drawn by the seed, is not learned from but left in :attr:`apart`;
+            none where there are fewer than 25.
+        train_split, options: see :class:`CocoDataModule`.
+    """
+
+    advice = REFINE
+
+    def __init__(
+        self,
+        *,
+        train_split: str = "train2017",
+        steps: int = 800,
+        epochs: int | None = None,
+        flip: bool = True,
+        hold_apart: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            train_split=train_split,
+            val_split=train_split,
+            augmentation=None if flip else [],
+            min_size=None,
+            **options,
+        )
+        self.steps, self.epochs, self.hold_apart = steps, epochs, hold_apart
+        self.apart: CocoDetection | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage != "fit":
+            return
+        self.train_set, self.apart = self.split(self.train_split, train=True), None
+        self._open_images()
+        train_set = self.train_set
+        ids = [i for i, (_, labels) in zip(train_set.image_ids, train_set.targets, strict=True) if len(labels)]
+        if not ids:
+            raise DataError(f"{self.root}: no box in {self.train_split} to learn from")
+        apart = held_apart(ids, self.seed) if self.hold_apart else []
+        if apart:
+            self.apart = self.folder.dataset(self.train_split, skip_missing=self.skip_broken)
+            self.apart.keep(apart)
+        train_set.keep(set(ids) - set(apart))
+        rank_zero_info(
+            f"{self.train_split}: {len(train_set):,} images with boxes to learn from"
+            + (f", {len(apart):,} held apart to tell the settings" if apart else "")
+        )
+
+    def _used(self) -> list[tuple[str, CocoDetection]]:
+        return [(self.train_split, self.train_set)]
+
+    def _training_batches(self) -> TrainingBatches:
+        return RepeatedBatches(count=None if self.epochs else self.steps, epochs=self.epochs or 1, **self._order())
+
+
+class RepeatedBatches(TrainingBatches):
+    """The batches of several epochs, one after the other, as those of one.
+
+    Args:
+        count: how many; ``None``: those of ``epochs`` whole ones.
+        epochs: see there.
+        options: see :class:`TrainingBatches`.
+    """
+
+    def __init__(self, *, count: int | None, epochs: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.count = epochs * super().__len__() if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        start = self.start if self.epoch == self._first_epoch else 0
+        for number in range(start, self.count):
+            epoch, place = divmod(number, super().__len__())
+            if place == 0 or number == start:
+                batches = super().batches(epoch)
+            yield [(epoch, index) for index in batches[place]]
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        passes = math.ceil(self.count / super().__len__())
+        return [batch for number in range(passes) for batch in super(RepeatedBatches, self).batches(number)][
+            : self.count
+        ]
+
+
+def held_apart(image_ids: Sequence[int], seed: int) -> list[int]:
+    """Draw the images that are held apart; see :class:`RefinementData`."""
+    if len(image_ids) < FEWEST:
+        return []
+    count = min(max(round(SHARE * len(image_ids)), LEAST), MOST)
+    generator = torch.Generator().manual_seed(seed_of(seed, len(image_ids)))
+    return sorted(image_ids[number] for number in torch.randperm(len(image_ids), generator=generator)[:count].tolist())

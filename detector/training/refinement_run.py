@@ -1,0 +1,168 @@
+"""A detector's refinement trained, its settings told, and the detector scored without it and with it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback
+
+from detector.data.categories import match_categories, match_notes
+from detector.data.dataset import CocoDetection
+from detector.evaluation.choosing import best_refinement, score_refinements
+from detector.evaluation.metric import evaluate
+from detector.evaluation.running import run_detector
+from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
+from detector.files import write_json
+from detector.models.weights import read_weights
+from detector.overriding import overridden
+from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
+from detector.refinement.config import RefinementConfig
+from detector.training.checkpoints import AtomicCheckpointIO
+from detector.training.data import CocoDataModule
+from detector.training.refinement_data import RefinementData
+from detector.training.refinement_task import RefinementTask
+from detector.training.run import Run
+from detector.training.task import DetectionTask
+
+CLIP = 5.0  # the norm of the gradient
+CHOSEN = "chosen.json"
+SHOWN = ("AP", "AP50", "AP75", "AP90")
+
+
+def fit_refinement(
+    task: RefinementTask,
+    data: RefinementData,
+    score_on: CocoDetection,
+    *,
+    split: str,
+    run_dir: str | Path = "runs/refined",
+    ckpt_path: str | Path | None = None,
+    save_every: int = 500,
+    candidates: Sequence[RefinementConfig] = (),
+    batch_size: int = 1,
+    **trainer_options: Any,
+) -> dict[str, dict[str, float]] | None:
+    """Train a refinement, tell its settings, and score the detector without it and with it, as ``tools/refine.py``.
+
+    The folder gets ``checkpoints/last.ckpt``, which is the refined detector, ``scores.json`` with the scores
+    ``before`` and ``after``, ``chosen.json`` with those of the candidates, and what
+    :func:`~detector.evaluation.writing.write_evaluation` writes of the refined detector.
+
+    Args:
+        task: what is trained.
+        data: what it learns from.
+        score_on: the images to score on, without a transform.
+        split: their name, for the report.
+        run_dir, ckpt_path, save_every: see :func:`~detector.training.fit`.
+        candidates: settings, of which the best on the images held apart is taken; none: the task's are.
+        batch_size: images scored at a time.
+        trainer_options: of ``lightning.Trainer``: ``devices``, ``precision``, ...
+
+    Returns:
+        The scores ``before`` and ``after``, see :func:`detector.evaluation.evaluate`; ``None`` on ranks other than 0.
+
+    Raises:
+        DataError, ModelError, TrainingError: the run cannot begin or go on; the message says why in a sentence.
+        Interrupted: Ctrl-C or SIGTERM ended it; the same call with ``ckpt_path="last"`` goes on.
+    """
+    run = RefinementRun(
+        run_dir, ckpt_path, save_every, score_on=score_on, split=split, candidates=candidates, batch_size=batch_size
+    )
+    run.train(lightning.Trainer(**run.trainer_options(trainer_options)), task, data)
+    return run.scores
+
+
+class RefinementRun(Run):
+    """A run of a :class:`RefinementTask`; see :func:`fit_refinement`."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        ckpt_path: str | Path | None,
+        save_every: int,
+        *,
+        score_on: CocoDetection,
+        split: str,
+        candidates: Sequence[RefinementConfig],
+        batch_size: int,
+    ) -> None:
+        super().__init__(run_dir, ckpt_path, save_every=save_every)
+        self.score_on, self.split, self.candidates, self.batch_size = score_on, split, candidates, batch_size
+        self.scores: dict[str, dict[str, float]] | None = None
+
+    def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        ours = {"max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val": CLIP, "log_every_n_steps": 10}
+        return super().trainer_options(ours | given)
+
+    def _watches(self) -> list[Callback]:
+        return []  # there are no proposals to guard
+
+    def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
+        assert isinstance(data, RefinementData)
+        device = trainer.strategy.root_device
+        last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
+        assert last is not None
+        detector = load_checkpoint(last)  # with averaged weights, if there are any
+        detector.to(device)
+        if self.candidates and data.apart is not None:
+            self._choose(detector, data.apart, last, data.workers)
+        refinement = detector.refinement
+        assert refinement is not None
+        split = self.score_on
+        ids = match_categories(detector, split)
+        running: dict[str, Any] = {"device": device, "batch_size": self.batch_size, "workers": data.workers}
+        with overridden(refinement, enabled=False):
+            found = run_detector(detector.model, split, ids, **running)
+        before = evaluate(split.coco, found.results, split.image_ids)[0]
+        found = run_detector(detector.model, split, ids, **running)
+        after = write_evaluation(
+            found,
+            split.coco,
+            self.folder,
+            EvaluationOptions(),
+            about=described(detector, model=str(last), data=str(data.root), split=self.split, device=device),
+            split=split,
+            notes=[*match_notes(detector, ids, split), f"Without the refinement AP is {before['AP']:.4f}."],
+            of_training=True,
+        )
+        self.scores = {"before": before, "after": after}
+        write_json(self.folder / "scores.json", self.scores)
+        print(f"\n{side_by_side(self.scores)}")
+        print(f"\nThe refined detector is {last}, and scores.json, report.html and detections.json are beside it.")
+        return after
+
+    def _choose(self, detector: PretrainedDetector, apart: CocoDetection, last: Path, workers: int) -> None:
+        """Take the candidate that is best on the images held apart, in the checkpoint as well."""
+        refinement = detector.refinement
+        assert refinement is not None
+        # As trained, whatever the candidates say of that.
+        trained = refinement.config
+        candidates = [replace(trained, looks=one.looks, climbs=one.climbs) for one in self.candidates]
+        device = next(detector.parameters()).device
+        scores = score_refinements(
+            detector, apart, candidates, device=device, batch_size=self.batch_size, workers=workers
+        )
+        best = best_refinement(candidates, scores)
+        rows = [{"looks": one.looks, "climbs": one.climbs} | of for one, of in zip(candidates, scores, strict=True)]
+        chosen = {"images": len(apart), "chosen": asdict(best), "candidates": rows}
+        write_json(self.folder / CHOSEN, chosen, indent=1)
+        print(f"\nOn {len(apart):,} images held apart:\nlooks climbs {'AP':>7} {'AP75':>7} {'AP90':>7}")
+        for one, of in zip(candidates, scores, strict=True):
+            mark = "  <- chosen" if one == best else ""
+            print(f"{one.looks:5} {one.climbs:6} {of['AP']:7.4f} {of['AP75']:7.4f} {of['AP90']:7.4f}{mark}")
+        refinement.configure(best)
+        checkpoint = read_weights(last)
+        checkpoint[CHECKPOINT_KEY]["refinement"] = asdict(best)
+        AtomicCheckpointIO().save_checkpoint(checkpoint, last)
+
+
+def side_by_side(scores: dict[str, dict[str, float]]) -> str:
+    """The scores before and after, in a table."""
+    lines = [f"{'':6} {'before':>7} {'after':>7}"]
+    for name in SHOWN:
+        before, after = scores["before"][name], scores["after"][name]
+        lines.append(f"{name:6} {before:7.4f} {after:7.4f}  {after - before:+.4f}")
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""What is trained where a detector is there already: the refinement of its boxes, and nothing else."""
+
+from typing import Any
+
+from torch import Tensor
+
+from detector.errors import ModelError
+from detector.models.published import batch_norm_eps
+from detector.pretrained.description import DetectorDescription
+from detector.pretrained.detector import PretrainedDetector, digest_of
+from detector.pretrained.initial_weights import REFINEMENT
+from detector.refinement.attach import DEFAULT, add_refinement, freeze_detector, refinement_losses
+from detector.refinement.config import RefinementConfig
+from detector.training.failures import REFINE, TrainingError
+from detector.training.optimization import OptimizerConfig
+from detector.training.task import DetectionTask
+
+# The rate is not for a number of images: there are at most some hundred boxes a step, however many images.
+OPTIMIZER = OptimizerConfig(lr=1e-3, lr_rule="constant", weight_decay=1e-4)
+
+
+class RefinementTask(DetectionTask):
+    """Train the refinement of a detector, whose own weights stay as they are to the last bit.
+
+    The classes of the data need not be the detector's, for the refinement is the same for all. What is drawn at random
+    is a function of the seed and the step.
+
+    Args:
+        detector: is changed in place: it gets the refinement, and nothing else of it is trained.
+        refinement: the settings.
+        optimizer: how the refinement's weights are changed.
+
+    Raises:
+        ModelError: the detector cannot be refined, or could not be saved.
+    """
+
+    advice = REFINE
+
+    def __init__(
+        self,
+        detector: PretrainedDetector,
+        refinement: RefinementConfig = DEFAULT,
+        optimizer: OptimizerConfig = OPTIMIZER,
+    ) -> None:
+        if detector.settings is None or detector.crop is None:
+            raise ModelError("only detectors that tools/train.py can build can be refined: a Faster R-CNN")
+        super().__init__(detector.settings, refinement.box_gradient, detector.crop, optimizer, refinement)
+        self.category_ids, self.category_names = detector.category_ids, detector.category_names
+        try:
+            self.model = add_refinement(detector.model, refinement)
+        except TypeError as error:
+            raise ModelError(f"the detector cannot be refined: {error}") from None
+        freeze_detector(self.model)
+        self.base = digest_of(
+            {name: value for name, value in self.model.state_dict().items() if not name.startswith(REFINEMENT)}
+        )
+
+    def on_fit_start(self) -> None:
+        pass  # no weights to begin from, no anchors to advise on
+
+    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return refinement_losses(self.model, images, targets)
+
+    def description(self) -> DetectorDescription:
+        eps = batch_norm_eps(self.model)
+        return DetectorDescription(
+            self.detector, self.crop, self.category_ids, self.category_names, eps, self.refinement
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["refined_weights"] = self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint.get("refined_weights") != self.base:
+            raise TrainingError(
+                f"the checkpoint refines another detector: give the one that it began with{REFINE.anew}"
+            )

@@ -1,0 +1,413 @@
+"""tools/refine.py from end to end on a handful of digits, and a refinement that is trained beside its detector."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+from support.commands import refused, score
+from support.runs import assert_equal
+from support.tiny_detector import SETTINGS, tiny_checkpoint
+from support.tiny_training import REPOSITORY, TINY
+
+from detector.command_line.predict import main as predict
+from detector.command_line.refine import main
+from detector.command_line.training import train
+from detector.data.categories import match_categories
+from detector.data.dataset import CocoDetection
+from detector.data.digits import write_digits
+from detector.errors import ModelError
+from detector.evaluation import evaluate
+from detector.evaluation.choosing import best_refinement, score_refinements
+from detector.evaluation.running import run_detector
+from detector.models.build import build_detector
+from detector.pretrained.initial_weights import load_initial_weights
+from detector.pretrained.loading import load_checkpoint, load_detector
+from detector.refinement import RefinementConfig, add_refinement
+from detector.training.failures import Interrupted, TrainingError
+from detector.training.refinement_data import RefinementData, RepeatedBatches, held_apart
+from detector.training.refinement_run import fit_refinement
+from detector.training.refinement_task import RefinementTask
+
+DIGITS = [str(digit) for digit in range(10)]
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def command_line():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", ["refine.py"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "digits"
+    write_digits(root, splits={"train": 26, "val": 3})
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, digits):
+    """The checkpoint of a run, of which val's truth is what it detects, a little off: its AP is neither 0 nor 1."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(tiny_checkpoint(names=DIGITS, ids=list(range(1, 11))), folder / "last.ckpt")
+    score(checkpoint=folder / "last.ckpt", root=digits, split="val", output=folder / "eval", workers=0)
+    path = digits / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    best = {}
+    for result in json.loads((folder / "eval" / "detections.json").read_text()):
+        known = best.setdefault(result["image_id"], result)
+        best[result["image_id"]] = max(known, result, key=lambda one: one["score"])
+    content["annotations"] = [
+        {"id": n, "image_id": r["image_id"], "category_id": r["category_id"], "bbox": [*r["bbox"][:2], w, r["bbox"][3]]}
+        for n, r in enumerate(best.values(), start=1)
+        for w in [0.9 * r["bbox"][2]]
+    ]
+    path.write_text(json.dumps(content))
+    return folder / "last.ckpt"
+
+
+def refine(base, digits, **flags):
+    values = {"checkpoint": base, "root": digits, "train_split": "train", "split": "val", "device": "cpu"}
+    values |= {"workers": 0, "max_steps": 3} | flags
+    text = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values.items()]
+    return main(text)
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def refined(base, digits):
+    """The folder of a finished run, where it goes by default."""
+    assert refine(base, digits) == 0
+    return base.parents[1].with_name("tiny-refined")
+
+
+def test_a_run_leaves_a_refined_detector_and_both_scores(refined, base, digits, tmp_path):
+    names = {path.name for path in refined.iterdir()}
+    assert names >= {"checkpoints", "scores.json", "chosen.json", "detections.json", "report.json", "report.html"}
+    before, after = (json.loads((refined / "scores.json").read_text())[name] for name in ("before", "after"))
+    score(checkpoint=base, root=digits, split="val", output=tmp_path / "base", workers=0)
+    score(checkpoint=refined, root=digits, split="val", output=tmp_path / "refined", workers=0)
+    assert before == json.loads((tmp_path / "base" / "scores.json").read_text())
+    assert after == json.loads((tmp_path / "refined" / "scores.json").read_text())
+    assert 0 < before["AP"] < 1
+    assert predict([str(digits / "val"), f"--checkpoint={refined}", f"--output={tmp_path / 'found'}"]) == 0
+    load_detector(refined).save_pretrained(tmp_path / "saved")
+    ours, theirs = load_detector(refined), load_detector(tmp_path / "saved")
+    assert_equal(ours.model.state_dict(), theirs.model.state_dict())
+    assert ours.refinement.config == theirs.refinement.config
+
+
+def test_the_detector_stays_as_it_is(refined, base):
+    ours, theirs = weights_of(refined / "checkpoints" / "last.ckpt"), weights_of(base)
+    own = {name: value for name, value in ours.items() if ".refinement." not in name}
+    assert_equal(own, theirs)
+    learned = ours["model.roi_heads.refinement.stages.0.deltas.weight"]
+    assert learned.abs().max() > 0
+
+
+def test_the_settings_are_told_on_a_part_of_train(refined):
+    chosen = json.loads((refined / "chosen.json").read_text())
+    assert chosen["images"] == 5
+    assert [(row["looks"], row["climbs"]) for row in chosen["candidates"]] == [
+        (looks, climbs) for looks in range(4) for climbs in (0, 3)
+    ]
+    config = load_checkpoint(refined / "checkpoints" / "last.ckpt").refinement.config
+    assert (config.looks, config.climbs) == (chosen["chosen"]["looks"], chosen["chosen"]["climbs"])
+
+
+def test_candidates_score_as_the_detector_does_with_their_settings(refined, digits):
+    detector = load_detector(refined)
+    data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
+    candidates = [RefinementConfig(looks=0), RefinementConfig(looks=2, climbs=2), RefinementConfig(fit_power=0.5)]
+    known = detector.refinement.config
+    scores = score_refinements(detector, data, candidates, workers=0)
+    assert detector.refinement.config == known
+    for candidate, found in zip(candidates, scores, strict=True):
+        detector.refinement.configure(candidate)
+        ids = match_categories(detector, data)
+        results = run_detector(detector.model, data, ids, workers=0).results
+        assert found == evaluate(data.coco, results, data.image_ids)[0]
+
+
+def test_of_equals_the_one_with_fewer_looks_is_taken():
+    candidates = [RefinementConfig(looks=looks, climbs=climbs) for looks, climbs in ((3, 0), (1, 3), (1, 0), (2, 0))]
+    assert best_refinement(candidates, [{"AP": 0.5}] * 4) == candidates[2]
+    assert best_refinement(candidates, [{"AP": ap} for ap in (0.5, 0.6, 0.5, 0.6)]) == candidates[3]
+
+
+@pytest.mark.parametrize(("images", "apart"), [(24, 0), (25, 5), (26, 5), (100, 20), (5000, 200)])
+def test_a_fifth_is_held_apart(images, apart):
+    ids = list(range(7, 7 + images))
+    drawn = held_apart(ids, 0)
+    assert len(set(drawn)) == apart
+    assert set(drawn) <= set(ids)
+    assert drawn == held_apart(ids, 0)
+    assert not apart or drawn != held_apart(ids, 1)
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(7, 1), (1, 1), (None, 3)])
+def test_batches_of_several_epochs_are_one(count, epochs):
+    options = {"wide": [True] * 5, "batch_size": 2, "seed": 3}
+    whole = RepeatedBatches(count=count, epochs=epochs, **options)
+    assert len(list(whole)) == len(whole) == (count or 6)
+    assert [[index for _, index in batch] for batch in whole] == whole.batches(0)
+    assert [batch[0][0] for batch in whole] == [number // 2 for number in range(len(whole))]
+    rest = RepeatedBatches(count=count, epochs=epochs, **options, start=1)
+    assert list(rest) == list(whole)[1:]
+    one, other = (
+        RepeatedBatches(count=count, epochs=epochs * 2, **(options | {"batch_size": 1}), ranks=2, rank=r)
+        for r in (0, 1)
+    )
+    assert [a + b for a, b in zip(one, other, strict=True)][: len(whole)] == list(whole)
+
+
+def fit(base, digits, folder, *, steps=4, config=None, data=None, **options):
+    """A run without the settings being told, from Python."""
+    task = RefinementTask(load_checkpoint(base), config or RefinementConfig(looks=1))
+    data = RefinementData(
+        root=str(digits), train_split="train", steps=steps, hold_apart=False, workers=0, batch_size=2, **(data or {})
+    )
+    val = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
+    return fit_refinement(task, data, val, split="val", run_dir=folder, **(QUIET | options))
+
+
+def stopped_at(monkeypatch, step):
+    step_of = RefinementTask.training_step
+
+    def training_step(self, batch, number):
+        if number == step:
+            raise KeyboardInterrupt
+        return step_of(self, batch, number)
+
+    monkeypatch.setattr(RefinementTask, "training_step", training_step)
+
+
+def test_a_run_that_stops_and_goes_on_ends_as_one_never_stopped(base, digits, tmp_path):
+    fit(base, digits, tmp_path / "whole", save_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(Interrupted, match="ckpt_path"):
+            fit(base, digits, tmp_path / "parts", save_every=2)
+    last = tmp_path / "parts" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3  # a step before the end
+    scores = fit(base, digits, tmp_path / "parts", save_every=2, ckpt_path="last")
+    assert_equal(weights_of(last), weights_of(tmp_path / "whole" / "checkpoints" / "last.ckpt"))
+    assert scores == json.loads((tmp_path / "whole" / "scores.json").read_text())
+    # Another detector, or training.
+    other = torch.load(base, weights_only=True)
+    other["state_dict"]["model.roi_heads.box_predictor.cls_score.bias"] += 1
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(TrainingError, match="refines another detector"):
+        fit(tmp_path / "other.ckpt", digits, tmp_path / "parts", ckpt_path="last")
+    with pytest.raises(TrainingError, match=r"refinement\.train_looks 3, this run has 2"):
+        fit(base, digits, tmp_path / "parts", ckpt_path="last", config=RefinementConfig(train_looks=2))
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"deterministic": True}])
+def test_precision_and_determinism(base, digits, tmp_path, options):
+    fit(base, digits, tmp_path / "run", steps=2, config=RefinementConfig(sampling="exact", stages=2), **options)
+    weights = weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert {value.dtype for value in weights.values() if value.is_floating_point()} == {torch.float32}
+    assert weights["model.roi_heads.refinement.stages.1.deltas.weight"].abs().max() > 0
+
+
+def test_an_average_of_the_weights(base, digits, tmp_path):
+    assert refine(base, digits, ema=0.9, choose=False, run_dir=tmp_path / "run", max_steps=2) == 0
+    content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    name = "model.roi_heads.refinement.stages.0.deltas.weight"
+    assert not torch.equal(content["state_dict"][name], content["current_model_state"][name])
+    assert_equal({k: v for k, v in content["state_dict"].items() if ".refinement." not in k}, weights_of(base))
+
+
+def with_annotations(digits, root, change):
+    """The same data with another annotation file of train."""
+    root.mkdir()
+    for name in ("train", "val"):
+        (root / name).symlink_to(digits / name)
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_val.json").write_bytes(
+        (digits / "annotations" / "instances_val.json").read_bytes()
+    )
+    content = json.loads((digits / "annotations" / "instances_train.json").read_text())
+    change(content)
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    return root
+
+
+def test_one_image_is_enough_and_those_without_objects_are_left_out(base, digits, tmp_path):
+    def change(content):
+        first = content["images"][0]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == first["id"]]
+        # At the border, and over all of the image.
+        corner, whole = content["annotations"][:2]
+        corner["bbox"], whole["bbox"] = [0, 0, 5, 7], [0, 0, first["width"], first["height"]]
+        content["categories"] = [{"id": category["id"], "name": "thing"} for category in content["categories"][:1]]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = content["categories"][0]["id"]
+
+    root = with_annotations(digits, tmp_path / "data", change)
+    assert refine(base, root, run_dir=tmp_path / "run", batch_size=1) == 0
+    assert not (tmp_path / "run" / "chosen.json").exists()
+    ours = weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert ours["model.roi_heads.refinement.stages.0.deltas.weight"].abs().max() > 0
+
+
+def test_no_detections_do_not_hinder_it(base, digits, tmp_path):
+    content = torch.load(base, weights_only=True)
+    content["affine_crop_rcnn"]["detector"]["score_threshold"] = 1.0
+    torch.save(content, tmp_path / "silent.ckpt")
+    scores = fit(tmp_path / "silent.ckpt", digits, tmp_path / "run", steps=2)
+    assert scores["before"]["AP"] == scores["after"]["AP"] == 0
+
+
+def test_mistakes_are_said_in_a_sentence(base, digits, tmp_path):
+    def without_boxes(content):
+        content["annotations"] = []
+
+    empty = with_annotations(digits, tmp_path / "empty", without_boxes)
+    for words, code, flags in (
+        ("no box in train to learn from", 1, {"root": empty}),
+        (r"instances_nosuch\.json", 1, {"train_split": "nosuch"}),
+        (r"instances_nosuch\.json", 1, {"split": "nosuch"}),
+        ("not both", 2, {"model": "fasterrcnn_resnet50_fpn"}),
+        ("nosuch.ckpt: no such file", 1, {"checkpoint": "nosuch.ckpt"}),
+        ("--lr must be above 0", 2, {"lr": 0}),
+        ("--looks must be", 2, {"looks": 101}),
+    ):
+        with refused(words, code=code):
+            refine(base, digits, **({"run_dir": tmp_path / "run"} | flags))
+    assert not (tmp_path / "run").exists()
+    with refused("give one of --checkpoint", code=2):
+        main([f"--root={digits}", "--split=val"])
+    detector = load_checkpoint(base)
+    detector.settings = None
+    with pytest.raises(ModelError, match="a Faster R-CNN"):
+        RefinementTask(detector)
+
+
+def test_a_detector_is_trained_with_its_refinement_from_the_start(digits, base, tmp_path):
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=2"]
+    flags += ["--data.val_split=val", '--model.refinement={"looks": 1, "train_looks": 2}', "--save_every=1"]
+    train(flags)
+    detector = load_detector(tmp_path / "run")
+    assert detector.refinement.config == RefinementConfig(looks=1, train_looks=2)
+    assert detector.refinement.stages[0].deltas.weight.abs().max() > 0
+    with refused("with refinement.train_looks 2, this run has 3", code=1):
+        train([*flags, "--ckpt_path=last", "--model.refinement.train_looks=3"])
+    with refused("with refinement True, this run has None", code=1):
+        train([*flags, "--ckpt_path=last", "--model.refinement=null"])
+    score(checkpoint=tmp_path / "run", root=digits, split="val", output=tmp_path / "eval", workers=0)
+    losses = json.loads((tmp_path / "eval" / "report.json").read_text())["losses"]
+    assert losses.keys() >= {"loss_refinement_box", "loss_refinement_fit"}
+    # A new run from it, without a refinement and with one, which keeps its weights.
+    begin = [flag for flag in flags if not flag.startswith(("--model.refinement", "--trainer.max", "--run_dir"))]
+    begin += [f"--model.detector.weights={tmp_path / 'run'}", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
+    train([*begin, f"--run_dir={tmp_path / 'without'}"])
+    assert load_detector(tmp_path / "without").refinement is None
+
+
+def test_a_loss_that_is_not_finite_names_the_flags_of_this_tool(base, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(RefinementTask, "losses", lambda *arguments: {"loss": torch.tensor(torch.nan)})
+    with pytest.raises(TrainingError, match=r"not finite in step 0, .*Start again with a lower --lr$"):
+        fit(base, digits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_image_is_named_before_the_first_step(base, digits, tmp_path):
+    root = with_annotations(digits, tmp_path / "data", lambda content: None)
+    (root / "train").unlink()
+    shutil.copytree(digits / "train", root / "train")
+    broken = sorted((root / "train").iterdir())[0]
+    broken.write_bytes(broken.read_bytes()[:50])
+    with refused(rf"{broken.name}.*tools/check\.py .* shows all$", code=1):
+        refine(base, root, run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("other", ["refined", "unrefined"])
+def test_a_training_begins_with_the_refinement_of_its_weights_or_with_their_box_head(refined, base, other):
+    weights = refined / "checkpoints" / "last.ckpt" if other == "refined" else base
+    settings = replace(SETTINGS, weights=str(weights))
+    torch.manual_seed(1)
+    model = add_refinement(build_detector(settings, 10, pretrained=False), RefinementConfig(stages=1))
+    load_initial_weights(model, settings, DIGITS)
+    if other == "refined":
+        ours, theirs = model.roi_heads.state_dict(), load_detector(refined).model.roi_heads.state_dict()
+        assert_equal(dict(ours), dict(theirs))
+    else:
+        head, trunk = model.roi_heads.box_head, model.roi_heads.refinement.stages[0].trunk
+        assert_equal(trunk.state_dict(), head.state_dict())
+        assert_equal(head.state_dict(), load_detector(base).model.roi_heads.box_head.state_dict())
+
+
+def run(command):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["by the tool", "by torchrun"])
+def test_two_processes(launched, base, digits, tmp_path):
+    flags = ["tools/refine.py", f"--checkpoint={base}", f"--root={digits}", "--train_split=train", "--split=val"]
+    flags += ["--device=cpu", "--workers=0", "--max_steps=2", "--batch_size=2", f"--run_dir={tmp_path / 'run'}"]
+    if launched == "by torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags]
+    else:
+        command = [sys.executable, *flags, "--devices=2"]
+    done = run(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("before   after") == 1
+    assert (tmp_path / "run" / "scores.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["affine_crop_rcnn"]["images_per_step"] == 4
+    assert_equal({k: v for k, v in weights_of(last).items() if ".refinement." not in k}, weights_of(base))
+
+
+KILLED = """
+import os, signal, sys
+from detector.training.{module} import {owner}
+step = {owner}.{name}
+def killed(self, *arguments):
+    if {when}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *arguments)
+{owner}.{name} = killed
+from detector.command_line.refine import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_as_one_never_killed(refined, base, digits, tmp_path):
+    flags = [f"--checkpoint={base}", f"--root={digits}", "--train_split=train", "--split=val", "--device=cpu"]
+    flags += ["--workers=0", "--max_steps=3", "--save_every=1", f"--run_dir={tmp_path / 'run'}"]
+    owners = [
+        {"module": "refinement_task", "owner": "RefinementTask", "name": "training_step", "when": "arguments[1] == 2"},
+        {"module": "refinement_run", "owner": "RefinementRun", "name": "_choose", "when": "True"},
+    ]
+    for owner in owners:
+        done = run([sys.executable, "-c", KILLED.format(**owner), *flags])
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        flags.append("--ckpt_path=last")
+    assert main(flags) == 0
+    ours, theirs = tmp_path / "run", refined
+    assert_equal(*(weights_of(folder / "checkpoints" / "last.ckpt") for folder in (ours, theirs)))
+    for name in ("scores.json", "chosen.json"):
+        assert json.loads((ours / name).read_text()) == json.loads((theirs / name).read_text())

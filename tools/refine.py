@@ -1,0 +1,8 @@
+"""Let a detector refine its boxes: python tools/refine.py --help."""
+
+import sys
+
+from detector.command_line.refine import main
+
+if __name__ == "__main__":
+    sys.exit(main())
