@@ -49,5 +49,5 @@ def look_again(
 def decoded(deltas: Tensor, boxes: Sequence[Tensor], image_shapes: list[tuple[int, int]]) -> list[Tensor]:
     """The boxes [L, 4] of each image, moved by their deltas [K, 4] and clipped to the image."""
     moved = CODER.decode_single(deltas, torch.cat(list(boxes)).to(deltas.dtype))
-    parts = moved.split([len(b) for b in boxes])
+    parts = moved.split([b.shape[0] for b in boxes])  # not len(), which would be a constant of a graph
     return [clip_boxes_to_image(part, shape) for part, shape in zip(parts, image_shapes, strict=True)]

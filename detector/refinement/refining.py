@@ -36,12 +36,12 @@ def refine(
     """
     config = refinement.config
     # Slices of what is sorted, not a mask: so the rest follows without being put in order again.
-    counts = [(s >= config.score_threshold).sum().clamp(max=config.boxes_per_image) for s in scores]
+    counts = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in scores]
     few = [b[:count] for b, count in zip(boxes, counts)]
     moved, fit = look_again(refinement, features, few, image_shapes, looks=config.looks)
     if config.climbs and not torch.jit.is_tracing() and sum(len(b) for b in moved):
         moved, fit = _climbed(refinement, features, moved, image_shapes)
-    refined = [torch.cat([m, b[len(m) :]]) for m, b in zip(moved, boxes)]
+    refined = [torch.cat([m, b[m.shape[0] :]]) for m, b in zip(moved, boxes)]  # len() would be a constant of a graph
     if not (config.fit_power or config.fit_nms):
         return refined, list(scores), list(labels)
     scores = [torch.cat([s[: len(f)] * f**config.fit_power, s[len(f) :]]) for s, f in zip(scores, fit)]
