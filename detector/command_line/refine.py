@@ -70,7 +70,8 @@ def make_parser() -> ToolParser:
         default=True,
         metavar="{true,false}",
         help="hold a fifth of the train images (5 to 200) apart, and take the looks and climbs, of 1 to 3 and of 0 or "
-        "3, with the best AP there, if it is above that of --looks and --climbs by 0.005; of fewer than 25 images none are held apart; default: true",
+        "3, with the best AP there, if it is above that of --looks and --climbs by 0.005; of fewer than 25 images none "
+        "are held apart; default: true",
     )
     add("--looks", type=at_least(0), default=3, metavar="N", help="how often a box is looked at again; default: 3")
     add("--climbs", type=at_least(0), default=0, metavar="N", help="most steps that it climbs its fit; default: 0")
