@@ -67,8 +67,8 @@ def export_onnx(
     graph is checked: it is valid, and, where onnxruntime is installed, finds what PyTorch does in noise of another size
     than the example's.
 
-    A refinement is in the graph as far as its looks go, if it is enabled. Climbing takes gradients, which no graph has,
-    and ranking by the fit goes with it: both are left out, as :func:`left_out` says.
+    A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit. Climbing takes
+    gradients, which no graph has; it is left out, and so is ``fit_nms``, as :func:`left_out` says.
 
     Args:
         model: swapped or stock, in eval mode, on the CPU, in float32. Of a Mask or Keypoint R-CNN only boxes come out.
@@ -124,12 +124,13 @@ def left_out(model: nn.Module) -> str | None:
         return None
     config = refinement.config
     missing = [f"{config.climbs} climbs"] if config.climbs else []
-    missing += ["the ranking by the fit"] if config.fit_power or config.fit_nms else []
+    missing += ["fit_nms"] if config.fit_nms else []
     if not missing:
         return None
     return (
-        f"Of the refinement {' and '.join(missing)} {'is' if missing[0].startswith('the') else 'are'} left out of the "
-        f"graph, which has no gradients to climb by: it looks at boxes {config.looks} times again, no more"
+        "Left out of the graph of the refinement: "
+        f"{' and '.join(missing)}; it looks at boxes again, {config.looks} times, "
+        "and has no gradients to climb by"
     )
 
 
@@ -140,7 +141,7 @@ def _as_in_a_graph(model: nn.Module) -> Iterator[None]:
     if refinement is None:
         yield
         return
-    with overridden(refinement, config=replace(refinement.config, climbs=0, fit_power=0.0, fit_nms=False)):
+    with overridden(refinement, config=replace(refinement.config, climbs=0, fit_nms=False)):
         yield
 
 

@@ -41,11 +41,12 @@ def refine(
     moved, fit = look_again(refinement, features, few, image_shapes, looks=config.looks)
     if config.climbs and not torch.jit.is_tracing() and sum(len(b) for b in moved):
         moved, fit = _climbed(refinement, features, moved, image_shapes)
-    refined = [torch.cat([m, b[m.shape[0] :]]) for m, b in zip(moved, boxes)]  # len() would be a constant of a graph
+    # Of a graph, len() would be a constant.
+    refined = [torch.cat([m, b[m.shape[0] :]]) for m, b in zip(moved, boxes)]
     if not (config.fit_power or config.fit_nms):
         return refined, list(scores), list(labels)
-    scores = [torch.cat([s[: len(f)] * f**config.fit_power, s[len(f) :]]) for s, f in zip(scores, fit)]
-    fit = [torch.cat([f, torch.zeros_like(s[len(f) :])]) for s, f in zip(scores, fit)]
+    scores = [torch.cat([s[: f.shape[0]] * f**config.fit_power, s[f.shape[0] :]]) for s, f in zip(scores, fit)]
+    fit = [torch.cat([f, torch.zeros_like(s[f.shape[0] :])]) for s, f in zip(scores, fit)]
     ranked = []
     for b, s, la, f in zip(refined, scores, labels, fit):
         if config.fit_nms and len(b):
@@ -54,7 +55,8 @@ def refine(
             groups = (box_iou(b[kept], b) > nms_threshold) & (la[kept][:, None] == la)
             groups[torch.arange(len(kept)), kept] = True
             b, s, la = b[kept], torch.where(groups, s, 0).amax(dim=1), la[kept]
-        order = s.argsort(descending=True, stable=True)
+        # The exporter to ONNX has no stable sort; onnxruntime's TopK is one.
+        order = s.sort(descending=True)[1] if torch.jit.is_tracing() else s.argsort(descending=True, stable=True)
         ranked.append((b[order], s[order], la[order]))
     return [r[0] for r in ranked], [r[1] for r in ranked], [r[2] for r in ranked]
 

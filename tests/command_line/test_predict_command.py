@@ -931,6 +931,7 @@ def test_the_tool_hands_everything_on(monkeypatch):
         "model": None,
         "weights": None,
         "crop": None,
+        "refine": None,
         "output": None,
         "min_score": 0.5,
         "annotations": None,

@@ -303,6 +303,21 @@ def test_few_detections_or_none_to_look_at_again(export, limit, batch):
         assert assert_detects_alike(run, model, noise(*size, batch=batch)) == [limit] * batch
 
 
+@pytest.mark.parametrize(("limit", "batch"), [(20, 1), (20, 2), (1, 1), (0, 1)])
+def test_scores_weighted_by_the_fit_are_in_the_graph_and_in_order(export, limit, batch):
+    model = tiny(box_score_thresh=0.0 if limit else 0.999, box_detections_per_img=max(limit, 1))
+    images = noise(52, 60, batch=batch)
+    before = detections(model, images)
+    refined(model, fit_power=2.0, boxes_per_image=7)
+    assert left_out(model) is None
+    run = export(model, batch_size=batch)
+    assert assert_detects_alike(run, model, images) == [limit] * batch
+    after = run(images)
+    for one, other in zip(before, after):
+        moved = (one["scores"] != other["scores"]).sum()
+        assert moved >= min(limit, 7)
+
+
 def test_one_image_of_two_without_detections_to_look_at_again(export):
     model = tiny()
     images = noise(52, 60, batch=2)
@@ -316,13 +331,12 @@ def test_one_image_of_two_without_detections_to_look_at_again(export):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"climbs": 5}, "Of the refinement 5 climbs are left out of the graph, .* 2 times again"),
-        ({"climbs": 5, "fit_nms": True}, "5 climbs and the ranking by the fit are left out"),
-        ({"fit_power": 0.5}, "the ranking by the fit is left out"),
+        ({"climbs": 5}, "Left out of the graph of the refinement: 5 climbs; it looks at boxes again, 3 times"),
+        ({"climbs": 5, "fit_nms": True}, "refinement: 5 climbs and fit_nms;"),
         ({}, None),
     ],
 )
-def test_climbs_and_ranks_are_left_out_and_it_says_so(export, settings, words):
+def test_climbs_and_choosing_by_fit_are_left_out_and_it_says_so(export, settings, words):
     model = refined(tiny(), **settings)
     config = model.roi_heads.refinement.config
     assert (left_out(model) is None) if words is None else re.search(words, left_out(model))
