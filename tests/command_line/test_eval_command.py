@@ -841,10 +841,20 @@ class TestRefine:
         assert [one["bbox"] for one in found] != [one["bbox"] for one in before]
         assert report["losses"].keys() == json.loads((scored / "report.json").read_text())["losses"].keys()
 
-    def test_both_are_compared(self, refining, data, scored, capsys):
+    def test_both_are_compared(self, refining, data, monkeypatch, capsys):
+        """The scores of random weights are next to nothing: what is scored is looked at as well."""
         off, on = self.scored(refining, data, refine="off"), self.scored(refining, data, refine="on")
         capsys.readouterr()
+        written = []
+        write = scoring.write_evaluation
+
+        def spied(found, *arguments, **options):
+            written.append((found.results, options["unrefined"].results))
+            return write(found, *arguments, **options)
+
+        monkeypatch.setattr(scoring, "write_evaluation", spied)
         report, scores, found, page = self.scored(refining, data, refine="both")
+        assert [list(results) for results in written[0]] == [on[2], off[2]]
         printed = capsys.readouterr().out
         assert (scores, found) == on[1:3]
         assert report["about"]["refinement"] == "2 looks, 1 climbs"

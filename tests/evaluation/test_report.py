@@ -687,3 +687,24 @@ def test_the_newest_report_of_the_same_weights_is_found(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "report.json").write_text("[1]")
     assert newest_report(tmp_path, "w")["scores"]["AP"] == 0.3
+
+
+def test_what_a_refinement_did_is_scored_before_and_after():
+    """The object is found by an IoU of 0.8 before, and of 1 after."""
+    coco = truth([(1, 5, [0, 0, 100, 100])])
+    before, after = [result(1, [0, 0, 100, 80])], [result(1, [0, 0, 100, 100])]
+    report, _ = make_report(match(coco, after), after, about={}, unrefined=match(coco, before))
+    assert report["scores"]["AP"] == pytest.approx(1)
+    section = report["refinement"]
+    assert section["after"] == {"scores": report["scores"], "by_iou": report["by_iou"]}
+    assert section["before"]["scores"]["AP"] == pytest.approx(0.7)
+    ious = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    assert [row["iou"] for row in section["before"]["by_iou"]] == ious
+    assert [row["AP"] for row in section["before"]["by_iou"]] == pytest.approx([1] * 7 + [0] * 3)
+    assert [row["AP"] for row in section["after"]["by_iou"]] == pytest.approx([1] * 10)
+    lines = [line.split() for line in as_text(report).splitlines()]
+    assert ["AP", "0.700", "1.000", "+0.300"] in lines
+    assert ["AP75", "1.000", "1.000", "+0.000"] in lines
+    assert ["AP90", "0.000", "1.000", "+1.000"] in lines
+    assert section["before"]["scores"]["APs"] is None  # there are no small ones
+    assert make_report(match(coco, after), after, about={})[0]["refinement"] is None

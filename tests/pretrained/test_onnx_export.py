@@ -318,6 +318,21 @@ def test_scores_weighted_by_the_fit_are_in_the_graph_and_in_order(export, limit,
         assert moved >= min(limit, 7)
 
 
+def test_as_many_scores_are_weighted_as_are_high_enough(export):
+    model = tiny()
+    images = noise(52, 60)
+    (before,) = detections(model, images)
+    refined(model, fit_power=2.0, score_threshold=float(before["scores"][4] + before["scores"][5]) / 2)
+    (after,) = detections(model, images)
+    kept = torch.isin(before["scores"], after["scores"])
+    assert not kept[:5].any()
+    assert kept[5:].all()
+    run = export(model)
+    for size in SIZES:
+        assert_detects_alike(run, model, noise(*size))
+    assert_detects_alike(run, model, images)
+
+
 def test_one_image_of_two_without_detections_to_look_at_again(export):
     model = tiny()
     images = noise(52, 60, batch=2)
