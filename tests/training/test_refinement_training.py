@@ -355,9 +355,9 @@ def test_a_training_begins_with_the_refinement_of_its_weights_or_with_their_box_
         assert_equal(head.state_dict(), load_detector(base).model.roi_heads.box_head.state_dict())
 
 
-def run(command):
+def run(command, **variables):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
-    environment = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in names} | variables
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
@@ -370,7 +370,7 @@ def test_two_processes(launched, base, digits, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags]
     else:
         command = [sys.executable, *flags, "--devices=2"]
-    done = run(command)
+    done = run(command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("before   after") == 1
     assert (tmp_path / "run" / "scores.json").exists()
