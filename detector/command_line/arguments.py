@@ -144,6 +144,17 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def switch(text: str) -> str:
+    """The type of a flag: on or off, which YAML reads as true or false; other words are left as they are."""
+    return {"true": "on", "false": "off"}.get(text.lower(), text)
+
+
+def add_refine(parser: argparse.ArgumentParser, *, choices: Sequence[str], effect: str) -> None:
+    """Whether a refinement moves the detections' boxes."""
+    text = f"the refinement that a detector may have: {effect}; default: on, if it has one"
+    parser.add_argument("--refine", type=switch, choices=choices, help=text)
+
+
 def add_detector(parser: argparse.ArgumentParser) -> None:
     """Which detector: what :func:`detector.command_line.source.load_source` takes."""
     add = parser.add_argument_group("the detector").add_argument

@@ -23,6 +23,7 @@ from detector.command_line.arguments import (
     add_device,
     add_min_score,
     add_output,
+    add_refine,
     add_speed,
     add_workers,
     at_least,
@@ -37,6 +38,7 @@ def make_parser() -> ToolParser:
     add_data(parser)
     add = parser.add_argument
     add("--results", metavar="FILE.json", help="no detector but a file of detections in COCO's results format")
+    add_refine(parser, choices=("on", "off", "both"), effect="both scores with and without it, and shows what it did")
     add_device(parser)
     add_output(parser, default="eval-SPLIT in the checkpoint's run folder; runs/eval-MODEL-SPLIT")
     add("--limit", type=at_least(1), metavar="N", help="score only the first so many images")

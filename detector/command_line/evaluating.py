@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from detector.command_line.source import load_source, pick_device
+from detector.command_line.source import load_source, pick_device, switch_refinement
 from detector.data.folder import DataFolder, find_root
 from detector.errors import ImageError, UsageError, in_a_sentence, sentence
 from detector.evaluation.metric import evaluator_version
@@ -28,6 +28,7 @@ def score(flags: argparse.Namespace) -> int:
             speed=flags.speed,
             batch_size=flags.batch_size,
             workers=flags.workers,
+            compare_refinement=flags.refine == "both",
             device=pick_device(flags.device) if flags.results is None else "cpu",
         )
         return _score_detector(flags, options) if flags.results is None else _score_results(flags, options)
@@ -39,7 +40,9 @@ def _data_folder(flags: argparse.Namespace) -> DataFolder:
 
 
 def _score_results(flags: argparse.Namespace, options: EvaluationOptions) -> int:
-    unused = [f"--{name}" for name in ("weights", "crop", "device", "speed", "skip_broken") if getattr(flags, name)]
+    unused = [
+        f"--{name}" for name in ("weights", "crop", "refine", "device", "speed", "skip_broken") if getattr(flags, name)
+    ]
     if unused:
         raise UsageError(f"{' and '.join(unused)}: of a detector; a results file is scored as it is")
     alone = flags.root is flags.dataset is None
@@ -64,6 +67,7 @@ def _score_detector(flags: argparse.Namespace, options: EvaluationOptions) -> in
     folder, split = _data_folder(flags), flags.split
     data = folder.dataset(split, skip_missing=flags.skip_broken)
     detector, called = load_source(flags.checkpoint, flags.model, flags.weights, flags.crop)
+    switch_refinement(detector, flags.refine)
     if flags.output is not None:
         target = Path(flags.output)
     elif flags.checkpoint is not None and Path(called).is_file():

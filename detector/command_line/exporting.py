@@ -10,7 +10,7 @@ from detector.files import read_json
 from detector.pretrained.description import Crop
 from detector.pretrained.hub import CARD, CONFIG, WEIGHTS
 from detector.pretrained.model_card import is_generated
-from detector.pretrained.onnx_export import compare_speed, export_onnx
+from detector.pretrained.onnx_export import compare_speed, export_onnx, left_out
 from detector.run_folders import run_folder
 
 
@@ -68,6 +68,8 @@ def export(
         )
         same = "onnxruntime detects what PyTorch does" if compared else "not compared: onnxruntime is not installed"
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
+        if missing := left_out(network):
+            print(f"{missing}.")
         if speed:
             side = min(network.transform.min_size[-1], network.transform.max_size)
             seconds = compare_speed(network, file, (side, side), speed)

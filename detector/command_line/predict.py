@@ -30,6 +30,7 @@ from detector.command_line.arguments import (
     add_device,
     add_min_score,
     add_output,
+    add_refine,
     add_workers,
     at_least,
     score,
@@ -47,6 +48,7 @@ def make_parser() -> ToolParser:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="what to look at")
     add_detector(parser)
+    add_refine(parser, choices=("on", "off"), effect="off leaves the boxes as they were")
     add_device(parser)
     add_output(parser, default="runs/predict, or the next free number")
     add_min_score(

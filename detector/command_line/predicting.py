@@ -9,7 +9,7 @@ from typing import Literal
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from detector.command_line.source import load_source, pick_device
+from detector.command_line.source import load_source, pick_device, switch_refinement
 from detector.data.annotations import read_coco
 from detector.data.categories import match_ids
 from detector.errors import DataError, ModelError, in_a_sentence
@@ -28,6 +28,7 @@ def predict(
     model: str | None = None,
     weights: str | None = None,
     crop: Crop | None = None,
+    refine: Literal["on", "off"] | None = None,
     output: str | None = None,
     min_score: float | Literal["auto"] = 0.5,
     annotations: str | None = None,
@@ -43,6 +44,7 @@ def predict(
         known = None if annotations is None else read_coco(annotations)
         files = find_images(images, known, left_out=left_out)
         detector, called = load_source(checkpoint, model, weights, crop)
+        switch_refinement(detector, refine)
         category_ids = None if known is None else _ids_in(known, detector)
         least: float | list[float]
         least = _scores_of_report(called, detector) if min_score == "auto" else min_score

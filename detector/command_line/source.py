@@ -33,6 +33,15 @@ def load_source(
     return detector, called
 
 
+def switch_refinement(detector: PretrainedDetector, refine: str | None) -> None:
+    """Switch the refinement of a detector as ``--refine`` says: off, or else on. ``None``: as it is."""
+    if refine is None:
+        return
+    if detector.refinement is None:
+        raise UsageError(f"--refine {refine}: the detector has no refinement (tools/refine.py trains one)")
+    detector.refinement.enabled = refine != "off"
+
+
 def pick_device(device: str | None) -> torch.device:
     """The device of a name; by default a GPU if there is one. Of several processes each gets a GPU of its own."""
     try:

@@ -1,10 +1,13 @@
 """The training losses of images that a detector is scored on, beside its detections."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.overriding import overridden
+from detector.refinement.attach import refinement_of
 
 
 @torch.no_grad()
@@ -15,7 +18,7 @@ def detect_with_losses(
 
     The model is in eval mode, but for the flags by which its parts choose what to return: dropout drops nothing, and no
     statistic of batch norm changes. The losses of an R-CNN are those of the proposals of testing, which are fewer than
-    in training.
+    in training. Those of a refinement are not among them: they are of boxes drawn by chance.
 
     Args:
         model: a torchvision detector; put in eval mode for the call.
@@ -42,7 +45,9 @@ def detect_with_losses(
         # In training mode it returns its losses; its proposals are still those of testing.
         with overridden(rpn, training=True, pre_nms_top_n=lambda: pre_nms, post_nms_top_n=lambda: post_nms):
             proposals, losses = rpn(batch, features, resized)
-        with overridden(heads, training=True):
+        refinement = refinement_of(model)
+        plain = nullcontext() if refinement is None else overridden(refinement, enabled=False)
+        with overridden(heads, training=True), plain:
             losses = losses | heads(features, proposals, batch.image_sizes, resized)[1]
         detections, _ = heads(features, proposals, batch.image_sizes)
         return model.transform.postprocess(detections, batch.image_sizes, sizes), losses

@@ -17,6 +17,7 @@ from PIL import Image
 
 from detector.data.drawing import COLORS, Stroke
 from detector.evaluation.confusion import confused_pairs
+from detector.evaluation.report import refined_rows
 from detector.text import clean, short
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
         meanings=MEANINGS,
         worst=WORST,
         plots=_plots(report),
+        refined=refined_rows(report["refinement"]) if report["refinement"] else [],
         matrix=confusion_table(report["confusion"]),
         marks=MARKS,
         pictures={kind: [one for one in shown if one["kind"] == kind] for kind in ("worst", "best")},
@@ -146,6 +148,7 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[object]) -> tuple[di
     scored = any(row["AP"] is not None for row in (*report["by_iou"], *report["by_size"]))
     sections = [
         ("scores", "Scores", True, ""),
+        ("refinement", "With and without the refinement", report["refinement"], ""),
         ("curves", "Precision and recall", report["curves"].get("mean"), "No curves: there are no objects to find."),
         ("threshold", "Score threshold", report["operating_points"]["mean"], "No threshold: no object was found."),
         ("strictness", "By IoU and size", scored, ""),
@@ -270,6 +273,14 @@ def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
             lines, remark = _class_lines({name: one[key] for name, one in curves["by_class"].items()}, f"mean {label}")
             title = f"{label[0].upper()}{label[1:]} by class"
             plots[key] = _lines(key, title, scores, lines, remark=remark, **axes)
+    if report["refinement"]:
+        ious = [row["iou"] for row in report["by_iou"]]
+        lines = [
+            (label, [row["AP"] for row in report["refinement"][when]["by_iou"]], color, dashed)
+            for label, when, color, dashed in (("before", "before", INK, True), ("after", "after", LINES[0], False))
+        ]
+        axes = {"xlabel": "IoU threshold", "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
+        plots["refined"] = _lines("refined", "AP by IoU threshold, before and after", ious, lines, style="o", **axes)
     for key, title, names, measured in (
         ("by_iou", "AP by IoU threshold", [f"{row['iou']:.2f}" for row in report["by_iou"]], ("AP",)),
         ("by_size", "AP and AR by size of the objects", [row["size"] for row in report["by_size"]], ("AP", "AR")),

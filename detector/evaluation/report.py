@@ -22,6 +22,7 @@ SIZES = {  # COCO's, in its order
     "medium": "area from 32 x 32 to 96 x 96 pixels",
     "large": "area above 96 x 96 pixels",
 }
+REFINED = ("AP", "AP50", "AP75", "AP90")  # the scores that tell what a refinement did
 CURVES = (0.5, 0.75, 0.9)  # IoU of the precision-recall curves
 
 
@@ -34,6 +35,7 @@ def make_report(
     losses: Mapping[str, float] | None = None,
     proposals: Sequence[Hit] | None = None,
     kept_proposals: int = 0,
+    unrefined: COCOeval | None = None,
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> tuple[Report, str]:
@@ -47,6 +49,7 @@ def make_report(
         losses: the losses of a mean image.
         proposals: the proposals that may cover an object.
         kept_proposals: how many of an image's proposals the head sees.
+        unrefined: as ``scorer``, of what the detector finds without its refinement.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences on what is to be known of the scores.
 
@@ -80,7 +83,7 @@ def make_report(
     report: Report = {
         "about": {**about, "images": len(image_ids), "objects": len(objects), "detections": len(results)},
         "scores": {name: _number(scores[name]) for name in (*SUMMARY, "AP90")},
-        "by_iou": [{"iou": iou, "AP": _mean(precision[t, :, :, 0, -1])} for t, iou in enumerate(thresholds)],
+        "by_iou": _by_iou(scorer),
         "by_size": [
             {
                 "size": size,
@@ -110,9 +113,16 @@ def make_report(
             "iou": 0.5,
         },
         "images": [{**image, "file_name": truth.imgs[image["id"]].get("file_name", "")} for image in images],
+        "refinement": None,
         "speed": dict(speed) if speed is not None else None,
         "notes": list(notes),
     }
+    if unrefined is not None:
+        before = {name: _number(score) for name, score in summary(unrefined)[0].items()}
+        report["refinement"] = {
+            "before": {"scores": before, "by_iou": _by_iou(unrefined)},
+            "after": {"scores": report["scores"], "by_iou": report["by_iou"]},
+        }
     if proposals is not None:
         rows = [{name: _number(value) for name, value in row.items()} for row in recall(truth, proposals, image_ids)]
         report["proposals"] = {"kept": kept_proposals, "rows": rows}
@@ -167,6 +177,10 @@ def as_text(report: Report, *, classes: int = 100) -> str:
         tables.append((f"{title}: rows are the ground truth, columns what was detected", [heads, *rows]))
     elif pairs := confused_pairs(report["confusion"], 10):
         tables.append((f"{title}: most often", [[truth, "for", found, count] for truth, found, count in pairs]))
+    if report["refinement"]:
+        refined = refined_rows(report["refinement"])
+        table = [[row["score"], row["before"], row["after"], _signed(row["difference"])] for row in refined]
+        tables.append(("Without the refinement, and with it", [["", "before", "after", "difference"], *table]))
     if losses := report["losses"]:
         tables.append(("Losses", [list(losses), [f"{value:.4f}" for value in losses.values()]]))
     if speed := report["speed"]:
@@ -176,6 +190,20 @@ def as_text(report: Report, *, classes: int = 100) -> str:
         tables.append((title, [["", "ms", "from", "to", "images a second"], *rows]))
     texts = [f"\n{title}\n{text_table(rows)}" for title, rows in tables]
     return "\n".join([*texts, *(f"\nNote: {note}" for note in report["notes"])])
+
+
+def refined_rows(refinement: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a refinement did, as rows of ``score``, ``before``, ``after`` and ``difference``; ``None`` if undefined.
+
+    Args:
+        refinement: the section of a report.
+    """
+    rows = []
+    for name in REFINED:
+        before, after = (refinement[when]["scores"][name] for when in ("before", "after"))
+        difference = None if before is None or after is None else after - before
+        rows.append({"score": name, "before": before, "after": after, "difference": difference})
+    return rows
 
 
 def _rows(dicts: Sequence[Mapping[str, Any]], keys: Sequence[str], heads: Sequence[str]) -> list[list[Any]]:
@@ -210,6 +238,19 @@ def text_table(rows: Sequence[Sequence[Any]]) -> str:
         line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         lines.append(f"  {'  '.join(line)}".rstrip())
     return "\n".join(lines)
+
+
+def _by_iou(scorer: COCOeval) -> list[dict[str, Any]]:
+    """AP at each IoU threshold, from the precision of all sizes at the most detections."""
+    precision = scorer.eval["precision"]  # [T, R, K, A, M]
+    return [
+        {"iou": round(float(iou), 2), "AP": _mean(precision[t, :, :, 0, -1])}
+        for t, iou in enumerate(scorer.params.iouThrs)
+    ]
+
+
+def _signed(value: float | None) -> str | None:
+    return None if value is None else f"{value:+.3f}"
 
 
 def _number(value: float) -> float | None:

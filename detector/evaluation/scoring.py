@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from detector.errors import DataError, UserError, sentence
 from detector.evaluation.ranks import gathered, joined
 from detector.evaluation.running import Predictions, run_detector
 from detector.evaluation.timing import WARM_UP, measure_stages
-from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
+from detector.evaluation.writing import EvaluationOptions, described, refinement_in_words, write_evaluation
+from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
 
 
@@ -57,7 +59,8 @@ def score_split(
     ids = split.category_ids if category_ids is None else category_ids
     found = run_detector(model, split, ids, device=device, batch_size=batch_size, workers=workers)
     name, data = type(model).__name__, str(split.folder)
-    made = described(None, model=name, data=data, split=None, device=device) | dict(about or {})
+    made = described(None, model=name, data=data, split=None, device=device)
+    made |= {"refinement": refinement_in_words(model), **(about or {})}
     options = EvaluationOptions()
     return write_evaluation(found, split.coco, folder, options, about=made, split=split, notes=notes, of_training=True)
 
@@ -100,7 +103,8 @@ def evaluate_detector(
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
         labels, without = _labels_for_losses(detector.model, category_ids, data)
-        part = run_detector(
+        run = partial(
+            run_detector,
             detector.model,
             data,
             category_ids,
@@ -108,14 +112,16 @@ def evaluate_detector(
             batch_size=options.batch_size,
             workers=options.workers,
             limit=options.limit,
-            labels=labels,
-            proposals=isinstance(detector.model, GeneralizedRCNN),
             skip_broken=options.skip_broken,
             partial=ranks == 1,
             ranks=ranks,
             rank=rank,
         )
-        found = gathered(part)
+        found = gathered(run(labels=labels, proposals=isinstance(detector.model, GeneralizedRCNN)))
+        unrefined = None
+        if options.compare_refinement and detector.refinement is not None and (found is None or not found.stopped):
+            with overridden(detector.refinement, enabled=False):
+                unrefined = gathered(run())
     if found is None:
         return None
     notes += without
@@ -132,6 +138,9 @@ def evaluate_detector(
     elif options.limit is not None:
         notes.append(f"Limited: {seen}")
     notes += [f"{note}." for note in left_out]
+    if options.compare_refinement and (unrefined is None or unrefined.stopped):
+        notes.append("Not compared with the detector without its refinement: stopped before the end.")
+        unrefined = None
     speed = None
     if options.speed and found.stopped is None and found.image_ids:
         speed = _times(detector.model, data, options, len(found.image_ids), notes)
@@ -142,6 +151,7 @@ def evaluate_detector(
         options,
         about=described(detector, model=model, data=root, split=split, device=options.device),
         split=data,
+        unrefined=unrefined,
         speed=speed,
         notes=notes,
     )

@@ -12,8 +12,10 @@ from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.data.dataset import CocoDetection
+from detector.overriding import overridden
+from detector.refinement.roi_heads import RefinedRoIHeads
 
-STAGES = ("decode and transform", "backbone", "RPN", "crop", "head", "post-processing")
+STAGES = ("decode and transform", "backbone", "RPN", "crop", "head", "refinement", "post-processing")
 WARM_UP = 3  # images that are not counted
 
 
@@ -55,8 +57,9 @@ def measure_stages(
         return time.perf_counter()
 
     try:
-        with _timed(stage_of, spent, now):
+        with _timed(stage_of, spent, now), _refinement_timed(model, spent, now):
             for number in range(-WARM_UP, images):
+                spent.clear()
                 spent.update(dict.fromkeys(stage_of.values(), 0.0))
                 start = now()
                 image = split[(number * first) // images % first][0].to(device)
@@ -110,3 +113,22 @@ def _timed(stage_of: dict[nn.Module, str], spent: dict[str, float], now: Callabl
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _refinement_timed(model: Any, spent: dict[str, float], now: Callable[[], float]) -> Iterator[None]:
+    """Within, the seconds of a refinement, all its looks and climbs, are spent in a stage of its own."""
+    heads = getattr(model, "roi_heads", None)
+    if not isinstance(heads, RefinedRoIHeads) or not heads.refinement.enabled:
+        yield
+        return
+    refined = heads.refined
+
+    def timed(*arguments: Any) -> Any:
+        start = now()
+        result = refined(*arguments)
+        spent["refinement"] = spent.get("refinement", 0.0) + now() - start
+        return result
+
+    with overridden(heads, refined=timed):
+        yield

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pycocotools.coco import COCO
+from torch import nn
 
 from detector.data.dataset import CocoDetection
 from detector.evaluation.metric import Evaluator, evaluator_version, match
@@ -16,6 +17,7 @@ from detector.evaluation.report import as_text, make_report
 from detector.evaluation.running import Predictions
 from detector.files import write_atomically, write_json
 from detector.pretrained.detector import PretrainedDetector
+from detector.refinement.attach import refinement_of
 from detector.versions import circumstances
 
 
@@ -33,6 +35,7 @@ class EvaluationOptions:
         batch_size: images at a time.
         workers: processes that read images.
         device: where the detector runs.
+        compare_refinement: score the detector without its refinement, too.
     """
 
     limit: int | None = None
@@ -44,6 +47,7 @@ class EvaluationOptions:
     batch_size: int = 1
     workers: int = 2
     device: torch.device | str = "cpu"
+    compare_refinement: bool = False
 
 
 def write_evaluation(
@@ -54,6 +58,7 @@ def write_evaluation(
     *,
     about: Mapping[str, Any],
     split: CocoDetection | None = None,
+    unrefined: Predictions | None = None,
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     of_training: bool = False,
@@ -70,6 +75,7 @@ def write_evaluation(
         options: how.
         about: how the detections were made, see :func:`described`.
         split: the images, to draw some of them on the page.
+        unrefined: what was found without the refinement, in the same images, to compare with.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences for the report.
         of_training: write ``examples.png``, too, and print no more than pycocotools' table.
@@ -78,6 +84,9 @@ def write_evaluation(
         The scores, as :func:`~detector.evaluation.evaluate`.
     """
     scorer = match(truth, found.results, found.image_ids, evaluator=options.evaluator)
+    before = None
+    if unrefined is not None:
+        before = match(truth, unrefined.results, unrefined.image_ids, evaluator=options.evaluator)
     report, table = make_report(
         scorer,
         found.results,
@@ -86,6 +95,7 @@ def write_evaluation(
         losses=found.mean_losses(),
         proposals=found.proposals,
         kept_proposals=found.kept_proposals,
+        unrefined=before,
         speed=speed,
         notes=notes,
     )
@@ -109,6 +119,14 @@ def write_evaluation(
     return scores
 
 
+def refinement_in_words(model: nn.Module) -> str | None:
+    """How often the boxes of a detector are looked at again, and how far they climb; ``None`` without a refinement."""
+    refinement = refinement_of(model)
+    if refinement is None:
+        return None
+    return f"{refinement.config.looks} looks, {refinement.config.climbs} climbs" if refinement.enabled else "off"
+
+
 def described(
     detector: PretrainedDetector | None, *, model: str, data: str, split: str | None, device: torch.device | str | None
 ) -> dict[str, Any]:
@@ -124,6 +142,7 @@ def described(
     return {
         "model": model,
         "crop": None if detector is None else detector.crop,
+        "refinement": None if detector is None else refinement_in_words(detector.model),
         "weights": None if detector is None else detector.digest(),
         "data": data,
         "split": split,

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FrozenBatchNorm2d
 
-from detector.errors import ModelError, shown
+from detector.errors import ModelError, sentence, shown
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig, saved_settings
 from detector.models.published import batch_norm_eps, set_batch_norm_eps
@@ -71,14 +71,13 @@ class DetectorDescription:
                 raise ModelError(f"a category must have an id and a name, got {shown(i)} and {shown(name)}")
         if not isinstance(eps, dict) or not all(type(e) in (int, float) and 0 <= e <= 1 for e in eps.values()):
             raise ModelError("batch_norm_eps must be numbers from 0 to 1")
-        refinement = content.get("refinement")
         return cls(
             settings,
             crop,
             [i for i, _ in categories],
             [name for _, name in categories],
             eps,
-            None if refinement is None else RefinementConfig.from_dict(refinement),
+            _saved_refinement(content.get("refinement")),
         )
 
     def build(self, weights: Any) -> FasterRCNN:
@@ -99,3 +98,18 @@ class DetectorDescription:
     def _untrained(self) -> FasterRCNN:
         model = build_detector(self.settings, len(self.category_ids), pretrained=False)
         return model if self.refinement is None else add_refinement(model, self.refinement)
+
+
+def _saved_refinement(fields: Any) -> RefinementConfig | None:
+    """The settings of a refinement that a file holds, if any; those that there were not yet have their defaults."""
+    if fields is None:
+        return None
+    if not isinstance(fields, dict):
+        raise ModelError(f"refinement must be a dict of settings, got {shown(fields)}")
+    try:
+        return RefinementConfig.from_dict(fields)
+    except LookupError as error:
+        raise ModelError(f"refinement: it has no {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        message = sentence(error)
+        raise ModelError(message if message.startswith("refinement.") else f"refinement: {message}") from None

@@ -82,7 +82,11 @@ class PretrainedDetector(
 
     @property
     def refinement(self) -> Refinement | None:
-        """That of its boxes, ``None`` if it has none. ``refinement.enabled = False`` leaves them as they were."""
+        """That of its boxes, ``None`` if it has none.
+
+        ``refinement.enabled = False`` leaves the boxes as they were, until it is ``True`` again; a detector that was
+        loaded has it on.
+        """
         return refinement_of(self.model)
 
     def crop_by(self, crop: Crop) -> None:
@@ -231,7 +235,14 @@ class PretrainedDetector(
     def generate_model_card(self, *args: Any, report: dict[str, Any] | None = None, **options: Any) -> ModelCard:
         """The text of ``README.md`` beside the weights."""
         assert self.settings is not None
-        return model_card(self._hub_mixin_info.model_card_data, self.settings, self.crop, self.category_names, report)
+        return model_card(
+            self._hub_mixin_info.model_card_data,
+            self.settings,
+            self.crop,
+            self.category_names,
+            report,
+            refinement=None if self.refinement is None else self.refinement.config,
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

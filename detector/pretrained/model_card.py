@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from detector.errors import DataError
 from detector.models.config import DetectorConfig
+from detector.refinement.config import RefinementConfig
 from detector.text import clean
 
 # The numbers of a report that the card shows, and what they are.
@@ -53,6 +54,8 @@ def model_card(
     crop: str | None,
     names: Sequence[str],
     report: dict[str, Any] | None = None,
+    *,
+    refinement: RefinementConfig | None = None,
 ) -> ModelCard:
     """A model card in Hugging Face's format.
 
@@ -61,6 +64,7 @@ def model_card(
         settings: what the detector was built by.
         crop: "affine" or "roi_align".
         names: of the classes.
+        refinement: that of the boxes, if there is one.
         report: the dict of a ``report.json``; without one the card says that there are no scores.
 
     Raises:
@@ -79,7 +83,7 @@ def model_card(
 
 A Faster R-CNN (`{settings.name}`) that crops its features by {by}, made with {project}.
 It finds {len(names)} classes: {listed}. Test images are resized to {settings.min_size} pixels on the shorter side, at \
-most {settings.max_size} on the longer.
+most {settings.max_size} on the longer.{_refined(refinement)}
 
 To load it, `{install}` in a clone of {clone}.
 
@@ -107,12 +111,22 @@ print(found)  # names, scores, boxes; a notebook draws it
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+def _refined(refinement: RefinementConfig | None) -> str:
+    if refinement is None:
+        return ""
+    return f"""
+
+Its boxes are refined: the detector looks at them again (looks: {refinement.looks}), and they climb the fit that it \
+expects (climbs: {refinement.climbs}). `detector.refinement.enabled = False` switches that off."""
+
+
 def _scores(report: dict[str, Any]) -> str:
     about, scores = report["about"], report["scores"]
     rows = "\n".join(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items())
+    unrefined = ", without the refinement" if about.get("refinement") == "off" else ""
     notes = "".join(f"- {_code(note)}\n\n" for note in report["notes"])
     return f"""By {_code(about["evaluator"])} on {int(about["images"])} images with {int(about["objects"])} objects of \
-{_code(_where(about))}, {_code(about["time"][:10])}:
+{_code(_where(about))}, {_code(about["time"][:10])}{unrefined}:
 
 | | | |
 |---|---|---|

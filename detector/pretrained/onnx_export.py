@@ -11,7 +11,9 @@ import io
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +29,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.errors import UserError
 from detector.files import write_atomically
+from detector.overriding import overridden
+from detector.refinement.attach import refinement_of
 
 OPSETS = range(16, 21)  # GridSample came with 16; torch's exporter ends at 20
 FIELDS = ("boxes", "labels", "scores")
@@ -63,6 +67,9 @@ def export_onnx(
     graph is checked: it is valid, and, where onnxruntime is installed, finds what PyTorch does in noise of another size
     than the example's.
 
+    A refinement is in the graph as far as its looks go, if it is enabled. Climbing takes gradients, which no graph has,
+    and ranking by the fit goes with it: both are left out, as :func:`left_out` says.
+
     Args:
         model: swapped or stock, in eval mode, on the CPU, in float32. Of a Mask or Keypoint R-CNN only boxes come out.
         path: the file to write.
@@ -93,7 +100,8 @@ def export_onnx(
         raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
     metadata = _metadata(model, class_names, category_ids)
 
-    graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, height, width), opset))
+    with _as_in_a_graph(model):
+        graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, height, width), opset))
     onnx.helper.set_model_props(graph, metadata)
     try:
         onnx.checker.check_model(graph)
@@ -101,10 +109,39 @@ def export_onnx(
         raise ExportError(f"the exported graph is not valid: {error}") from None
     compared = importlib.util.find_spec("onnxruntime") is not None
     if compared:
-        _compare(model, graph.SerializeToString(), side, batch_size)
-    _fix_threshold(graph, model.roi_heads.score_thresh)
+        with _as_in_a_graph(model):
+            _compare(model, graph.SerializeToString(), side, batch_size)
+    for name, threshold in _thresholds(model).items():
+        _fix_threshold(graph, name, threshold)
     write_atomically(Path(path), graph.SerializeToString())
     return compared
+
+
+def left_out(model: nn.Module) -> str | None:
+    """What of a detector's refinement :func:`export_onnx` leaves out of the graph, in a sentence; ``None``: nothing."""
+    refinement = refinement_of(model)
+    if refinement is None or not refinement.enabled:
+        return None
+    config = refinement.config
+    missing = [f"{config.climbs} climbs"] if config.climbs else []
+    missing += ["the ranking by the fit"] if config.fit_power or config.fit_nms else []
+    if not missing:
+        return None
+    return (
+        f"Of the refinement {' and '.join(missing)} {'is' if missing[0].startswith('the') else 'are'} left out of the "
+        f"graph, which has no gradients to climb by: it looks at boxes {config.looks} times again, no more"
+    )
+
+
+@contextmanager
+def _as_in_a_graph(model: nn.Module) -> Iterator[None]:
+    """Within, a refinement does no more than its graph does."""
+    refinement = refinement_of(model)
+    if refinement is None:
+        yield
+        return
+    with overridden(refinement, config=replace(refinement.config, climbs=0, fit_power=0.0, fit_nms=False)):
+        yield
 
 
 def compare_speed(
@@ -119,7 +156,8 @@ def compare_speed(
         repeats: of each; both run once more before.
 
     Returns:
-        The median seconds of a call, "pytorch" and "onnxruntime", and "ratio", onnxruntime's over PyTorch's.
+        The median seconds of a call, "pytorch" and "onnxruntime", without what :func:`left_out` names, and "ratio",
+        onnxruntime's over PyTorch's.
 
     Raises:
         ExportError: onnxruntime is missing, or cannot run the file.
@@ -128,7 +166,7 @@ def compare_speed(
     images = torch.rand(session.get_inputs()[0].shape[0], 3, *size, generator=torch.Generator().manual_seed(0))
     listed, fed = list(images), {"images": images.numpy()}
     seconds: dict[str, list[float]] = {"pytorch": [], "onnxruntime": []}
-    with torch.inference_mode():
+    with torch.inference_mode(), _as_in_a_graph(model):
         for _ in range(repeats + 1):
             start = time.perf_counter()
             model(listed)
@@ -157,21 +195,29 @@ class _TracedTransform(GeneralizedRCNNTransform):
 
 
 class _Traced(nn.Module):
-    """A detector with tensors for arguments and results, the score threshold among them."""
+    """A detector with tensors for arguments and results, the score thresholds among them."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
         # Copies that share all modules and weights, to change a few attributes of.
         self.detector = copy.copy(model)
         self.detector._modules = dict(model._modules)
-        self.detector.roi_heads = copy.copy(model.roi_heads)
+        self.detector.roi_heads = heads = copy.copy(model.roi_heads)
+        self.refinement = None
+        if (refinement := refinement_of(model)) is not None:
+            heads._modules = dict(heads._modules)
+            heads.refinement = self.refinement = copy.copy(refinement)
         if type(model.transform) is GeneralizedRCNNTransform:
             self.detector.transform = copy.copy(model.transform)
             self.detector.transform.__class__ = _TracedTransform
         self.training = False
 
-    def forward(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, images: Tensor, score_threshold: Tensor, refinement_threshold: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         self.detector.roi_heads.score_thresh = score_threshold
+        if self.refinement is not None and refinement_threshold is not None:
+            self.refinement.score_threshold = refinement_threshold
         return tuple(found[field] for found in self.detector(list(images.unbind(0))) for field in FIELDS)
 
 
@@ -195,8 +241,9 @@ def _check_model(model: nn.Module) -> None:
                 f"the model must be on the CPU in float32 to be exported, {name} is {tensor.dtype} on {tensor.device}: "
                 "call model.float().cpu() first"
             )
-    pool = model.roi_heads.box_roi_pool
-    if isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0:
+    refinement = refinement_of(model)
+    pools = [model.roi_heads.box_roi_pool, *([] if refinement is None else [refinement.pool])]
+    if any(isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0 for pool in pools):
         raise ExportError(
             "the RoI pool takes a number of samples that goes with the box (sampling_ratio 0 or less), which no graph "
             "can; one with a fixed sampling_ratio, as torchvision's builders set, can be exported"
@@ -233,15 +280,16 @@ def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
     suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
     axes = {field + suffix: {0: f"detections{suffix}"} for suffix in suffixes for field in FIELDS}
     content = io.BytesIO()
+    thresholds = list(_thresholds(model))
     # The exporter is deprecated, and warns of each branch that it follows; torchvision's are meant to be followed.
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
                 _Traced(model),
-                (images, torch.tensor(0.5)),
+                (images, *(torch.tensor(0.5) for _ in thresholds)),
                 content,  # type: ignore[arg-type]
-                input_names=["images", "score_threshold"],
+                input_names=["images", *thresholds],
                 output_names=list(axes),
                 dynamic_axes=axes | {"images": {2: "height", 3: "width"}},
                 opset_version=opset,
@@ -271,9 +319,9 @@ def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int)
     # Sizes for which a stock model tells its strides as for a square.
     for height, width in ((side * 4 // 5 + 1, side + 3), (side + 5, side * 9 // 10)):
         images = torch.rand(batch_size, 3, height, width, generator=generator)
-        expected, threshold = _detect(model, images)
+        expected, thresholds = _detect(model, images)
         try:
-            results = session.run(None, {"images": images.numpy(), "score_threshold": threshold.numpy()})
+            results = session.run(None, {"images": images.numpy(), **thresholds})
         except Exception as error:  # onnxruntime has no base class for its errors
             raise ExportError(f"onnxruntime cannot run the graph: {_first_line(error)}") from None
         for i, wanted in enumerate(expected):
@@ -294,25 +342,36 @@ def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) ->
     return boxes & scores & (wanted["labels"][:, None] == given["labels"])
 
 
-def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """PyTorch's detections, and a score threshold by which each image has some: in noise there are few objects."""
-    heads = model.roi_heads
+def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """PyTorch's detections, all refined, and thresholds by which each image has some: noise has few objects."""
+    heads, refinement = model.roi_heads, refinement_of(model)
     before = heads.score_thresh
+    refining = nullcontext() if refinement is None else overridden(refinement, score_threshold=0.0)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), refining:
             heads.score_thresh = -1.0
             scores = [image["scores"] for image in model(list(images))]
             if all(len(of_image) for of_image in scores):
                 heads.score_thresh = min(float(of_image[:COMPARED][-1]) for of_image in scores) * (1 - 1e-3)
-            return model(list(images)), torch.tensor(heads.score_thresh)
+            given = _thresholds(model)
+            return model(list(images)), {name: torch.tensor(value).numpy() for name, value in given.items()}
     finally:
         heads.score_thresh = before
 
 
-def _fix_threshold(graph: Any, threshold: float) -> None:
+def _thresholds(model: GeneralizedRCNN) -> dict[str, float]:
+    """Those that are inputs of a graph until it is compared, by name, as the model has them."""
+    refinement = refinement_of(model)
+    thresholds = {"score_threshold": float(model.roi_heads.score_thresh)}
+    if refinement is not None and refinement.enabled:
+        thresholds["refinement_threshold"] = float(refinement.score_threshold)
+    return thresholds
+
+
+def _fix_threshold(graph: Any, name: str, threshold: float) -> None:
     """Turn the input of that name into the constant that it is to the model."""
     onnx = _package("onnx")
-    (given,) = (value for value in graph.graph.input if value.name == "score_threshold")
+    (given,) = (value for value in graph.graph.input if value.name == name)
     graph.graph.input.remove(given)
     graph.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(threshold).numpy(), given.name))
 

@@ -1,13 +1,12 @@
 """Add a refinement to a torchvision R-CNN that exists already, train it alone, and take it out again."""
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.transform import resize_boxes
 
 from detector.rcnn.classes import mix_in, refuse_own_forward, take_out
 from detector.rcnn.roi_heads import AttachedRoIHeads
@@ -16,6 +15,7 @@ from detector.refinement.config import RefinementConfig
 from detector.refinement.head import Refinement
 from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
 from detector.refinement.roi_heads import RefinedRoIHeads
+from detector.refinement.seen import FeatureCache, batched, look_at
 
 Model = TypeVar("Model", bound=nn.Module)
 DEFAULT = RefinementConfig()
@@ -82,16 +82,20 @@ def freeze_detector(model: nn.Module) -> list[nn.Parameter]:
     return list(refinement.parameters())
 
 
-def refinement_losses(model: Any, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def refinement_losses(
+    model: Any, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], *, cache: FeatureCache | None = None
+) -> dict[str, Tensor]:
     """The losses of the refinement alone, on the features and the detections of the detector as it is.
 
-    The detector runs in eval mode and without a graph, whatever mode it is in; it learns nothing.
+    The detector runs in eval mode and without a graph, whatever mode it is in, image by image as it will at test time;
+    it learns nothing.
 
     Args:
         model: a detector with a refinement.
-        images: [3, H, W] each, in 0..1.
+        images: [3, H, W] each, in 0..1, of any sizes.
         targets: for each image ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels. Their labels are not looked at: the
             refinement is the same for all classes.
+        cache: keeps what the detector makes of an image, for the next time.
 
     Returns:
         ``loss_refinement_box`` and ``loss_refinement_fit``.
@@ -102,16 +106,15 @@ def refinement_losses(model: Any, images: Sequence[Tensor], targets: Sequence[di
     refinement = refinement_of(model)
     if refinement is None:
         raise TypeError(f"{type(model).__name__} has no refinement: call add_refinement first")
-    with _frozen(model, refinement), torch.no_grad():
-        inputs, resized = model.transform(list(images), [{"boxes": t["boxes"]} for t in targets])
-        features = model.backbone(inputs.tensors)
-        if isinstance(features, Tensor):
-            features = OrderedDict([("0", features)])
-        proposals, _ = model.rpn(inputs, features)
-        found, _ = model.roi_heads(features, proposals, inputs.image_sizes)
-    truth = [target["boxes"] for target in resized]
-    boxes, matched = boxes_to_learn_from([one["boxes"] for one in found], truth, inputs.image_sizes, refinement)
-    return unrolled_losses(refinement, features, boxes, matched, inputs.image_sizes)
+    with _frozen(model, refinement):
+        seen = [look_at(model, image) if cache is None else cache(model, image) for image in images]
+    sizes = [one.size for one in seen]
+    truth = [
+        resize_boxes(target["boxes"], (image.shape[-2], image.shape[-1]), size)
+        for image, target, size in zip(images, targets, sizes, strict=True)
+    ]
+    boxes, matched = boxes_to_learn_from([one.boxes for one in seen], truth, sizes, refinement)
+    return unrolled_losses(refinement, batched(seen), boxes, matched, sizes)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ class RefinementConfig:
 
     A small head crops the detector's own feature maps at a box and says two things about it: where the object's box is
     (four deltas, whatever the class) and how well this one fits (the IoU that it expects). **Looking again** moves the
-    box by the deltas, and does so ``looks`` times, each time with a new crop. **Climbing** then follows the gradient of
-    the fit through the crop (Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection",
-    2018, section 3.3), ``climbs`` steps at most.
+    box by the deltas, and does so ``looks`` times, each time with a new crop; a box stays whose expected fit would
+    fall. **Climbing** then follows the gradient of the fit through the crop (Jiang et al., "Acquisition of Localization
+    Confidence for Accurate Object Detection", 2018, section 3.3), ``climbs`` steps at most.
 
     Args:
         looks: how often a box is looked at again, 0 for not at all.
@@ -43,12 +43,12 @@ class RefinementConfig:
         ValueError: a setting is out of its range.
     """
 
-    looks: int = 2
+    looks: int = 3
     climbs: int = 0
-    step_size: float = 0.03
+    step_size: float = 0.1
     score_threshold: float = 0.05
     boxes_per_image: int = 100
-    fit_power: float = 0.0
+    fit_power: float = 0.5
     fit_nms: bool = False
     sampling: Literal["points", "exact"] = "points"
     stages: int = 1
@@ -56,8 +56,8 @@ class RefinementConfig:
     box_gradient: BoxGradient = BoxGradient.exact()
     boxes_per_object: int = 8
     train_boxes: int = 64
-    jitter: float = 0.35
-    min_iou: float = 0.3
+    jitter: float = 0.25
+    min_iou: float = 0.5
 
     def __post_init__(self) -> None:
         whole = {"looks": 0, "climbs": 0, "stages": 1, "train_looks": 1, "boxes_per_object": 1, "train_boxes": 1}

@@ -45,6 +45,7 @@ class Refinement(nn.Module):
 
     Attributes:
         config: the settings.
+        score_threshold: that of the settings; a tensor while a graph is made, in which it is an input.
         enabled: ``False``: detections come back as if there were no refinement.
     """
 
@@ -52,6 +53,7 @@ class Refinement(nn.Module):
         super().__init__()
         pool = heads.box_roi_pool
         self.config = config
+        self.score_threshold: float | Tensor = config.score_threshold
         self.enabled = True
         self.pool = MultiScaleAffineCrop(
             pool.featmap_names,
@@ -64,12 +66,15 @@ class Refinement(nn.Module):
             size_divisible=size_divisible,
         )
         size = heads.box_predictor.cls_score.in_features
+        self.pool.sampling = config.sampling
         self.stages = nn.ModuleList(RefinementHead(heads.box_head, size) for _ in range(config.stages))
 
     def configure(self, config: RefinementConfig) -> None:
         """Change the settings, but for the number of stages."""
         assert config.stages == len(self.stages)
         self.config = config
+        self.pool.sampling = config.sampling
+        self.score_threshold = config.score_threshold
 
     def stage(self, look: int) -> nn.Module:
         """The weights of a look, from 0 on."""

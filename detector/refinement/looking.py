@@ -16,27 +16,38 @@ def look_again(
     image_shapes: list[tuple[int, int]],
     *,
     looks: int,
-) -> list[Tensor]:
-    """Apply the head to its own boxes. Differentiable in the features and in the boxes.
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Apply the head to its own boxes; a box moves only as long as the fit that the head expects does not fall.
 
     Args:
         features: the detector's maps, as its own pool gets them.
         boxes: [L, 4] (x1, y1, x2, y2) of each image, in pixels of the resized images, float32 or better.
         image_shapes: (height, width) of those.
-        looks: how often.
+        looks: how often. There is one crop more, at the last boxes, for their fit.
 
     Returns:
-        The moved boxes, clipped to their images.
+        The moved boxes of each image, clipped to it, and their fit, [L], 0 to 1.
     """
-    moved = list(boxes)
-    for look in range(looks):
-        deltas, _ = refinement.stage(look)(refinement.pool(features, moved, image_shapes))
-        moved = decoded(deltas, moved, image_shapes)
-    return moved
+    counts = [b.shape[0] for b in boxes]
+    best, fit, deltas = torch.cat(list(boxes)), None, None
+    tried = list(boxes)
+    for look in range(looks + 1):
+        new_deltas, logit = refinement.stage(look)(refinement.pool(features, tried, image_shapes))
+        new_fit = logit.sigmoid()
+        if fit is None or deltas is None:
+            deltas, fit = new_deltas, new_fit
+        else:
+            fits = new_fit >= fit  # false for NaN
+            best = torch.where(fits[:, None], torch.cat(tried), best)
+            deltas = torch.where(fits[:, None], new_deltas, deltas)
+            fit = torch.where(fits, new_fit, fit)
+        tried = decoded(deltas, best.split(counts), image_shapes)
+    assert fit is not None
+    return list(best.split(counts)), list(fit.split(counts))
 
 
 def decoded(deltas: Tensor, boxes: Sequence[Tensor], image_shapes: list[tuple[int, int]]) -> list[Tensor]:
     """The boxes [L, 4] of each image, moved by their deltas [K, 4] and clipped to the image."""
     moved = CODER.decode_single(deltas, torch.cat(list(boxes)).to(deltas.dtype))
-    parts = moved.split([len(b) for b in boxes])
+    parts = moved.split([b.shape[0] for b in boxes])  # not len(), which would be a constant of a graph
     return [clip_boxes_to_image(part, shape) for part, shape in zip(parts, image_shapes, strict=True)]

@@ -36,23 +36,19 @@ def refine(
     """
     config = refinement.config
     # Slices of what is sorted, not a mask: so the rest follows without being put in order again.
-    counts = [(s >= config.score_threshold).sum().clamp(max=config.boxes_per_image) for s in scores]
+    counts = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in scores]
     few = [b[:count] for b, count in zip(boxes, counts)]
-    moved = look_again(refinement, features, few, image_shapes, looks=config.looks)
-    ranks = config.fit_power > 0 or config.fit_nms
-    if not torch.jit.is_tracing() and (config.climbs or ranks) and sum(len(b) for b in moved):
+    moved, fit = look_again(refinement, features, few, image_shapes, looks=config.looks)
+    if config.climbs and not torch.jit.is_tracing() and sum(len(b) for b in moved):
         moved, fit = _climbed(refinement, features, moved, image_shapes)
-        if ranks:
-            scores = [torch.cat([s[: len(f)] * f**config.fit_power, s[len(f) :]]) for s, f in zip(scores, fit)]
-            fit = [torch.cat([f, torch.zeros_like(s[len(f) :])]) for s, f in zip(scores, fit)]
-    else:
-        ranks = False
-    refined = [torch.cat([m, b[len(m) :]]) for m, b in zip(moved, boxes)]
-    if not ranks:
+    refined = [torch.cat([m, b[m.shape[0] :]]) for m, b in zip(moved, boxes)]  # len() would be a constant of a graph
+    if not (config.fit_power or config.fit_nms):
         return refined, list(scores), list(labels)
+    scores = [torch.cat([s[: len(f)] * f**config.fit_power, s[len(f) :]]) for s, f in zip(scores, fit)]
+    fit = [torch.cat([f, torch.zeros_like(s[len(f) :])]) for s, f in zip(scores, fit)]
     ranked = []
     for b, s, la, f in zip(refined, scores, labels, fit):
-        if config.fit_nms:
+        if config.fit_nms and len(b):
             kept = batched_nms(b, f, la, nms_threshold)
             # The best fitting box of a group stands for it, with the group's best score (Jiang et al., section 3.2).
             groups = (box_iou(b[kept], b) > nms_threshold) & (la[kept][:, None] == la)

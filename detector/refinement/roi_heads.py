@@ -47,5 +47,16 @@ class RefinedRoIHeads(RoIHeads):
         if not self.refinement.enabled or self._features is None:
             return found
         boxes, scores, labels = found
+        return self.refined(boxes, scores, labels, image_shapes)
+
+    def refined(
+        self,
+        boxes: list[Tensor],
+        scores: list[Tensor],
+        labels: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The detections of the call under way, refined; whatever the refinement takes time for is in here."""
+        assert self._features is not None
         threshold = self.nms_thresh
         return refine(self.refinement, self._features, boxes, scores, labels, image_shapes, nms_threshold=threshold)

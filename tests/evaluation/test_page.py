@@ -54,6 +54,7 @@ def make_report(classes=3, images=40, seed=0, names=None):
         "about": {
             "model": "fasterrcnn_resnet50_fpn",
             "crop": "affine",
+            "refinement": "2 looks, 5 climbs",
             "data": "data/bccd",
             "split": "val",
             "images": images,
@@ -98,6 +99,13 @@ def make_report(classes=3, images=40, seed=0, names=None):
             "kept": 1000,
             "rows": [{"at": at} | {key: draw.random() for key in KEYS[6:]} for at in (100, 300, 1000)],
         },
+        "refinement": {
+            when: {
+                "scores": {key: draw.random() for key in scores},
+                "by_iou": [{"iou": 0.5 + 0.05 * i, "AP": draw.random()} for i in range(10)],
+            }
+            for when in ("before", "after")
+        },
         "losses": {"loss": 0.91234, "loss_classifier": 0.41, "loss_box_reg": 0.35, "loss_objectness": 0.0061},
         "curves": {
             "recall": [i / 100 for i in range(101)],
@@ -131,7 +139,7 @@ def make_empty_report():
     report["by_size"] = [row | {"objects": 0, "AP": None, "AR": None} for row in report["by_size"]]
     report["curves"] = {"recall": report["curves"]["recall"], "mean": {}, "by_class": {}}
     report["operating_points"] |= {"mean": None, "curves": {"score": [], "mean": {}, "by_class": {}}}
-    return report | {"proposals": None, "losses": None, "speed": None, "notes": []}
+    return report | {"proposals": None, "refinement": None, "losses": None, "speed": None, "notes": []}
 
 
 def make_pictures(report, size=(1600, 1000)):
@@ -225,7 +233,7 @@ def test_page_is_whole_and_loads_nothing(html):
     assert html.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in reader.attributes
     assert {"svg", "table", "img", "caption", "nav"} <= reader.tags
-    assert html.count("<svg") == 10
+    assert html.count("<svg") == 11
     assert html.count("<style") == 1  # matplotlib's own would be the whole page's
     assert "://" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
 
@@ -288,7 +296,7 @@ def test_the_order_is_that_of_the_contents(html):
     assert anchors == [anchor for anchor in re.findall(r'<h2 id="(\w+)">', html) if anchor != "how"]
     assert anchors[0] == "scores"
     assert anchors[-1] == "images"
-    assert len(anchors) == 11
+    assert len(anchors) == 12
 
 
 def test_hostile_text_is_text_everywhere():
@@ -402,6 +410,22 @@ def test_confusions_of_many_classes():
     few = confusion_table({"names": names[:3], "matrix": [row[:4] for row in matrix[:4]]})
     assert few["names"] == names[:3]
     assert few["others"] == 0
+
+
+def test_what_the_refinement_did_is_a_table_and_two_curves(report, html):
+    before, after = (report["refinement"][when]["scores"] for when in ("before", "after"))
+    for name in ("AP", "AP50", "AP75", "AP90"):
+        difference = f"{after[name] - before[name]:+.3f}"
+        numbers = (f"{before[name]:.3f}", f"{after[name]:.3f}", difference)
+        cells = [f"{name}</th>", *(f"<td>{one}</td>" for one in numbers)]
+        assert re.search(r"\s*".join(map(re.escape, cells)), html)
+    section = html[html.index('id="refinement"') : html.index('id="curves"')]
+    assert section.count("<svg") == 1
+    assert re.findall("<bdi>(before|after)</bdi>", section) == ["before", "after"]
+    assert "2 looks, 5 climbs" in html
+    plain = render_page(report | {"refinement": None}, [])
+    assert 'id="refinement"' not in plain
+    assert "before and after" not in plain
 
 
 def test_nothing_at_all():

@@ -3,10 +3,12 @@
 import builtins
 import io
 import json
+import re
 
 import pytest
 import torch
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
+from support.refined_models import refined
 from support.tiny_models import CHANNELS, tiny_rcnn
 from torch import nn
 from torch.export import Dim
@@ -16,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 import detector.crop.pyramid
 from detector import AffineCrop, MultiScaleAffineCrop, swap_crop_head
-from detector.pretrained.onnx_export import ExportError, _detect, compare_speed, export_onnx
+from detector.pretrained.onnx_export import ExportError, _detect, compare_speed, export_onnx, left_out
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -249,6 +251,106 @@ def test_speed(export):
     assert times["pytorch"] > 0
 
 
+# --- Refinements ---------------------------------------------------------------------------------------------------
+
+
+def moved_by(model, images):
+    """How far the refinement moves each detection, in pixels."""
+    after = detections(model, images)
+    model.roi_heads.refinement.enabled = False
+    before = detections(model, images)
+    model.roi_heads.refinement.enabled = True
+    return torch.cat([(a["boxes"] - b["boxes"]).abs().amax(1) for a, b in zip(after, before, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("swapped", "fpn", "batch", "looks"),
+    [(True, True, 1, 2), (True, True, 2, 1), (True, False, 1, 3), (False, True, 1, 2)],
+)
+def test_looking_again_is_in_the_graph(export, swapped, fpn, batch, looks):
+    model = refined(tiny(fpn=fpn, swapped=swapped), looks=looks)
+    run = export(model, batch_size=batch)
+    for size in SIZES:
+        if swapped or min(size) >= 32:
+            images = noise(*size, batch=batch)
+            assert min(assert_detects_alike(run, model, images)) > 5
+            assert (moved_by(model, images) > 0.5).any()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_only_detections_that_matter_are_looked_at_again_whatever_the_examples(export, stages):
+    """Those above a score, and so many of them: neither number is the example's."""
+    model = tiny()
+    images = noise(52, 60, batch=2)
+    scores = [found["scores"] for found in detections(model, images)]
+    threshold = float(scores[0][4] + scores[0][5]) / 2
+    refined(model, score_threshold=threshold, boxes_per_image=7, stages=stages)
+    moved = moved_by(model, images[:1]) > 0
+    assert moved[:5].any()  # not all: where the expected fit falls, a box stays
+    assert not moved[5:].any()
+    run = export(model, batch_size=2)
+    assert_detects_alike(run, model, images)
+    refined(model, boxes_per_image=3)
+    run = export(model, batch_size=2)
+    assert_detects_alike(run, model, images)
+
+
+@pytest.mark.parametrize(("limit", "batch"), [(0, 1), (1, 1), (1, 2), (3, 1)])
+def test_few_detections_or_none_to_look_at_again(export, limit, batch):
+    model = refined(tiny(box_score_thresh=0.0 if limit else 0.999, box_detections_per_img=max(limit, 1)))
+    run = export(model, batch_size=batch)
+    for size in SIZES[1:3]:
+        assert assert_detects_alike(run, model, noise(*size, batch=batch)) == [limit] * batch
+
+
+def test_one_image_of_two_without_detections_to_look_at_again(export):
+    model = tiny()
+    images = noise(52, 60, batch=2)
+    first, second = (float(found["scores"].max()) for found in detections(model, images))
+    refined(model, score_threshold=(first + second) / 2)
+    run = export(model, batch_size=2)
+    assert_detects_alike(run, model, images)
+    assert_detects_alike(run, model, images.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"climbs": 5}, "Of the refinement 5 climbs are left out of the graph, .* 2 times again"),
+        ({"climbs": 5, "fit_nms": True}, "5 climbs and the ranking by the fit are left out"),
+        ({"fit_power": 0.5}, "the ranking by the fit is left out"),
+        ({}, None),
+    ],
+)
+def test_climbs_and_ranks_are_left_out_and_it_says_so(export, settings, words):
+    model = refined(tiny(), **settings)
+    config = model.roi_heads.refinement.config
+    assert (left_out(model) is None) if words is None else re.search(words, left_out(model))
+    run = export(model)
+    assert model.roi_heads.refinement.config is config
+    assert_detects_alike(run, refined(tiny()), noise(48, 40))
+
+
+def test_a_refinement_that_is_switched_off_is_not_in_the_graph(export):
+    model = refined(tiny(), climbs=5)
+    model.roi_heads.refinement.enabled = False
+    assert left_out(model) is None
+    run = export(model)
+    assert_detects_alike(run, tiny(), noise(48, 40))
+    assert {i.name for i in onnx.load(run.path).graph.initializer} & {"score_threshold", "refinement_threshold"} == {
+        "score_threshold"
+    }
+
+
+def test_a_refinement_whose_graph_does_something_else_is_not_written(tmp_path):
+    """Though noise has no detection with the score from which on they are looked at again."""
+    model = refined(tiny(), score_threshold=1.0)
+    head = model.roi_heads.refinement.stages[0]
+    head.trunk = Baked(head.trunk)
+    with pytest.raises(ExportError, match="onnxruntime does not detect what PyTorch does"):
+        export_onnx(model, tmp_path / "model.onnx")
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -412,10 +514,10 @@ def test_every_image_is_compared_by_several_detections():
             return [{"boxes": torch.zeros(len(s), 4), "labels": torch.ones(len(s)).long(), "scores": s} for s in kept]
 
     model = Trained()
-    found, threshold = _detect(model, torch.zeros(2, 3, 4, 4))
+    found, thresholds = _detect(model, torch.zeros(2, 3, 4, 4))
     assert all(len(image["scores"]) >= 10 for image in found)
     assert model.roi_heads.score_thresh == 0.5
-    assert 0 < threshold < 0.05
+    assert 0 < thresholds["score_threshold"] < 0.05
 
 
 def test_without_onnxruntime_nothing_is_compared_and_it_says_so(tmp_path, monkeypatch):
