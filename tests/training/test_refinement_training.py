@@ -34,6 +34,7 @@ from detector.models.build import build_detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
 from detector.refinement import RefinementConfig, add_refinement
+from detector.training import refinement_run
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement_data import RefinementData, RepeatedBatches, held_apart
 from detector.training.refinement_run import fit_refinement
@@ -120,6 +121,9 @@ def test_the_detector_stays_as_it_is(refined, base):
     assert_equal(own, theirs)
     learned = ours["model.roi_heads.refinement.stages.0.deltas.weight"]
     assert learned.abs().max() > 0
+    task = RefinementTask(load_checkpoint(base))
+    trained = {name for name, value in task.model.named_parameters() if value.requires_grad}
+    assert trained == {name for name, _ in task.model.named_parameters() if ".refinement." in name} != set()
 
 
 def test_the_settings_are_told_on_a_part_of_train(refined):
@@ -129,6 +133,15 @@ def test_the_settings_are_told_on_a_part_of_train(refined):
     assert tried == [(3, 0), (1, 0), (1, 3), (2, 0), (2, 3), (3, 3)]  # that of the flags, and others
     config = load_checkpoint(refined / "checkpoints" / "last.ckpt").refinement.config
     assert (config.looks, config.climbs) == (chosen["chosen"]["looks"], chosen["chosen"]["climbs"])
+
+
+def test_what_is_chosen_goes_into_the_checkpoint_and_does_not_hinder_going_on(base, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(refinement_run, "best_refinement", lambda candidates, scores, default: candidates[-2])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for more in ({}, {"ckpt_path": "last"}):
+        assert refine(base, digits, run_dir=tmp_path / "run", max_steps=1, **more) == 0
+        config = load_checkpoint(last).refinement.config
+        assert (config.looks, config.climbs) == (2, 3)
 
 
 def test_candidates_score_as_the_detector_does_with_their_settings(refined, digits):
