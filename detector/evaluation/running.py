@@ -20,7 +20,7 @@ from detector.errors import DataError, sentence
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.proposals import Hit, ProposalRecorder
 from detector.rcnn.draws import draw_by_image
-from detector.seeds import drawn_from, seed_of
+from detector.seeds import seed_of
 from detector.signals import ignoring_signals
 
 
@@ -109,8 +109,7 @@ def predict(
                     on_device = [{name: value.to(device) for name, value in t.items()} for t in relabelled]
                     if isinstance(model, GeneralizedRCNN):  # the same in each run, and by any number of processes
                         draw_by_image(model, [seed_of(0, 0, image_id) for image_id in image_ids])
-                    with drawn_from(seed_of(0, *image_ids), device):  # what a refinement learns from
-                        detections, losses = detect_with_losses(model, images, on_device)
+                    detections, losses = detect_with_losses(model, images, on_device)
                     done.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})
                 if proposals_of is not None:
                     assert done.proposals is not None

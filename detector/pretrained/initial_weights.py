@@ -24,7 +24,7 @@ from detector.text import listed, short
 
 PREDICTOR = "roi_heads.box_predictor."
 REFINEMENT = "roi_heads.refinement."
-BOX_HEAD = re.compile(rf"{re.escape(REFINEMENT)}stages\.\d+\.trunk\.(.*)")  # copies of it
+TRUNK = re.compile(rf"{re.escape(REFINEMENT)}stages\.\d+\.trunk\.(.*)")  # copies of the box head
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
 LEAST = 0.5  # of the numbers outside of the predictor that must fit: less is another network
 # What training scripts, and torch.compile, put before each name.
@@ -68,9 +68,6 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
     source = _read(given, config)
     called = f"weights of {given}"
     expected, found = _without_counts(model.state_dict()), _without_counts(source.state)
-    for name in expected.keys() - found.keys():  # a refinement's head begins as the box head of a file without one
-        if (part := BOX_HEAD.fullmatch(name)) and (like := f"roi_heads.box_head.{part[1]}") in found:
-            found[name] = found[like]
     body = {name: value for name, value in expected.items() if not name.startswith(PREDICTOR)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
     with refusing(called):
@@ -84,6 +81,9 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
         classes, rows = _rows(source, expected, found, category_names)
         predictor = [name for name in expected if name not in body] if rows else []
         check_tensors(taken | {name: found[name] for name in predictor}, expected)
+    for name in body.keys() - taken.keys():  # the head of a refinement begins as the box head
+        if (part := TRUNK.fullmatch(name)) and (like := f"roi_heads.box_head.{part[1]}") in taken:
+            taken[name] = taken[like]
     changed = {name: _with_rows(name, expected[name], found[name], rows) for name in predictor}
     model.load_state_dict(taken | changed, strict=False)
     eps = batch_norm_eps(model)

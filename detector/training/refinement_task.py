@@ -72,6 +72,9 @@ class RefinementTask(DetectionTask):
             self.detector, self.crop, self.category_ids, self.category_names, eps, self.refinement
         )
 
+    def _category_names(self) -> list[str]:
+        return self.category_names
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["refined_weights"] = self.base

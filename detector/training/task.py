@@ -129,7 +129,6 @@ class DetectionTask(lightning.LightningModule):
         images, targets = batch
         self.image_ids = [int(target["image_id"]) for target in targets]
         self._draw_by_image(0)  # the same in every epoch: its losses can be compared
-        torch.manual_seed(seed_of(self.data.seed, *self.image_ids))  # and the refinement's
         detections, losses = detect_with_losses(self.model, images, targets)
         self.results += to_results(detections, self.image_ids, self.data.val_set.category_ids)
         size = len(images)
@@ -182,6 +181,9 @@ class DetectionTask(lightning.LightningModule):
         ids, names = self.data.train_set.category_ids, self.data.train_set.category_names
         return DetectorDescription(self.detector, self.crop, ids, names, batch_norm_eps(self.model), self.refinement)
 
+    def _category_names(self) -> list[str]:
+        return self.data.val_set.category_names
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._starts = False  # the file that the run began from may be gone
         saved = checkpoint[CHECKPOINT_KEY]
@@ -209,7 +211,7 @@ class DetectionTask(lightning.LightningModule):
         gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
         before |= _of_training(description.refinement)
-        now = {"category_names": self.description().category_names, "crop": self.crop} | _settings(self.detector)
+        now = {"category_names": self._category_names(), "crop": self.crop} | _settings(self.detector)
         now |= _of_training(self.refinement)
         if self.crop == "affine" and (self.box_gradient.enabled or BoxGradient(**gradient).enabled):
             now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}

@@ -18,6 +18,7 @@ from support.commands import refused, score
 from support.runs import assert_equal
 from support.tiny_detector import SETTINGS, tiny_checkpoint
 from support.tiny_training import REPOSITORY, TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector.command_line.predict import main as predict
 from detector.command_line.refine import main
@@ -33,6 +34,7 @@ from detector.models.build import build_detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
 from detector.refinement import RefinementConfig, add_refinement
+from detector.training import refinement_run
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement_data import RefinementData, RepeatedBatches, held_apart
 from detector.training.refinement_run import fit_refinement
@@ -119,16 +121,27 @@ def test_the_detector_stays_as_it_is(refined, base):
     assert_equal(own, theirs)
     learned = ours["model.roi_heads.refinement.stages.0.deltas.weight"]
     assert learned.abs().max() > 0
+    task = RefinementTask(load_checkpoint(base))
+    trained = {name for name, value in task.model.named_parameters() if value.requires_grad}
+    assert trained == {name for name, _ in task.model.named_parameters() if ".refinement." in name} != set()
 
 
 def test_the_settings_are_told_on_a_part_of_train(refined):
     chosen = json.loads((refined / "chosen.json").read_text())
     assert chosen["images"] == 5
-    assert [(row["looks"], row["climbs"]) for row in chosen["candidates"]] == [
-        (looks, climbs) for looks in range(4) for climbs in (0, 3)
-    ]
+    tried = [(row["looks"], row["climbs"]) for row in chosen["candidates"]]
+    assert tried == [(3, 0), (1, 0), (1, 3), (2, 0), (2, 3), (3, 3)]  # that of the flags, and others
     config = load_checkpoint(refined / "checkpoints" / "last.ckpt").refinement.config
     assert (config.looks, config.climbs) == (chosen["chosen"]["looks"], chosen["chosen"]["climbs"])
+
+
+def test_what_is_chosen_goes_into_the_checkpoint_and_does_not_hinder_going_on(base, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(refinement_run, "best_refinement", lambda candidates, scores, default: candidates[-2])
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for more in ({}, {"ckpt_path": "last"}):
+        assert refine(base, digits, run_dir=tmp_path / "run", max_steps=1, **more) == 0
+        config = load_checkpoint(last).refinement.config
+        assert (config.looks, config.climbs) == (2, 3)
 
 
 def test_candidates_score_as_the_detector_does_with_their_settings(refined, digits):
@@ -145,10 +158,20 @@ def test_candidates_score_as_the_detector_does_with_their_settings(refined, digi
         assert found == evaluate(data.coco, results, data.image_ids)[0]
 
 
-def test_of_equals_the_one_with_fewer_looks_is_taken():
-    candidates = [RefinementConfig(looks=looks, climbs=climbs) for looks, climbs in ((3, 0), (1, 3), (1, 0), (2, 0))]
-    assert best_refinement(candidates, [{"AP": 0.5}] * 4) == candidates[2]
-    assert best_refinement(candidates, [{"AP": ap} for ap in (0.5, 0.6, 0.5, 0.6)]) == candidates[3]
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ((0.5, 0.5, 0.5), 0),
+        ((0.5, 0.504, 0.4), 0),
+        ((0.5, 0.506, 0.51), 2),
+        ((0.5, 0.506, 0.506), 1),
+        ((-1, -1, -1), 0),
+    ],
+)
+def test_the_settings_of_the_flags_are_left_for_those_that_are_better_by_more_than_chance(scores, best):
+    candidates = [RefinementConfig(looks=looks) for looks in (3, 1, 2)]
+    found = best_refinement(candidates, [{"AP": ap} for ap in scores], candidates[0])
+    assert found == candidates[best]
 
 
 @pytest.mark.parametrize(("images", "apart"), [(24, 0), (25, 5), (26, 5), (100, 20), (5000, 200)])
@@ -312,10 +335,11 @@ def test_a_detector_is_trained_with_its_refinement_from_the_start(digits, base, 
         train([*flags, "--ckpt_path=last", "--model.refinement.train_looks=3"])
     with refused("with refinement True, this run has None", code=1):
         train([*flags, "--ckpt_path=last", "--model.refinement=null"])
-    score(checkpoint=tmp_path / "run", root=digits, split="val", output=tmp_path / "eval", workers=0)
-    losses = json.loads((tmp_path / "eval" / "report.json").read_text())["losses"]
-    assert losses.keys() >= {"loss_refinement_box", "loss_refinement_fit"}
-    # A new run from it, without a refinement and with one, which keeps its weights.
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    for name in ("train/loss_refinement_box", "train/loss_refinement_fit"):
+        assert [event.step for event in log.Scalars(name)] == [0, 1]
+    assert "val/loss_refinement_box" not in log.Tags()["scalars"]  # of boxes drawn by chance
+    # A new run from it, without a refinement.
     begin = [flag for flag in flags if not flag.startswith(("--model.refinement", "--trainer.max", "--run_dir"))]
     begin += [f"--model.detector.weights={tmp_path / 'run'}", "--trainer.max_steps=1", "--trainer.limit_val_batches=1"]
     train([*begin, f"--run_dir={tmp_path / 'without'}"])
@@ -355,9 +379,9 @@ def test_a_training_begins_with_the_refinement_of_its_weights_or_with_their_box_
         assert_equal(head.state_dict(), load_detector(base).model.roi_heads.box_head.state_dict())
 
 
-def run(command):
+def run(command, **variables):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
-    environment = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in names} | variables
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
@@ -370,7 +394,7 @@ def test_two_processes(launched, base, digits, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags]
     else:
         command = [sys.executable, *flags, "--devices=2"]
-    done = run(command)
+    done = run(command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("before   after") == 1
     assert (tmp_path / "run" / "scores.json").exists()

@@ -796,7 +796,7 @@ def test_the_warm_up_counts_the_steps_of_the_run(monkeypatch):
 
     task = DetectionTask()
     task.model = Model()
-    monkeypatch.setattr(DetectionTask, "_draw_by_image", lambda task, targets, epoch: None)
+    monkeypatch.setattr(DetectionTask, "_draw_by_image", lambda task, epoch: None)
     monkeypatch.setattr(DetectionTask, "log", lambda *arguments, **options: None)
     steps = iter([500, 500, 501])
     monkeypatch.setattr(DetectionTask, "global_step", property(lambda task: next(steps)))
