@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.annotation_files import VALID, nodes, write
+from support.refined_models import refined
 
 from detector.data.annotations import read_coco
 from detector.data.dataset import CocoDetection
@@ -967,6 +968,18 @@ def folders(draw, config, weights):
 
 @amounts(300, 6_000)
 def test_folders_of_save_pretrained(tmp_path, saved, amount):
+    check_folders(tmp_path, saved, amount)
+
+
+@amounts(150, 3_000)
+def test_folders_of_detectors_with_a_refinement(tmp_path, saved, amount):
+    detector = load_detector(saved[2])
+    refined(detector.model)
+    detector.save_pretrained(tmp_path / "refined")
+    check_folders(tmp_path, (detector.digest(), None, tmp_path / "refined"), amount)
+
+
+def check_folders(tmp_path, saved, amount):
     digest, _, folder = saved
     names = ("config.json", "model.safetensors")
     config, weights = ((folder / name).read_bytes() for name in names)

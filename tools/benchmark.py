@@ -42,7 +42,8 @@ from detector.crop.crop import Sampler
 STRIDES = (4, 8, 16, 32)
 REFERENCE = "torchvision"
 SAMPLERS: tuple[Sampler, ...] = ("grid_sample", "gather")
-POOLERS = (REFERENCE, *SAMPLERS)
+EXACT = "gather, exact"
+POOLERS = (REFERENCE, *SAMPLERS, EXACT)
 COPIED = "a map copied per RoI"
 DETERMINISTIC = "gather, deterministic"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -154,6 +155,7 @@ def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module
     poolers: dict[str, nn.Module] = {REFERENCE: MultiScaleRoIAlign(*arguments)}
     for sampler in SAMPLERS:
         poolers[sampler] = MultiScaleAffineCrop(*arguments, sampler=sampler)
+    poolers[EXACT] = MultiScaleAffineCrop(*arguments, sampler="gather", sampling="exact")
     if case.maps == "single level" and case.rois <= 100 and options.sampling_ratio > 0:
         poolers[COPIED] = CopiedMapPooler(names[0], case.bins, options.sampling_ratio)
     if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", "channels_last"):

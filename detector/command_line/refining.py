@@ -22,7 +22,7 @@ from detector.training.refinement_data import RefinementData
 from detector.training.refinement_run import fit_refinement
 from detector.training.refinement_task import RefinementTask
 
-LOOKS, CLIMBS = (0, 1, 2, 3), (0, 3)  # that are tried
+LOOKS, CLIMBS = (1, 2, 3), (0, 3)  # that are tried
 
 
 def refine(flags: argparse.Namespace) -> int:
@@ -51,6 +51,7 @@ def refine(flags: argparse.Namespace) -> int:
             detector,
             config,
             OptimizerConfig(lr=flags.lr, lr_rule="constant", weight_decay=flags.weight_decay, ema=flags.ema),
+            cache_bytes=int(max(flags.cache_gb, 0) * 1e9),
         )
         data = RefinementData(
             root=str(folder.root),

@@ -9,12 +9,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from detector.crop.exact import crop_by_matrices, exact_samples
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.positions import adaptive_samples, fixed_samples, makes_graph, roi_axes
 
 Sampler = Literal["auto", "grid_sample", "gather"]
+Sampling = Literal["points", "exact"]
 # Below, grid_sample is faster: a row of the gather's table costs more to find than to read.
 FEWEST_CHANNELS_TO_GATHER = 32
 
@@ -29,6 +31,7 @@ def affine_crop(
     aligned: bool = False,
     *,
     sampler: Sampler = "auto",
+    sampling: Sampling = "points",
 ) -> Tensor:
     """Crop boxes out of feature maps or images, differentiably in the maps and in the boxes.
 
@@ -67,6 +70,12 @@ def affine_crop(
               the channels alone, and under ``use_deterministic_algorithms`` it is ``"gather"``, which over several
               levels does not synchronise either. Under ``torch.compile`` and for export it is ``"grid_sample"``.
 
+        sampling: ``"points"``: a bin is the mean of its samples. ``"exact"``: the mean of the bilinear surface over the
+            bin, in closed form (Jiang et al. 2018; see ``detector.crop.exact``), to which the mean of samples tends as
+            they become more; ``sampling_ratio`` is not used. Its box gradient has no kinks at pixel centres. It reads
+            all pixels of a bin: large RoIs take longer. It is for eager mode alone; there ``"grid_sample"`` stands for
+            a product of matrices, which is slow.
+
     Returns:
         [K, C, output height, output width] in ``input``'s dtype, the RoIs in the order in which they came.
 
@@ -92,7 +101,7 @@ def affine_crop(
         >>> boxes.grad.shape
         torch.Size([1, 4])
     """
-    return crop_levels([input], boxes, None, output_size, [spatial_scale], sampling_ratio, aligned, sampler)
+    return crop_levels([input], boxes, None, output_size, [spatial_scale], sampling_ratio, aligned, sampler, sampling)
 
 
 def crop_levels(
@@ -104,6 +113,7 @@ def crop_levels(
     sampling_ratio: int,
     aligned: bool,
     sampler: Sampler,
+    sampling: Sampling = "points",
 ) -> Tensor:
     """:func:`affine_crop` of RoIs that are in maps of several sizes.
 
@@ -122,6 +132,9 @@ def crop_levels(
     """
     bins = pair("output_size", output_size)
     check_sampler(sampler)
+    check_sampling(sampling)
+    if sampling == "exact" and makes_graph():
+        raise ValueError("sampling='exact' cannot be compiled or traced; take 'points' with a sampling_ratio above 0")
     if sampling_ratio <= 0 and torch.jit.is_tracing():
         raise ValueError(
             f"sampling_ratio is {sampling_ratio}: a number of samples that goes with the box cannot be traced, by "
@@ -150,7 +163,9 @@ def crop_levels(
         scale = spatial_scales[max(int(level[row]), 0)]
         raise ValueError(f"boxes must be finite in map pixels, got {corners[row].tolist()} at spatial_scale {scale}")
 
-    if sampling_ratio > 0:
+    if sampling == "exact":
+        samples, counts = exact_samples(y, x, level, image), None
+    elif sampling_ratio > 0:
         samples = [fixed_samples(y, x, level, image, sampling_ratio)]
     else:
         samples, counts = adaptive_samples(y, x, level, image), None
@@ -158,10 +173,14 @@ def crop_levels(
         sampler = "grid_sample"  # of the gather no graph can be traced
     elif maps[0].is_meta:
         sampler = "gather"  # which reads no value
+    elif sampler == "auto" and sampling == "exact":
+        sampler = "gather"
     elif sampler == "auto":
         sampler = _measured_fastest(maps, corners.shape[0] * prod(bins) * max(sampling_ratio, 1) ** 2)
     if sampler == "gather":
         crops = crop_by_gather(maps, samples)
+    elif sampling == "exact":
+        crops = crop_by_matrices([source.to(geometry_dtype(*maps)) for source in maps], samples)
     else:
         crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
     if not look:
@@ -186,6 +205,7 @@ class AffineCrop(nn.Module):
         aligned: bool = False,
         *,
         sampler: Sampler = "auto",
+        sampling: Sampling = "points",
     ) -> None:
         super().__init__()
         self.output_size = pair("output_size", output_size)
@@ -193,6 +213,7 @@ class AffineCrop(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
         self.sampler = check_sampler(sampler)
+        self.sampling = check_sampling(sampling)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
         return affine_crop(
@@ -203,12 +224,13 @@ class AffineCrop(nn.Module):
             self.sampling_ratio,
             self.aligned,
             sampler=self.sampler,
+            sampling=self.sampling,
         )
 
     def extra_repr(self) -> str:
         return (
             f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}{describe_sampler(self.sampler)}"
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned}{describe(self.sampler, self.sampling)}"
         )
 
 
@@ -218,9 +240,16 @@ def check_sampler(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def describe_sampler(sampler: Sampler) -> str:
+def check_sampling(sampling: Sampling) -> Sampling:
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"sampling must be one of {', '.join(get_args(Sampling))}, got {sampling!r}")
+    return sampling
+
+
+def describe(sampler: Sampler, sampling: Sampling) -> str:
     """For a module's repr, which is torchvision's where the choice is ours."""
-    return "" if sampler == "auto" else f", sampler={sampler}"
+    parts = {"sampler": (sampler, "auto"), "sampling": (sampling, "points")}
+    return "".join(f", {name}={value}" for name, (value, usual) in parts.items() if value != usual)
 
 
 def _measured_fastest(maps: Sequence[Tensor], samples: int) -> Sampler:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from detector.crop.exact import crop_by_matrices, hat_weights
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.positions import Samples
@@ -100,7 +101,8 @@ class _Gather(torch.autograd.Function):
 def _by_grid(samples: list[Samples], maps: int, *tensors: Tensor) -> Tensor:
     """:class:`_Gather` by the other sampler, of whose operations all have derivatives and batching rules."""
     dtype = geometry_dtype(*tensors[:maps])
-    return crop_by_grid([m.to(dtype) for m in tensors[:maps]], _with_positions(samples, tensors[maps:]))
+    crop = crop_by_grid if samples[0].taps is None else crop_by_matrices
+    return crop([m.to(dtype) for m in tensors[:maps]], _with_positions(samples, tensors[maps:]))
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,27 @@ class _Taps:
     slope: Tensor  # [M, bins, n], what the second neighbour's weight grows by for a step of the normalised position
 
     def select(self, of: slice | Tensor) -> "_Taps":
-        return _Taps(self.index[of], self.weight[of], self.slot[of], self.slope[of])
+        return type(self)(self.index[of], self.weight[of], self.slot[of], self.slope[of])
 
     def pull_back(self, grad: Tensor) -> Tensor:
         """From the gradient at the weights, [M, bins, T], to that at the positions, [M, bins, n]."""
         return (grad.gather(2, self.slot + 1) - grad.gather(2, self.slot)) * self.slope
+
+
+class _ExactTaps(_Taps):
+    """The run of pixels that a bin overlaps; ``slope`` is [M, bins, T, 2], for a step of each edge; no ``slot``."""
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """From the gradient at the weights, [M, bins, T], to that at the edges, [M, bins, 2]."""
+        return (grad[..., None] * self.slope).sum(2)
+
+
+def _exact_taps(edges: Tensor, size: Tensor, dtype: torch.dtype, most: int, weight: Tensor | None = None) -> _ExactTaps:
+    """Taps of bins with edges [M, bins, 2] on maps of a size [M]; each bin weighs 1 or [M]."""
+    index, weights, slopes = hat_weights(edges, size, most)
+    if weight is not None:
+        weights, slopes = weights * weight[:, None, None], slopes * weight[:, None, None, None]
+    return _ExactTaps(index, weights.to(dtype), index, slopes.to(dtype))
 
 
 def _taps(position: Tensor, size: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> _Taps:
@@ -233,9 +251,14 @@ def _tables(maps: Sequence[Tensor], samples: list[Samples]) -> list[_Table]:
                 origin = torch.where(group.level == level, origin + start, origin)
         # RoIs on no level have no weight. (On a GPU they do read.)
         weight = (group.level >= 0).to(group.y.dtype) / group.count
-        y, x = _taps(group.y, group.height, working, weight), _taps(group.x, group.width, working)
-        rows = origin[:, None, None] + y.index.to(dtype) * width[:, None, None]
-        y, x = replace(y, index=rows), replace(x, index=x.index.to(dtype))
+        if group.taps is None:
+            y, x = _taps(group.y, group.height, working, weight), _taps(group.x, group.width, working)
+        else:
+            rows, columns = group.taps
+            y = _exact_taps(group.y, group.height, working, rows, weight)
+            x = _exact_taps(group.x, group.width, working, columns)
+        first = origin[:, None, None] + y.index.to(dtype) * width[:, None, None]
+        y, x = replace(y, index=first), replace(x, index=x.index.to(dtype))
         everyone = torch.arange(len(origin), device=origin.device)
         parts.append(_Part(number, everyone, everyone if group.rois is None else group.rois, y, x))
     if not maps[0].is_cpu or len(maps) == 1:

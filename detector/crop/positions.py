@@ -170,6 +170,8 @@ class Samples:
     height: Tensor  # [M], of each RoI's map, in pixels
     width: Tensor  # [M]
     count: Tensor | int  # samples in a bin, on the map or not, [M] or one for all; at least 1
+    # Of the exact crop, where y and x are the edges of bins, [M, bins, 2]: the most rows and columns that a bin reads.
+    taps: tuple[int, int] | None = None
 
     def select(self, index: Tensor) -> "Samples":
         """Some of these RoIs, ``index`` [m] int64."""
@@ -182,6 +184,7 @@ class Samples:
             self.height[index],
             self.width[index],
             self.count[index] if isinstance(self.count, Tensor) else self.count,
+            self.taps,
         )
 
 

@@ -10,7 +10,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop.crop import Sampler, check_sampler, crop_levels, describe_sampler, pair
+from detector.crop.crop import Sampler, Sampling, check_sampler, check_sampling, crop_levels, describe, pair
 from detector.crop.geometry import geometry_dtype
 
 
@@ -30,6 +30,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_level: the level of a box of that size (equation 1's k0), 4 for stride 16.
         aligned: as in :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
         sampler: as in :func:`~detector.affine_crop`.
+        sampling: as in :func:`~detector.affine_crop`.
         size_divisible: the images were padded, on the right and below, to a multiple of this many pixels before the
             backbone saw them; 1: not at all. It is the attribute of this name of torchvision's
             ``GeneralizedRCNNTransform``, from which :func:`~detector.swap_crop_head` takes it. ``None``: 32, which is
@@ -48,6 +49,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
     # Of a module whose class was changed, which has no attributes of ours yet.
     aligned: bool = False
     sampler: Sampler = "auto"
+    sampling: Sampling = "points"
     size_divisible: int | None = None
 
     def __init__(
@@ -60,6 +62,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_level: int = 4,
         aligned: bool = False,
         sampler: Sampler = "auto",
+        sampling: Sampling = "points",
         size_divisible: int | None = None,
     ) -> None:
         super().__init__(
@@ -73,6 +76,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError(f"size_divisible must be at least 1, got {size_divisible}")
         self.aligned = aligned
         self.sampler = check_sampler(sampler)
+        self.sampling = check_sampling(sampling)
         self.size_divisible = size_divisible
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
@@ -109,6 +113,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             self.sampling_ratio,
             self.aligned,
             self.sampler,
+            self.sampling,
         )
 
     def _level_mapper(self, scales: list[float]) -> Callable[[Tensor], Tensor]:
@@ -128,7 +133,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         return level_of
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe_sampler(self.sampler)})"
+        return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe(self.sampler, self.sampling)})"
 
 
 def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:

@@ -21,6 +21,8 @@ from detector.refinement.config import RefinementConfig
 from detector.refinement.refining import refine
 from detector.signals import ignoring_signals
 
+CHANCE = 0.005  # of AP: on some dozens of images settings that are alike lie so far apart
+
 
 @torch.no_grad()
 def score_refinements(
@@ -97,7 +99,10 @@ def score_refinements(
     return [evaluate(data.coco, one, data.image_ids)[0] for one in results]
 
 
-def best_refinement(candidates: Sequence[RefinementConfig], scores: Sequence[dict[str, float]]) -> RefinementConfig:
-    """The candidate of the highest AP; of equals the one that takes the fewest looks and climbs."""
-    order = sorted(zip(candidates, scores, strict=True), key=lambda one: (-one[1]["AP"], one[0].looks + one[0].climbs))
-    return order[0][0]
+def best_refinement(
+    candidates: Sequence[RefinementConfig], scores: Sequence[dict[str, float]], default: RefinementConfig
+) -> RefinementConfig:
+    """The candidate of the highest AP, unless the default, which is one of them, is as good but for chance."""
+    ap = {candidate: score["AP"] for candidate, score in zip(candidates, scores, strict=True)}
+    best = max(candidates, key=lambda candidate: ap[candidate])
+    return best if ap[best] > ap[default] + CHANCE else default

@@ -43,12 +43,12 @@ class RefinementConfig:
         ValueError: a setting is out of its range.
     """
 
-    looks: int = 2
+    looks: int = 3
     climbs: int = 0
-    step_size: float = 0.03
+    step_size: float = 0.1
     score_threshold: float = 0.05
     boxes_per_image: int = 100
-    fit_power: float = 0.0
+    fit_power: float = 0.5
     fit_nms: bool = False
     sampling: Literal["points", "exact"] = "points"
     stages: int = 1

@@ -66,12 +66,14 @@ class Refinement(nn.Module):
             size_divisible=size_divisible,
         )
         size = heads.box_predictor.cls_score.in_features
+        self.pool.sampling = config.sampling
         self.stages = nn.ModuleList(RefinementHead(heads.box_head, size) for _ in range(config.stages))
 
     def configure(self, config: RefinementConfig) -> None:
         """Change the settings, but for the number of stages."""
         assert config.stages == len(self.stages)
         self.config = config
+        self.pool.sampling = config.sampling
         self.score_threshold = config.score_threshold
 
     def stage(self, look: int) -> nn.Module:

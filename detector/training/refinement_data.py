@@ -39,7 +39,7 @@ class RefinementData(CocoDataModule):
         self,
         *,
         train_split: str = "train2017",
-        steps: int = 800,
+        steps: int = 600,
         epochs: int | None = None,
         flip: bool = True,
         hold_apart: bool = True,

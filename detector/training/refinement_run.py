@@ -141,11 +141,12 @@ class RefinementRun(Run):
         # As trained, whatever the candidates say of that.
         trained = refinement.config
         candidates = [replace(trained, looks=one.looks, climbs=one.climbs) for one in self.candidates]
+        candidates = list(dict.fromkeys([trained, *candidates]))
         device = next(detector.parameters()).device
         scores = score_refinements(
             detector, apart, candidates, device=device, batch_size=self.batch_size, workers=workers
         )
-        best = best_refinement(candidates, scores)
+        best = best_refinement(candidates, scores, trained)
         rows = [{"looks": one.looks, "climbs": one.climbs} | of for one, of in zip(candidates, scores, strict=True)]
         chosen = {"images": len(apart), "chosen": asdict(best), "candidates": rows}
         write_json(self.folder / CHOSEN, chosen, indent=1)

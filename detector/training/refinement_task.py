@@ -11,6 +11,7 @@ from detector.pretrained.detector import PretrainedDetector, digest_of
 from detector.pretrained.initial_weights import REFINEMENT
 from detector.refinement.attach import DEFAULT, add_refinement, freeze_detector, refinement_losses
 from detector.refinement.config import RefinementConfig
+from detector.refinement.seen import FeatureCache
 from detector.training.failures import REFINE, TrainingError
 from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
@@ -29,6 +30,7 @@ class RefinementTask(DetectionTask):
         detector: is changed in place: it gets the refinement, and nothing else of it is trained.
         refinement: the settings.
         optimizer: how the refinement's weights are changed.
+        cache_bytes: memory for features of images that come again, see :class:`~detector.refinement.seen.FeatureCache`.
 
     Raises:
         ModelError: the detector cannot be refined, or could not be saved.
@@ -41,6 +43,8 @@ class RefinementTask(DetectionTask):
         detector: PretrainedDetector,
         refinement: RefinementConfig = DEFAULT,
         optimizer: OptimizerConfig = OPTIMIZER,
+        *,
+        cache_bytes: int = 2 * 10**9,
     ) -> None:
         if detector.settings is None or detector.crop is None:
             raise ModelError("only detectors that tools/train.py can build can be refined: a Faster R-CNN")
@@ -51,6 +55,7 @@ class RefinementTask(DetectionTask):
         except TypeError as error:
             raise ModelError(f"the detector cannot be refined: {error}") from None
         freeze_detector(self.model)
+        self.cache = FeatureCache(cache_bytes)
         self.base = digest_of(
             {name: value for name, value in self.model.state_dict().items() if not name.startswith(REFINEMENT)}
         )
@@ -59,7 +64,7 @@ class RefinementTask(DetectionTask):
         pass  # no weights to begin from, no anchors to advise on
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return refinement_losses(self.model, images, targets)
+        return refinement_losses(self.model, images, targets, cache=self.cache)
 
     def description(self) -> DetectorDescription:
         eps = batch_norm_eps(self.model)

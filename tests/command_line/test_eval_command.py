@@ -17,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from support.commands import refused, score
+from support.refined_models import refined
 from support.tiny_detector import tiny_checkpoint
 from support.tiny_models import SIZE, batch, copies, tiny_rcnn
 from torchvision.models.detection import RetinaNet
@@ -27,7 +28,7 @@ from detector import swap_crop_head
 from detector.command_line.exporting import export
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError, in_a_sentence
-from detector.evaluation import detect_with_losses, to_results
+from detector.evaluation import detect_with_losses, scoring, to_results
 from detector.evaluation.confusion import confusion
 from detector.evaluation.pictures import worst_and_best
 from detector.evaluation.running import run_detector
@@ -40,6 +41,7 @@ from detector.pretrained.loading import load_detector
 REPOSITORY = Path(__file__).parents[2]
 TOOLS = REPOSITORY / "tools"
 NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"
+UNREFINED = [stage for stage in (*STAGES, "total") if stage != "refinement"]
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +111,7 @@ def test_everything_is_written(scored, checkpoint, data, split):
         "loss_rpn_box_reg",
     }
     assert [row["at"] for row in report["proposals"]["rows"]] == [100, 300, 1000]
-    assert [row["stage"] for row in report["speed"]["rows"]] == [*STAGES, "total"]
+    assert [row["stage"] for row in report["speed"]["rows"]] == UNREFINED
     assert report["notes"] == []
     page = (scored / "report.html").read_text()
     assert "<b>3</b>" not in page
@@ -174,6 +176,10 @@ def test_both_evaluators(scored, data, tmp_path):
         ({"device": "meta"}, "--device meta"),
         ({"split": "test"}, "instances_test.json: no such file"),
         ({"evaluator": "other"}, "--evaluator: invalid choice"),
+        ({"refine": "on"}, "--refine on: the detector has no refinement"),
+        ({"refine": "off"}, "--refine off: the detector has no refinement"),
+        ({"refine": "both"}, "--refine both: the detector has no refinement"),
+        ({"refine": "twice"}, "--refine: invalid choice"),
     ],
 )
 def test_mistakes_end_in_a_sentence(options, message, checkpoint, data):
@@ -449,13 +455,34 @@ class TestStages:
         assert model.training
         assert len(done) == 7
         rows = {row["stage"]: row["ms"] for row in found["rows"]}
-        assert list(rows) == [*STAGES, "total"]
+        assert list(rows) == UNREFINED
         assert sum(rows.values()) - rows["total"] == pytest.approx(rows["total"])
         pools = {"box": 1, "mask": 2, "keypoint": 2}[kind]
         assert rows["crop"] == 1000 * pools  # one tick for each module
         assert rows["head"] == 2000 * pools
         assert rows["decode and transform"] == 2000
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_the_refinement_is_a_stage_of_its_own(self, split, monkeypatch):
+        """All of it, climbing too, and once: the other stages take what they took."""
+        ticks = iter(range(10**6))
+        monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+        model = refined(swap_crop_head(tiny_rcnn()), looks=2, climbs=2)
+        refine = type(model.roi_heads).refined
+
+        def slow(heads, *arguments):
+            for _ in range(10):
+                next(ticks)
+            return refine(heads, *arguments)
+
+        monkeypatch.setattr(type(model.roi_heads), "refined", slow)
+        rows = {row["stage"]: row["ms"] for row in measure_stages(model, split, images=2)["rows"]}
+        assert list(rows) == [*STAGES, "total"]
+        assert rows["refinement"] == 11000
+        assert (rows["crop"], rows["head"]) == (1000, 2000)
+        assert "refined" not in vars(model.roi_heads)
+        model.roi_heads.refinement.enabled = False
+        assert [row["stage"] for row in measure_stages(model, split, images=2)["rows"]] == UNREFINED
 
     def test_each_row(self, split):
         found = measure_stages(tiny_rcnn(), split, images=2)
@@ -732,6 +759,7 @@ def test_a_damaged_image_of_a_results_file_is_noted_on_the_page(scored, data, tm
     [
         {"speed": 3},
         {"crop": "affine"},
+        {"refine": "off"},
         {"device": "cpu"},
         {"weights": "w"},
         {"skip_broken": True},
@@ -778,3 +806,74 @@ def test_two_processes_give_the_results_of_one(checkpoint, data, scored, tmp_pat
     assert [r["image_id"] for r in found[0]] == [r["image_id"] for r in found[1]]
     for ours, theirs in zip(*found, strict=True):
         assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def refining(checkpoint, tmp_path_factory):
+    """A folder of the detector of the checkpoint, with a refinement that moves its boxes."""
+    detector = load_detector(checkpoint)
+    refined(detector.model, looks=2, climbs=1)
+    folder = tmp_path_factory.mktemp("refined") / "saved"
+    detector.save_pretrained(folder)
+    return folder
+
+
+class TestRefine:
+    def scored(self, refining, data, **options):
+        name = options.get("refine", "default")
+        score(checkpoint=str(refining), root=str(data), split="val", workers=0, output=name, **options)
+        files = ("report.json", "scores.json", "detections.json")
+        return *(json.loads(Path(name, file).read_text()) for file in files), Path(name, "report.html").read_text()
+
+    def test_off_is_the_detector_as_it_was(self, refining, data, scored):
+        report, _, found, page = self.scored(refining, data, refine="off")
+        assert found == json.loads((scored / "detections.json").read_text())
+        assert report["about"]["refinement"] == "off"
+        assert report["refinement"] is None
+        assert 'id="refinement"' not in page
+
+    def test_on_is_the_default(self, refining, data, scored):
+        report, scores, found, _ = self.scored(refining, data)
+        assert report["about"]["refinement"] == "2 looks, 1 climbs"
+        assert (scores, found) == self.scored(refining, data, refine="on")[1:3]
+        before = json.loads((scored / "detections.json").read_text())
+        assert [one["score"] for one in found] == [one["score"] for one in before]
+        assert [one["bbox"] for one in found] != [one["bbox"] for one in before]
+        assert report["losses"].keys() == json.loads((scored / "report.json").read_text())["losses"].keys()
+
+    def test_both_are_compared(self, refining, data, scored, capsys):
+        off, on = self.scored(refining, data, refine="off"), self.scored(refining, data, refine="on")
+        capsys.readouterr()
+        report, scores, found, page = self.scored(refining, data, refine="both")
+        printed = capsys.readouterr().out
+        assert (scores, found) == on[1:3]
+        assert report["about"]["refinement"] == "2 looks, 1 climbs"
+        for when, alone in (("before", off[0]), ("after", on[0])):
+            assert report["refinement"][when] == {"scores": alone["scores"], "by_iou": alone["by_iou"]}
+        assert report["losses"] == on[0]["losses"]
+        assert report["proposals"] == on[0]["proposals"]
+        for name in ("AP", "AP50", "AP75", "AP90"):
+            one, two = off[0]["scores"][name], on[0]["scores"][name]
+            assert re.search(rf"\n +{name} +{one:.3f} +{two:.3f} +{re.escape(f'{two - one:+.3f}')}\n", printed)
+        assert 'id="refinement"' in page
+
+    def test_a_run_that_is_stopped_is_not_compared(self, refining, data, monkeypatch):
+        stop = iter([False, True])
+        run = scoring.run_detector
+
+        def stopped(*arguments, **options):
+            found = run(*arguments, **options)
+            found.stopped = KeyboardInterrupt() if next(stop) else None
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(scoring, "run_detector", stopped)
+            report, _, found, _ = self.scored(refining, data, refine="both")
+        assert report["refinement"] is None
+        assert "Not compared with the detector without its refinement" in report["notes"][0]
+        assert found == self.scored(refining, data, refine="on")[2]
+
+    def test_yaml_reads_on_and_off_as_true_and_false(self, refining, data, tmp_path):
+        (tmp_path / "flags.yaml").write_text("refine: off\nsplit: val\nworkers: 0\noutput: out\n")
+        score(config="flags.yaml", checkpoint=str(refining), root=str(data))
+        assert json.loads(Path("out", "report.json").read_text())["about"]["refinement"] == "off"

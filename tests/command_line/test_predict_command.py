@@ -21,6 +21,7 @@ pytest.importorskip("timm")
 
 from support.commands import refused
 from support.disk import BREAK
+from support.refined_models import refined
 from support.tiny_detector import IDS, NAMES, scene, tiny_checkpoint
 from support.tiny_training import REPOSITORY
 
@@ -964,3 +965,22 @@ def test_the_tool_from_a_shell(home, checkpoint):
     assert "skipped: in/b.png" in result.stderr
     assert "Traceback" not in result.stderr
     assert names_of(read("out")[0]) == ["a.png"]
+
+
+def test_a_refinement_is_on_unless_it_is_switched_off(checkpoint, photos):
+    detector = load_checkpoint(checkpoint)
+    refined(detector.model)
+    detector.save_pretrained("refined")
+
+    def found(folder, source, *flags):
+        main([str(photos / "a.png"), "--checkpoint", source, "--output", folder, "--workers", "0", *flags])
+        return json.loads(Path(folder, "detections.json").read_text())
+
+    before, after = found("before", checkpoint), found("after", "refined")
+    assert found("on", "refined", "--refine", "on") == after
+    assert found("off", "refined", "--refine", "off") == before
+    assert [one["bbox"] for one in before] != [one["bbox"] for one in after]
+    with refused("--refine off: the detector has no refinement"):
+        found("none", checkpoint, "--refine", "off")
+    with refused("--refine: invalid choice"):
+        found("both", "refined", "--refine", "both")

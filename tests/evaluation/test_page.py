@@ -233,7 +233,7 @@ def test_page_is_whole_and_loads_nothing(html):
     assert html.startswith('<!DOCTYPE html>\n<html lang="en">')
     assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in reader.attributes
     assert {"svg", "table", "img", "caption", "nav"} <= reader.tags
-    assert html.count("<svg") == 10
+    assert html.count("<svg") == 11
     assert html.count("<style") == 1  # matplotlib's own would be the whole page's
     assert "://" not in re.sub(r'xmlns(:xlink)?="[^"]*"', "", html)
 
@@ -296,7 +296,7 @@ def test_the_order_is_that_of_the_contents(html):
     assert anchors == [anchor for anchor in re.findall(r'<h2 id="(\w+)">', html) if anchor != "how"]
     assert anchors[0] == "scores"
     assert anchors[-1] == "images"
-    assert len(anchors) == 11
+    assert len(anchors) == 12
 
 
 def test_hostile_text_is_text_everywhere():

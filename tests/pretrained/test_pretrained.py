@@ -19,6 +19,7 @@ pytest.importorskip("timm")
 
 from support.commands import refused
 from support.disk import BREAK
+from support.refined_models import refined
 from support.tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
 
 from detector.command_line.exporting import export
@@ -796,3 +797,67 @@ def test_names_that_no_file_can_be_written_with(tmp_path):
     assert len(found)
     repr(found).encode()
     found._repr_png_()
+
+
+# ---- refinements
+
+
+@pytest.fixture
+def refining(checkpoint):
+    detector = load_checkpoint(checkpoint)
+    refined(detector.model, looks=3, climbs=4, stages=2)
+    return detector
+
+
+def test_a_refinement_is_saved_and_loaded_and_can_be_switched_off(refining, detector, tmp_path):
+    refining.save_pretrained(tmp_path)
+    again = PretrainedDetector.from_pretrained(tmp_path)
+    assert_same(refining, again)
+    assert again.refinement.config == refining.refinement.config
+    assert again.refinement.enabled
+    assert again.digest() != detector.digest()
+    assert not torch.equal(found_by(again)["boxes"], found_by(detector)["boxes"])
+    again.refinement.enabled = False
+    assert torch.equal(found_by(again)["boxes"], found_by(detector)["boxes"])
+    assert detector.refinement is None
+
+
+def test_a_card_says_how_boxes_are_refined_and_how_that_is_switched_off(refining, detector, tmp_path):
+    report = REPORT | {"about": REPORT["about"] | {"refinement": "off"}}
+    refining.save_pretrained(tmp_path, model_card_kwargs={"report": report})
+    card = (tmp_path / "README.md").read_text()
+    assert "(looks: 3)" in card
+    assert "(climbs: 4)" in card
+    assert "`detector.refinement.enabled = False`" in card
+    assert "`2030-01-02`, without the refinement:" in card
+    assert "refine" not in detector.generate_model_card().text
+
+
+@pytest.mark.parametrize(
+    ("change_to", "message"),
+    [
+        (lambda fields: [fields], r"refinement must be a dict of settings, got \["),
+        (lambda fields: "on", "refinement must be a dict of settings, got 'on'"),
+        (lambda fields: fields | {"looks": "a"}, "refinement.looks must be a whole number from 0 to 100, got 'a'"),
+        (
+            lambda fields: fields | {"looks": 10**9},
+            "refinement.looks must be a whole number from 0 to 100, got 1000000000",
+        ),
+        (lambda fields: fields | {"looks": 2.5}, "refinement.looks must be a whole number"),
+        (lambda fields: fields | {"climbs": None}, "refinement.climbs must be a whole number"),
+        (lambda fields: fields | {"score_threshold": float("nan")}, "refinement.score_threshold must be a number"),
+        (lambda fields: fields | {"stages": 100}, "roi_heads.refinement.stages"),
+        (lambda fields: fields | {"unknown": 1}, "refinement: .*unknown"),
+        (lambda fields: fields | {"box_gradient": 3}, "refinement: "),
+        (lambda fields: fields | {"box_gradient": {}}, "refinement: it has no 'losses'"),
+        (lambda fields: fields | {"box_gradient": fields["box_gradient"] | {"crop": "a"}}, "refinement: "),
+        (lambda fields: {}, "refinement: it has no 'box_gradient'"),
+    ],
+)
+def test_a_refinement_that_cannot_be_right_is_named(refining, tmp_path, change_to, message):
+    refining.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())["refinement"]
+    change(tmp_path / "config.json", refinement=change_to(fields))
+    with pytest.raises(ModelError, match=rf"config\.json: .*{message}") as caught:
+        PretrainedDetector.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
