@@ -25,7 +25,7 @@ from detector.refinement.roi_heads import RefinedRoIHeads
 from detector.refinement.seen import FeatureCache
 
 MODELS = ["fasterrcnn_mobilenet_v3_large_320_fpn", "box", "mask", "keypoint", "single scale"]
-ALL = RefinementConfig(score_threshold=0.0)
+ALL = RefinementConfig(score_threshold=0.0, looks=2, fit_power=0.0)
 
 
 def build(name):
@@ -104,6 +104,16 @@ def test_the_detector_stays_what_it_is(name, swap):
     assert_same(detect(model), expected)
 
 
+@torch.no_grad()
+def test_before_it_is_trained_the_fit_is_a_half_everywhere():
+    """So detections that are ranked by it keep their boxes and their order, at lower scores."""
+    model = build("box")
+    before = model(batch()[0])
+    add_refinement(model, dataclasses.replace(ALL, fit_power=2.0))
+    for found, wanted in zip(model(batch()[0]), before, strict=True):
+        assert_same([found], [wanted | {"scores": wanted["scores"] / 4}], exact=False)
+
+
 def test_its_weights_are_copies_of_the_box_head_trained_though_that_is_frozen():
     model = build("box").requires_grad_(False)
     add_refinement(model, RefinementConfig(stages=2))
@@ -139,6 +149,13 @@ def test_the_head_crops_as_the_detector_does():
     names = ("featmap_names", "output_size", "sampling_ratio", "canonical_scale", "canonical_level", "aligned")
     for name in (*names, "sampler", "size_divisible"):
         assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_the_settings_say_how_the_head_samples():
+    model = add_refinement(build("box"), dataclasses.replace(ALL, sampling="exact"))
+    assert model.roi_heads.refinement.pool.sampling == "exact"
+    add_refinement(model, ALL)
+    assert model.roi_heads.refinement.pool.sampling == "points"
 
 
 def test_a_second_call_changes_the_settings_and_keeps_the_weights():

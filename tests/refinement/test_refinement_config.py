@@ -31,15 +31,6 @@ configs = st.builds(
 )
 
 
-def test_defaults():
-    """Of a file without these fields; whoever changes one changes what such a file means."""
-    config = RefinementConfig()
-    assert (config.looks, config.climbs, config.stages, config.train_looks) == (2, 0, 1, 3)
-    assert config.box_gradient == BoxGradient.exact()
-    assert config.fit_power == 0
-    assert not config.fit_nms
-
-
 @given(configs)
 def test_a_dict_and_a_json_file_give_it_back(config):
     fields = dataclasses.asdict(config)
