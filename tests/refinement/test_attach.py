@@ -369,7 +369,7 @@ def test_the_detector_learns_nothing_from_the_losses_of_the_refinement(swap):
 
 
 def test_the_losses_are_those_at_the_detectors_boxes_without_the_refinement():
-    model = refined(tiny_rcnn(min_size=96, max_size=96).train())
+    model = refined(tiny_rcnn(min_size=96, max_size=96).train(), min_iou=0.1, train_boxes=1000)
     images, targets = batch()
     torch.manual_seed(4)
     found = refinement_losses(model, images, only_boxes(targets))
@@ -386,6 +386,8 @@ def test_the_losses_are_those_at_the_detectors_boxes_without_the_refinement():
     refinement = model.roi_heads.refinement
     torch.manual_seed(4)
     drawn, matched = boxes_to_learn_from(boxes, truth, sizes, refinement)
+    for own, some in zip(boxes, drawn):  # the detector's own are among them
+        assert (some[:, None] == own).all(2).any()
     torch.testing.assert_close(found, unrolled_losses(refinement, maps, drawn, matched, sizes), rtol=1e-4, atol=1e-5)
 
 
