@@ -22,7 +22,7 @@ DEFAULT = RefinementConfig()
 
 
 def add_refinement(model: Model, config: RefinementConfig = DEFAULT) -> Model:
-    """Let a torchvision R-CNN refine its detections, in place. Until it is trained they stay what they are.
+    """Let a torchvision R-CNN refine its detections, in place. Until it is trained their boxes stay where they are.
 
     The detector's own parameters, buffers and ``state_dict`` keys stay; those of the refinement lie under
     ``roi_heads.refinement.`` They are trained alone by :func:`refinement_losses`, which takes minutes, or beside the
@@ -49,8 +49,7 @@ def add_refinement(model: Model, config: RefinementConfig = DEFAULT) -> Model:
     known = getattr(heads, "refinement", None)
     if known is None or len(known.stages) != config.stages:
         refinement = Refinement(heads, config, size_divisible=getattr(model.transform, "size_divisible", None))
-        like = next(model.parameters())
-        heads.refinement = refinement.to(like.device).train(model.training)
+        heads.refinement = refinement.to(heads.box_predictor.cls_score.weight).train(model.training)
     heads.refinement.configure(config)
     with _without_swap(heads):
         mix_in(heads, RefinedRoIHeads, RoIHeads)

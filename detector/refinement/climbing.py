@@ -34,7 +34,7 @@ def climb(
     for _ in range(steps):
         if not bool((length >= SHORTEST * step_size).any()):
             break
-        tried = _moved(best, (length[:, None] * slope).clamp(-FURTHEST, FURTHEST))
+        tried = _moved(best, (length[:, None] * slope).nan_to_num().clamp(-FURTHEST, FURTHEST))
         new_score, new_slope = _score_and_slope(score_of, tried)
         rises = new_score > score  # false for NaN
         best = torch.where(rises[:, None], tried, best)

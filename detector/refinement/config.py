@@ -73,6 +73,8 @@ class RefinementConfig:
                 raise ValueError(f"refinement.{name} must be a number from {low} to {high}, got {value!r}")
         if self.sampling not in ("points", "exact"):
             raise ValueError(f"refinement.sampling must be points or exact, got {self.sampling!r}")
+        if type(self.fit_nms) is not bool:
+            raise ValueError(f"refinement.fit_nms must be True or False, got {self.fit_nms!r}")
         if not isinstance(self.box_gradient, BoxGradient):
             raise ValueError(f"refinement.box_gradient must be a BoxGradient, got {self.box_gradient!r}")
 

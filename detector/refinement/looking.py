@@ -41,7 +41,7 @@ def look_again(
             best = torch.where(fits[:, None], torch.cat(tried), best)
             deltas = torch.where(fits[:, None], new_deltas, deltas)
             fit = torch.where(fits, new_fit, fit)
-        tried = decoded(deltas, best.split(counts), image_shapes)
+        tried = decoded(deltas.nan_to_num(), best.split(counts), image_shapes)  # the crop refuses what is not finite
     assert fit is not None
     return list(best.split(counts)), list(fit.split(counts))
 

@@ -78,8 +78,10 @@ def boxes_to_learn_from(
         found, matched = drawn.new_zeros(0, 4), drawn.new_zeros(0, 4)
         if len(true) and len(own):
             iou, match = box_iou(own.detach(), true).max(dim=1)
-            found, matched = own[iou >= config.min_iou], true[match[iou >= config.min_iou]]
-        right = paired_iou(drawn, copies) >= config.min_iou
+            near = (iou >= config.min_iou) & (iou > 0)  # without overlap there may be no size, and no way to the truth
+            found, matched = own[near], true[match[near]]
+        iou = paired_iou(drawn, copies)
+        right = (iou >= config.min_iou) & (iou > 0)
         drawn, copies = torch.cat([drawn[right], found]), torch.cat([copies[right], matched])
         kept = torch.randperm(len(drawn), device=drawn.device)[: config.train_boxes]
         boxes.append(drawn[kept])

@@ -72,10 +72,12 @@ def _climbed(
         maps = {name: m.clone() if m.is_inference() else m.detach() for name, m in features.items()}
         start = torch.cat(list(boxes)).clone()
 
+        def clipped(together: Tensor) -> list[Tensor]:
+            return [clip_boxes_to_image(b, shape) for b, shape in zip(together.split(counts), image_shapes)]
+
         def fit_of(together: Tensor) -> Tensor:
-            crops = refinement.pool(maps, list(together.split(counts)), image_shapes)
+            crops = refinement.pool(maps, clipped(together), image_shapes)
             return refinement.stage(config.looks)(crops)[1].sigmoid()
 
         moved, fit = climb(fit_of, start, steps=config.climbs, step_size=config.step_size)
-    parts = zip(moved.split(counts), image_shapes, strict=True)
-    return [clip_boxes_to_image(part, shape) for part, shape in parts], list(fit.split(counts))
+    return clipped(moved), list(fit.split(counts))

@@ -7,8 +7,8 @@ from detector.refinement import RefinementConfig, add_refinement
 
 
 def refined(model, *, std=0.5, **settings):
-    """The model, in place, with a refinement of random weights: of all detections, and their scores stay."""
-    add_refinement(model, RefinementConfig(**{"score_threshold": 0.0, "fit_power": 0.0} | settings))
+    """The model, in place, with a refinement of random weights; of all detections, in their order, by default."""
+    add_refinement(model, RefinementConfig(**{"score_threshold": 0.0, "looks": 2, "fit_power": 0.0} | settings))
     generator = torch.Generator().manual_seed(0)
     for stage in model.roi_heads.refinement.stages:
         nn.init.normal_(stage.deltas.weight, std=std, generator=generator)
