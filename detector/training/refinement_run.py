@@ -101,14 +101,14 @@ class RefinementRun(Run):
         return []  # there are no proposals to guard
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
-        assert isinstance(data, RefinementData)
+        assert isinstance(data, RefinementData) and task.refinement is not None
         device = trainer.strategy.root_device
         last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
         assert last is not None
         detector = load_checkpoint(last)  # with averaged weights, if there are any
         detector.to(device)
         if self.candidates and data.apart is not None:
-            self._choose(detector, data.apart, last, data.workers)
+            self._choose(detector, data.apart, last, task.refinement, data.workers)
         refinement = detector.refinement
         assert refinement is not None
         split = self.score_on
@@ -134,19 +134,28 @@ class RefinementRun(Run):
         print(f"\nThe refined detector is {last}, and scores.json, report.html and detections.json are beside it.")
         return after
 
-    def _choose(self, detector: PretrainedDetector, apart: CocoDetection, last: Path, workers: int) -> None:
+    def _choose(
+        self,
+        detector: PretrainedDetector,
+        apart: CocoDetection,
+        last: Path,
+        default: RefinementConfig,
+        workers: int,
+    ) -> None:
         """Take the candidate that is best on the images held apart, in the checkpoint as well."""
         refinement = detector.refinement
         assert refinement is not None
-        # As trained, whatever the candidates say of that.
-        trained = refinement.config
-        candidates = [replace(trained, looks=one.looks, climbs=one.climbs) for one in self.candidates]
-        candidates = list(dict.fromkeys([trained, *candidates]))
+        # As trained, whatever the candidates say of that; a checkpoint of a run that had ended has chosen before.
+        candidates = list(
+            dict.fromkeys(
+                replace(refinement.config, looks=one.looks, climbs=one.climbs) for one in (default, *self.candidates)
+            )
+        )
         device = next(detector.parameters()).device
         scores = score_refinements(
             detector, apart, candidates, device=device, batch_size=self.batch_size, workers=workers
         )
-        best = best_refinement(candidates, scores, trained)
+        best = best_refinement(candidates, scores, candidates[0])
         rows = [{"looks": one.looks, "climbs": one.climbs} | of for one, of in zip(candidates, scores, strict=True)]
         chosen = {"images": len(apart), "chosen": asdict(best), "candidates": rows}
         write_json(self.folder / CHOSEN, chosen, indent=1)
