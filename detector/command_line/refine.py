@@ -73,7 +73,7 @@ def make_parser() -> ToolParser:
         "3, with the best AP there, if it is above that of --looks and --climbs by 0.005; of fewer than 25 images none "
         "are held apart; default: true",
     )
-    add("--looks", type=at_least(0), default=3, metavar="N", help="how often a box is looked at again; default: 3")
+    add("--looks", type=at_least(0), default=2, metavar="N", help="how often a box is looked at again; default: 2")
     add("--climbs", type=at_least(0), default=0, metavar="N", help="most steps that it climbs its fit; default: 0")
     add(
         "--sampling",
@@ -83,6 +83,13 @@ def make_parser() -> ToolParser:
     )
     add("--stages", type=at_least(1), default=1, metavar="N", help="sets of weights, one a look; default: 1")
     add("--train_looks", type=at_least(1), default=3, metavar="N", help="looks in training; default: 3")
+    add(
+        "--box_gradient",
+        choices=("exact", "bound", "off"),
+        default="exact",
+        help="how the losses of later looks flow into the earlier ones' boxes: exact: as the derivative says; bound: "
+        "held to a tenth of each look's own; off: boxes are constants, as in a cascade; default: exact",
+    )
     add = parser.add_argument_group("the training").add_argument
     add("--max_steps", type=at_least(1), default=600, metavar="N", help="its length; default: 600")
     add("--epochs", type=at_least(1), metavar="N", help="or so many passes over the images")

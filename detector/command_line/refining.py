@@ -14,6 +14,7 @@ from detector.command_line.training import resuming_command
 from detector.data.categories import match_categories
 from detector.data.folder import DataFolder, find_root
 from detector.errors import UsageError, in_a_sentence
+from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement.config import RefinementConfig
 from detector.run_folders import run_folder
 from detector.training.failures import Interrupted
@@ -22,6 +23,11 @@ from detector.training.refinement_data import RefinementData
 from detector.training.refinement_run import fit_refinement
 from detector.training.refinement_task import RefinementTask
 
+BOX_GRADIENTS = {
+    "exact": BoxGradient.exact(),
+    "bound": BoxGradient(),
+    "off": BoxGradient(crop=0, coder=0),
+}
 LOOKS, CLIMBS = (1, 2, 3), (0, 3)  # that are tried
 
 
@@ -44,6 +50,7 @@ def refine(flags: argparse.Namespace) -> int:
                 sampling=flags.sampling,
                 stages=flags.stages,
                 train_looks=flags.train_looks,
+                box_gradient=BOX_GRADIENTS[flags.box_gradient],
             )
         except ValueError as error:
             raise UsageError(str(error).replace("refinement.", "--")) from None

@@ -19,7 +19,7 @@ FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
 DASH = 9  # pixels
 
-Stroke = Literal["thin", "thick", "dashed"]
+Stroke = Literal["thin", "thick", "dashed", "dotted"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Box:
         corners: x1, y1, x2, y2, in pixels of the picture.
         caption: on a plate above it.
         color: of frame and plate.
-        stroke: "thick" has black edges, and is seen on any ground; "dashed" is as thick, in turns with black.
+        stroke: "thick" has black edges, and is seen on any ground; "dashed" is as thick, in turns with black; "dotted"
+            is fine, in turns with black, and has no caption.
     """
 
     corners: tuple[float, float, float, float]
@@ -84,12 +85,16 @@ def draw_boxes(picture: Image.Image, boxes: Iterable[Box], *, font_size: int = F
         x2, y2 = max(x1, x2), max(y1, y2)
         if box.stroke == "thin":
             pen.rectangle((x1, y1, x2, y2), outline=box.color, width=2)
+        elif box.stroke == "dotted":
+            pen.rectangle((x1, y1, x2, y2), outline="black", width=2)
+            _dashes(pen, (x1, y1, x2, y2), box.color, length=DASH // 2, width=2)
+            continue
         else:
             pen.rectangle((x1 - 3, y1 - 3, x2 + 3, y2 + 3), outline="black", width=6)
             if box.stroke == "thick":
                 pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=box.color, width=4)
             else:
-                _dashes(pen, (x1 - 2, y1 - 2, x2 + 2, y2 + 2), box.color)
+                _dashes(pen, (x1 - 2, y1 - 2, x2 + 2, y2 + 2), box.color, length=DASH, width=4)
         # Above the box, where it hides none of the object; inside at the upper edge of the picture.
         frame = 0 if box.stroke == "thin" else 3  # of it that lies outside
         lower = y1 - frame if y1 - frame >= font_size + 3 else y1 + frame + font_size + 3
@@ -100,15 +105,17 @@ def draw_boxes(picture: Image.Image, boxes: Iterable[Box], *, font_size: int = F
         pen.text((plate[0], plate[3]), box.caption, ink, font, anchor="lb")
 
 
-def _dashes(pen: ImageDraw.ImageDraw, frame: tuple[float, float, float, float], color: str) -> None:
-    """Draw pieces of a frame 4 pixels wide."""
+def _dashes(
+    pen: ImageDraw.ImageDraw, frame: tuple[float, float, float, float], color: str, *, length: int, width: int
+) -> None:
+    """Draw pieces of a frame, in pixels."""
     x1, y1, x2, y2 = (round(side) for side in frame)
-    for x in range(x1, x2, 2 * DASH):
-        for y in (y1, y2 - 3):
-            pen.rectangle((x, y, min(x + DASH - 1, x2), y + 3), fill=color)
-    for y in range(y1, y2, 2 * DASH):
-        for x in (x1, x2 - 3):
-            pen.rectangle((x, y, x + 3, min(y + DASH - 1, y2)), fill=color)
+    for x in range(x1, x2, 2 * length):
+        for y in (y1, y2 - width + 1):
+            pen.rectangle((x, y, min(x + length - 1, x2), y + width - 1), fill=color)
+    for y in range(y1, y2, 2 * length):
+        for x in (x1, x2 - width + 1):
+            pen.rectangle((x, y, x + width - 1, min(y + length - 1, y2)), fill=color)
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:

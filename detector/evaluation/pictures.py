@@ -1,6 +1,6 @@
 """Images of a split drawn with their ground truth and with what was detected in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from detector.text import short
 
 EXAMPLES = 4
 FONT_SIZE = 15
+BEFORE = "#FFFFFF"  # in turns with black
 ORDER: tuple[Kind, ...] = ("crowd", "found", "confused", "false", "missed")
 
 
@@ -34,7 +35,12 @@ def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> No
 
 
 def worst_and_best(
-    split: CocoDetection, results: list[Result], report: dict[str, Any], *, each: int = 6
+    split: CocoDetection,
+    results: list[Result],
+    report: dict[str, Any],
+    *,
+    unrefined: Sequence[Result] = (),
+    each: int = 6,
 ) -> Iterator[Picture]:
     """The pictures of a page: images that went worst, and of those with objects the ones that went best.
 
@@ -44,6 +50,7 @@ def worst_and_best(
         split: the images.
         results: detections in COCO's results format.
         report: what :func:`~detector.evaluation.report.make_report` returned.
+        unrefined: what was detected without the refinement; drawn, too, from the report's score on.
         each: how many of the worst and of the best, at most.
     """
     outcomes = report["images"]
@@ -62,29 +69,37 @@ def worst_and_best(
         min_score=report["confusion"]["min_score"],
         iou=report["confusion"]["iou"],
     )
+    before: dict[int, list[Result]] = {image_id: [] for image_id in ids}
+    for result in unrefined:
+        if result["image_id"] in ids and result["score"] >= report["confusion"]["min_score"]:
+            before[result["image_id"]].append(result)
     for kind, one in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=None, delay=1):
         try:
             image, _ = split[index_of[one["id"]]]
         except DataError as error:  # of a results file's images nothing was read before
             report["notes"].append(f"No picture of image {one['id']}: {error}")
             continue
-        yield Picture(kind, one, draw_outcomes(image, matched[one["id"]], split))
+        yield Picture(kind, one, draw_outcomes(image, matched[one["id"]], split, before[one["id"]]))
 
 
-def draw_outcomes(image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDetection) -> Image.Image:
+def draw_outcomes(
+    image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDetection, unrefined: Sequence[Result] = ()
+) -> Image.Image:
     """An image with its boxes, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
         outcomes: what became of its boxes.
         split: the data that it is of.
+        unrefined: detections that are drawn beneath.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
     factor = SIDE / max(picture.size)
     size = (max(round(picture.width * factor), 1), max(round(picture.height * factor), 1))
     picture = picture.resize(size, Image.Resampling.LANCZOS)
+    boxes = [Box(_corners(one, picture.size, factor), "", BEFORE, "dotted") for one in unrefined]
     # What is wrong lies on top.
-    boxes = [_box(one, split, picture.size, factor) for one in sorted(outcomes, key=lambda one: ORDER.index(one.kind))]
+    boxes += [_box(one, split, picture.size, factor) for one in sorted(outcomes, key=lambda one: ORDER.index(one.kind))]
     draw_boxes(picture, boxes, font_size=FONT_SIZE)
     return picture
 
@@ -92,12 +107,9 @@ def draw_outcomes(image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDete
 def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float) -> Box:
     shown = outcome.truth if outcome.detection is None else outcome.detection
     assert shown is not None
-    x, y, width, height = (side * factor for side in shown["bbox"])
     name = short(split.coco.cats[shown["category_id"]]["name"], 40)
     caption = name if outcome.detection is None else f"{name} {outcome.detection['score']:.2f}"
-    x1, x2 = (min(max(side, 0), size[0] - 1) for side in (x, x + width))
-    y1, y2 = (min(max(side, 0), size[1] - 1) for side in (y, y + height))
-    corners = (x1, y1, x2, y2)
+    corners = _corners(shown, size, factor)
     if outcome.kind == "found":
         return Box(corners, caption, class_color(split.category_ids.index(shown["category_id"]) + 1))
     if outcome.kind == "crowd":
@@ -109,6 +121,14 @@ def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], facto
         caption = f"{outcome.kind}: {caption}"
     mark = MARKS[outcome.kind]
     return Box(corners, caption, mark.color, mark.stroke)
+
+
+def _corners(shown: Mapping[str, Any], size: tuple[int, int], factor: float) -> tuple[float, float, float, float]:
+    """Where the box of an annotation or a detection lies in a picture that is enlarged by a factor."""
+    x, y, width, height = (side * factor for side in shown["bbox"])
+    x1, x2 = (min(max(side, 0), size[0] - 1) for side in (x, x + width))
+    y1, y2 = (min(max(side, 0), size[1] - 1) for side in (y, y + height))
+    return x1, y1, x2, y2
 
 
 def _pair(split: CocoDetection, results: list[Result], index: int) -> tuple[Image.Image, Image.Image]:

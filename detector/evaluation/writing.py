@@ -105,7 +105,13 @@ def write_evaluation(
         write_json(folder / "detections.json", found.results)
         write_json(folder / "scores.json", scores)
         write_json(folder / "report.json", report, indent=1)  # before the drawing, which may fail
-        drawn = () if split is None else worst_and_best(split, found.results, report, each=options.pictures)
+        drawn = (
+            ()
+            if split is None
+            else worst_and_best(
+                split, found.results, report, unrefined=unrefined.results if unrefined else (), each=options.pictures
+            )
+        )
         write_atomically(folder / "report.html", render_page(report, drawn).encode())
         if of_training and split is not None:
             draw_examples(split, found.results, folder / "examples.png")

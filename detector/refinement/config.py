@@ -43,7 +43,7 @@ class RefinementConfig:
         ValueError: a setting is out of its range.
     """
 
-    looks: int = 3
+    looks: int = 2
     climbs: int = 0
     step_size: float = 0.1
     score_threshold: float = 0.05

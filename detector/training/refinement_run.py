@@ -101,7 +101,8 @@ class RefinementRun(Run):
         return []  # there are no proposals to guard
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
-        assert isinstance(data, RefinementData) and task.refinement is not None
+        assert isinstance(data, RefinementData)
+        assert task.refinement is not None
         device = trainer.strategy.root_device
         last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
         assert last is not None
@@ -115,8 +116,7 @@ class RefinementRun(Run):
         ids = match_categories(detector, split)
         running: dict[str, Any] = {"device": device, "batch_size": self.batch_size, "workers": data.workers}
         with overridden(refinement, enabled=False):
-            found = run_detector(detector.model, split, ids, **running)
-        before = evaluate(split.coco, found.results, split.image_ids)[0]
+            unrefined = run_detector(detector.model, split, ids, **running)
         found = run_detector(detector.model, split, ids, **running)
         after = write_evaluation(
             found,
@@ -125,9 +125,11 @@ class RefinementRun(Run):
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=self.split, device=device),
             split=split,
-            notes=[*match_notes(detector, ids, split), f"Without the refinement AP is {before['AP']:.4f}."],
+            unrefined=unrefined,
+            notes=match_notes(detector, ids, split),
             of_training=True,
         )
+        before = evaluate(split.coco, unrefined.results, split.image_ids)[0]
         self.scores = {"before": before, "after": after}
         write_json(self.folder / "scores.json", self.scores)
         print(f"\n{side_by_side(self.scores)}")

@@ -377,8 +377,18 @@ def test_pictures_show_what_was_counted(scored, data, split, monkeypatch):
     report["confusion"]["min_score"] = least = float(np.median([one["score"] for one in found]))
     _, report["images"] = confusion(split.coco, found, split.image_ids, min_score=least)
     seen = []
-    monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", lambda image, boxes, split: seen.append(boxes))
-    pictures = list(worst_and_best(split, found, report, each=5))
+    before = []
+
+    def draw(image, boxes, split, unrefined):
+        seen.append(boxes)
+        before.append(unrefined)
+
+    monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", draw)
+    pictures = list(worst_and_best(split, found, report, each=5, unrefined=found))
+    for picture, boxes in zip(pictures, before, strict=True):
+        of_image = [one for one in found if one["image_id"] == picture.entry["id"]]
+        assert boxes == [one for one in of_image if one["score"] >= least]
+    assert sum(len(boxes) for boxes in before) > 5
     assert len(pictures) == len(seen) >= 5
     for picture, boxes in zip(pictures, seen):
         counts = Counter(box.kind for box in boxes)

@@ -65,9 +65,16 @@ class TestStrokes:
             across[stroke] = int((np.abs(np.diff(row.astype(int), axis=0)).sum(axis=1) > 0).sum())
         assert across == {"thick": 0, "dashed": 6}
 
+    def test_a_dotted_one_has_two_colours_and_no_caption(self):
+        picture = Image.new("RGB", (100, 100), "#808080")
+        draw_boxes(picture, [Box((20, 40, 80, 90), "a cat", "#FFFFFF", "dotted")])
+        assert colors_of(picture, (0, 0, 100, 39)) == colors_of(picture, (23, 43, 78, 88)) == {"#808080"}
+        for edge in ((20, 40, 80, 42), (20, 89, 80, 91), (20, 40, 22, 90), (79, 40, 81, 90)):
+            assert colors_of(picture, edge) == {"#000000", "#FFFFFF"}
+
     def test_boxes_of_no_size_and_outside(self):
         picture = Image.new("RGB", (50, 50))
-        for stroke in ("thin", "thick", "dashed"):
+        for stroke in ("thin", "thick", "dashed", "dotted"):
             draw_boxes(picture, [Box((x, x, x - 5, x), "a", "#FFE600", stroke) for x in (-70.0, 0.0, 49.5, 300.0)])
         assert len(colors_of(picture, (0, 0, 50, 50))) > 2
 
@@ -81,12 +88,12 @@ class TestOutcomes:
         Image.new("RGB", (480, 240)).save(tmp_path / "1.png")
         return CocoDetection(tmp_path, tmp_path / "a.json")
 
-    def drawn(self, split, monkeypatch, *outcomes):
+    def drawn(self, split, monkeypatch, *outcomes, unrefined=()):
         boxes = []
         monkeypatch.setattr(
             "detector.evaluation.pictures.draw_boxes", lambda picture, marked, font_size: boxes.extend(marked)
         )
-        draw_outcomes(torch.zeros(3, 240, 480), outcomes, split)
+        draw_outcomes(torch.zeros(3, 240, 480), outcomes, split, unrefined)
         return [(box.caption, box.color, box.stroke, box.corners) for box in boxes]
 
     def test_each_says_what_it_is_and_mistakes_lie_on_top(self, split, monkeypatch):
@@ -110,6 +117,14 @@ class TestOutcomes:
             ("dog 0.88, is: cat", MARKS["confused"].color, "thick", here),
             ("false: dog 0.88", MARKS["false"].color, "thick", here),
             ("missed: cat", MARKS["missed"].color, "dashed", there),
+        ]
+
+    def test_boxes_before_a_refinement_lie_beneath(self, split, monkeypatch):
+        cat = {"bbox": [10, 20, 30, 40], "category_id": 3, "score": 0.8}
+        boxes = self.drawn(split, monkeypatch, BoxOutcome("false", None, cat), unrefined=[cat | {"bbox": [5, 5, 9, 9]}])
+        assert boxes == [
+            ("", "#FFFFFF", "dotted", (10, 10, 28, 28)),
+            ("false: cat 0.80", MARKS["false"].color, "thick", (20, 40, 80, 120)),
         ]
 
     @pytest.mark.parametrize("box", [[-1e9, -1e9, 2e9, 2e9], [1e9, 5, 1e-100, 1], [5, 5, -3, -3], [470, 230, 10, 10]])

@@ -423,7 +423,9 @@ def test_what_the_refinement_did_is_a_table_and_two_curves(report, html):
     assert section.count("<svg") == 1
     assert re.findall("<bdi>(before|after)</bdi>", section) == ["before", "after"]
     assert "2 looks, 5 climbs" in html
+    assert "<b>dotted</b>: where the box was before" in html
     plain = render_page(report | {"refinement": None}, [])
+    assert "<b>dotted</b>" not in plain
     assert 'id="refinement"' not in plain
     assert "before and after" not in plain
 

@@ -33,6 +33,7 @@ from detector.evaluation.running import run_detector
 from detector.models.build import build_detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
+from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement import RefinementConfig, add_refinement
 from detector.training import refinement_run
 from detector.training.failures import Interrupted, TrainingError
@@ -108,6 +109,9 @@ def test_a_run_leaves_a_refined_detector_and_both_scores(refined, base, digits, 
     assert before == json.loads((tmp_path / "base" / "scores.json").read_text())
     assert after == json.loads((tmp_path / "refined" / "scores.json").read_text())
     assert 0 < before["AP"] < 1
+    report = json.loads((refined / "report.json").read_text())
+    for when, scores in (("before", before), ("after", after)):
+        assert report["refinement"][when]["scores"]["AP"] == scores["AP"]
     assert predict([str(digits / "val"), f"--checkpoint={refined}", f"--output={tmp_path / 'found'}"]) == 0
     load_detector(refined).save_pretrained(tmp_path / "saved")
     ours, theirs = load_detector(refined), load_detector(tmp_path / "saved")
@@ -322,6 +326,15 @@ def test_mistakes_are_said_in_a_sentence(base, digits, tmp_path):
     detector.settings = None
     with pytest.raises(ModelError, match="a Faster R-CNN"):
         RefinementTask(detector)
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [("exact", BoxGradient.exact()), ("bound", BoxGradient()), ("off", BoxGradient(crop=0, coder=0))],
+)
+def test_the_box_gradient_between_the_looks_is_a_flag(flag, expected, base, digits, tmp_path):
+    assert refine(base, digits, run_dir=tmp_path / "run", box_gradient=flag, max_steps=1, choose=False) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").refinement.config.box_gradient == expected
 
 
 def test_a_detector_is_trained_with_its_refinement_from_the_start(digits, base, tmp_path):
