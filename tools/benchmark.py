@@ -429,7 +429,7 @@ def growth(results: list[dict[str, Any]]) -> str:
             continue
         (fewest, first), (most, last) = cases[0], cases[-1]
         slopes = []
-        for name in POOLERS:
+        for name in (one for one in POOLERS if one in first):
             ends = [median(entries[name]["forward_backward"]["seconds"]) for entries in (first, last)]
             slopes.append(f"{name} {1e6 * (ends[1] - ends[0]) / (most - fewest):.0f}")
         lines.append(f"- {layout}, from {fewest} to {most} RoIs: {', '.join(slopes)}")
@@ -485,14 +485,14 @@ def plot(data: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = {REFERENCE: "#000000", "grid_sample": "#E69F00", "gather": "#0072B2"}
+    colors = {REFERENCE: "#000000", "grid_sample": "#E69F00", "gather": "#0072B2", EXACT: "#009E73"}
     titles = {"forward": "Forward", "forward_backward": "Forward + backward"}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for panel, (key, title) in zip(panels, titles.items()):
         for layout, style in zip(LAYOUTS, ("--", "-")):
             lines: dict[str, list[tuple[int, list[float], float]]] = {}
             for case, entries in _plotted(data["poolers"]):
-                for name in POOLERS if case.layout == layout else ():
+                for name in (one for one in POOLERS if one in entries and case.layout == layout):
                     entry = entries[name][key]
                     lines.setdefault(name, []).append((case.rois, entry["seconds"], entry["floor"]))
             for name, points in lines.items():
@@ -534,7 +534,7 @@ def _plotted(results: list[dict[str, Any]]) -> list[tuple[Case, dict[str, dict[s
         (case, entries)
         for case, entries in _by_case(results)
         if (case.maps, case.bins, case.dtype) == ("FPN", 7, results[0]["case"]["dtype"])
-        and all("error" not in entries.get(name, {"error": ""}) for name in POOLERS)
+        and all("error" not in entries.get(name, {}) for name in POOLERS)
     ]
 
 

@@ -151,7 +151,7 @@ def switch(text: str) -> str:
 
 def add_refine(parser: argparse.ArgumentParser, *, choices: Sequence[str], effect: str) -> None:
     """Whether a refinement moves the detections' boxes."""
-    text = f"the refinement that a detector may have: {effect}; default: on, if it has one"
+    text = f"the refinement that a detector may have; {effect}; default: on, if it has one"
     parser.add_argument("--refine", type=switch, choices=choices, help=text)
 
 

@@ -27,6 +27,7 @@ from detector.command_line.arguments import (
     add_workers,
     at_least,
     boolean,
+    switch,
 )
 
 
@@ -85,6 +86,7 @@ def make_parser() -> ToolParser:
     add("--train_looks", type=at_least(1), default=3, metavar="N", help="looks in training; default: 3")
     add(
         "--box_gradient",
+        type=switch,
         choices=("exact", "bound", "off"),
         default="exact",
         help="how the losses of later looks flow into the earlier ones' boxes: exact: as the derivative says; bound: "

@@ -346,7 +346,7 @@ def test_one_image_of_two_without_detections_to_look_at_again(export):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"climbs": 5}, "Left out of the graph of the refinement: 5 climbs; it looks at boxes again, 3 times"),
+        ({"climbs": 5}, "Left out of the graph of the refinement: 5 climbs; it looks at boxes again, 2 times"),
         ({"climbs": 5, "fit_nms": True}, "refinement: 5 climbs and fit_nms;"),
         ({}, None),
     ],
