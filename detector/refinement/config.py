@@ -20,6 +20,8 @@ class RefinementConfig:
 
     Args:
         looks: how often a box is looked at again, 0 for not at all.
+        look_scale: share of the deltas that a box is moved by, in a look at test time.
+        least_overlap: IoU that a box keeps with the detector's own; it stays where a look would take it further.
         climbs: the most steps that a box climbs the fit, 0 for none.
         step_size: of a climb: sides move by ``step_size * gradient`` in units of the box's sides, at most 5 % of them.
         score_threshold: detections with a lower score are left as they are,
@@ -44,6 +46,8 @@ class RefinementConfig:
     """
 
     looks: int = 2
+    look_scale: float = 0.8
+    least_overlap: float = 0.7
     climbs: int = 0
     step_size: float = 0.1
     score_threshold: float = 0.05
@@ -67,6 +71,7 @@ class RefinementConfig:
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"refinement.{name} must be a whole number from {least} to {most}, got {value!r}")
         ranges = {"step_size": (0, 10), "score_threshold": (0, 1), "fit_power": (0, 10), "jitter": (0, 1)}
+        ranges |= {"look_scale": (0, 1), "least_overlap": (0, 1)}
         for name, (low, high) in (ranges | {"min_iou": (0, 1)}).items():
             value = getattr(self, name)
             if type(value) not in (int, float) or not low <= value <= high:

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from detector.rcnn.bound import bounded_copies
 from detector.rcnn.box_gradient import scale_gradient
 from detector.refinement.head import CODER, Refinement
-from detector.refinement.looking import decoded
+from detector.refinement.looking import decoded, paired_iou
 
 BETA = 1 / 9  # below, the box loss is quadratic, as in torchvision's own
 STAGE_IOU = 0.1  # by so much more must boxes overlap the truth for each further set of weights
@@ -96,14 +96,6 @@ def jittered(boxes: Tensor, jitter: float) -> Tensor:
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + by[:, :2] * size
     half = size * by[:, 2:].exp() / 2
     return torch.cat([centre - half, centre + half], dim=1)
-
-
-def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """The IoU of each box with its counterpart, [L]; 0 for boxes without area."""
-    overlap = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
-    shared = overlap.prod(1)
-    areas = [(b[:, 2:] - b[:, :2]).clamp(min=0).prod(1) for b in (boxes, others)]
-    return shared / (areas[0] + areas[1] - shared).clamp(min=1e-6)
 
 
 def _has_size(boxes: Tensor) -> Tensor:
