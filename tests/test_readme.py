@@ -135,7 +135,7 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("name", TOOLS)
 def test_commands_take_their_flags(name):
     for document, text in DOCUMENTS.items():
-        for arguments in re.findall(rf"python tools/{name}\.py([^`\n]*)", text.replace("\\\n", "")):
+        for arguments in re.findall(rf"python tools/{name}\.py([^`\n&]*)", text.replace("\\\n", "")):
             assert set(re.findall(r"--[a-z][\w.]*\w", arguments)) <= flags(name), (document, arguments)
 
 

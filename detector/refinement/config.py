@@ -70,12 +70,11 @@ class RefinementConfig:
             most = 10_000 if name.endswith(("boxes", "image")) else MOST
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"refinement.{name} must be a whole number from {least} to {most}, got {value!r}")
-        ranges = {"step_size": (0, 10), "score_threshold": (0, 1), "fit_power": (0, 10), "jitter": (0, 1)}
-        ranges |= {"look_scale": (0, 1), "least_overlap": (0, 1)}
-        for name, (low, high) in (ranges | {"min_iou": (0, 1)}).items():
+        shares = ("look_scale", "least_overlap", "score_threshold", "jitter", "min_iou")
+        for name, most in (dict.fromkeys(shares, 1) | {"step_size": 10, "fit_power": 10}).items():
             value = getattr(self, name)
-            if type(value) not in (int, float) or not low <= value <= high:
-                raise ValueError(f"refinement.{name} must be a number from {low} to {high}, got {value!r}")
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise ValueError(f"refinement.{name} must be a number from 0 to {most}, got {value!r}")
         if self.sampling not in ("points", "exact"):
             raise ValueError(f"refinement.sampling must be points or exact, got {self.sampling!r}")
         if type(self.fit_nms) is not bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.refined_models import refined
+from support.refined_models import PLAIN, refined
 from support.tiny_models import CHANNELS, batch, copies, pool, tiny_rcnn
 from torch import nn
 from torchvision.models import detection
@@ -25,7 +25,7 @@ from detector.refinement.roi_heads import RefinedRoIHeads
 from detector.refinement.seen import FeatureCache
 
 MODELS = ["fasterrcnn_mobilenet_v3_large_320_fpn", "box", "mask", "keypoint", "single scale"]
-ALL = RefinementConfig(score_threshold=0.0, looks=2, fit_power=0.0)
+ALL = RefinementConfig(**PLAIN)
 
 
 def build(name):

@@ -19,6 +19,7 @@ WHOLE = {
     "boxes_per_image": (1, 10_000),
 }
 NUMBERS = {"step_size": 10, "score_threshold": 1, "fit_power": 10, "jitter": 1, "min_iou": 1}
+NUMBERS |= {"look_scale": 1, "least_overlap": 1}
 
 shares = st.floats(0, 1)
 configs = st.builds(

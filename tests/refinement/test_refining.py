@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.refined_models import refined
+from support.refined_models import PLAIN, refined
 from support.refinement_cases import SHAPES, RefinementCase
 from support.tiny_models import SIZE, batch, tiny_rcnn
 from torchvision.ops import box_iou
@@ -34,7 +34,7 @@ def free():
 
 
 def configured(case, **settings):
-    case.refinement.configure(RefinementConfig(**{"score_threshold": 0.0, "looks": 2, "fit_power": 0.0} | settings))
+    case.refinement.configure(RefinementConfig(**PLAIN | settings))
     return case.refinement
 
 
@@ -62,8 +62,9 @@ def found_by(case, threshold=0.5, boxes=None, features=None, shapes=SHAPES, **se
 
 
 @torch.no_grad()
-def by_hand(case, looks, box, image):
+def by_hand(case, looks, box, image, scale=1.0, overlap=0.0):
     """One box [4], look by look; and its fit."""
+    start = box
     only = {name: feature[image : image + 1] for name, feature in case.features.items()}
 
     def head_at(at):
@@ -72,6 +73,7 @@ def by_hand(case, looks, box, image):
 
     deltas, fit = head_at(box)
     for _ in range(looks):
+        deltas = scale * deltas
         x1, y1, x2, y2 = box.double().tolist()
         width, height = x2 - x1, y2 - y1
         x, y = (x1 + x2) / 2 + width * float(deltas[0]) / 20, (y1 + y2) / 2 + height * float(deltas[1]) / 20
@@ -86,19 +88,21 @@ def by_hand(case, looks, box, image):
             ]
         )
         new_deltas, new_fit = head_at(tried)
-        if new_fit < fit:
+        if new_fit < fit or box_iou(tried[None], start[None].to(tried)) < overlap:
             break  # the same box is tried again, with the same end
         box, deltas, fit = tried, new_deltas, new_fit
     return box, fit
 
 
+@pytest.mark.parametrize(("scale", "overlap"), [(1.0, 0.0), (0.6, 0.0), (1.0, 0.7), (0.8, 0.6)])
 @pytest.mark.parametrize("looks", [0, 1, 2, 4])
-def test_boxes_move_as_by_hand_and_only_where_the_fit_does_not_fall(case, looks):
+def test_boxes_move_as_by_hand_only_where_the_fit_does_not_fall_and_not_too_far(case, looks, scale, overlap):
+    settings = configured(case, look_scale=scale, least_overlap=overlap)
     with torch.no_grad():
-        boxes, fits = look_again(configured(case), case.features, case.boxes, SHAPES, looks=looks)
+        boxes, fits = look_again(settings, case.features, case.boxes, SHAPES, looks=looks)
     for image in range(2):
         for box, fit, start in zip(boxes[image], fits[image], case.boxes[image]):
-            wanted, wanted_fit = by_hand(case, looks, start, image)
+            wanted, wanted_fit = by_hand(case, looks, start, image, scale, overlap)
             torch.testing.assert_close(box, wanted, rtol=0, atol=1e-3)
             assert float(fit) == pytest.approx(wanted_fit, abs=1e-4)
     moved = [(b != s).any(1) for b, s in zip(boxes, case.boxes)]
