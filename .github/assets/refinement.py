@@ -107,6 +107,8 @@ with torch.no_grad():
         proposals, _ = model.rpn(batch, features)
         with overridden(refinement, enabled=False):
             found, _ = model.roi_heads(features, proposals, batch.image_sizes)
+        if not len(found[0]["boxes"]):
+            continue
         given = [[one[name] for one in found] for name in ("boxes", "scores", "labels")]
         for name, method in METHODS.items():
             start = time.perf_counter()
