@@ -3,24 +3,31 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 from pycocotools.coco import COCO
 
 from detector.data.problems import MOST_AREA, Problem, annotation_problems
+from detector.data.part_problems import FIELD, Part, part_problems
 from detector.errors import DataError
 from detector.files import read_json
 
+NEEDED: dict[Part, str] = {
+    "masks": "a detector of masks needs one of each object: polygons or an RLE",
+    "keypoints": "a detector of key points needs them: COCO has them in person_keypoints_*.json",
+}
 
-def read_coco(path: str | Path) -> COCO:
+
+def read_coco(path: str | Path, *, parts: Collection[Part] = ()) -> COCO:
     """Read an annotation file of COCO's instances format.
 
     ``iscrowd`` may be missing (0 is meant), and ``area`` (the box's is taken; COCO's own files give the mask's).
 
     Args:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
+        parts: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
 
     Returns:
         pycocotools' index of the file; its attribute ``flaws`` counts what is left out or clipped, by kind.
@@ -28,10 +35,15 @@ def read_coco(path: str | Path) -> COCO:
     Raises:
         DataError: the file cannot be read, a field is missing or of the wrong type, an id is used twice, or an
             annotation names an image or a category that is not there: the first "error" of
-            :func:`~detector.data.problems.annotation_problems`, and how many more there are.
+            :func:`~detector.data.problems.annotation_problems`, and how many more there are; or a mask or key points
+            that are to be read are broken, or no object has any.
     """
     data = read_json(path)
     flaws = refuse(annotation_problems(path, data), f"{path}")
+    for part in parts:
+        if data["annotations"] and not any(annotation.get(FIELD[part]) for annotation in data["annotations"]):
+            raise DataError(f"{path}: no annotation has a {FIELD[part]!r}, and {NEEDED[part]}")
+        flaws += refuse(part_problems(path, data, part), f"{path}")
     for annotation in data["annotations"]:
         _, _, width, height = annotation["bbox"]
         annotation.setdefault("iscrowd", 0)

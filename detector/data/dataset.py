@@ -1,4 +1,4 @@
-"""Images and boxes of a split in COCO's layout, as torchvision's detectors are trained on them."""
+"""Images, boxes, masks and key points of a split in COCO's layout, as torchvision's detectors are trained on them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +12,17 @@ from torchvision.transforms import v2
 from detector.data.annotations import read_coco, refuse
 from detector.data.checking import file_problems
 from detector.data.images import read_image
+from detector.data.keypoints import KeypointLayout, keypoints_of, layout_of
+from detector.data.masks import decode_masks
+from detector.data.problems import Entry
+from detector.data.part_problems import Part
 from detector.errors import DataError
 from detector.seeds import drawn_from, seed_of
 from detector.text import listed
 
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+AXES = "axes"  # of the image, in a target on its way through the augmentation
 
 
 def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -36,11 +41,16 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     Crowd regions and boxes of zero size (also: outside the image) are not in the targets; :attr:`dropped_boxes`
     counts the latter. The evaluation reads :attr:`coco`, where everything still is.
 
+    Masks and key points are read where they are asked for, and decoded with their image. An object without a mask has
+    an empty one, one without key points has none that is labelled, as in torchvision's references; ``coco.flaws``
+    counts both.
+
     Args:
         images: the folder that ``file_name`` is relative to.
         annotations: an annotation file, see :func:`read_coco`.
+        parts: what is read besides boxes: "masks", "keypoints" or both.
         transform: takes and returns (image, target), both torchvision ``tv_tensors``: any transform of
-            ``torchvision.transforms.v2``.
+            ``torchvision.transforms.v2``. Where it mirrors an image, left and right key points are exchanged.
         seed: with the epoch and the index, all that the transform's random choices depend on.
         skip_missing: take images whose file is missing as well; reading one fails.
 
@@ -53,12 +63,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         images: str | Path,
         annotations: str | Path,
         *,
+        parts: Collection[Part] = (),
         transform: Transform | None = None,
         seed: int = 0,
         skip_missing: bool = False,
     ) -> None:
         self.folder = Path(images)
-        self.coco = read_coco(annotations)
+        self.parts = tuple(parts)
+        self.coco = read_coco(annotations, parts=self.parts)
+        self.keypoints: KeypointLayout | None = None
+        if "keypoints" in self.parts:
+            self.keypoints = layout_of(annotations, self.coco.cats.values(), self.coco.anns.values())
         self.transform = transform
         self.seed = seed
         self.category_ids: list[int | None] = sorted(self.coco.cats)
@@ -70,8 +85,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             problems = [problem for problem in problems if problem.kind != "missing image files"]
         refuse(problems, f"{annotations} --images {self.folder}")
         kept = [self._boxes(image_id) for image_id in self.image_ids]
-        self.targets = [(boxes, labels) for boxes, labels, _ in kept]
-        self.dropped_boxes = sum(dropped for _, _, dropped in kept)
+        self.targets = [(boxes, labels) for boxes, labels, _, _ in kept]
+        # The annotations of the targets, in order; references, which take no memory of note.
+        self.objects = [objects for _, _, objects, _ in kept] if self.parts else []
+        self.dropped_boxes = sum(dropped for *_, dropped in kept)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -83,6 +100,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """
         labels = {category: label for label, category in enumerate(category_ids, start=1)}
         label_of = torch.tensor([0, *(labels.get(category, 0) for category in self.category_ids)])  # by that of now
+        self.objects = [
+            [one for one, label in zip(objects, label_of[old].tolist()) if label > 0]
+            for objects, (_, old) in zip(self.objects, self.targets)
+        ]
         self.targets = [(boxes[label_of[old] > 0], label_of[old][label_of[old] > 0]) for boxes, old in self.targets]
         self.category_ids, self.category_names = list(category_ids), list(category_names)
 
@@ -92,6 +113,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         kept = [index for index, image_id in enumerate(self.image_ids) if image_id in wanted]
         self.image_ids = [self.image_ids[index] for index in kept]
         self.targets = [self.targets[index] for index in kept]
+        self.objects = [self.objects[index] for index in kept] if self.parts else []
 
     def leave_out(self, broken: Mapping[int, str]) -> str:
         """Go on without some images, of which only :attr:`coco` still knows. Returns a sentence that says so.
@@ -113,7 +135,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
         Returns:
             The image, [3, H, W] float32 in 0..1, and a dict of ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in
-            pixels, ``labels`` [L] int64 and ``image_id`` [] int64.
+            pixels, ``labels`` [L] int64 and ``image_id`` [] int64; and, if they are read, ``masks`` [L, H, W] uint8,
+            0 or 1, and ``keypoints`` [L, K, 3] float32: x and y in pixels, and whether the point is labelled, and in
+            the image.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
         info = self.coco.imgs[self.image_ids[index]]
@@ -126,6 +150,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "labels": labels,
             "image_id": torch.tensor(info["id"]),
         }
+        if "masks" in self.parts:
+            outlines = [annotation.get("segmentation") for annotation in self.objects[index]]
+            target["masks"] = tv_tensors.Mask(decode_masks(outlines, *size))
+        labelled = torch.empty(0)
+        if self.keypoints is not None:
+            points, labelled = keypoints_of(self.objects[index], len(self.keypoints)).split([2, 1], dim=2)
+            target["keypoints"] = tv_tensors.KeyPoints(points, canvas_size=size)
+            target[AXES] = tv_tensors.KeyPoints(_axes(size), canvas_size=size)
         if self.transform is not None:
             try:
                 with drawn_from(seed_of(self.seed, epoch, index)):
@@ -138,10 +170,42 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        if self.keypoints is not None:
+            mirrored = _is_mirrored(target.pop(AXES))
+            target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=mirrored)
+        for name in self.parts:
+            if len(target[name]) != len(target["boxes"]):
+                raise DataError(
+                    f"{self.folder / info['file_name']}: the augmentation left {len(target['boxes'])} boxes and "
+                    f"{len(target[name])} objects with {name}: leave SanitizeBoundingBoxes and the like out, for "
+                    "objects whose box is gone are left out here"
+                )
         # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
-        target["boxes"], target["labels"] = target["boxes"][kept], target["labels"][kept]
+        for name in ("boxes", "labels", *self.parts):
+            target[name] = target[name][kept]
         return image, target
+
+    def visible_keypoints(self) -> list[int]:
+        """Count the labelled key points of each image's objects."""
+        assert self.keypoints is not None
+        count = len(self.keypoints)
+        return [int((keypoints_of(objects, count)[..., 2] > 0).sum()) for objects in self.objects]
+
+    def _with_visibility(self, points: Tensor, labelled: Tensor, image: Tensor, *, mirrored: bool) -> Tensor:
+        """Key points [L, K, 3] of what an augmentation made of points [L, K, 2]; those outside the image are not there.
+
+        Args:
+            labelled: [L, K, 1], above 0 where they were, before it.
+            image: [3, H, W].
+            mirrored: whether left is right now.
+        """
+        assert self.keypoints is not None
+        height, width = image.shape[1:]
+        x, y = points[..., 0], points[..., 1]
+        inside = (x >= 0) & (y >= 0) & (x <= width) & (y <= height)
+        found = torch.cat([points.float(), ((labelled[..., 0] > 0) & inside)[..., None].float()], dim=2)
+        return found[:, self.keypoints.mirrored()] if mirrored else found
 
     def files(self) -> list[Path]:
         """Return the image files, in order."""
@@ -155,8 +219,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         counts = torch.tensor([len(labels) for _, labels in self.targets], dtype=torch.int64)
         return boxes[:, 2:] - boxes[:, :2], sizes.repeat_interleave(counts, dim=0)
 
-    def _boxes(self, image_id: int) -> tuple[Tensor, Tensor, int]:
-        """Return boxes [L, 4] (x1, y1, x2, y2) within the image, labels [L], and how many of no size were dropped."""
+    def _boxes(self, image_id: int) -> tuple[Tensor, Tensor, list[Entry], int]:
+        """Return boxes [L, 4] (x1, y1, x2, y2) within the image, labels [L], their annotations, if masks or key points
+        are read, and how many of no size were dropped.
+        """
         info = self.coco.imgs[image_id]
         annotations = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
@@ -164,4 +230,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         boxes[:, 2:] += boxes[:, :2]
         boxes = boxes.clamp(min=0).minimum(torch.tensor([info["width"], info["height"]] * 2))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        return boxes[kept], labels[kept], int((~kept).sum())
+        objects = [one for one, stays in zip(annotations, kept.tolist()) if stays] if self.parts else []
+        return boxes[kept], labels[kept], objects, int((~kept).sum())
+
+
+def _axes(size: tuple[int, int]) -> Tensor:
+    """Three points of an image, [3, 2], of which an augmentation shows whether it mirrors."""
+    height, width = size
+    middle = torch.tensor([width / 2, height / 2])
+    return torch.stack([middle, middle + torch.tensor([width / 4, 0]), middle + torch.tensor([0, height / 4])])
+
+
+def _is_mirrored(axes: Tensor) -> bool:
+    """Whether the two axes of :func:`_axes` have changed sides."""
+    right, down = (axes[1:] - axes[0]).double()
+    return bool(right[0] * down[1] - right[1] * down[0] < 0)

@@ -1,10 +1,12 @@
 """Where a data set in COCO's layout lies, and what its splits are called there."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from detector.data.dataset import CocoDetection, Transform
+from detector.data.part_problems import Part
 from detector.errors import DataError
 
 ROOT_VARIABLE = "DETECTOR_DATA"
@@ -33,11 +35,19 @@ class DataFolder:
         return self.root / self.images.replace("{split}", split)
 
     def dataset(
-        self, split: str, *, transform: Transform | None = None, seed: int = 0, skip_missing: bool = False
+        self,
+        split: str,
+        *,
+        parts: Collection[Part] = (),
+        transform: Transform | None = None,
+        seed: int = 0,
+        skip_missing: bool = False,
     ) -> CocoDetection:
         """Read a split as a data set. The options are those of :class:`~detector.data.dataset.CocoDetection`."""
         images, annotations = self.image_folder(split), self.annotation_file(split)
-        return CocoDetection(images, annotations, transform=transform, seed=seed, skip_missing=skip_missing)
+        return CocoDetection(
+            images, annotations, parts=parts, transform=transform, seed=seed, skip_missing=skip_missing
+        )
 
 
 def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:

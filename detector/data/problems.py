@@ -70,8 +70,8 @@ OPTIONAL = ("area", "iscrowd")
 def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
     """Say what is wrong with the content of an annotation file, whatever ``json.load`` made of it.
 
-    :func:`~detector.data.annotations.read_coco` takes a file without a problem of level "error". ``segmentation`` is
-    not looked at. ``path`` names the file in the messages.
+    :func:`~detector.data.annotations.read_coco` takes a file without a problem of level "error". Masks and key points
+    are looked at in :mod:`~detector.data.part_problems`. ``path`` names the file in the messages.
     """
     if not isinstance(data, dict):
         what = f"must hold a dict with images, annotations and categories, not a {_kind(data)}"

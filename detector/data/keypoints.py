@@ -1,0 +1,137 @@
+"""Key points of objects: their names, which of them are each other's mirror image, and COCO's lists as tensors."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detector.errors import DataError, shown
+from detector.text import listed, short
+
+MOST = 1000  # key points of an object
+SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+
+
+@dataclass(frozen=True)
+class KeypointLayout:
+    """What the key points of an object are.
+
+    Args:
+        names: of each.
+        skeleton: pairs of key points, from 0 on, with a line between them in pictures.
+
+    Raises:
+        ValueError: there is none, or too many; or a line between points that there are not.
+    """
+
+    names: tuple[str, ...]
+    skeleton: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.names) <= MOST or not all(type(name) is str for name in self.names):
+            raise ValueError(f"key points must be 1 to {MOST} names, got {shown(self.names)}")
+        for line in self.skeleton:
+            if len(line) != 2 or not all(type(end) is int and 0 <= end < len(self.names) for end in line):
+                raise ValueError(f"a line of the skeleton must join two of {len(self.names)} points, got {shown(line)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def mirrored(self) -> list[int]:
+        """Of each point the place of the one that it becomes in a mirror: of "left_eye" that of "right_eye"."""
+        place = {name.lower(): number for number, name in enumerate(self.names)}
+        return [place.get(_other_side(name.lower()), number) for number, name in enumerate(self.names)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"names": list(self.names), "skeleton": [list(line) for line in self.skeleton]}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "KeypointLayout":
+        """What :meth:`to_dict` made. Raises LookupError, TypeError or ValueError if it is not."""
+        return cls(tuple(content["names"]), tuple((line[0], line[1]) for line in content["skeleton"]))
+
+
+# That of COCO's persons, which torchvision's published Keypoint R-CNN finds.
+PERSON = KeypointLayout(
+    (
+        *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
+        *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
+        *("left_knee", "right_knee", "left_ankle", "right_ankle"),
+    ),
+    (
+        *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8)),
+        *((7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
+    ),
+)
+
+
+def layout_of(
+    path: str | Path, categories: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]
+) -> KeypointLayout | None:
+    """The layout of a data set's key points, ``None`` if it has none.
+
+    Args:
+        path: of the annotation file, for messages.
+        categories: its categories; ``keypoints`` are names, ``skeleton`` pairs of numbers from 1 on, as in COCO.
+        annotations: its annotations, of which the first with ``keypoints`` tells their number where no category names
+            them.
+
+    Raises:
+        DataError: the categories name different ones, which one detector cannot find, or not as COCO does.
+    """
+    found: dict[KeypointLayout, str] = {}
+    for category in categories:
+        if not category.get("keypoints"):
+            continue
+        try:
+            lines = tuple((start - 1, end - 1) for start, end in category.get("skeleton") or ())
+            layout = KeypointLayout(tuple(category["keypoints"]), lines)
+        except (TypeError, ValueError) as error:
+            name = short(str(category.get("name")))
+            raise DataError(
+                f"{path}: the category {name!r} has key points that are not COCO's (keypoints, a list of names, and "
+                f"skeleton, pairs of numbers from 1 on): {error}"
+            ) from None
+        found.setdefault(layout, str(category.get("name")))
+    if len({layout.names for layout in found}) > 1:
+        raise DataError(
+            f"{path}: its categories ({listed(list(found.values()))}) have different key points, and a detector finds "
+            "the same of all classes: give them one list of names, or train them apart"
+        )
+    if found:
+        return next(iter(found))
+    lists = (annotation.get("keypoints") for annotation in annotations)
+    first = next((points for points in lists if isinstance(points, list) and len(points) >= 3), None)
+    return None if first is None else KeypointLayout(tuple(f"{i + 1}" for i in range(min(len(first) // 3, MOST))))
+
+
+def keypoints_of(annotations: Sequence[Mapping[str, Any]], count: int) -> Tensor:
+    """The key points of objects, [L, K, 3]: x and y in pixels, and 0 (not labelled), 1 (hidden) or 2 (visible).
+
+    Objects without any have zeros.
+    """
+    nothing = [0.0] * (3 * count)
+    points = [annotation.get("keypoints") or nothing for annotation in annotations]
+    return torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
+
+
+def keypoints_problem(value: Any, count: int) -> str | None:
+    """Say what is wrong with an object's key points; ``None``: nothing."""
+    if not isinstance(value, list) or len(value) != 3 * count:
+        many = f"a list of {len(value)} numbers" if isinstance(value, list) else f"a {type(value).__name__}"
+        return f"{many}: {count} key points are {3 * count}, x, y and visibility of each"
+    if not all(type(number) in (int, float) and -1e9 <= number <= 1e9 for number in value):
+        return "numbers that are not finite, or larger than 1e9"
+    if not all(visibility in (0, 1, 2) for visibility in value[2::3]):
+        return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
+    return None
+
+
+def _other_side(name: str) -> str:
+    """A name with left and right, or l and r, exchanged, where they are words of it: "left_eye", "l-hip", "leftEye"."""
+    return re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", lambda word: SIDES[word[0]], name)

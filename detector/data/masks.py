@@ -1,0 +1,162 @@
+"""Masks of objects: COCO's segmentations (polygons, RLE) as tensors, and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+Rle = dict[str, Any]  # compressed, as in COCO's files: "size" [height, width] and "counts", a string
+MASK = 0.5  # probability from which on a pixel is of the object, as in torchvision's references
+
+
+def as_rle(segmentation: Any, height: int, width: int) -> Rle:
+    """A segmentation of COCO's format, without a problem, as one compressed RLE.
+
+    Args:
+        segmentation: polygons, [[x1, y1, x2, y2, ...], ...] in pixels, one for each part; an RLE, compressed or not;
+            nothing, ``None`` or an empty list, is an empty mask.
+        height, width: of the image.
+    """
+    if isinstance(segmentation, Mapping) and not isinstance(segmentation["counts"], list):
+        return dict(segmentation)
+    if isinstance(segmentation, Mapping):
+        return _as_text(coco_mask.frPyObjects(dict(segmentation), height, width))
+    if not segmentation:
+        return _as_text(coco_mask.encode(np.zeros((height, width), np.uint8, order="F")))
+    return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+
+
+def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
+    """Segmentations, see :func:`as_rle`, as masks [L, H, W], uint8, 1 on the object."""
+    masks = torch.empty(len(segmentations), height, width, dtype=torch.uint8)
+    for mask, segmentation in zip(masks, segmentations):  # one by one: pycocotools' own array of all would be a copy
+        mask.numpy()[:] = coco_mask.decode(as_rle(segmentation, height, width))
+    return masks
+
+
+def encode_masks(masks: Tensor) -> list[Rle]:
+    """Masks [L, H, W] as RLE; of probabilities, those from 0.5 on."""
+    return [_encode(mask) for mask in masks]
+
+
+def encode_crops(crops: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Rle]:
+    """What a mask head says of its boxes, pasted into the image, as RLE.
+
+    The values are those of torchvision's detectors, which paste all masks of an image at once, at 4 bytes a pixel each;
+    here there is one such mask at a time.
+
+    Args:
+        crops: [L, 1, M, M], probabilities.
+        boxes: [L, 4] (x1, y1, x2, y2) in pixels of the image.
+        size: height and width of the image.
+    """
+    crops, boxes = crops.detach().float().cpu(), boxes.detach().cpu()
+    pasted = (paste_masks_in_image(crops[i : i + 1], boxes[i : i + 1], size) for i in range(len(crops)))
+    return [_encode(mask[0, 0]) for mask in pasted]
+
+
+def mask_area(rle: Rle) -> float:
+    """The number of pixels of a mask."""
+    return float(coco_mask.area(rle))
+
+
+def mask_box(rle: Rle) -> list[float]:
+    """The smallest box (x, y, width, height) around a mask, in pixels; all 0 around an empty one."""
+    return [float(side) for side in coco_mask.toBbox(rle)]
+
+
+def _encode(mask: Tensor) -> Rle:
+    is_object = mask > MASK if mask.is_floating_point() else mask > 0
+    return _as_text(coco_mask.encode(np.asfortranarray(is_object.cpu().numpy().astype(np.uint8))))
+
+
+def _as_text(rle: Mapping[str, Any]) -> Rle:
+    """An RLE that JSON takes: pycocotools has bytes."""
+    return {"size": [int(side) for side in rle["size"]], "counts": bytes(rle["counts"]).decode("ascii")}
+
+
+# What is wrong with a segmentation
+
+
+def segmentation_problem(value: Any, width: int, height: int) -> str | None:
+    """Say what is wrong with a segmentation in an image of that size, which is not empty; ``None``: nothing.
+
+    pycocotools reads what it is given without looking: an RLE that is too long writes beyond its mask, and four numbers
+    are a box to it.
+    """
+    if isinstance(value, Mapping):
+        return _rle_problem(value, width, height)
+    if not isinstance(value, list):
+        return f"a {type(value).__name__}: it must be polygons or an RLE"
+    for number, polygon in enumerate(value):
+        what = f"polygon {number}"
+        if not isinstance(polygon, list) or not all(type(c) in (int, float) for c in polygon):
+            return f"{what} that is no list of numbers"
+        if len(polygon) < 6 or len(polygon) % 2:
+            return f"{what} of {len(polygon)} numbers: at least 3 points of x and y are needed"
+        points = _finite(polygon)
+        if points is None:
+            return f"{what} with numbers that are not finite"
+        x, y = points[::2], points[1::2]
+        # Far outside, its outline alone would fill the memory.
+        if x.min() < -width or x.max() > 2 * width or y.min() < -height or y.max() > 2 * height:
+            return f"{what} that reaches far outside the image of {width}x{height} pixels"
+    return None
+
+
+def _finite(numbers: list[Any]) -> np.ndarray | None:
+    try:
+        values = np.array(numbers, dtype=np.float64)
+    except OverflowError:  # an integer that no float holds
+        return None
+    return values if np.isfinite(values).all() else None
+
+
+def _rle_problem(value: Mapping[str, Any], width: int, height: int) -> str | None:
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int for side in size):
+        return "an RLE whose size is not [height, width]"
+    if size != [height, width]:
+        return f"an RLE of size {size}, [height, width], in an image of {width}x{height} pixels (width x height)"
+    if isinstance(counts, list):
+        runs = counts if all(type(run) is int and 0 <= run <= width * height for run in counts) else None
+    elif isinstance(counts, str):
+        runs = _runs(counts)
+    else:
+        return "an RLE without counts, a list or a string"
+    if runs is None:
+        return "an RLE whose counts are broken"
+    if sum(runs) != width * height:
+        return f"an RLE whose counts add up to {sum(runs)} pixels, not to the {width * height} of the image"
+    return None
+
+
+def _runs(counts: str) -> list[int] | None:
+    """The lengths of the runs in a compressed RLE, ``None`` if it is broken.
+
+    Each is written as digits of 5 bits, the lowest first, in characters from "0" on, with a sixth bit where more
+    follow; from the fourth on as the difference to the length two before (pycocotools' maskApi.c, rleToString).
+    """
+    if not counts.isascii():
+        return None
+    digits = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - 48
+    if not len(digits):
+        return []
+    if digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return None
+    last = np.flatnonzero(digits & 32 == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    length = last - first + 1
+    if length.max() > 7:  # of 35 bits, which no image needs
+        return None
+    place = np.arange(len(digits)) - np.repeat(first, length)
+    runs = np.add.reduceat((digits & 31) << (5 * place), first)
+    runs -= np.where(digits[last] & 16, 1 << (5 * length), 0)
+    for start in (1, 2):
+        runs[start::2] = np.cumsum(runs[start::2])
+    return None if runs.min() < 0 else runs.tolist()
+

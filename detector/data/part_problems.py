@@ -1,0 +1,75 @@
+"""What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from detector.data.keypoints import keypoints_problem, layout_of
+from detector.data.masks import segmentation_problem
+from detector.data.problems import Level, Problem, where
+from detector.errors import DataError, shown
+
+Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
+FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
+NAME: dict[Part, str] = {"masks": "segmentation", "keypoints": "key points"}
+
+
+def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
+    """Say what is wrong with the masks, or the key points, of annotations that are right otherwise.
+
+    Args:
+        path: of the file, for the messages.
+        data: its content, in which :func:`~detector.data.problems.annotation_problems` found no error.
+        part: which of them.
+        broken: the level of those that cannot be read: an "error" where they are needed.
+
+    Yields:
+        The problems. Objects without any are a flaw where others have some; nothing is said where none has.
+    """
+    field = FIELD[part]
+    count = 0
+    if part == "keypoints":
+        try:
+            layout = layout_of(path, data["categories"], data["annotations"])
+        except DataError as error:
+            yield Problem("categories with key points that do not fit", broken, str(error))
+            return
+        if layout is None:
+            return
+        count = len(layout)
+    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+    has_points = {c["id"] for c in data["categories"] if c.get("keypoints")} or {c["id"] for c in data["categories"]}
+    missing: list[Problem] = []
+    some = False
+    for position, annotation in enumerate(data["annotations"]):
+        value = annotation.get(field)
+        if not value:  # none, or an empty list
+            if not annotation.get("iscrowd") and (part == "masks" or annotation["category_id"] in has_points):
+                missing.append(_missing(part, where(path, "annotations", position, annotation)))
+            continue
+        some = True
+        if part == "masks":
+            what = segmentation_problem(value, *sizes[annotation["image_id"]])
+        else:
+            what = keypoints_problem(value, count)
+        if what is not None:
+            kind = "broken segmentations" if part == "masks" else "broken key points"
+            at = where(path, "annotations", position, annotation)
+            yield Problem(kind, broken, f"{at} has {field} {shown(value)}, {what}")
+        elif part == "keypoints" and not any(value[2::3]) and not annotation.get("iscrowd"):
+            at = where(path, "annotations", position, annotation)
+            missing.append(Problem("objects whose key points are all unlabelled", "flaw", f"{at} {UNLABELLED}"))
+    if some:
+        yield from missing
+
+
+UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found, and no key point is learned from it"
+
+
+def _missing(part: Part, at: str) -> Problem:
+    if part == "masks":
+        what = "has no segmentation: in training its mask is empty, and scored as a mask it counts as missed"
+        return Problem("objects without a segmentation", "flaw", f"{at} {what}")
+    return Problem("objects without key points", "flaw", f"{at} has no key points: it is found, and none are learned")
+
+
