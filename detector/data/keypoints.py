@@ -120,14 +120,14 @@ def keypoints_of(annotations: Sequence[Mapping[str, Any]], count: int) -> Tensor
     return torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
 
 
-def keypoints_problem(value: Any, count: int) -> str | None:
-    """Say what is wrong with an object's key points; ``None``: nothing."""
+def keypoints_problem(value: Any, count: int, *, visibility: bool = True) -> str | None:
+    """Say what is wrong with an object's key points; ``None``: nothing. Of detections the third number is anything."""
     if not isinstance(value, list) or len(value) != 3 * count:
         many = f"a list of {len(value)} numbers" if isinstance(value, list) else f"a {type(value).__name__}"
         return f"{many}: {count} key points are {3 * count}, x, y and visibility of each"
     if not all(type(number) in (int, float) and -1e9 <= number <= 1e9 for number in value):
         return "numbers that are not finite, or larger than 1e9"
-    if not all(visibility in (0, 1, 2) for visibility in value[2::3]):
+    if visibility and not all(seen in (0, 1, 2) for seen in value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None
 

@@ -65,6 +65,7 @@ FIELDS: dict[str, dict[str, Field]] = {
     RESULTS: {"image_id": ID, "category_id": ID, "bbox": NOT_NEGATIVE, "score": NUMBER},
 }
 OPTIONAL = ("area", "iscrowd")
+INSTEAD_OF_BOX = ("segmentation", "keypoints")  # of a result: its box is the one around them
 
 
 def annotation_problems(path: str | Path, data: Any) -> Iterator[Problem]:
@@ -150,10 +151,13 @@ def wrong_fields(name: str, entry: Any) -> list[str]:
     """Name the fields of an entry of a list that are missing or wrong: all of them if it is no dict."""
     if not isinstance(entry, dict):
         return list(FIELDS[name])
+    optional = OPTIONAL
+    if name == RESULTS and any(part in entry for part in INSTEAD_OF_BOX):
+        optional = (*OPTIONAL, "bbox")
     return [
         field
         for field, (fits, _) in FIELDS[name].items()
-        if (not fits(entry[field]) if field in entry else field not in OPTIONAL)
+        if (not fits(entry[field]) if field in entry else field not in optional)
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from detector.data.part_problems import Part
 from detector.errors import ModelError, sentence, shown
 
 MOST_PIXELS = 10_000  # of the side of an image that a detector is built for
@@ -25,7 +26,9 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: type(value) is bool, "true or false"),
     str: (lambda value: type(value) is str, "a name"),
     str | None: (lambda value: value is None or type(value) is str, "a name"),
+    Part | None: (lambda value: value in (None, *get_args(Part)), f"one of {', '.join(get_args(Part))}, or nothing"),
 }
+BUILDERS: dict[str, Part | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
 PARTS = {int: (_is_size, "positive integers"), float: (_is_ratio, "numbers from 0.01 to 100")}  # of tuples
 
 
@@ -34,8 +37,11 @@ class DetectorConfig:
     """All that it takes to build a detector again; plain values, kept in every checkpoint.
 
     Args:
-        name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn"), or "timm/" and the name of any timm backbone
-            with NCHW maps at strides 4, 8, 16 and 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
+        name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn",
+            "keypointrcnn_resnet50_fpn"), or "timm/" and the name of any timm backbone with NCHW maps at strides 4, 8,
+            16 and 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
+        finds: timm only: what is found besides boxes: "masks", which makes it a Mask R-CNN, "keypoints", a Keypoint
+            R-CNN, or nothing. Of torchvision's builders the name says it.
         weights: weights of the whole detector to start from: a run's folder or a checkpoint of tools/train.py, a folder
             of save_pretrained or its name on Hugging Face's hub, or a file of a state_dict. The rows of the classifier
             whose classes have the same name are kept, the others begin anew; weights_backbone is then not fetched. Or
@@ -68,6 +74,7 @@ class DetectorConfig:
     """
 
     name: str = "fasterrcnn_resnet50_fpn"
+    finds: Part | None = None
     weights: str | None = None
     weights_backbone: str | None = None
     min_size: int = 800
@@ -106,6 +113,11 @@ class DetectorConfig:
         for name in ("min_size", "max_size"):
             if getattr(self, name) > MOST_PIXELS:  # every image would be enlarged to it
                 raise ModelError(f"detector.{name} must be at most {MOST_PIXELS}, got {getattr(self, name)}")
+        if self.finds is not None and not self.name.startswith("timm/"):
+            raise ModelError(
+                f"detector.finds {self.finds} is of timm/... alone: {self.name} finds what its name says; "
+                "maskrcnn_resnet50_fpn finds masks, keypointrcnn_resnet50_fpn key points"
+            )
         for part in ("rpn", "box"):
             background, foreground = (getattr(self, f"{part}_{kind}_iou_threshold") for kind in ("bg", "fg"))
             if background > foreground:
@@ -113,6 +125,12 @@ class DetectorConfig:
                     f"detector.{part}_bg_iou_threshold must be at most {part}_fg_iou_threshold, {foreground}, got "
                     f"{background}"
                 )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the detector finds, and is trained on, besides boxes."""
+        part = self.finds if self.name.startswith("timm/") else BUILDERS.get(self.name.partition("_")[0])
+        return () if part is None else (part,)
 
     def common_options(self) -> dict[str, Any]:
         """The settings that every torchvision Faster R-CNN takes, by torchvision's names."""

@@ -11,6 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 
+from detector.data.keypoints import PERSON, KeypointLayout
 from detector.errors import ModelError
 from detector.models.config import DetectorConfig
 from detector.models.weights import load_weights, read_weights, refusing
@@ -50,8 +51,8 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
     state = read_weights(weights, legacy=True)  # as torchvision's own older files are
     with refusing(f"{weights}: not the weights of {name}"):
         state = with_new_names(state.get("model", state))  # torchvision's own training script saves it so
-        classes = number_of_classes(name, state)
-        model = load_weights(lambda: _without_weights(name, classes), state)
+        classes, options = number_of_classes(name, state), _keypoints_in(name, state)
+        model = load_weights(lambda: _without_weights(name, classes, **options), state)
     if Path(weights).name in COCO_V1_FILES:
         set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.0))
     return model.eval()
@@ -111,8 +112,24 @@ def number_of_classes(name: str, state: dict[str, Any]) -> int:
     return (len(weight) - len(two[grows])) // a_class + 2
 
 
-def published_names() -> list[str]:
-    """The names of the 91 classes of torchvision's published detectors: COCO's by id, the background, and gaps."""
+def published_keypoints(name: str, model: nn.Module) -> KeypointLayout | None:
+    """The layout of a torchvision detector's key points: a person's, if there are as many, else numbers.
+
+    Args:
+        name: one of :func:`torchvision_detectors`.
+        model: the detector.
+    """
+    if not name.startswith("keypointrcnn"):
+        return None
+    heads: Any = model.roi_heads
+    count = heads.keypoint_predictor.out_channels
+    return PERSON if count == len(PERSON) else KeypointLayout(tuple(f"{i + 1}" for i in range(count)))
+
+
+def published_names(name: str = "fasterrcnn_resnet50_fpn") -> list[str]:
+    """The names of a published detector's classes, the background first: COCO's 91 by id, with gaps, or a person."""
+    if name.startswith("keypointrcnn"):
+        return ["__background__", "person"]
     return list(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 
 
@@ -139,8 +156,16 @@ def settings_of(name: str, model: FasterRCNN) -> DetectorConfig:
     )
 
 
-def _without_weights(name: str, classes: int) -> nn.Module:
-    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes)
+def _without_weights(name: str, classes: int, **options: int) -> nn.Module:
+    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes, **options)
+
+
+def _keypoints_in(name: str, state: dict[str, Any]) -> dict[str, int]:
+    """The number of key points that a Keypoint R-CNN's state_dict has, as its builder's option."""
+    bias = state.get("roi_heads.keypoint_predictor.kps_score_lowres.bias")
+    if not name.startswith("keypointrcnn") or not isinstance(bias, Tensor) or bias.dim() != 1 or not len(bias):
+        return {}  # load_weights says what is missing
+    return {"num_keypoints": len(bias)}
 
 
 def torchvision_detectors() -> list[str]:

@@ -7,6 +7,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FrozenBatchNorm2d
 
+from detector.data.keypoints import KeypointLayout
 from detector.errors import ModelError, sentence, shown
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig, saved_settings
@@ -30,6 +31,7 @@ class DetectorDescription:
         category_names: likewise.
         batch_norm_eps: see :func:`~detector.models.published.batch_norm_eps`.
         refinement: that of its boxes, if it has one.
+        keypoints: the layout of the key points that it finds, if it finds any.
     """
 
     settings: DetectorConfig
@@ -38,15 +40,20 @@ class DetectorDescription:
     category_names: list[str]
     batch_norm_eps: dict[str, float]
     refinement: RefinementConfig | None = None
+    keypoints: KeypointLayout | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which JSON and ``weights_only=True`` take."""
+        parts = {
+            "refinement": None if self.refinement is None else asdict(self.refinement),
+            "keypoints": None if self.keypoints is None else self.keypoints.to_dict(),
+        }
         return {
             "detector": asdict(self.settings),
             "crop": self.crop,
             "categories": [{"id": i, "name": name} for i, name in zip(self.category_ids, self.category_names)],
             "batch_norm_eps": self.batch_norm_eps,
-        } | ({} if self.refinement is None else {"refinement": asdict(self.refinement)})
+        } | {name: part for name, part in parts.items() if part is not None}
 
     @classmethod
     def from_dict(cls, content: Any) -> "DetectorDescription":
@@ -78,6 +85,7 @@ class DetectorDescription:
             [name for _, name in categories],
             eps,
             _saved_refinement(content.get("refinement")),
+            _saved_keypoints(content.get("keypoints"), settings),
         )
 
     def build(self, weights: Any) -> FasterRCNN:
@@ -96,8 +104,19 @@ class DetectorDescription:
         return swap_crop_head(model) if self.crop == "affine" else model
 
     def _untrained(self) -> FasterRCNN:
-        model = build_detector(self.settings, len(self.category_ids), pretrained=False)
+        points = {} if self.keypoints is None else {"num_keypoints": len(self.keypoints)}
+        model = build_detector(self.settings, len(self.category_ids), pretrained=False, **points)
         return model if self.refinement is None else add_refinement(model, self.refinement)
+
+
+def _saved_keypoints(content: Any, settings: DetectorConfig) -> KeypointLayout | None:
+    """The layout of key points that a file holds; of a detector that finds any it must."""
+    if "keypoints" not in settings.parts:
+        return None
+    try:
+        return KeypointLayout.from_dict(content)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ModelError(f"keypoints: {sentence(error)}") from None
 
 
 def _saved_refinement(fields: Any) -> RefinementConfig | None:

@@ -23,6 +23,8 @@ from detector.pretrained.loading import CHECKPOINT_KEY, checkpoint_of, detector_
 from detector.text import listed, short
 
 PREDICTOR = "roi_heads.box_predictor."
+MASKS = "roi_heads.mask_predictor.mask_fcn_logits."  # the layer of the mask predictor that has rows of classes
+BY_CLASS = (PREDICTOR, MASKS)
 REFINEMENT = "roi_heads.refinement."
 TRUNK = re.compile(rf"{re.escape(REFINEMENT)}stages\.\d+\.trunk\.(.*)")  # copies of the box head
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
@@ -68,18 +70,19 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
     source = _read(given, config)
     called = f"weights of {given}"
     expected, found = _without_counts(model.state_dict()), _without_counts(source.state)
-    body = {name: value for name, value in expected.items() if not name.startswith(PREDICTOR)}
+    body = {name: value for name, value in expected.items() if not name.startswith(BY_CLASS)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
     with refusing(called):
         taken_of_body, whole_body = (_numbers(part) for part in (taken, body))
         if taken_of_body < LEAST * whole_body:
-            rest = {name: value for name, value in found.items() if not name.startswith(PREDICTOR)}
+            rest = {name: value for name, value in found.items() if not name.startswith(BY_CLASS)}
             settings = source.detector and source.detector.settings
             of = f"are of {settings.name} and " if settings else ""
             raise ModelError(f"they {of}do not fit {config.name}: {'; '.join(_first(differences(rest, body)))}")
         _refuse_another_normalisation(model, config, source)
         classes, rows = _rows(source, expected, found, category_names)
-        predictor = [name for name in expected if name not in body] if rows else []
+        predictor = [name for name in expected if name not in body and (name in found or name.startswith(PREDICTOR))]
+        predictor = predictor if rows else []
         check_tensors(taken | {name: found[name] for name in predictor}, expected)
     for name in body.keys() - taken.keys():  # the head of a refinement begins as the box head
         if (part := TRUNK.fullmatch(name)) and (like := f"roi_heads.box_head.{part[1]}") in taken:
@@ -90,7 +93,7 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
     set_batch_norm_eps(model, {name: value for name, value in source.eps.items() if name in eps})
     whole = len(predictor) if len(rows) == len(expected[CLASSES]) else 0
     parts = [f"{called}: {len(taken) + whole} of {len(expected)} tensors", classes]
-    anew = [name for name in body if name not in taken]
+    anew = [name for name in expected if name not in taken | changed and not name.startswith(PREDICTOR)]
     left = [name for name in found if name not in expected]
     parts += [f"{len(anew)} that do not fit begin anew ({listed(anew)})"] if anew else []
     parts += [f"{len(left)} of the file have no place in the model ({listed(left)})"] if left else []
@@ -184,7 +187,7 @@ def _rows(
     fits = theirs > 0 and all(
         name in found and found[name].shape == (_rows_of_a_class(name) * (theirs + 1), *value.shape[1:])
         for name, value in expected.items()
-        if name.startswith(PREDICTOR)
+        if name.startswith(PREDICTOR) or (name.startswith(MASKS) and name in found)
     )
     if not fits:
         return f"it has no class predictor that fits: that of {ours} classes begins anew", {}

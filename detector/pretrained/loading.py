@@ -6,7 +6,14 @@ from typing import Any
 from torchvision.models.detection import FasterRCNN
 
 from detector.errors import ModelError
-from detector.models.published import load_torchvision_detector, number_of_classes, published_names, settings_of
+from detector.models.config import BUILDERS
+from detector.models.published import (
+    load_torchvision_detector,
+    number_of_classes,
+    published_keypoints,
+    published_names,
+    settings_of,
+)
 from detector.models.weights import read_weights, refusing
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import PretrainedDetector
@@ -67,18 +74,20 @@ def load_published(name: str, weights: str) -> PretrainedDetector:
         weights: a file of its state_dict, or a name that torchvision publishes ("DEFAULT"; fetched).
 
     Returns:
-        The detector. With 91 classes its categories are COCO's; of others nothing is known but their number: then
-        the ids are ``None`` and the names "class 1", "class 2", ...
+        The detector. With 91 classes its categories are COCO's, with one and key points a person; of others nothing is
+        known but their number: then the ids are ``None`` and the names "class 1", "class 2", ...
 
     Raises:
         ModelError: the name is not known, or the weights cannot be had or are another model's.
     """
     model = load_torchvision_detector(name, weights)
     classes = number_of_classes(name, model.state_dict())
-    settings = settings_of(name, model) if isinstance(model, FasterRCNN) and name.startswith("fasterrcnn") else None
-    published = published_names()
+    buildable = isinstance(model, FasterRCNN) and name.partition("_")[0] in BUILDERS
+    settings = settings_of(name, model) if buildable else None
+    keypoints = published_keypoints(name, model)
+    published = published_names(name)
     if classes == len(published):
         ids = [i if known != "N/A" else None for i, known in enumerate(published)][1:]
-        return PretrainedDetector(model, ids, published[1:], settings=settings)
+        return PretrainedDetector(model, ids, published[1:], settings=settings, keypoints=keypoints)
     names = [f"class {label}" for label in range(1, classes)]
-    return PretrainedDetector(model, [None] * (classes - 1), names, settings=settings)
+    return PretrainedDetector(model, [None] * (classes - 1), names, settings=settings, keypoints=keypoints)
