@@ -63,7 +63,6 @@ def remove_refinement(model: Model) -> Model:
         with _without_swap(heads):
             take_out(heads, RefinedRoIHeads)
         del heads.refinement
-        heads.__dict__.pop("_features", None)
     return model
 
 
