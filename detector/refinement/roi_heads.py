@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement.head import Refinement
 from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
 from detector.refinement.refining import refine
@@ -66,3 +67,7 @@ class RefinedRoIHeads(RoIHeads):
         assert features is not None
         threshold = self.nms_thresh
         return refine(self.refinement, features, boxes, scores, labels, image_shapes, nms_threshold=threshold)
+
+
+class AttachedRefinedRoIHeads(AttachedRoIHeads, RefinedRoIHeads):
+    """RoI heads with both, the swap's gradient outermost: a name by which pickle finds them again."""
