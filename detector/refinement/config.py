@@ -70,6 +70,11 @@ class RefinementConfig:
             most = 10_000 if name.endswith(("boxes", "image")) else MOST
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"refinement.{name} must be a whole number from {least} to {most}, got {value!r}")
+        if self.stages > self.train_looks:
+            raise ValueError(
+                f"refinement.stages must be no more than refinement.train_looks ({self.train_looks}), got "
+                f"{self.stages}: the others would never learn"
+            )
         shares = ("look_scale", "least_overlap", "score_threshold", "jitter", "min_iou")
         for name, most in (dict.fromkeys(shares, 1) | {"step_size": 10, "fit_power": 10}).items():
             value = getattr(self, name)

@@ -246,6 +246,24 @@ def test_a_run_that_stops_and_goes_on_ends_as_one_never_stopped(base, digits, tm
         fit(base, digits, tmp_path / "parts", ckpt_path="last", config=RefinementConfig(train_looks=2))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"looks": 3, "look_scale": 0.5, "least_overlap": 0.2},
+        {"climbs": 1, "step_size": 0.2, "score_threshold": 0.1, "boxes_per_image": 7},
+        {"fit_power": 0.0, "fit_nms": True},
+    ],
+)
+def test_what_is_of_testing_alone_may_be_another_when_a_run_goes_on(changed, base, digits, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 1)
+        with pytest.raises(Interrupted, match="ckpt_path"):
+            fit(base, digits, tmp_path / "run", steps=2)
+    config = replace(RefinementConfig(looks=1), **changed)
+    fit(base, digits, tmp_path / "run", steps=2, config=config, ckpt_path="last")
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").refinement.config == config
+
+
 @pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"deterministic": True}])
 def test_precision_and_determinism(base, digits, tmp_path, options):
     fit(base, digits, tmp_path / "run", steps=2, config=RefinementConfig(sampling="exact", stages=2), **options)
@@ -316,6 +334,7 @@ def test_mistakes_are_said_in_a_sentence(base, digits, tmp_path):
         ("nosuch.ckpt: no such file", 1, {"checkpoint": "nosuch.ckpt"}),
         ("--lr must be above 0", 2, {"lr": 0}),
         ("--looks must be", 2, {"looks": 101}),
+        (r"--stages must be no more than --train_looks \(2\), got 3", 2, {"stages": 3, "train_looks": 2}),
     ):
         with refused(words, code=code):
             refine(base, digits, **({"run_dir": tmp_path / "run"} | flags))
