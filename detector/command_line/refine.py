@@ -82,7 +82,13 @@ def make_parser() -> ToolParser:
         default="points",
         help="points: by bilinear samples, exact: by the exact integral of the map; default: points",
     )
-    add("--stages", type=at_least(1), default=1, metavar="N", help="sets of weights, one a look; default: 1")
+    add(
+        "--stages",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="sets of weights, one a look of the training at most; default: 1",
+    )
     add("--train_looks", type=at_least(1), default=3, metavar="N", help="looks in training; default: 3")
     add(
         "--box_gradient",

@@ -68,7 +68,8 @@ def export_onnx(
     than the example's.
 
     A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit. Climbing takes
-    gradients, which no graph has; it is left out, and so is ``fit_nms``, as :func:`left_out` says.
+    gradients, which no graph has; it is left out, and so is ``fit_nms``, as :func:`left_out` says. Crops with
+    ``sampling="exact"`` are refused.
 
     Args:
         model: swapped or stock, in eval mode, on the CPU, in float32. Of a Mask or Keypoint R-CNN only boxes come out.
@@ -123,15 +124,11 @@ def left_out(model: nn.Module) -> str | None:
     if refinement is None or not refinement.enabled:
         return None
     config = refinement.config
-    missing = [f"{config.climbs} climbs"] if config.climbs else []
+    missing = ["climbs (they take gradients)"] if config.climbs else []
     missing += ["fit_nms"] if config.fit_nms else []
     if not missing:
         return None
-    return (
-        "Left out of the graph of the refinement: "
-        f"{' and '.join(missing)}; it looks at boxes again, {config.looks} times, "
-        "and has no gradients to climb by"
-    )
+    return f"The graph has the refinement's looks, but not its {' nor its '.join(missing)}"
 
 
 @contextmanager
@@ -243,12 +240,22 @@ def _check_model(model: nn.Module) -> None:
                 "call model.float().cpu() first"
             )
     refinement = refinement_of(model)
-    pools = [model.roi_heads.box_roi_pool, *([] if refinement is None else [refinement.pool])]
-    if any(isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0 for pool in pools):
-        raise ExportError(
-            "the RoI pool takes a number of samples that goes with the box (sampling_ratio 0 or less), which no graph "
-            "can; one with a fixed sampling_ratio, as torchvision's builders set, can be exported"
-        )
+    pools = {"the RoI pool": model.roi_heads.box_roi_pool}
+    if refinement is not None and refinement.enabled:
+        pools["the refinement"] = refinement.pool
+    for name, pool in pools.items():
+        if not isinstance(pool, MultiScaleAffineCrop):
+            continue
+        if pool.sampling == "exact":
+            raise ExportError(
+                f"{name} crops with sampling exact, which no graph can; one with sampling points, the default, can be "
+                "exported"
+            )
+        if pool.sampling_ratio <= 0:
+            raise ExportError(
+                f"{name} takes a number of samples that goes with the box (sampling_ratio 0 or less), which no graph "
+                "can; one with a fixed sampling_ratio, as torchvision's builders set, can be exported"
+            )
 
 
 def _metadata(

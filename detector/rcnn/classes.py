@@ -4,10 +4,22 @@ from torch import nn
 
 
 def mix_in(module: nn.Module, mixin: type[nn.Module], stock: type[nn.Module]) -> None:
-    """Change a module's class to ``mixin``, in front of a user's own subclass of ``stock`` if it is one."""
+    """Change a module's class to ``mixin``, in front of a user's own subclass of ``stock`` if it is one.
+
+    A class of both that has been written down is taken, for pickle finds it; else one is made on the spot.
+    """
     kind = type(module)
     if not isinstance(module, mixin):
-        module.__class__ = mixin if kind is stock else type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {})
+        module.__class__ = mixin if kind is stock else _both(mixin, kind, stock)
+
+
+def _both(mixin: type[nn.Module], kind: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """``mixin`` in front of ``kind``: AttachedRoIHeads and RefinedRoIHeads are AttachedRefinedRoIHeads."""
+    name = f"{mixin.__name__.removesuffix(stock.__name__)}{kind.__name__}"
+    for known in mixin.__subclasses__():
+        if known.__name__ == name and known.__bases__ == (mixin, kind):
+            return known
+    return type(name, (mixin, kind), {})
 
 
 def take_out(module: nn.Module, mixin: type[nn.Module]) -> None:

@@ -32,8 +32,8 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
         box_gradient: which losses move the proposals, and how far. Its ``warmup_steps`` begin anew with each call.
-        sampler: how the pools read the features, see :func:`~detector.affine_crop`; ``None`` leaves it as it is,
-            which in a stock model is "auto".
+        sampler: how the pools read the features, that of a refinement among them, see :func:`~detector.affine_crop`;
+            ``None`` leaves it as it is, which in a stock model is "auto".
 
     Returns:
         ``model`` itself.
@@ -53,10 +53,12 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     for pool in pools:
         if type(pool) is MultiScaleRoIAlign:
             pool.__class__ = MultiScaleAffineCrop
-        if sampler is not None:
-            pool.sampler = sampler
         # A transform of the user's own may pad in a way that only the maps tell.
         pool.size_divisible = getattr(model.transform, "size_divisible", None)
+    if sampler is not None:
+        for pool in heads.modules():  # also those that lie deeper, such as a refinement's
+            if isinstance(pool, MultiScaleAffineCrop):
+                pool.sampler = sampler
     mix_in(rpn, AttachedRPN, RegionProposalNetwork)
     mix_in(heads, AttachedRoIHeads, RoIHeads)
     rpn.box_gradient = heads.box_gradient = box_gradient

@@ -22,7 +22,9 @@ DEFAULT = RefinementConfig()
 
 
 def add_refinement(model: Model, config: RefinementConfig = DEFAULT) -> Model:
-    """Let a torchvision R-CNN refine its detections, in place. Until it is trained their boxes stay where they are.
+    """Let a torchvision R-CNN refine its detections, in place.
+
+    Until it is trained their boxes stay where they are, and the fit, which weights their scores, is a half for all.
 
     The detector's own parameters, buffers and ``state_dict`` keys stay; those of the refinement lie under
     ``roi_heads.refinement.`` They are trained alone by :func:`refinement_losses`, which takes minutes, or beside the
@@ -63,7 +65,6 @@ def remove_refinement(model: Model) -> Model:
         with _without_swap(heads):
             take_out(heads, RefinedRoIHeads)
         del heads.refinement
-        heads.__dict__.pop("_features", None)
     return model
 
 

@@ -21,28 +21,35 @@ class RefinementConfig:
     Args:
         looks: how often a box is looked at again, 0 for not at all.
         look_scale: share of the deltas that a box is moved by, in a look at test time.
-        least_overlap: IoU that a box keeps with the detector's own; it stays where a look would take it further.
+        least_overlap: IoU that a box keeps with the detector's own: it stays where a look would take it further. A
+            climb may.
         climbs: the most steps that a box climbs the fit, 0 for none.
-        step_size: of a climb: sides move by ``step_size * gradient`` in units of the box's sides, at most 5 % of them.
-        score_threshold: detections with a lower score are left as they are,
-        boxes_per_image: and so are all but so many of an image, the best ones.
-        fit_power: alpha of ``score * fit ** alpha``, the score that refined detections are ranked by; 0: as it is.
-        fit_nms: of refined boxes of a class that overlap too much for the detector the one that fits best is kept, with
-            the best score of them.
+        step_size: of a climb: the centre and the logarithm of the size move by ``step_size * gradient``, in units of
+            the box's sides, by 0.05 at most.
+        score_threshold: detections with a lower score are not looked at again: their boxes stay,
+        boxes_per_image: and so do all but so many of an image, the best ones.
+        fit_power: alpha of ``score * fit ** alpha``, the score of detections that are looked at again; 0: as it is. The
+            others keep their full score beside it, and all are ranked together.
+        fit_nms: of boxes of a class that overlap too much for the detector the one that fits best is kept, with the
+            best score of them. Those that are not looked at again fit worst.
         sampling: how the head crops, see :func:`~detector.affine_crop`.
-        stages: sets of weights, one for each look; further looks share the last. With more than one, each learns from
-            boxes of a higher IoU, as in a cascade.
+        stages: sets of weights, one for each look; further looks share the last. With more than one, each learns to
+            move boxes from such of an IoU higher by 0.1, to 0.9 at most, as in a cascade. No more than ``train_looks``:
+            others would never learn.
         train_looks: how often a box is looked at again in training; the losses of all looks are summed.
         box_gradient: how the losses of later looks flow into the earlier ones' boxes: ``crop`` and ``coder`` scale the
             two paths (both 0: boxes are constants between the looks), ``bound`` holds what comes back at a box's deltas
-            to a share of the gradient of that look's own loss there.
-        boxes_per_object: jittered copies of each true box to learn from,
-        train_boxes: but no more than so many boxes an image.
-        jitter: how far off they are: centre and logarithm of the size by a normal deviate times up to so much.
-        min_iou: only boxes with this IoU, or more, with the truth are learned from.
+            to a share of the gradient of that look's own loss there. ``positives_only`` and ``warmup_steps`` have no
+            meaning here.
+        boxes_per_object: jittered copies of each true box to learn from, beside the detector's own boxes,
+        train_boxes: but no more than so many of both an image.
+        jitter: how far off they are: centre and logarithm of the size, in units of the sides, by a normal deviate times
+            up to so much.
+        min_iou: only boxes that begin with this IoU, or more, with the truth are learned from; and to move a box is
+            learned in such looks alone in which it still has it.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or there are more stages than ``train_looks``.
     """
 
     looks: int = 2
@@ -70,6 +77,11 @@ class RefinementConfig:
             most = 10_000 if name.endswith(("boxes", "image")) else MOST
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"refinement.{name} must be a whole number from {least} to {most}, got {value!r}")
+        if self.stages > self.train_looks:
+            raise ValueError(
+                f"refinement.stages must be no more than refinement.train_looks ({self.train_looks}), got "
+                f"{self.stages}: the others would never learn"
+            )
         shares = ("look_scale", "least_overlap", "score_threshold", "jitter", "min_iou")
         for name, most in (dict.fromkeys(shares, 1) | {"step_size": 10, "fit_power": 10}).items():
             value = getattr(self, name)

@@ -32,7 +32,9 @@ def refine(
         nms_threshold: the detector's own, for ``fit_nms``.
 
     Returns:
-        Boxes, scores and labels of each image. Order and number are as they were, unless the fit ranks.
+        Boxes, scores and labels of each image, the best first. Without ``fit_power`` and ``fit_nms`` order and number
+        are as they were; with ``fit_power`` the scores of those that were looked at again are weighted, and the others
+        keep their full score beside them; with ``fit_nms`` there may be fewer.
     """
     config = refinement.config
     # Slices of what is sorted, not a mask: so the rest follows without being put in order again.

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
+from detector.errors import DataError, ModelError, sentence
 from detector.evaluation.choosing import best_refinement, score_refinements
 from detector.evaluation.metric import evaluate
 from detector.evaluation.running import run_detector
@@ -48,7 +49,7 @@ def fit_refinement(
     """Train a refinement, tell its settings, and score the detector without it and with it, as ``tools/refine.py``.
 
     The folder gets ``checkpoints/last.ckpt``, which is the refined detector, ``scores.json`` with the scores
-    ``before`` and ``after``, ``chosen.json`` with those of the candidates, and what
+    ``before`` and ``after``, ``chosen.json`` with those of the candidates, if there are any, and what
     :func:`~detector.evaluation.writing.write_evaluation` writes of the refined detector.
 
     Args:
@@ -57,7 +58,8 @@ def fit_refinement(
         score_on: the images to score on, without a transform.
         split: their name, for the report.
         run_dir, ckpt_path, save_every: see :func:`~detector.training.fit`.
-        candidates: settings, of which the best on the images held apart is taken; none: the task's are.
+        candidates: settings, of which the best on the images held apart is taken; the task's where there are none, or
+            where no class of the train split is one of the detector's.
         batch_size: images scored at a time.
         trainer_options: of ``lightning.Trainer``: ``devices``, ``precision``, ...
 
@@ -104,12 +106,14 @@ class RefinementRun(Run):
         assert isinstance(data, RefinementData)
         assert task.refinement is not None
         device = trainer.strategy.root_device
-        last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
-        assert last is not None
+        last = self.checkpoints.last
+        if not last.exists():  # there was nothing left to train: the file that was given stays as it is
+            assert self.checkpoint is not None
+            AtomicCheckpointIO().save_checkpoint(read_weights(self.checkpoint), last)
         detector = load_checkpoint(last)  # with averaged weights, if there are any
         detector.to(device)
         if self.candidates and data.apart is not None:
-            self._choose(detector, data.apart, last, task.refinement, data.workers)
+            self._choose(detector, data.apart, task.refinement, data.workers)
         refinement = detector.refinement
         assert refinement is not None
         split = self.score_on
@@ -137,14 +141,9 @@ class RefinementRun(Run):
         return after
 
     def _choose(
-        self,
-        detector: PretrainedDetector,
-        apart: CocoDetection,
-        last: Path,
-        default: RefinementConfig,
-        workers: int,
+        self, detector: PretrainedDetector, apart: CocoDetection, default: RefinementConfig, workers: int
     ) -> None:
-        """Take the candidate that is best on the images held apart, in the checkpoint as well."""
+        """Take the candidate that is best on the images held apart, in the run's last checkpoint as well."""
         refinement = detector.refinement
         assert refinement is not None
         # As trained, whatever the candidates say of that; a checkpoint of a run that had ended has chosen before.
@@ -153,6 +152,25 @@ class RefinementRun(Run):
                 replace(refinement.config, looks=one.looks, climbs=one.climbs) for one in (default, *self.candidates)
             )
         )
+        try:
+            match_categories(detector, apart)
+        except (ModelError, DataError) as error:  # of no harm to the training, whose classes may be any
+            print(
+                f"\nNote: looks and climbs stay {default.looks} and {default.climbs}: which are best cannot be told on "
+                f"the images held apart, for {sentence(error)}."
+            )
+            best = candidates[0]
+        else:
+            best = self._best(detector, apart, candidates, workers)
+        refinement.configure(best)
+        checkpoint = read_weights(self.checkpoints.last)
+        checkpoint[CHECKPOINT_KEY]["refinement"] = asdict(best)
+        AtomicCheckpointIO().save_checkpoint(checkpoint, self.checkpoints.last)
+
+    def _best(
+        self, detector: PretrainedDetector, apart: CocoDetection, candidates: Sequence[RefinementConfig], workers: int
+    ) -> RefinementConfig:
+        """The best candidate, with the scores of all printed and written; the first is the default."""
         device = next(detector.parameters()).device
         scores = score_refinements(
             detector, apart, candidates, device=device, batch_size=self.batch_size, workers=workers
@@ -165,10 +183,7 @@ class RefinementRun(Run):
         for one, of in zip(candidates, scores, strict=True):
             mark = "  <- chosen" if one == best else ""
             print(f"{one.looks:5} {one.climbs:6} {of['AP']:7.4f} {of['AP75']:7.4f} {of['AP90']:7.4f}{mark}")
-        refinement.configure(best)
-        checkpoint = read_weights(last)
-        checkpoint[CHECKPOINT_KEY]["refinement"] = asdict(best)
-        AtomicCheckpointIO().save_checkpoint(checkpoint, last)
+        return best
 
 
 def side_by_side(scores: dict[str, dict[str, float]]) -> str:

@@ -26,6 +26,9 @@ class RefinementTask(DetectionTask):
     The classes of the data need not be the detector's, for the refinement is the same for all. What is drawn at random
     is a function of the seed and the step.
 
+    What the checkpoint calls ``box_gradient`` is the refinement's, between its looks; that which the detector was
+    trained with stays in the detector's own checkpoint.
+
     Args:
         detector: is changed in place: it gets the refinement, and nothing else of it is trained.
         refinement: the settings.

@@ -278,7 +278,8 @@ def _settings(detector: DetectorConfig) -> dict[str, Any]:
 
 
 # What may change after the training.
-OF_TESTING = {"looks", "climbs", "step_size", "score_threshold", "boxes_per_image", "fit_power", "fit_nms"}
+OF_TESTING = {"looks", "look_scale", "least_overlap", "climbs", "step_size", "score_threshold", "boxes_per_image"}
+OF_TESTING |= {"fit_power", "fit_nms"}
 
 
 def _of_training(refinement: RefinementConfig | None) -> dict[str, Any]:

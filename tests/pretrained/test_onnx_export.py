@@ -3,7 +3,7 @@
 import builtins
 import io
 import json
-import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 import detector.crop.pyramid
 from detector import AffineCrop, MultiScaleAffineCrop, swap_crop_head
 from detector.pretrained.onnx_export import ExportError, _detect, compare_speed, export_onnx, left_out
+from detector.refinement import add_refinement
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -346,15 +347,16 @@ def test_one_image_of_two_without_detections_to_look_at_again(export):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"climbs": 5}, "Left out of the graph of the refinement: 5 climbs; it looks at boxes again, 2 times"),
-        ({"climbs": 5, "fit_nms": True}, "refinement: 5 climbs and fit_nms;"),
+        ({"climbs": 5}, "looks, but not its climbs (they take gradients)"),
+        ({"climbs": 5, "fit_nms": True}, "looks, but not its climbs (they take gradients) nor its fit_nms"),
+        ({"fit_nms": True}, "looks, but not its fit_nms"),
         ({}, None),
     ],
 )
 def test_climbs_and_choosing_by_fit_are_left_out_and_it_says_so(export, settings, words):
     model = refined(tiny(), **settings)
     config = model.roi_heads.refinement.config
-    assert (left_out(model) is None) if words is None else re.search(words, left_out(model))
+    assert left_out(model) == (None if words is None else f"The graph has the refinement's {words}")
     run = export(model)
     assert model.roi_heads.refinement.config is config
     assert_detects_alike(run, refined(tiny()), noise(48, 40))
@@ -369,6 +371,18 @@ def test_a_refinement_that_is_switched_off_is_not_in_the_graph(export):
     assert {i.name for i in onnx.load(run.path).graph.initializer} & {"score_threshold", "refinement_threshold"} == {
         "score_threshold"
     }
+
+
+def test_exact_crops_are_refused_where_they_would_be_in_the_graph(export, tmp_path):
+    model = refined(tiny(), sampling="exact")
+    with pytest.raises(ExportError, match=r"^the refinement crops with sampling exact, .* points, the default, can be"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+    model.roi_heads.refinement.enabled = False
+    assert_detects_alike(export(model), tiny(), noise(48, 40))
+    config = model.roi_heads.refinement.config
+    add_refinement(model, replace(config, sampling="points")).roi_heads.refinement.enabled = True
+    assert_detects_alike(export(model), refined(tiny()), noise(48, 40))
 
 
 def test_a_refinement_whose_graph_does_something_else_is_not_written(tmp_path):
@@ -414,14 +428,20 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
             lambda: tiny(box_roi_pool=MultiScaleAffineCrop(["0", "1", "2"], 3, 0)),
             {},
             ExportError,
-            "sampling_ratio 0 or less",
+            "^the RoI pool takes .*sampling_ratio 0 or less",
+        ),
+        (
+            lambda: tiny(box_roi_pool=MultiScaleAffineCrop(["0", "1", "2"], 3, 2, sampling="exact")),
+            {},
+            ExportError,
+            "^the RoI pool crops with sampling exact, which no graph can",
         ),
         (tiny, {"batch_size": 0}, ValueError, "batch_size"),
         (tiny, {"opset": 15}, ValueError, "opset must be 16 to 20, got 15"),
         (tiny, {"class_names": ["one"]}, ValueError, "class_names must be 2"),
         (tiny, {"category_ids": [1, 2, 3]}, ValueError, "category_ids must be 2"),
     ],
-    ids=["module", "retinanet", "training", "double", "adaptive", "batch", "opset", "names", "ids"],
+    ids=["module", "retinanet", "training", "double", "adaptive", "exact", "batch", "opset", "names", "ids"],
 )
 def test_refusals(tmp_path, model, settings, error, message):
     with pytest.raises(error, match=message):

@@ -21,7 +21,7 @@ from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement import RefinementConfig, add_refinement, refinement_losses, remove_refinement
 from detector.refinement.attach import freeze_detector, refinement_of
 from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
-from detector.refinement.roi_heads import RefinedRoIHeads
+from detector.refinement.roi_heads import AttachedRefinedRoIHeads, RefinedRoIHeads
 from detector.refinement.seen import FeatureCache
 
 MODELS = ["fasterrcnn_mobilenet_v3_large_320_fpn", "box", "mask", "keypoint", "single scale"]
@@ -151,6 +151,21 @@ def test_the_head_crops_as_the_detector_does():
         assert getattr(ours, name) == getattr(theirs, name)
 
 
+def test_the_sampler_of_a_later_swap_is_the_refinements_too():
+    model = add_refinement(build("mask"))
+    ours = model.roi_heads.refinement.pool
+    pools = (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool, ours)
+    swap_crop_head(model, sampler="gather")
+    assert [pool.sampler for pool in pools] == ["gather"] * 3
+    swap_crop_head(model)
+    assert [pool.sampler for pool in pools] == ["gather"] * 3
+    restore_roi_align(model)
+    assert model.roi_heads.refinement.pool is ours
+    assert [type(pool) for pool in pools] == [MultiScaleRoIAlign, MultiScaleRoIAlign, MultiScaleAffineCrop]
+    assert "sampler" not in vars(pools[0])
+    assert ours.sampler == "gather"
+
+
 def test_the_settings_say_how_the_head_samples():
     model = add_refinement(build("box"), dataclasses.replace(ALL, sampling="exact"))
     assert model.roi_heads.refinement.pool.sampling == "exact"
@@ -196,14 +211,55 @@ def test_state_dict_and_deepcopy(swap):
     assert_same(detect(other), expected)
 
 
-def test_a_refined_model_pickles():
-    model = refined(build("box"))
+def pickled(model):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    twin = torch.load(file, weights_only=False)
+    return torch.load(file, weights_only=False)
+
+
+def test_a_refined_model_pickles():
+    model = refined(build("box"))
+    twin = pickled(model)
     assert type(twin.roi_heads) is RefinedRoIHeads
     assert_same(detect(twin), detect(model))
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("order", [(refined, swap_crop_head), (swap_crop_head, refined)], ids=["added", "swapped"])
+def test_a_model_that_is_swapped_and_refined_pickles(order, used):
+    model = build("mask")
+    stock = detect(model)
+    for change in order:
+        change(model)
+    if used:
+        images, targets = batch()
+        sum(model.train()(images, copies(targets)).values()).backward()
+    twin = pickled(model)
+    assert type(twin.roi_heads) is type(model.roi_heads) is AttachedRefinedRoIHeads
+    assert_same(detect(twin), detect(model))
+    remove_refinement(twin)
+    assert type(twin.roi_heads) is AttachedRoIHeads
+    restore_roi_align(twin)
+    assert type(twin.roi_heads) is RoIHeads
+    if not used:
+        assert_same(detect(twin), stock)
+    twin = restore_roi_align(pickled(model))
+    assert type(twin.roi_heads) is RefinedRoIHeads
+    assert_same(detect(twin), detect(model), exact=False)
+    assert refinement_of(model) is not None
+
+
+def test_a_users_class_of_both_is_not_taken_for_ours():
+    class Both(RefinedRoIHeads, OwnHeads):
+        def postprocess_detections(self, *args):
+            raise AssertionError
+
+    model = build("box")
+    model.roi_heads.__class__ = OwnHeads
+    detect(add_refinement(model))
+    assert type(model.roi_heads).__bases__ == Both.__bases__
+    assert type(model.roi_heads) is not Both
 
 
 # --- With the swap, in every order -----------------------------------------------------------------------------------

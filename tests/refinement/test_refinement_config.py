@@ -22,8 +22,14 @@ NUMBERS = {"step_size": 10, "score_threshold": 1, "fit_power": 10, "jitter": 1, 
 NUMBERS |= {"look_scale": 1, "least_overlap": 1}
 
 shares = st.floats(0, 1)
+
+
+def with_stages_that_learn(stages, train_looks, **others):
+    return RefinementConfig(stages=min(stages, train_looks), train_looks=train_looks, **others)
+
+
 configs = st.builds(
-    RefinementConfig,
+    with_stages_that_learn,
     **{name: st.integers(*ends) for name, ends in WHOLE.items()},
     **{name: st.floats(0, most) for name, most in NUMBERS.items()},
     fit_nms=st.booleans(),
@@ -82,6 +88,14 @@ def test_no_number(name, wrong):
 def test_a_wrong_value_of_another_field(fields, message):
     with pytest.raises(ValueError, match=message):
         RefinementConfig(**fields)
+
+
+def test_stages_that_no_look_of_the_training_comes_to():
+    RefinementConfig(stages=3)
+    RefinementConfig(stages=4, train_looks=4)
+    words = r"refinement\.stages must be no more than refinement\.train_looks \(3\), got 4"
+    with pytest.raises(ValueError, match=words):
+        RefinementConfig(stages=4)
 
 
 @pytest.mark.parametrize(

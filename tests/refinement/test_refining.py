@@ -1,6 +1,8 @@
 """Looking again and ranking at test time, against plain Python."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -344,6 +346,32 @@ def test_a_detector_refines_a_batch_as_its_images_one_by_one():
         assert len(alone["boxes"]) > 5
         for key in KEYS:
             torch.testing.assert_close(alone[key], wanted[key], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_several_threads_call_one_detector(swap):
+    """All of them have begun before the first comes to its refinement."""
+    model = refined(tiny_rcnn().eval(), **RANKED)
+    if swap:
+        swap_crop_head(model)
+    images = [torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+    @torch.no_grad()
+    def detect(image):
+        return model([image])[0]
+
+    wanted = [detect(image) for image in images]
+    together = threading.Barrier(len(images), timeout=60)
+
+    def wait(*_):
+        together.wait()
+
+    model.roi_heads.box_roi_pool.register_forward_hook(wait)
+    with ThreadPoolExecutor(len(images)) as pool:
+        found = list(pool.map(detect, images))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert len(theirs["boxes"]) > 5
+        assert all(torch.equal(ours[key], theirs[key]) for key in KEYS)
 
 
 @torch.no_grad()

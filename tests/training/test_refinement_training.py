@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -148,6 +149,47 @@ def test_what_is_chosen_goes_into_the_checkpoint_and_does_not_hinder_going_on(ba
         assert (config.looks, config.climbs) == (3, 3)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_checkpoint_that_is_given_stays_as_it_is(number, refined, base, digits, tmp_path, monkeypatch, capsys):
+    """Also where there is nothing left to train."""
+    monkeypatch.setattr(refinement_run, "best_refinement", lambda candidates, scores, default: candidates[number])
+    mine = tmp_path / "mine.ckpt"
+    shutil.copy(refined / "checkpoints" / "last.ckpt", mine)
+    before = mine.read_bytes()
+    assert refine(base, digits, run_dir=tmp_path / "run", ckpt_path=mine) == 0
+    assert mine.read_bytes() == before
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"The refined detector is {last}," in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["about"]["model"] == str(last)
+    assert_equal(weights_of(last), weights_of(mine))
+    config = load_checkpoint(last).refinement.config
+    assert (config.looks, config.climbs) == [(2, 0), (3, 3)][number]
+
+
+def test_a_run_that_goes_on_from_its_end_has_a_checkpoint_of_its_own(base, digits, tmp_path):
+    fit(base, digits, tmp_path / "run", steps=2)
+    mine = (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "mine.ckpt")
+    before = mine.read_bytes()
+    fit(base, digits, tmp_path / "other", steps=2, ckpt_path=mine)
+    assert mine.read_bytes() == before
+    assert_equal(weights_of(tmp_path / "other" / "checkpoints" / "last.ckpt"), weights_of(mine))
+
+
+def test_settings_that_cannot_be_told_for_the_classes_are_others_stay_as_they_are(base, digits, tmp_path, capsys):
+    def change(content):
+        for category in content["categories"]:
+            category["name"] += " of another kind"
+
+    root = with_annotations(digits, tmp_path / "data", change)
+    assert refine(base, root, run_dir=tmp_path / "run", looks=1, climbs=1) == 0
+    words = r"Note: looks and climbs stay 1 and 1: .* held apart, for no class of the detector \(0.*of another kind"
+    assert re.search(words, capsys.readouterr().out)
+    assert not (tmp_path / "run" / "chosen.json").exists()
+    assert (tmp_path / "run" / "scores.json").exists()
+    config = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").refinement.config
+    assert (config.looks, config.climbs) == (1, 1)
+
+
 def test_candidates_score_as_the_detector_does_with_their_settings(refined, digits):
     detector = load_detector(refined)
     data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
@@ -246,6 +288,24 @@ def test_a_run_that_stops_and_goes_on_ends_as_one_never_stopped(base, digits, tm
         fit(base, digits, tmp_path / "parts", ckpt_path="last", config=RefinementConfig(train_looks=2))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"looks": 3, "look_scale": 0.5, "least_overlap": 0.2},
+        {"climbs": 1, "step_size": 0.2, "score_threshold": 0.1, "boxes_per_image": 7},
+        {"fit_power": 0.0, "fit_nms": True},
+    ],
+)
+def test_what_is_of_testing_alone_may_be_another_when_a_run_goes_on(changed, base, digits, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        stopped_at(patch, 1)
+        with pytest.raises(Interrupted, match="ckpt_path"):
+            fit(base, digits, tmp_path / "run", steps=2)
+    config = replace(RefinementConfig(looks=1), **changed)
+    fit(base, digits, tmp_path / "run", steps=2, config=config, ckpt_path="last")
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").refinement.config == config
+
+
 @pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"deterministic": True}])
 def test_precision_and_determinism(base, digits, tmp_path, options):
     fit(base, digits, tmp_path / "run", steps=2, config=RefinementConfig(sampling="exact", stages=2), **options)
@@ -316,6 +376,7 @@ def test_mistakes_are_said_in_a_sentence(base, digits, tmp_path):
         ("nosuch.ckpt: no such file", 1, {"checkpoint": "nosuch.ckpt"}),
         ("--lr must be above 0", 2, {"lr": 0}),
         ("--looks must be", 2, {"looks": 101}),
+        (r"--stages must be no more than --train_looks \(2\), got 3", 2, {"stages": 3, "train_looks": 2}),
     ):
         with refused(words, code=code):
             refine(base, digits, **({"run_dir": tmp_path / "run"} | flags))
