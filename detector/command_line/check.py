@@ -9,8 +9,9 @@ python tools/check.py train.json --config configs/bccd.yaml     # whether the an
 Errors are what training or scoring refuses: fields, ids, references, boxes in 0..1 instead of pixels, images that are
 missing, broken or of another size. Flaws are what it leaves out, clips or counts wrong: empty boxes, boxes that reach
 outside their image by more than a pixel (and whether they look like corners or centres), boxes given twice, names used
-twice, images that another split has, too. Notes are worth knowing: images without annotations, categories never used,
-anchors that most objects lie outside of, and which would fit.
+twice, images that another split has, too; masks and key points that are broken, which boxes can be trained without, or
+that some objects lack. Notes are worth knowing: images without annotations, categories never used, anchors that most
+objects lie outside of, and which would fit.
 
 exit code: 0 nothing is wrong (but for notes), 1 flaws, 2 errors (or a mistake in the command line), 130 interrupted
 """

@@ -9,8 +9,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from detector.data.problems import MOST_AREA, Problem, annotation_problems
 from detector.data.part_problems import FIELD, Part, part_problems
+from detector.data.problems import MOST_AREA, Problem, annotation_problems
 from detector.errors import DataError
 from detector.files import read_json
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detector.data.images import read_image, without_pillows_warnings
+from detector.data.part_problems import Part, part_problems
 from detector.data.problems import CENTRES, CORNERS, Entry, Level, Problem, annotation_problems, where, wrong_fields
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, SizeError, shown
@@ -41,6 +42,8 @@ def check_dataset(
 ) -> Findings:
     """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
 
+    Broken masks and key points are flaws, and looked for where nothing else is an error.
+
     Args:
         annotations: the annotation file, see :func:`~detector.data.annotations.read_coco`.
         images: the folder that ``file_name`` is relative to; ``None``: only the annotation file is checked.
@@ -62,6 +65,9 @@ def check_dataset(
     except DataError as error:
         return Findings([Problem("unreadable annotation file", "error", str(error))])
     problems = list(annotation_problems(annotations, data))
+    if not any(problem.level == "error" for problem in problems):
+        for part in get_args(Part):  # flaws: boxes can be trained without either
+            problems += part_problems(annotations, data, part, broken="flaw")
     entries, *others = (_entries(data, name) for name in ("images", "annotations", "categories"))
     boxes_are_right = not any(p.level == "error" or p.kind in (CORNERS, CENTRES) for p in problems)
     if anchor_advice is not None and boxes_are_right:

@@ -14,8 +14,8 @@ from detector.data.checking import file_problems
 from detector.data.images import read_image
 from detector.data.keypoints import KeypointLayout, keypoints_of, layout_of
 from detector.data.masks import decode_masks
-from detector.data.problems import Entry
 from detector.data.part_problems import Part
+from detector.data.problems import Entry
 from detector.errors import DataError
 from detector.seeds import drawn_from, seed_of
 from detector.text import listed
@@ -74,6 +74,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.keypoints: KeypointLayout | None = None
         if "keypoints" in self.parts:
             self.keypoints = layout_of(annotations, self.coco.cats.values(), self.coco.anns.values())
+            if self.keypoints is None:
+                raise DataError(f"{annotations}: no category names its key points, and no annotation has any")
         self.transform = transform
         self.seed = seed
         self.category_ids: list[int | None] = sorted(self.coco.cats)
@@ -170,16 +172,24 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        if self.keypoints is not None:
-            mirrored = _is_mirrored(target.pop(AXES))
-            target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=mirrored)
         for name in self.parts:
-            if len(target[name]) != len(target["boxes"]):
+            if len(target[name]) != len(target["boxes"]) or (name == "keypoints" and len(target[name]) != len(boxes)):
                 raise DataError(
-                    f"{self.folder / info['file_name']}: the augmentation left {len(target['boxes'])} boxes and "
-                    f"{len(target[name])} objects with {name}: leave SanitizeBoundingBoxes and the like out, for "
-                    "objects whose box is gone are left out here"
+                    f"{self.folder / info['file_name']}: of {len(boxes)} objects the augmentation left "
+                    f"{len(target['boxes'])} boxes and {len(target[name])} with {name}: leave SanitizeBoundingBoxes "
+                    "and the like out, for objects whose box is gone are left out here"
                 )
+        if "masks" in self.parts:
+            target["masks"] = (target["masks"] == 1).to(torch.uint8)  # transforms fill them with the image's colour
+        if self.keypoints is not None:
+            turn = _turn(target.pop(AXES))
+            if turn == 0:
+                raise DataError(
+                    f"{self.folder / info['file_name']}: the augmentation takes key points away or moves them onto "
+                    "each other: leave SanitizeKeyPoints and ClampKeyPoints out, for points that are outside the image "
+                    "are left out here"
+                )
+            target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=turn < 0)
         # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
         for name in ("boxes", "labels", *self.parts):
@@ -241,7 +251,9 @@ def _axes(size: tuple[int, int]) -> Tensor:
     return torch.stack([middle, middle + torch.tensor([width / 4, 0]), middle + torch.tensor([0, height / 4])])
 
 
-def _is_mirrored(axes: Tensor) -> bool:
-    """Whether the two axes of :func:`_axes` have changed sides."""
+def _turn(axes: Tensor) -> float:
+    """Below 0 if the two axes of :func:`_axes` have changed sides, 0 if they are no longer there."""
+    if len(axes) != 3:
+        return 0.0
     right, down = (axes[1:] - axes[0]).double()
-    return bool(right[0] * down[1] - right[1] * down[0] < 0)
+    return float(right[0] * down[1] - right[1] * down[0])

@@ -44,7 +44,9 @@ class KeypointLayout:
     def mirrored(self) -> list[int]:
         """Of each point the place of the one that it becomes in a mirror: of "left_eye" that of "right_eye"."""
         place = {name.lower(): number for number, name in enumerate(self.names)}
-        return [place.get(_other_side(name.lower()), number) for number, name in enumerate(self.names)]
+        others = [place.get(_other_side(name), number) for number, name in enumerate(self.names)]
+        # Each other's: names may be used twice, or be written in two ways.
+        return [other if others[other] == number else number for number, other in enumerate(others)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,6 +91,8 @@ def layout_of(
         if not category.get("keypoints"):
             continue
         try:
+            if not isinstance(category["keypoints"], list):
+                raise TypeError(f"got {shown(category['keypoints'])}")
             lines = tuple((start - 1, end - 1) for start, end in category.get("skeleton") or ())
             layout = KeypointLayout(tuple(category["keypoints"]), lines)
         except (TypeError, ValueError) as error:
@@ -125,13 +129,13 @@ def keypoints_problem(value: Any, count: int, *, visibility: bool = True) -> str
     if not isinstance(value, list) or len(value) != 3 * count:
         many = f"a list of {len(value)} numbers" if isinstance(value, list) else f"a {type(value).__name__}"
         return f"{many}: {count} key points are {3 * count}, x, y and visibility of each"
-    if not all(type(number) in (int, float) and -1e9 <= number <= 1e9 for number in value):
-        return "numbers that are not finite, or larger than 1e9"
+    if not all(type(number) in (int, float) and (number == 0 or 1e-100 <= abs(number) <= 1e9) for number in value):
+        return "numbers that are not finite, or neither 0 nor from 1e-100 to 1e9 in size"
     if visibility and not all(seen in (0, 1, 2) for seen in value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None
 
 
 def _other_side(name: str) -> str:
-    """A name with left and right, or l and r, exchanged, where they are words of it: "left_eye", "l-hip", "leftEye"."""
-    return re.sub(r"left|right|(?<![a-z])[lr](?![a-z])", lambda word: SIDES[word[0]], name)
+    """A name, in small letters, with left and right exchanged, or l and r where they are words: "l-hip", "LHip"."""
+    return re.sub(r"(?i:left|right)|(?<![a-zA-Z])[lrLR](?![a-z])", lambda word: SIDES[word[0].lower()], name).lower()

@@ -10,7 +10,10 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 Rle = dict[str, Any]  # compressed, as in COCO's files: "size" [height, width] and "counts", a string
-MASK = 0.5  # probability from which on a pixel is of the object, as in torchvision's references
+MASK = 0.5  # probability above which a pixel is of the object, as in torchvision's references
+# Of an image with masks, and of an object's outlines. pycocotools counts fifths of a pixel in 32 bits, writes runs of
+# more than 24 bits beyond its buffer, and takes 100 bytes a pixel of an outline.
+MOST_PIXELS, MOST_OUTLINE = 2**26, 2_000_000
 
 
 def as_rle(segmentation: Any, height: int, width: int) -> Rle:
@@ -21,12 +24,15 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
             nothing, ``None`` or an empty list, is an empty mask.
         height, width: of the image.
     """
-    if isinstance(segmentation, Mapping) and not isinstance(segmentation["counts"], list):
-        return dict(segmentation)
-    if isinstance(segmentation, Mapping):
-        return _as_text(coco_mask.frPyObjects(dict(segmentation), height, width))
     if not segmentation:
-        return _as_text(coco_mask.encode(np.zeros((height, width), np.uint8, order="F")))
+        return as_rle({"counts": [height * width]}, height, width)
+    if isinstance(segmentation, Mapping):
+        rle = {"size": [height, width], "counts": segmentation["counts"]}
+        if isinstance(rle["counts"], list):
+            rle = _as_text(coco_mask.frPyObjects(rle, height, width))
+        # pycocotools takes a run without pixels for the end where it compares masks.
+        has_empty_runs = 0 in (_runs(rle["counts"]) or [])[1:]
+        return _as_text(coco_mask.encode(coco_mask.decode(rle))) if has_empty_runs else rle
     return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
 
 
@@ -39,7 +45,7 @@ def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> Tenso
 
 
 def encode_masks(masks: Tensor) -> list[Rle]:
-    """Masks [L, H, W] as RLE; of probabilities, those from 0.5 on."""
+    """Masks [L, H, W] as RLE; of probabilities, what is above 0.5."""
     return [_encode(mask) for mask in masks]
 
 
@@ -88,10 +94,13 @@ def segmentation_problem(value: Any, width: int, height: int) -> str | None:
     pycocotools reads what it is given without looking: an RLE that is too long writes beyond its mask, and four numbers
     are a box to it.
     """
+    if width * height > MOST_PIXELS:
+        return f"in an image of {width}x{height} pixels: masks are read in images of {MOST_PIXELS:,} at most"
     if isinstance(value, Mapping):
         return _rle_problem(value, width, height)
     if not isinstance(value, list):
         return f"a {type(value).__name__}: it must be polygons or an RLE"
+    outline = 0.0
     for number, polygon in enumerate(value):
         what = f"polygon {number}"
         if not isinstance(polygon, list) or not all(type(c) in (int, float) for c in polygon):
@@ -102,9 +111,11 @@ def segmentation_problem(value: Any, width: int, height: int) -> str | None:
         if points is None:
             return f"{what} with numbers that are not finite"
         x, y = points[::2], points[1::2]
-        # Far outside, its outline alone would fill the memory.
         if x.min() < -width or x.max() > 2 * width or y.min() < -height or y.max() > 2 * height:
             return f"{what} that reaches far outside the image of {width}x{height} pixels"
+        outline += np.maximum(abs(x - np.roll(x, 1)), abs(y - np.roll(y, 1))).sum()
+    if outline > MOST_OUTLINE:  # a few lines to and fro would fill the memory
+        return f"polygons whose outlines are {outline:,.0f} pixels long: {MOST_OUTLINE:,} at most are read"
     return None
 
 
@@ -151,7 +162,7 @@ def _runs(counts: str) -> list[int] | None:
     last = np.flatnonzero(digits & 32 == 0)
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
-    if length.max() > 7:  # of 35 bits, which no image needs
+    if length.max() > 6:  # pycocotools reads 32 bits, and no image needs more than 30
         return None
     place = np.arange(len(digits)) - np.repeat(first, length)
     runs = np.add.reduceat((digits & 31) << (5 * place), first)

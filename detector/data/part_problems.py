@@ -11,7 +11,8 @@ from detector.errors import DataError, shown
 
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
-NAME: dict[Part, str] = {"masks": "segmentation", "keypoints": "key points"}
+NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
+UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found, and no key point is learned from it"
 
 
 def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -27,16 +28,15 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
         The problems. Objects without any are a flaw where others have some; nothing is said where none has.
     """
     field = FIELD[part]
+    without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
     count = 0
     if part == "keypoints":
         try:
             layout = layout_of(path, data["categories"], data["annotations"])
         except DataError as error:
-            yield Problem("categories with key points that do not fit", broken, str(error))
+            yield Problem("categories with key points that do not fit", broken, f"{error}{without}")
             return
-        if layout is None:
-            return
-        count = len(layout)
+        count = 1 if layout is None else len(layout)
     sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
     has_points = {c["id"] for c in data["categories"] if c.get("keypoints")} or {c["id"] for c in data["categories"]}
     missing: list[Problem] = []
@@ -55,7 +55,7 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
         if what is not None:
             kind = "broken segmentations" if part == "masks" else "broken key points"
             at = where(path, "annotations", position, annotation)
-            yield Problem(kind, broken, f"{at} has {field} {shown(value)}, {what}")
+            yield Problem(kind, broken, f"{at} has {field} {shown(value)}, {what}{without}")
         elif part == "keypoints" and not any(value[2::3]) and not annotation.get("iscrowd"):
             at = where(path, "annotations", position, annotation)
             missing.append(Problem("objects whose key points are all unlabelled", "flaw", f"{at} {UNLABELLED}"))
@@ -63,13 +63,10 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
         yield from missing
 
 
-UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found, and no key point is learned from it"
-
-
 def _missing(part: Part, at: str) -> Problem:
     if part == "masks":
-        what = "has no segmentation: in training its mask is empty, and scored as a mask it counts as missed"
+        what = "has no segmentation: where masks are trained its own is empty, where they are scored it counts as missed"
         return Problem("objects without a segmentation", "flaw", f"{at} {what}")
-    return Problem("objects without key points", "flaw", f"{at} has no key points: it is found, and none are learned")
+    return Problem("objects without key points", "flaw", f"{at} has no key points: it is found, and no key point is learned from it")
 
 
