@@ -14,8 +14,8 @@ from detector.data.checking import file_problems
 from detector.data.images import read_image
 from detector.data.keypoints import KeypointLayout, keypoints_of, layout_of
 from detector.data.masks import decode_masks
-from detector.data.problems import Entry
 from detector.data.part_problems import Part
+from detector.data.problems import Entry
 from detector.errors import DataError
 from detector.seeds import drawn_from, seed_of
 from detector.text import listed

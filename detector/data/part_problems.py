@@ -1,17 +1,22 @@
 """What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from detector.data.keypoints import keypoints_problem, layout_of
 from detector.data.masks import segmentation_problem
-from detector.data.problems import Level, Problem, where
+from detector.data.problems import Entry, Level, Problem, where
 from detector.errors import DataError, shown
 
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
 NAME: dict[Part, str] = {"masks": "segmentation", "keypoints": "key points"}
+
+
+def has_part(annotations: Iterable[Entry], part: Part) -> bool:
+    """Whether any object has a mask, or key points."""
+    return any(annotation.get(FIELD[part]) for annotation in annotations)
 
 
 def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -71,5 +76,3 @@ def _missing(part: Part, at: str) -> Problem:
         what = "has no segmentation: in training its mask is empty, and scored as a mask it counts as missed"
         return Problem("objects without a segmentation", "flaw", f"{at} {what}")
     return Problem("objects without key points", "flaw", f"{at} has no key points: it is found, and none are learned")
-
-
