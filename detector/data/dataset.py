@@ -173,11 +173,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if self.keypoints is not None:
             mirrored = _is_mirrored(target.pop(AXES))
             target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=mirrored)
-        for name in self.parts:
-            if len(target[name]) != len(target["boxes"]):
+        for part in self.parts:
+            if len(target[part]) != len(target["boxes"]):
                 raise DataError(
                     f"{self.folder / info['file_name']}: the augmentation left {len(target['boxes'])} boxes and "
-                    f"{len(target[name])} objects with {name}: leave SanitizeBoundingBoxes and the like out, for "
+                    f"{len(target[part])} objects with {part}: leave SanitizeBoundingBoxes and the like out, for "
                     "objects whose box is gone are left out here"
                 )
         # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.

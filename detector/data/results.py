@@ -84,6 +84,7 @@ def _part_problems(path: str | Path, data: list[Any], part: str, ground_truth: C
     """Say which masks, or key points, of results cannot be scored. Those of a detector are all of one number."""
     count = len(data[0][part]) // 3 if part == "keypoints" and isinstance(data[0][part], list) else 0
     for position, entry in enumerate(data):
+        what: str | None
         if part not in entry:
             what = f"has no {part}, which {RESULTS}[0] has"
         elif part == "segmentation":

@@ -132,7 +132,7 @@ def match(
 
 
 def _area(result: Result, iou_type: IouType) -> float:
-    """The area of a detection, as pycocotools takes it: detections of another size than is looked at are passed over."""
+    """The area of a detection, as pycocotools takes it, by which it is small, medium or large."""
     if iou_type == "segm":
         return mask_area(result["segmentation"])
     if iou_type == "bbox":
@@ -142,10 +142,11 @@ def _area(result: Result, iou_type: IouType) -> float:
 
 
 def _prepared(truth: COCO, iou_type: IouType) -> COCO:
-    """The truth with a mask, or key points, of each object: pycocotools ends where one is missing, and changes masks."""
+    """A copy with a mask, or key points, of each object: pycocotools fails where one is missing, and changes masks."""
     if iou_type == "bbox":
         return truth
     annotations = []
+    given: dict[str, Any]
     for annotation in truth.dataset["annotations"]:
         if iou_type == "segm":
             image = truth.imgs[annotation["image_id"]]

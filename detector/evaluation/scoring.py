@@ -199,10 +199,10 @@ def evaluate_results(
     ]
     refuse((problem for part in parts for problem in part_problems(annotations, truth.dataset, part)), f"{annotations}")
     layout = layout_of(annotations, truth.cats.values(), truth.anns.values()) if "keypoints" in parts else None
-    if layout is not None and len(listed[0]["keypoints"]) != 3 * len(layout):
+    if layout is not None and (numbers := len(listed[0]["keypoints"])) != 3 * len(layout):
         raise DataError(
-            f"{results}: its key points are {len(listed[0]['keypoints'])} numbers a detection, and the annotations have "
-            f"{len(layout)} key points of an object, 3 numbers each"
+            f"{results}: the key points of a detection are {numbers} numbers, and the annotations have {len(layout)} "
+            "key points of an object, 3 numbers each"
         )
     data = None
     if images is not None:

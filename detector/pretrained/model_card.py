@@ -98,8 +98,9 @@ def model_card(
 # {title}
 
 A {KINDS[settings.parts]} (`{settings.name}`) that crops its features by {by}, made with {project}.
-It finds {len(names)} classes{_parts(settings, keypoints)}: {listed}. Test images are resized to {settings.min_size} pixels on the shorter side, at \
-most {settings.max_size} on the longer.{_refined(refinement)}
+It finds {len(names)} classes{_parts(settings, keypoints)}: {listed}. \
+Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.\
+{_refined(refinement)}
 
 To load it, `{install}` in a clone of {clone}.
 

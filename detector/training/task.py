@@ -220,7 +220,7 @@ class DetectionTask(lightning.LightningModule):
                 "the checkpoint is of an earlier version of this project: it can be scored, not resumed; its weights "
                 "can start a new run: --model.detector.weights FILE"
             )
-        before = {"category_names": description.category_names, "crop": description.crop}
+        before: dict[str, Any] = {"category_names": description.category_names, "crop": description.crop}
         before |= {"keypoints": description.keypoints and list(description.keypoints.names)}
         before |= _settings(description.settings)
         # Earlier versions had no bound and no warm-up.
@@ -228,7 +228,7 @@ class DetectionTask(lightning.LightningModule):
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
         before |= _of_training(description.refinement)
         layout = self._keypoints()
-        now = {"category_names": self._category_names(), "crop": self.crop} | _settings(self.detector)
+        now: dict[str, Any] = {"category_names": self._category_names(), "crop": self.crop} | _settings(self.detector)
         now |= {"keypoints": layout and list(layout.names)}
         now |= _of_training(self.refinement)
         if self.crop == "affine" and (self.box_gradient.enabled or BoxGradient(**gradient).enabled):
