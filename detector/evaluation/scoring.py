@@ -190,8 +190,8 @@ def evaluate_results(
         split: the split's name, for the report.
     """
     truth = read_coco(annotations)
-    listed = read_results(results, truth)
-    notes = []
+    notes: list[str] = []
+    listed = read_results(results, truth, notes=notes)
     given: list[Part] = [part for part in FIELD if listed and FIELD[part] in listed[0]]
     parts = [part for part in given if has_part(truth.anns.values(), part)]
     notes += [
