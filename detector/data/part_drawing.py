@@ -65,7 +65,7 @@ def _span(places: np.ndarray, length: int, size: int) -> tuple[int, int, float, 
     scale, margin = size / length, LINE + 1
     start = max(math.floor(places[0] * scale) - margin, 0)
     end = min(math.ceil((places[-1] + 1) * scale) + margin, size)
-    return start, end, start / scale, min(end / scale, length)
+    return start, end, start / scale, end / scale
 
 
 def draw_keypoints(picture: Image.Image, points: Points, layout: KeypointLayout | None, color: str) -> None:
@@ -89,9 +89,8 @@ def draw_keypoints(picture: Image.Image, points: Points, layout: KeypointLayout 
     if not seen:
         return
     xs, ys = zip(*seen)
-    size = round(
-        min(max(max(max(xs) - min(xs), max(ys) - min(ys)) / 40, 1), 4)
-    )  # a small object is not hidden by its dots
+    extent = max(max(xs) - min(xs), max(ys) - min(ys))
+    size = round(min(max(extent / 40, 1), 4))  # a small object is not hidden by its dots
     known = layout if layout is not None and len(layout) == len(places) else None
     lines = [(places[a], places[b]) for a, b in (known.skeleton if known is not None else ())]
     joined = [(*start, *end) for start, end in lines if start is not None and end is not None]
