@@ -27,6 +27,10 @@ class SizeError(ImageError):
     """An image has another size than its annotation says."""
 
 
+class MissingPartError(DataError):
+    """Masks, or key points, are needed, and no annotation of a file has any."""
+
+
 class ModelError(UserError, ValueError):
     """What is wrong with a model's settings, weights or checkpoint."""
 

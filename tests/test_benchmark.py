@@ -49,15 +49,24 @@ def test_everything_is_measured(results):
         forward, both = entry["forward"]["seconds"], entry["forward_backward"]["seconds"]
         assert len(forward) == len(both) == 1
         assert all(0 < f < b for f, b in zip(forward, both))
-    detector = {(entry["task"], entry["layout"], entry["swapped"]) for entry in data["detector"]}
-    assert len(detector) == len(data["detector"]) == 8
+    measured = {(entry["model"], entry["task"], entry["layout"], entry["swapped"]) for entry in data["detector"]}
+    assert len({one for one in measured if one[0] == "fasterrcnn_resnet50_fpn"}) == 8
+    masks = [entry for entry in data["detector"] if entry["model"] == "maskrcnn_resnet50_fpn"]
+    assert {(entry["task"], entry["layout"]) for entry in masks} == {("training step", "channels_last")}
+    assert [entry["losses"] for entry in masks] == [None, ["box"], ["box", "mask"]]
+    assert len(data["detector"]) == 8 + len(masks)
     for entry in data["detector"]:
+        assert all(seconds > 0 for seconds in entry["seconds"])
         if entry["task"] == "training step":
             assert 0 < entry["truths"] < entry["positives"] < entry["rois"]  # the RPN's own proposals among them
             assert bool(entry["box_loss_gradient_at_rpn"]) == entry["swapped"]
+            assert ("mask_loss_gradient_at_rpn" in entry) == (entry in masks)
+    assert [bool(entry["mask_loss_gradient_at_rpn"]) for entry in masks] == [False, False, True]
     text = (results / "benchmark.md").read_text()
     assert "| FPN, 7 x 7, bfloat16, channels_last | 12 | gather |" in text
     assert "| training step | channels_last |" in text
+    assert "| maskrcnn_resnet50_fpn, one image | layout |" in text
+    assert "| training step, losses: box and mask | channels_last |" in text
     assert "- NCHW, from 4 to 12 RoIs: torchvision" in text
 
 
@@ -66,6 +75,37 @@ def test_results_are_rendered_again(results, tmp_path, capsys):
     benchmark.main(["--render", str(tmp_path / "copy.json")])
     assert (tmp_path / "benchmark.md").read_text() == (results / "benchmark.md").read_text()
     assert (results / "benchmark.md").read_text() in capsys.readouterr().out
+
+
+def test_results_of_a_time_without_masks_are_rendered_as_they_were(results, tmp_path):
+    data = json.loads((results / "benchmark.json").read_text())
+    data["detector"] = [entry for entry in data["detector"] if entry["model"] == "fasterrcnn_resnet50_fpn"]
+    for entry in data["detector"]:
+        del entry["model"], entry["losses"]
+    (tmp_path / "benchmark.json").write_text(json.dumps(data))
+    benchmark.main(["--render", str(tmp_path / "benchmark.json")])
+    text = (results / "benchmark.md").read_text()
+    assert (tmp_path / "benchmark.md").read_text() == text.partition("\n\n| maskrcnn")[0] + "\n"
+
+
+def test_the_mask_rcnn_has_fewer_rounds_and_its_table_says_how_many(results, monkeypatch):
+    rounds = {}
+
+    def measure(name, tasks, named, layouts, repeats, options):
+        rounds[name] = repeats
+        return iter(())
+
+    monkeypatch.setattr(benchmark, "_measure_model", measure)
+    list(benchmark.measure_detector(options(repeats=5, layouts=["NCHW"])))
+    assert rounds == {"fasterrcnn_resnet50_fpn": 5, "maskrcnn_resnet50_fpn": 3}
+    assert "Rounds: 1; " in (results / "benchmark.md").read_text()
+
+
+def test_an_interruption_before_anything_was_swapped_is_rendered(results):
+    data = json.loads((results / "benchmark.json").read_text())
+    data["detector"] = data["detector"][:1]
+    assert not data["detector"][0]["swapped"]
+    assert "one image" not in benchmark.report(data)
 
 
 def test_the_plot(results):

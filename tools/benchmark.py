@@ -1,4 +1,4 @@
-"""Measure the RoI poolers side by side, then a whole detector with each: time, memory, and what of it is needless.
+"""Measure the RoI poolers side by side, then whole detectors with each: time, memory, and what of it is needless.
 
 python tools/benchmark.py                                  everything, 15 minutes on 2 CPU cores
 python tools/benchmark.py --rois 1000 --repeats 3 --no_detector
@@ -19,8 +19,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -31,13 +31,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models import detection
+from torchvision.models.detection import FasterRCNN
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 from tqdm import tqdm
 
 from detector import BoxGradient, MultiScaleAffineCrop, boxes_to_theta, normalize_boxes, swap_crop_head
 from detector.crop.crop import Sampler
+from detector.rcnn.box_gradient import LossName
 
 STRIDES = (4, 8, 16, 32)
 REFERENCE = "torchvision"
@@ -47,6 +49,10 @@ POOLERS = (REFERENCE, *SAMPLERS, EXACT)
 COPIED = "a map copied per RoI"
 DETERMINISTIC = "gather, deterministic"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+Losses = tuple[LossName, ...]
+BOX: Losses = ("box",)
+BOX_MASK: Losses = ("box", "mask")
+MASK_REPEATS = 3  # rounds of the Mask R-CNN, at most
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -266,7 +272,23 @@ def measure_poolers(cases: list[Case], options: argparse.Namespace, bandwidth: f
 
 
 def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Training steps and inferences of fasterrcnn_resnet50_fpn, stock and swapped, in each layout."""
+    """Training steps and inferences of a Faster R-CNN, stock and swapped, and training steps of a Mask R-CNN."""
+    tasks = ("training step", "inference")
+    yield from _measure_model("fasterrcnn_resnet50_fpn", tasks, (None, BOX), options.layouts, options.repeats, options)
+    # In one layout and fewer rounds, for it takes longest.
+    layouts, repeats = options.layouts[-1:], min(options.repeats, MASK_REPEATS)
+    yield from _measure_model("maskrcnn_resnet50_fpn", tasks[:1], (None, BOX, BOX_MASK), layouts, repeats, options)
+
+
+def _measure_model(
+    name: str,
+    tasks: Sequence[str],
+    named: Sequence[Losses | None],
+    layouts: Sequence[str],
+    repeats: int,
+    options: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """A detector in each layout, swapped with each of these losses named, or stock (``None``)."""
     device = options.device
     torch.manual_seed(0)
     images = [torch.rand(3, *options.size, device=device)]
@@ -274,44 +296,48 @@ def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     def build() -> FasterRCNN:
         torch.manual_seed(0)
-        return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings).to(device)
+        return getattr(detection, name)(weights=None, weights_backbone=None, **settings).to(device)
 
     targets = [_reachable_targets(build(), images)]
     models, optimizers = {}, {}
-    for layout in options.layouts:
-        for swapped in (False, True):
+    for layout in layouts:
+        for losses in named:
             model = build().to(memory_format=LAYOUTS[layout])
-            models[layout, swapped] = swap_crop_head(model, BoxGradient.exact()) if swapped else model
+            if losses is not None:
+                swap_crop_head(model, replace(BoxGradient.exact(), losses=losses))
+            models[layout, losses] = model
             # Not a step further: all of them see the same weights in every round.
-            optimizers[layout, swapped] = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+            optimizers[layout, losses] = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
-    def train(key: tuple[str, bool]) -> None:
+    def train(key: tuple[str, Losses | None]) -> None:
         torch.manual_seed(0)  # which RoIs are drawn
         losses = _frozen(models[key].train())(images, [dict(target) for target in targets])
         optimizers[key].zero_grad()
         sum(losses.values()).backward()
         optimizers[key].step()
 
-    def infer(key: tuple[str, bool]) -> None:
+    def infer(key: tuple[str, Losses | None]) -> None:
         with torch.no_grad():
             models[key].eval()(images)
 
     jobs = {"training step": train, "inference": infer}
-    total = (options.repeats + 1) * len(jobs) * len(models)
-    with tqdm(total=total, desc="detector", file=sys.stderr, disable=None) as progress:
-        for task, job in jobs.items():
-            seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in models}
-            for turn in range(options.repeats + 1):
+    total = (repeats + 1) * len(tasks) * len(models)
+    with tqdm(total=total, desc=name, file=sys.stderr, disable=None) as progress:
+        for task in tasks:
+            seconds: dict[tuple[str, Losses | None], list[float]] = {key: [] for key in models}
+            for turn in range(repeats + 1):
                 keys = list(models)
                 for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
                     start = now(device)
-                    job(key)
+                    jobs[task](key)
                     seconds[key] += [now(device) - start] if turn else []
                     progress.update()
-            for (layout, swapped), values in seconds.items():
-                yield {"task": task, "layout": layout, "swapped": swapped, "seconds": values} | (
-                    _what_was_pooled(models[layout, swapped], images, targets) if task == "training step" else {}
-                )
+            for (layout, losses), values in seconds.items():
+                result = {"model": name, "task": task, "layout": layout, "swapped": losses is not None}
+                result |= {"losses": losses, "seconds": values}
+                if task == "training step":
+                    result |= _what_was_pooled(models[layout, losses], images, targets)
+                yield result
 
 
 def _frozen(model: FasterRCNN) -> FasterRCNN:
@@ -323,7 +349,10 @@ def _frozen(model: FasterRCNN) -> FasterRCNN:
 
 
 def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> dict[str, Tensor]:
-    """Boxes near to the model's own proposals: at random weights it would have no positives, and so no box loss."""
+    """Boxes near to the model's own proposals: at random weights it would have no positives, and so no box loss.
+
+    The masks, where they are learned, are those boxes, filled.
+    """
     with torch.no_grad():
         transformed, _ = model.eval().transform(images)
         proposals = model.rpn(transformed, model.backbone(transformed.tensors))[0][0]
@@ -332,11 +361,16 @@ def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> dict[str, Ten
     boxes[:, 2:] += 0.1 * (boxes[:, 2:] - boxes[:, :2])
     height, width = images[0].shape[1:]
     boxes = boxes.minimum(boxes.new_tensor([width, height, width, height]))
-    return {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)}
+    target = {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)}
+    if model.roi_heads.has_mask():
+        target["masks"] = torch.zeros(len(boxes), height, width, dtype=torch.uint8, device=boxes.device)
+        for mask, (x1, y1, x2, y2) in zip(target["masks"], boxes.round().int().tolist()):
+            mask[y1:y2, x1:x2] = 1
+    return target
 
 
 def _what_was_pooled(model: FasterRCNN, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """RoIs of a training step, positives among them, and the box loss's gradient at the RPN's deltas."""
+    """RoIs of a training step, positives among them, and the gradients at the RPN's deltas of box and mask loss."""
     labels: list[Tensor] = []
     original = model.roi_heads.select_training_samples
 
@@ -351,14 +385,17 @@ def _what_was_pooled(model: FasterRCNN, images: list[Tensor], targets: list[dict
         losses = _frozen(model.train())(images, [dict(target) for target in targets])
     finally:
         del model.roi_heads.select_training_samples
-    weight = model.rpn.head.bbox_pred.weight
-    (gradient,) = torch.autograd.grad(losses["loss_box_reg"], weight, allow_unused=True)
+    weight, norms = model.rpn.head.bbox_pred.weight, {}
+    for key, loss in {"box": "loss_box_reg", "mask": "loss_mask"}.items():
+        if loss in losses:
+            (gradient,) = torch.autograd.grad(losses[loss], weight, retain_graph=True, allow_unused=True)
+            norms[f"{key}_loss_gradient_at_rpn"] = None if gradient is None else float(gradient.norm())
     drawn = torch.cat(labels)
     return {
         "rois": len(drawn),
         "positives": int((drawn > 0).sum()),
         "truths": len(targets[0]["boxes"]),
-        "box_loss_gradient_at_rpn": None if gradient is None else float(gradient.norm()),
+        **norms,
     }
 
 
@@ -437,21 +474,29 @@ def growth(results: list[dict[str, Any]]) -> str:
     return "\n".join([title, *lines]) if lines else ""
 
 
-def detector_table(results: list[dict[str, Any]]) -> str:
-    rows = [["fasterrcnn_resnet50_fpn, one image", "layout", "stock", "swapped", "swapped / stock"], ["---"] * 5]
+def detector_table(name: str, results: list[dict[str, Any]]) -> str:
+    """A row for each task and layout of a detector, and for the losses named, where there are several choices."""
+    rows = [[f"{name}, one image", "layout", "stock", "swapped", "swapped / stock"], ["---"] * 5]
     stock = {(r["task"], r["layout"]): r["seconds"] for r in results if not r["swapped"]}
-    swapped = {(r["task"], r["layout"]): r["seconds"] for r in results if r["swapped"]}
-    for key in swapped:
-        times = [f"{median(v):.2f} s ({min(v):.2f}-{max(v):.2f})" for v in (stock[key], swapped[key])]
-        rows.append([*key, *times, ratio(swapped[key], stock[key])])
+    swapped = [r for r in results if r["swapped"]]
+    several = len({str(r.get("losses")) for r in swapped}) > 1
+    for entry in swapped:
+        reference, seconds = stock[entry["task"], entry["layout"]], entry["seconds"]
+        times = [f"{median(v):.2f} s ({min(v):.2f}-{max(v):.2f})" for v in (reference, seconds)]
+        named = f", losses: {' and '.join(entry['losses'])}" if several else ""
+        rows.append([entry["task"] + named, entry["layout"], *times, ratio(seconds, reference)])
     table = _markdown(rows)
-    if counts := next((r for r in results if r["swapped"] and "rois" in r), None):
+    if counts := next((r for r in reversed(swapped) if "rois" in r), None):
         table += (
             "\n\nRandom weights, frozen batch norm. A training step is forward, backward and SGD, with "
             f"{counts['rois']} RoIs, {counts['positives']} of them positive and {counts['truths']} of those the truth "
             "itself; swapped, the box loss's gradient at the RPN's deltas has the norm "
-            f"{counts['box_loss_gradient_at_rpn'] or 0:.2g}."
+            f"{counts['box_loss_gradient_at_rpn'] or 0:.2g}"
         )
+        if "mask_loss_gradient_at_rpn" in counts:
+            table += f", and the mask loss's, where it is named, {counts['mask_loss_gradient_at_rpn'] or 0:.2g}"
+            table += f". Rounds: {len(counts['seconds'])}; the positives are cropped to 14 x 14 as well"
+        table += "."
     return table
 
 
@@ -469,8 +514,12 @@ def report(data: dict[str, Any]) -> str:
     ]
     if data["poolers"]:
         parts += [pooler_table(data["poolers"]), growth(data["poolers"])]
-    if data["detector"]:
-        parts.append(detector_table(data["detector"]))
+    # Results of a time when there was but one detector do not name it.
+    names = dict.fromkeys(r.get("model", "fasterrcnn_resnet50_fpn") for r in data["detector"])
+    for name in names:
+        of_it = [r for r in data["detector"] if r.get("model", name) == name]
+        if any(r["swapped"] for r in of_it):
+            parts.append(detector_table(name, of_it))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -563,11 +612,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rois", type=int, nargs="+", default=[100, 1000, 4000], help="numbers of RoIs, of all images together")
     add("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="of the images")
-    add("--images", type=int, default=2, help="images in the poolers' batch (the detector is given one)")
+    add("--images", type=int, default=2, help="images in the poolers' batch (a detector is given one)")
     add("--channels", type=int, default=256, help="of the feature maps")
     add("--sampling_ratio", type=int, default=2, help="samples per bin and axis; 0 takes them by the RoI's size")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the features; geometry is float32")
-    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the features, and of the detector")
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the features, and of the detectors")
     add("--repeats", type=int, default=5, help="rounds, after one to warm up")
     add("--threads", type=int, help="threads for a CPU; default: torch's choice")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")

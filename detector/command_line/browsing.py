@@ -31,7 +31,9 @@ def browse_training_images(args: list[str] | None = None, description: str = "")
         cli = parse(args, description, BrowsingCLI)
         data, config = cli.datamodule, cli.config
         data.prepare_data()
-        stored, augmented = data.split(data.train_split), data.split(data.train_split, train=True)
+        parts = cli.model.parts
+        stored = data.split(data.train_split, parts=parts)
+        augmented = data.split(data.train_split, train=True, parts=parts)
         browse(stored, augmented, Path(config.output), images=config.count, epochs=config.epochs)
         print(f"{config.output}: {data.train_split} of {data.root} as stored, and as the first epochs see it")
     return 0

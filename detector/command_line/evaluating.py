@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from detector.command_line.source import load_source, pick_device, switch_refinement
+from detector.command_line.source import load_source, pick_device, split_for, switch_refinement
 from detector.data.folder import DataFolder, find_root
 from detector.errors import ImageError, UsageError, in_a_sentence, sentence
 from detector.evaluation.metric import evaluator_version
@@ -65,8 +65,8 @@ def _score_results(flags: argparse.Namespace, options: EvaluationOptions) -> int
 
 def _score_detector(flags: argparse.Namespace, options: EvaluationOptions) -> int:
     folder, split = _data_folder(flags), flags.split
-    data = folder.dataset(split, skip_missing=flags.skip_broken)
     detector, called = load_source(flags.checkpoint, flags.model, flags.weights, flags.crop)
+    data = split_for(detector, folder, split, skip_missing=flags.skip_broken)
     switch_refinement(detector, flags.refine)
     if flags.output is not None:
         target = Path(flags.output)

@@ -3,9 +3,9 @@
 python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output detector.onnx
 python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output my-detector --format pretrained
 
-The ONNX file holds the whole detector, from pixels to boxes, in standard operators; it takes images of any size. It is
-run by onnxruntime and compared with PyTorch before it is called done. The folder holds model.safetensors, config.json
-and a model card with the scores of the last evaluation of these weights.
+The ONNX file holds the whole detector, from pixels to boxes, masks and key points, in standard operators; it takes
+images of any size. It is run by onnxruntime and compared with PyTorch before it is called done. The folder holds
+model.safetensors, config.json and a model card with the scores of the last evaluation of these weights.
 
 exit code: 0 done, 1 a mistake in what was given, 2 in the command line, 130 interrupted
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from detector.command_line.source import load_source, pick_device
+from detector.command_line.source import load_source, pick_device, split_for
 from detector.command_line.training import resuming_command
 from detector.data.categories import match_categories
 from detector.data.folder import DataFolder, find_root
@@ -40,8 +40,8 @@ def refine(flags: argparse.Namespace) -> int:
             flags.annotations or DataFolder.annotations,
             flags.images,
         )
-        score_on = folder.dataset(flags.split)
         detector, called = load_source(flags.checkpoint, flags.model, flags.weights, flags.crop)
+        score_on = split_for(detector, folder, flags.split)
         match_categories(detector, score_on)  # now, not after the training
         try:
             config = RefinementConfig(

@@ -4,7 +4,10 @@ import os
 
 import torch
 
-from detector.errors import ModelError, UsageError
+from detector.data.dataset import CocoDetection
+from detector.data.folder import DataFolder
+from detector.errors import MissingPartError, ModelError, UsageError
+from detector.models.detecting import parts_found_by
 from detector.pretrained.description import Crop
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.loading import checkpoint_of, load_detector, load_published
@@ -52,3 +55,13 @@ def pick_device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from None
     return place
+
+
+def split_for(
+    detector: PretrainedDetector, folder: DataFolder, split: str, *, skip_missing: bool = False
+) -> CocoDetection:
+    """The split with what the detector finds besides boxes, if it has any of that."""
+    try:
+        return folder.dataset(split, parts=parts_found_by(detector.model), skip_missing=skip_missing)
+    except MissingPartError:  # the report says so
+        return folder.dataset(split, skip_missing=skip_missing)

@@ -9,9 +9,9 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from detector.data.part_problems import FIELD, Part, part_problems
+from detector.data.part_problems import FIELD, Part, has_part, part_problems
 from detector.data.problems import MOST_AREA, Problem, annotation_problems
-from detector.errors import DataError
+from detector.errors import DataError, MissingPartError
 from detector.files import read_json
 
 NEEDED: dict[Part, str] = {
@@ -41,8 +41,8 @@ def read_coco(path: str | Path, *, parts: Collection[Part] = ()) -> COCO:
     data = read_json(path)
     flaws = refuse(annotation_problems(path, data), f"{path}")
     for part in parts:
-        if data["annotations"] and not any(annotation.get(FIELD[part]) for annotation in data["annotations"]):
-            raise DataError(f"{path}: no annotation has a {FIELD[part]!r}, and {NEEDED[part]}")
+        if not has_part(data["annotations"], part):
+            raise MissingPartError(f"{path}: no annotation has a {FIELD[part]!r}, and {NEEDED[part]}")
         flaws += refuse(part_problems(path, data, part), f"{path}")
     for annotation in data["annotations"]:
         _, _, width, height = annotation["bbox"]

@@ -1,4 +1,4 @@
-"""A sheet of training images as the model sees them: augmented, resized, with the boxes that are left."""
+"""A sheet of training images as the model sees them: augmented, resized, with what is left of their objects."""
 
 from pathlib import Path
 
@@ -21,19 +21,21 @@ def browse(stored: CocoDetection, augmented: CocoDetection, path: Path, *, image
     rows = []
     for index in order[:: max(len(order) // images, 1)][:images]:
         items = [stored[index], *(augmented[epoch, index] for epoch in range(epochs))]
-        rows.append([_picture(image, target, stored.category_names) for image, target in items])
+        rows.append([_picture(image, target, stored) for image, target in items])
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows, ["as stored", *(f"epoch {epoch}" for epoch in range(epochs))]).save(path)
 
 
-def _picture(image: Tensor, target: Target, names: list[str]) -> Image.Image:
+def _picture(image: Tensor, target: Target, split: CocoDetection) -> Image.Image:
     height, width = image.shape[1:]
     scale = min(LARGEST / max(height, width), 1.0)
     if scale < 1:
         size = [max(round(height * scale), 1), max(round(width * scale), 1)]
         image = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-        target = target | {"boxes": target["boxes"] * scale}
-    picture = draw(image, target, names)
+        target = target | {"boxes": target["boxes"] * scale}  # masks are stretched over the picture
+        if "keypoints" in target:
+            target["keypoints"] = target["keypoints"] * torch.tensor([scale, scale, 1])
+    picture = draw(image, target, split.category_names, layout=split.keypoints)
     pen = ImageDraw.Draw(picture)
     caption, place = f"{width} x {height}", (4, picture.height - 4)
     pen.rectangle(pen.textbbox(place, caption, anchor="lb"), fill="white")

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
+from detector.data.masks import encode_masks, mask_area
 from detector.errors import DataError
 
 SPLITS = {"train": 400, "val": 80}
 SIZES = ((240, 192), (192, 240), (224, 208))  # width, height of the canvases, in pixels
 Corners = tuple[int, int, int, int]  # x1, y1, x2, y2
 Range = tuple[int, int]
+INK = 127  # of 255, from which on a pixel is of the stroke
 SOURCE_SCALE = 8  # the 8x8 digits are enlarged by this before they are bent, so that strokes stay smooth
 
 
@@ -29,8 +32,8 @@ def write_digits(
     """Write a data set in COCO's layout: ``annotations/instances_SPLIT.json`` and the folder ``SPLIT`` of PNGs.
 
     Real strokes of 1,797 digits, of which no two splits share one, stretched, slanted, in any colour, partly
-    overlapping, among scribbles; one image in twenty has no digit. The same bytes from the same seed. The folder
-    appears when it is complete, or not at all.
+    overlapping, among scribbles; one image in twenty has no digit. Masks are of the strokes that are seen, exact to the
+    pixel. The same bytes from the same seed. The folder appears when it is complete, or not at all.
 
     Args:
         root: the folder to make.
@@ -75,16 +78,25 @@ def _write_split(
         size = SIZES[rng.integers(len(SIZES))]
         canvas = _background(*size, rng)
         boxes: list[Corners] = []
+        strokes: list[np.ndarray] = []  # of each digit, as large as the canvas
         for _ in range(0 if rng.random() < 0.05 else rng.integers(*count, endpoint=True)):
             pick = rng.integers(len(digits))
-            box = _paste(canvas, _bend(digits[pick], rng, height), boxes, rng)
+            shape = _bend(digits[pick], rng, height)
+            box = _paste(canvas, shape, boxes, rng)
             if box is None:
                 continue
             boxes.append(box)
             x1, y1, x2, y2 = box
+            stroke = np.zeros((size[1], size[0]), dtype=bool)
+            stroke[y1:y2, x1:x2] = shape > INK
+            for below in strokes:
+                below &= ~stroke  # what is seen of it
+            strokes.append(stroke)
             ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(classes[pick]) + 1}
-            place = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-            annotations.append(ids | place)
+            annotations.append(ids | {"bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0})
+        masks = encode_masks(torch.from_numpy(np.array(strokes))) if strokes else []
+        for annotation, mask in zip(annotations[len(annotations) - len(masks) :], masks, strict=True):
+            annotation |= {"segmentation": mask, "area": int(mask_area(mask))}
         name = f"{image_id:05}.png"
         canvas.save(folder / name)
         images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
@@ -114,7 +126,7 @@ def _bend(digit: np.ndarray, rng: Generator, heights: Range) -> np.ndarray:
     ink = ink.resize((10 * SOURCE_SCALE, 10 * SOURCE_SCALE), Image.Resampling.BICUBIC)
     ink = ink.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
     strokes = np.clip((np.asarray(ink, dtype=float) - 70) * 2.2, 0, 255).astype(np.uint8)  # crisp edges
-    rows, columns = np.nonzero(strokes > 127)
+    rows, columns = np.nonzero(strokes > INK)
     tight = strokes[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     height = np.exp(rng.uniform(*np.log(heights)))
     width = height * tight.shape[1] / tight.shape[0] * np.exp(rng.uniform(-0.35, 0.35))

@@ -1,19 +1,20 @@
-"""Pictures of what a detector sees: boxes with names, and sheets that put pictures side by side."""
+"""Pictures of what a detector sees: boxes with names, masks, skeletons, and sheets of pictures side by side."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms import v2
 
+from detector.data.keypoints import KeypointLayout
+from detector.data.part_drawing import Mask, contrast, draw_keypoints, draw_mask
 from detector.text import short
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; one a class, in turn.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-LIGHT = ("#F0E442", "#E69F00", "#56B4E9", "#FFE600")  # written on in black
 LEGIBLE_SIDE = 440  # pixels; a picture whose longer side is smaller is enlarged, so that captions fit beside boxes
 FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
@@ -24,7 +25,7 @@ Stroke = Literal["thin", "thick", "dashed", "dotted"]
 
 @dataclass(frozen=True)
 class Box:
-    """A box to be drawn.
+    """A box to be drawn, and what is known of the object in it.
 
     Args:
         corners: x1, y1, x2, y2, in pixels of the picture.
@@ -32,22 +33,36 @@ class Box:
         color: of frame and plate.
         stroke: "thick" has black edges, and is seen on any ground; "dashed" is as thick, in turns with black; "dotted"
             is fine, in turns with black, and has no caption.
+        mask: of the image, in any size: it is stretched over the picture.
+        points: x, y, in pixels of the picture, and visibility of each key point.
     """
 
     corners: tuple[float, float, float, float]
     caption: str
     color: str
     stroke: Stroke = "thin"
+    mask: Mask | None = None
+    points: Sequence[Sequence[float]] | None = None
 
 
-def draw(image: Tensor, target: dict[str, Tensor], names: Sequence[str], *, min_score: float = 0.5) -> Image.Image:
-    """Draw boxes with class names, and scores if there are any.
+def draw(
+    image: Tensor,
+    target: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    min_score: float = 0.5,
+    layout: KeypointLayout | None = None,
+) -> Image.Image:
+    """Draw boxes with class names, and scores, masks and key points if there are any.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
-        target: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] from 1 on, and perhaps ``scores`` [L].
+        target: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] from 1 on, and perhaps ``scores`` [L],
+            ``masks`` [L, H, W] uint8 or ``segmentations``, a list of L RLE (both of the image, in any size), and
+            ``keypoints`` [L, K, 3]: x, y in pixels, and visibility, 0 for points that are not there.
         names: the class names, that of label 1 first.
         min_score: detections below it are left out.
+        layout: of the key points; without it there are no lines between them.
 
     Returns:
         The picture, enlarged if it is small.
@@ -55,15 +70,22 @@ def draw(image: Tensor, target: dict[str, Tensor], names: Sequence[str], *, min_
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image.cpu(), torch.uint8, scale=True))
     factor = max(round(LEGIBLE_SIDE / max(picture.size)), 1)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
-    scores = target["scores"].tolist() if "scores" in target else [None] * len(target["labels"])
+    nothing = [None] * len(target["labels"])
+    scores = target["scores"].tolist() if "scores" in target else nothing
+    masks = target.get("segmentations", target.get("masks", nothing))
+    points = target["keypoints"].tolist() if "keypoints" in target else nothing
     boxes = []
-    for corners, label, score in zip(target["boxes"].tolist(), target["labels"].tolist(), scores):
+    for corners, label, score, mask, of_object in zip(
+        target["boxes"].tolist(), target["labels"].tolist(), scores, masks, points, strict=True
+    ):
         if score is not None and score < min_score:
             continue
         x1, y1, x2, y2 = (coordinate * factor for coordinate in corners)
         name = short(names[label - 1], 40)
-        boxes.append(Box((x1, y1, x2, y2), name if score is None else f"{name} {score:.2f}", class_color(label)))
-    draw_boxes(picture, boxes)
+        caption = name if score is None else f"{name} {score:.2f}"
+        enlarged = of_object and [(x * factor, y * factor, visible) for x, y, visible in of_object]
+        boxes.append(Box((x1, y1, x2, y2), caption, class_color(label), mask=mask, points=enlarged))
+    draw_boxes(picture, boxes, layout=layout)
     return picture
 
 
@@ -72,12 +94,25 @@ def class_color(label: int) -> str:
     return COLORS[(label - 1) % len(COLORS)]
 
 
-def draw_boxes(picture: Image.Image, boxes: Iterable[Box], *, font_size: int = FONT_SIZE) -> None:
-    """Draw boxes with captions on an RGB picture, in place; the last ones lie on top.
+def draw_boxes(
+    picture: Image.Image,
+    boxes: Iterable[Box],
+    *,
+    font_size: int = FONT_SIZE,
+    layout: KeypointLayout | None = None,
+) -> None:
+    """Draw boxes with captions on an RGB picture, in place; the last ones lie on top, masks and skeletons beneath.
 
     torchvision's ``draw_bounding_boxes`` writes in a size of choice only with the file of a font, writes into the box,
     over the object, and beyond the picture's edge, and draws neither edges around a frame nor dashes.
     """
+    boxes = list(boxes)
+    for box in sorted(boxes, key=_area, reverse=True):  # a large mask would hide the small ones
+        if box.mask is not None:
+            draw_mask(picture, box.mask, box.color)
+    for box in boxes:
+        if box.points is not None:
+            draw_keypoints(picture, box.points, layout, box.color)
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(font_size)
     for box in boxes:
@@ -101,8 +136,12 @@ def draw_boxes(picture: Image.Image, boxes: Iterable[Box], *, font_size: int = F
         left = max(min(x1 + 2, picture.width - pen.textlength(box.caption, font) - 2), 2)
         plate = pen.textbbox((left, lower), box.caption, font, anchor="lb")
         pen.rectangle((plate[0] - 2, plate[1] - 1, plate[2] + 2, plate[3] + 1), fill=box.color)
-        ink = "black" if box.color in LIGHT else "white"
-        pen.text((plate[0], plate[3]), box.caption, ink, font, anchor="lb")
+        pen.text((plate[0], plate[3]), box.caption, contrast(box.color), font, anchor="lb")
+
+
+def _area(box: Box) -> float:
+    x1, y1, x2, y2 = box.corners
+    return (x2 - x1) * (y2 - y1)
 
 
 def _dashes(

@@ -170,4 +170,3 @@ def _runs(counts: str) -> list[int] | None:
     for start in (1, 2):
         runs[start::2] = np.cumsum(runs[start::2])
     return None if runs.min() < 0 else runs.tolist()
-

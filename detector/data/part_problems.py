@@ -1,18 +1,23 @@
 """What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from detector.data.keypoints import keypoints_problem, layout_of
 from detector.data.masks import segmentation_problem
-from detector.data.problems import Level, Problem, where
+from detector.data.problems import Entry, Level, Problem, where
 from detector.errors import DataError, shown
 
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
-NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
+NAME: dict[Part, str] = {"masks": "segmentation", "keypoints": "key points"}
 UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found, and no key point is learned from it"
+
+
+def has_part(annotations: Iterable[Entry], part: Part) -> bool:
+    """Whether any object has a mask, or key points."""
+    return any(annotation.get(FIELD[part]) for annotation in annotations)
 
 
 def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -28,7 +33,8 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
         The problems. Objects without any are a flaw where others have some; nothing is said where none has.
     """
     field = FIELD[part]
-    without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
+    name = "masks" if part == "masks" else "key points"
+    without = "" if broken == "error" else f" (boxes can be trained all the same, {name} cannot)"
     count = 0
     if part == "keypoints":
         try:
@@ -65,8 +71,6 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
 
 def _missing(part: Part, at: str) -> Problem:
     if part == "masks":
-        what = "has no segmentation: where masks are trained its own is empty, where they are scored it counts as missed"
+        what = "has no segmentation: where masks are trained its own is empty, where they are scored it is missed"
         return Problem("objects without a segmentation", "flaw", f"{at} {what}")
-    return Problem("objects without key points", "flaw", f"{at} has no key points: it is found, and no key point is learned from it")
-
-
+    return Problem("objects without key points", "flaw", f"{at} has no key points: it is found, and none are learned")

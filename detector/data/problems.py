@@ -151,7 +151,7 @@ def wrong_fields(name: str, entry: Any) -> list[str]:
     """Name the fields of an entry of a list that are missing or wrong: all of them if it is no dict."""
     if not isinstance(entry, dict):
         return list(FIELDS[name])
-    optional = OPTIONAL
+    optional: tuple[str, ...] = OPTIONAL
     if name == RESULTS and any(part in entry for part in INSTEAD_OF_BOX):
         optional = (*OPTIONAL, "bbox")
     return [

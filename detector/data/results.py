@@ -52,12 +52,13 @@ def to_results(
     return results
 
 
-def read_results(path: str | Path, ground_truth: COCO) -> list[Result]:
+def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | None = None) -> list[Result]:
     """Read a results file and check it against the annotations that it is to be scored with.
 
     It is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox`` (x, y,
     width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have those of the first. What
-    else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points.
+    else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points, and ``notes`` gets a
+    sentence.
 
     Raises:
         DataError: the file cannot be read, is no such list, an entry has a wrong field, or is for an image or a
@@ -67,6 +68,9 @@ def read_results(path: str | Path, ground_truth: COCO) -> list[Result]:
     refuse(result_problems(path, data, ground_truth.imgs.keys(), ground_truth.cats.keys()))
     parts = [name for name in ("segmentation", "keypoints") if data and name in data[0]]
     refuse(problem for part in parts for problem in _part_problems(path, data, part, ground_truth))
+    if notes is not None and data and "bbox" not in data[0]:
+        around = "masks" if "segmentation" in parts else "key points"
+        notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
     for entry in data:
         # Scores as floats: numpy would sort the largest integers by their negative, which is no integer of 64 bits.
@@ -84,6 +88,7 @@ def _part_problems(path: str | Path, data: list[Any], part: str, ground_truth: C
     """Say which masks, or key points, of results cannot be scored. Those of a detector are all of one number."""
     count = len(data[0][part]) // 3 if part == "keypoints" and isinstance(data[0][part], list) else 0
     for position, entry in enumerate(data):
+        what: str | None
         if part not in entry:
             what = f"has no {part}, which {RESULTS}[0] has"
         elif part == "segmentation":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from detector.models.detecting import Found, postprocessed, sizes_of
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 
@@ -13,7 +14,7 @@ from detector.refinement.attach import refinement_of
 @torch.no_grad()
 def detect_with_losses(
     model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]
-) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+) -> tuple[list[Found], dict[str, Tensor]]:
     """Detections and the training losses of the same images; of an R-CNN by one pass of backbone and RPN.
 
     The model is in eval mode, but for the flags by which its parts choose what to return: dropout drops nothing, and no
@@ -23,10 +24,10 @@ def detect_with_losses(
     Args:
         model: a torchvision detector; put in eval mode for the call.
         images: [3, H, W] in 0..1.
-        targets: the boxes and labels of each image, as in training.
+        targets: of each image, as in training: boxes, labels, and the masks or key points that the model finds.
 
     Returns:
-        What the model returns in eval mode, and the losses by torchvision's names.
+        What :func:`~detector.models.detecting.detect` returns, and the losses by torchvision's names.
     """
     training = model.training
     model.eval()
@@ -35,7 +36,6 @@ def detect_with_losses(
             detections = model(images)
             with overridden(model, training=True):
                 return detections, model(images, targets)
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, resized = model.transform(images, targets)
         features = model.backbone(batch.tensors)
         if isinstance(features, Tensor):
@@ -50,6 +50,6 @@ def detect_with_losses(
         with overridden(heads, training=True), plain:
             losses = losses | heads(features, proposals, batch.image_sizes, resized)[1]
         detections, _ = heads(features, proposals, batch.image_sizes)
-        return model.transform.postprocess(detections, batch.image_sizes, sizes), losses
+        return postprocessed(model, detections, batch.image_sizes, sizes_of(images)), losses
     finally:
         model.train(training)

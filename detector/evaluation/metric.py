@@ -11,11 +11,24 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detector.data.annotations import index_coco
+from detector.data.keypoints import layout_of
+from detector.data.masks import as_rle, mask_area
+from detector.data.part_problems import Part
 from detector.data.results import Result
 from detector.errors import DataError, ModelError
 
+IouType = Literal["bbox", "segm", "keypoints"]  # pycocotools' word for what is compared
 # pycocotools' 12 summary numbers, in its order. AP is averaged over IoU 0.50 to 0.95, AR is at that many detections.
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+SUMMARIES: dict[IouType, tuple[str, ...]] = {
+    "bbox": SUMMARY,
+    "segm": SUMMARY,
+    # Of key points 10: by object keypoint similarity (OKS), at 20 detections an image; COCO labels no small persons.
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"),
+}
+IOU_TYPES: dict[Part, IouType] = {"masks": "segm", "keypoints": "keypoints"}
+# COCO measured one for each of its 17 points; of others nobody did, and all get the mean of these.
+SIGMA = 0.0646
 Evaluator = Literal["pycocotools", "faster-coco-eval"]
 
 
@@ -25,24 +38,39 @@ def evaluate(
     image_ids: Iterable[int] | None = None,
     *,
     evaluator: Evaluator = "pycocotools",
+    iou_type: IouType = "bbox",
 ) -> tuple[dict[str, float], str]:
-    """Score results with pycocotools' COCOeval, boxes.
+    """Score results with pycocotools' COCOeval: boxes, masks or key points.
 
     Args:
         truth: the ground truth: annotations, crowds and all.
         results: detections in COCO's results format; none at all is a score of 0.
         image_ids: the images to score; all of ``truth`` by default. Results for others are not counted.
         evaluator: what computes the scores; "faster-coco-eval" does the same in C++.
+        iou_type: what is compared: "bbox", "segm" (masks) or "keypoints". Objects without a mask count as missed, those
+            without a labelled key point as neither. COCO's 17 key points have COCO's own tolerances, others one mean.
 
     Returns:
-        The 12 numbers of :data:`SUMMARY` and AP90 (at IoU 0.90), -1 where no object is of that size, as in
+        The numbers of :data:`SUMMARIES` and AP90 (at IoU 0.90), -1 where no object is of that size, as in
         pycocotools; and pycocotools' own table.
 
     Raises:
         DataError: a result is for an image or a category that ``truth`` does not have.
         ModelError: the evaluator's package is missing.
     """
-    return summary(match(truth, results, image_ids, evaluator=evaluator))
+    return summary(match(truth, results, image_ids, evaluator=evaluator, iou_type=iou_type))
+
+
+def evaluate_parts(
+    truth: COCO, results: list[Result], image_ids: Iterable[int], *, parts: Sequence[Part] = ()
+) -> dict[str, float]:
+    """The scores of boxes, see :func:`evaluate`, and of masks and key points as "segm/AP", "keypoints/AP" and so on."""
+    image_ids = list(image_ids)
+    scores = evaluate(truth, results, image_ids)[0]
+    for kind in (IOU_TYPES[part] for part in parts):
+        of_part = evaluate(truth, results, image_ids, iou_type=kind)[0]
+        scores |= {f"{kind}/{name}": score for name, score in of_part.items()}
+    return scores
 
 
 def match(
@@ -51,18 +79,20 @@ def match(
     image_ids: Iterable[int] | None = None,
     *,
     evaluator: Evaluator = "pycocotools",
+    iou_type: IouType = "bbox",
     by_class: bool = True,
     iou: Sequence[float] | None = None,
-    max_detections: Sequence[int] = (1, 10, 100),
+    max_detections: Sequence[int] | None = None,
     all_sizes: bool = True,
 ) -> COCOeval:
     """Match results with the ground truth.
 
     Args:
-        truth, results, image_ids, evaluator: see :func:`evaluate`.
+        truth, results, image_ids, evaluator, iou_type: see :func:`evaluate`.
         by_class: whether a detection only matches an object of its own class.
         iou: the IoU thresholds; 0.50 to 0.95 by default.
-        max_detections: how many detections count, the best ones of each image, and, with ``by_class``, of each class.
+        max_detections: how many detections count, the best ones of each image, and, with ``by_class``, of each class;
+            by default 1, 10 and 100, of key points 20.
         all_sizes: whether small, medium and large objects are also matched apart.
 
     Returns:
@@ -73,18 +103,22 @@ def match(
             raise DataError(f"a result has image_id {result['image_id']}, which the annotations do not have")
         if result["category_id"] not in truth.cats:
             raise DataError(f"a result has category_id {result['category_id']}, which the annotations do not have")
-    # COCO.loadRes cannot take an empty list; this is what it does with a list of boxes.
+    # COCO.loadRes cannot take an empty list; this is what it does with a list of one kind.
     annotations = [
-        {**result, "id": number, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        {**result, "id": number, "area": _area(result, iou_type), "iscrowd": 0}
         for number, result in enumerate(results, start=1)
     ]
+    truth = _prepared(truth, iou_type)
     found = index_coco({**truth.dataset, "annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):
-        scorer = COCOeval(truth, found, iouType="bbox")
+        scorer = COCOeval(truth, found, iouType=iou_type)
         settings = scorer.params
         settings.imgIds = sorted(truth.imgs if image_ids is None else set(image_ids))
         settings.useCats = int(by_class)
-        settings.maxDets = list(max_detections)
+        if max_detections is not None:
+            settings.maxDets = list(max_detections)
+        if iou_type == "keypoints":
+            _set_keypoints(settings, truth)
         if iou is not None:
             settings.iouThrs = np.array(iou)
         if not all_sizes:
@@ -97,12 +131,56 @@ def match(
     return scorer
 
 
+def _area(result: Result, iou_type: IouType) -> float:
+    """The area of a detection, as pycocotools takes it, by which it is small, medium or large."""
+    if iou_type == "segm":
+        return mask_area(result["segmentation"])
+    if iou_type == "bbox":
+        return result["bbox"][2] * result["bbox"][3]
+    x, y = result["keypoints"][0::3], result["keypoints"][1::3]
+    return (max(x) - min(x)) * (max(y) - min(y))
+
+
+def _prepared(truth: COCO, iou_type: IouType) -> COCO:
+    """A copy with a mask, or key points, of each object: pycocotools fails where one is missing, and changes masks."""
+    if iou_type == "bbox":
+        return truth
+    annotations = []
+    given: dict[str, Any]
+    for annotation in truth.dataset["annotations"]:
+        if iou_type == "segm":
+            image = truth.imgs[annotation["image_id"]]
+            given = {"segmentation": as_rle(annotation.get("segmentation"), image["height"], image["width"])}
+        else:
+            points = annotation.get("keypoints") or []
+            given = {"keypoints": points, "num_keypoints": sum(seen > 0 for seen in points[2::3])}
+        annotations.append({**annotation, **given})
+    return index_coco({**truth.dataset, "annotations": annotations})
+
+
+def _set_keypoints(settings: Any, truth: COCO) -> None:
+    """Compare the key points of the classes that have any, with a tolerance for each."""
+    layout = layout_of("the annotations", truth.cats.values(), truth.anns.values())
+    if layout is None:
+        raise DataError("the annotations have no key points to score with")
+    nothing = [0] * (3 * len(layout))
+    having = {category["id"] for category in truth.cats.values() if category.get("keypoints")}
+    for annotation in truth.dataset["annotations"]:
+        if annotation["keypoints"]:
+            having.add(annotation["category_id"])
+        else:
+            annotation["keypoints"] = nothing
+    settings.catIds = sorted(having)
+    if len(layout) != len(settings.kpt_oks_sigmas):
+        settings.kpt_oks_sigmas = np.full(len(layout), SIGMA)
+
+
 def summary(scorer: COCOeval) -> tuple[dict[str, float], str]:
     """The scores and pycocotools' table, see :func:`evaluate`, of what :func:`match` returned by its defaults."""
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         scorer.summarize()
-    scores = dict(zip(SUMMARY, (float(number) for number in scorer.stats)))
+    scores = dict(zip(SUMMARIES[scorer.params.iouType], (float(number) for number in scorer.stats)))
     precision = scorer.eval["precision"][np.isclose(scorer.params.iouThrs, 0.9), ..., 0, -1]
     precision = precision[precision > -1]
     scores["AP90"] = float(precision.mean()) if precision.size else -1.0
@@ -128,8 +206,10 @@ def _accumulated_fast(scorer: COCOeval) -> dict[str, Any]:
     evaluator_version("faster-coco-eval")  # raises where it is missing
     from faster_coco_eval import COCOeval_faster
 
-    fast = COCOeval_faster(scorer.cocoGt, scorer.cocoDt, iouType="bbox", print_function=lambda *words: None)
-    for name in ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats"):
+    kind = scorer.params.iouType
+    fast = COCOeval_faster(scorer.cocoGt, scorer.cocoDt, iouType=kind, print_function=lambda *words: None)
+    names = ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats")
+    for name in (*names, "kpt_oks_sigmas") if kind == "keypoints" else names:
         setattr(fast.params, name, getattr(scorer.params, name))
     fast.evaluate()
     fast.accumulate()

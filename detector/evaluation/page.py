@@ -17,7 +17,7 @@ from PIL import Image
 
 from detector.data.drawing import COLORS, Stroke
 from detector.evaluation.confusion import confused_pairs
-from detector.evaluation.report import refined_rows
+from detector.evaluation.report import PARTS, refined_rows
 from detector.text import clean, short
 
 if TYPE_CHECKING:
@@ -135,6 +135,10 @@ def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
         meanings=MEANINGS,
         worst=WORST,
         plots=_plots(report),
+        report=report,
+        parts=PARTS,
+        part_scores={kind: list(report[kind]["scores"].items()) for kind in PARTS if report.get(kind)},
+        part_columns={kind: _part_columns(report[kind]) for kind in PARTS if report.get(kind)},
         refined=refined_rows(report["refinement"]) if report["refinement"] else [],
         matrix=confusion_table(report["confusion"]),
         marks=MARKS,
@@ -148,6 +152,7 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[object]) -> tuple[di
     scored = any(row["AP"] is not None for row in (*report["by_iou"], *report["by_size"]))
     sections = [
         ("scores", "Scores", True, ""),
+        *((kind, name, report.get(kind), "") for kind, name in PARTS.items()),
         ("refinement", "With and without the refinement", report["refinement"], ""),
         ("curves", "Precision and recall", report["curves"].get("mean"), "No curves: there are no objects to find."),
         ("threshold", "Score threshold", report["operating_points"]["mean"], "No threshold: no object was found."),
@@ -162,6 +167,11 @@ def _sections(report: Mapping[str, Any], pictures: Sequence[object]) -> tuple[di
     ]
     shown = {anchor: title for anchor, title, data, _ in sections if data}
     return shown, [sentence for anchor, _, _, sentence in sections if anchor not in shown and sentence]
+
+
+def _part_columns(part: Mapping[str, Any]) -> tuple[str, ...]:
+    rows = part["by_class"]
+    return tuple(name for name in rows[0] if name not in ("id", "name", "AP")) if rows else ()
 
 
 # Text and numbers
@@ -281,6 +291,16 @@ def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
         ]
         axes = {"xlabel": "IoU threshold", "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
         plots["refined"] = _lines("refined", "AP by IoU threshold, before and after", ious, lines, style="o", **axes)
+    for kind, what in PARTS.items():
+        if report.get(kind):
+            ious = [row["iou"] for row in report["by_iou"]]
+            lines = [
+                ("boxes", [row["AP"] for row in report["by_iou"]], INK, True),
+                (what.lower(), [row["AP"] for row in report[kind]["by_iou"]], LINES[0], False),
+            ]
+            over = "IoU threshold" if kind == "segm" else "IoU, or OKS, threshold"
+            axes = {"xlabel": over, "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
+            plots[kind] = _lines(kind, f"AP of boxes and {what.lower()}", ious, lines, style="o", **axes)
     for key, title, names, measured in (
         ("by_iou", "AP by IoU threshold", [f"{row['iou']:.2f}" for row in report["by_iou"]], ("AP",)),
         ("by_size", "AP and AR by size of the objects", [row["size"] for row in report["by_size"]], ("AP", "AR")),

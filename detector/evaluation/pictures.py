@@ -1,6 +1,7 @@
 """Images of a split drawn with their ground truth and with what was detected in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from detector.data.dataset import CocoDetection
 from detector.data.drawing import Box, class_color, draw, draw_boxes, sheet
+from detector.data.masks import as_rle
+from detector.data.part_drawing import Mask
 from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import BoxOutcome, Kind, match_boxes
@@ -85,13 +88,13 @@ def worst_and_best(
 def draw_outcomes(
     image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDetection, unrefined: Sequence[Result] = ()
 ) -> Image.Image:
-    """An image with its boxes, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
+    """An image with its boxes, masks and key points, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
         outcomes: what became of its boxes.
-        split: the data that it is of.
-        unrefined: detections that are drawn beneath.
+        split: the data that it is of; masks and key points of the ground truth are drawn if it reads them.
+        unrefined: detections whose boxes are drawn beneath.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
     factor = SIDE / max(picture.size)
@@ -99,9 +102,40 @@ def draw_outcomes(
     picture = picture.resize(size, Image.Resampling.LANCZOS)
     boxes = [Box(_corners(one, picture.size, factor), "", BEFORE, "dotted") for one in unrefined]
     # What is wrong lies on top.
-    boxes += [_box(one, split, picture.size, factor) for one in sorted(outcomes, key=lambda one: ORDER.index(one.kind))]
-    draw_boxes(picture, boxes, font_size=FONT_SIZE)
+    for outcome in sorted(outcomes, key=lambda one: ORDER.index(one.kind)):
+        box = _box(outcome, split, picture.size, factor)
+        mask, points = _parts(outcome, split, (image.shape[-2], image.shape[-1]), factor)
+        boxes.append(replace(box, mask=mask, points=points))
+    draw_boxes(picture, boxes, font_size=FONT_SIZE, layout=split.keypoints)
     return picture
+
+
+def _parts(
+    outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float
+) -> tuple[Mask | None, list[tuple[float, float, float]] | None]:
+    """The mask and the key points of an annotation, as far as they are read, or a detection.
+
+    Args:
+        outcome: what they are of.
+        split: the data.
+        size: height and width of the image.
+        factor: by which the picture is enlarged.
+    """
+    if outcome.detection is not None:
+        segmentation, points = outcome.detection.get("segmentation"), _detected(outcome.detection)
+    else:
+        assert outcome.truth is not None
+        segmentation = outcome.truth.get("segmentation") if "masks" in split.parts else None
+        points = (outcome.truth.get("keypoints") or []) if "keypoints" in split.parts else []
+    enlarged = [(x * factor, y * factor, seen) for x, y, seen in zip(points[::3], points[1::3], points[2::3])]
+    return as_rle(segmentation, *size) if segmentation else None, enlarged or None
+
+
+def _detected(result: Result) -> list[float]:
+    """The key points of a detection, all visible: what its third numbers are nobody agreed on, and all are scored."""
+    points = list(result.get("keypoints", []))
+    points[2::3] = [1.0] * len(points[2::3])
+    return points
 
 
 def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float) -> Box:
@@ -135,16 +169,23 @@ def _pair(split: CocoDetection, results: list[Result], index: int) -> tuple[Imag
     """One image with its ground truth, and with its detections."""
     image, target = split[index]
     found = _as_target(split, [result for result in results if result["image_id"] == split.image_ids[index]])
-    names = split.category_names
-    return draw(image, target, names), draw(image, found, names)
+    left, right = (draw(image, one, split.category_names, layout=split.keypoints) for one in (target, found))
+    return left, right
 
 
-def _as_target(split: CocoDetection, results: list[Result]) -> dict[str, Tensor]:
+def _as_target(split: CocoDetection, results: list[Result]) -> dict[str, Any]:
+    """Detections of an image as :func:`~detector.data.drawing.draw` takes them."""
     labels = {category: label for label, category in enumerate(split.category_ids, start=1)}
     boxes = torch.tensor([result["bbox"] for result in results], dtype=torch.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    return {
+    target: dict[str, Any] = {
         "boxes": boxes,
         "labels": torch.tensor([labels[result["category_id"]] for result in results], dtype=torch.int64),
         "scores": torch.tensor([result["score"] for result in results]),
     }
+    if all("segmentation" in result for result in results):
+        target["segmentations"] = [result["segmentation"] for result in results]
+    if results and all("keypoints" in result for result in results):
+        points = torch.tensor([_detected(result) for result in results], dtype=torch.float64)
+        target["keypoints"] = points.reshape(len(results), -1, 3)
+    return target

@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import confused_pairs, confusion
-from detector.evaluation.metric import SUMMARY, summary
+from detector.evaluation.metric import SUMMARY, IouType, summary
 from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import Hit, recall
 from detector.files import read_json
@@ -22,6 +22,7 @@ SIZES = {  # COCO's, in its order
     "medium": "area from 32 x 32 to 96 x 96 pixels",
     "large": "area above 96 x 96 pixels",
 }
+PARTS: dict[IouType, str] = {"segm": "Masks", "keypoints": "Key points"}
 REFINED = ("AP", "AP50", "AP75", "AP90")  # the scores that tell what a refinement did
 CURVES = (0.5, 0.75, 0.9)  # IoU of the precision-recall curves
 
@@ -36,6 +37,7 @@ def make_report(
     proposals: Sequence[Hit] | None = None,
     kept_proposals: int = 0,
     unrefined: COCOeval | None = None,
+    parts: Sequence[COCOeval] = (),
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> tuple[Report, str]:
@@ -50,15 +52,16 @@ def make_report(
         proposals: the proposals that may cover an object.
         kept_proposals: how many of an image's proposals the head sees.
         unrefined: as ``scorer``, of what the detector finds without its refinement.
+        parts: as ``scorer``, of masks and key points.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences on what is to be known of the scores.
 
     Returns:
-        The report, in which an undefined number is ``None``, and pycocotools' table.
+        The report, in which an undefined number is ``None``, and pycocotools' table; of several kinds the tables.
     """
     truth, image_ids = scorer.cocoGt, [int(image_id) for image_id in scorer.params.imgIds]
     scores, table = summary(scorer)
-    precision, recalls = scorer.eval["precision"], scorer.eval["recall"]  # [T, R, K, A, M], [T, K, A, M]
+    precision = scorer.eval["precision"]  # [T, R, K, A, M]
     thresholds = [round(float(iou), 2) for iou in scorer.params.iouThrs]
     categories = [truth.cats[category] for category in scorer.params.catIds]
     objects = [a for image_id in image_ids for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
@@ -71,12 +74,9 @@ def make_report(
     matrix, images = confusion(truth, results, image_ids, min_score=min_score)
     by_class = []
     for k, category in enumerate(categories):
-        row: dict[str, Any] = {"id": category["id"], "name": category["name"], **of_class[category["id"]]}
-        row["AP"] = _mean(precision[:, :, k, 0, -1])
-        row |= {f"AP{iou}": _mean(precision[thresholds.index(iou / 100), :, k, 0, -1]) for iou in (50, 75)}
-        row |= {f"AP{size[0]}": _mean(precision[:, :, k, a, -1]) for a, size in enumerate(SIZES, 1)}
-        row |= {f"AR{size[:1]}": _mean(recalls[:, k, a, -1]) for a, size in enumerate(("", *SIZES))}
-        by_class.append(row)
+        by_class.append(
+            {"id": category["id"], "name": category["name"], **of_class[category["id"]], **_of_class(scorer, k)}
+        )
     scored = [k for k in range(len(categories)) if (precision[:, :, k, 0, -1] > -1).all()]  # those with objects
     at_half = precision[thresholds.index(0.5), :, :, 0, -1]
     called = told_apart(categories)
@@ -113,10 +113,21 @@ def make_report(
             "iou": 0.5,
         },
         "images": [{**image, "file_name": truth.imgs[image["id"]].get("file_name", "")} for image in images],
+        "segm": None,
+        "keypoints": None,
         "refinement": None,
         "speed": dict(speed) if speed is not None else None,
         "notes": list(notes),
     }
+    for part in parts:
+        kind, classes = part.params.iouType, [truth.cats[category] for category in part.params.catIds]
+        of_part, of_table = summary(part)
+        report[kind] = {
+            "scores": {name: _number(value) for name, value in of_part.items()},
+            "by_iou": _by_iou(part),
+            "by_class": [{"id": one["id"], "name": one["name"], **_of_class(part, k)} for k, one in enumerate(classes)],
+        }
+        table += f"\n\n{PARTS[kind]} ({kind})\n{of_table}"
     if unrefined is not None:
         before = {name: _number(score) for name, score in summary(unrefined)[0].items()}
         report["refinement"] = {
@@ -127,6 +138,17 @@ def make_report(
         rows = [{name: _number(value) for name, value in row.items()} for row in recall(truth, proposals, image_ids)]
         report["proposals"] = {"kept": kept_proposals, "rows": rows}
     return report, table
+
+
+def _of_class(scorer: COCOeval, k: int) -> dict[str, float | None]:
+    """The scores of a class, by its number: AP, at two IoU, and by size, and AR; of key points none are small."""
+    precision, recalls = scorer.eval["precision"], scorer.eval["recall"]  # [T, R, K, A, M], [T, K, A, M]
+    thresholds = [round(float(iou), 2) for iou in scorer.params.iouThrs]
+    sizes = scorer.params.areaRngLbl[1:]
+    row = {"AP": _mean(precision[:, :, k, 0, -1])}
+    row |= {f"AP{iou}": _mean(precision[thresholds.index(iou / 100), :, k, 0, -1]) for iou in (50, 75)}
+    row |= {f"AP{size[0]}": _mean(precision[:, :, k, a, -1]) for a, size in enumerate(sizes, 1)}
+    return row | {f"AR{size[:1]}": _mean(recalls[:, k, a, -1]) for a, size in enumerate(("", *sizes))}
 
 
 def newest_report(folder: Path, weights: str) -> Report | None:
@@ -165,6 +187,13 @@ def as_text(report: Report, *, classes: int = 100) -> str:
         columns = [name for name in shown[0] if name != "id" and not name.startswith("objects_")]
         title = "By class" + (f" ({left_out} with fewer objects left out)" if left_out else "")
         tables += [(title, _rows(shown, columns, ("", *columns[1:]))), _points(report, shown)]
+    for kind, name in PARTS.items():
+        if part := report.get(kind):
+            listed = {row["id"]: row for row in part["by_class"]}
+            rows = [listed[row["id"]] for row in shown if row["id"] in listed]
+            if rows:
+                columns = [column for column in rows[0] if column != "id"]
+                tables.append((f"{name} by class", _rows(rows, columns, ("", *columns[1:]))))
     if report["proposals"] and report["proposals"]["rows"]:
         columns = ["at", "AR", "ARs", "ARm", "ARl"]
         title = "Recall of the RPN's proposals, before the head, whatever the class"

@@ -19,6 +19,7 @@ from detector.data.results import Result, to_results
 from detector.errors import DataError, sentence
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.proposals import Hit, ProposalRecorder
+from detector.models.detecting import detect, sizes_of
 from detector.rcnn.draws import draw_by_image
 from detector.seeds import seed_of
 from detector.signals import ignoring_signals
@@ -100,10 +101,10 @@ def predict(
                 done.kept_proposals = stack.enter_context(recorder.recording(model))
             for images, targets in batches:
                 image_ids = [int(target["image_id"]) for target in targets]
-                sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+                sizes = sizes_of(images)
                 images = [image.to(device) for image in images]
                 if labels is None:
-                    detections = model(images)
+                    detections = detect(model, images)
                 else:
                     relabelled = [t | {"labels": labels[t["labels"]]} for t in targets]
                     on_device = [{name: value.to(device) for name, value in t.items()} for t in relabelled]

@@ -12,15 +12,19 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_coco, refuse
 from detector.data.categories import labels_of_targets, match_categories, match_notes
 from detector.data.dataset import CocoDetection
+from detector.data.keypoints import KeypointLayout, layout_of
+from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
 from detector.data.results import crowded, read_results
 from detector.errors import DataError, UserError, sentence
+from detector.evaluation.metric import IOU_TYPES
 from detector.evaluation.ranks import gathered, joined
 from detector.evaluation.running import Predictions, run_detector
 from detector.evaluation.timing import WARM_UP, measure_stages
 from detector.evaluation.writing import EvaluationOptions, described, refinement_in_words, write_evaluation
+from detector.models.detecting import parts_found_by
 from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
 
@@ -62,7 +66,11 @@ def score_split(
     made = described(None, model=name, data=data, split=None, device=device)
     made |= {"refinement": refinement_in_words(model), **(about or {})}
     options = EvaluationOptions()
-    return write_evaluation(found, split.coco, folder, options, about=made, split=split, notes=notes, of_training=True)
+    parts, without = scored_parts(split, parts_found_by(model))
+    notes = [*notes, *without]
+    return write_evaluation(
+        found, split.coco, folder, options, about=made, split=split, parts=parts, notes=notes, of_training=True
+    )
 
 
 def evaluate_detector(
@@ -102,7 +110,8 @@ def evaluate_detector(
     with joined() as (rank, ranks):
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
-        labels, without = _labels_for_losses(detector.model, category_ids, data)
+        parts, not_scored = scored_parts(data, parts_found_by(detector.model), detector.keypoints)
+        labels, without = _labels_for_losses(detector.model, category_ids, data, parts)
         run = partial(
             run_detector,
             detector.model,
@@ -124,7 +133,7 @@ def evaluate_detector(
                 unrefined = gathered(run())
     if found is None:
         return None
-    notes += without
+    notes += not_scored + without
     left_out = [data.leave_out(found.broken)] if found.broken else []
     if left_out and not found.image_ids:
         with suppress(OSError):  # it holds something
@@ -151,6 +160,7 @@ def evaluate_detector(
         options,
         about=described(detector, model=model, data=root, split=split, device=options.device),
         split=data,
+        parts=parts,
         unrefined=unrefined,
         speed=speed,
         notes=notes,
@@ -180,12 +190,24 @@ def evaluate_results(
         split: the split's name, for the report.
     """
     truth = read_coco(annotations)
-    listed = read_results(results, truth)
-    notes = []
+    notes: list[str] = []
+    listed = read_results(results, truth, notes=notes)
+    given: list[Part] = [part for part in FIELD if listed and FIELD[part] in listed[0]]
+    parts = [part for part in given if has_part(truth.anns.values(), part)]
+    notes += [
+        f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}." for part in given if part not in parts
+    ]
+    refuse((problem for part in parts for problem in part_problems(annotations, truth.dataset, part)), f"{annotations}")
+    layout = layout_of(annotations, truth.cats.values(), truth.anns.values()) if "keypoints" in parts else None
+    if layout is not None and (numbers := len(listed[0]["keypoints"])) != 3 * len(layout):
+        raise DataError(
+            f"{results}: the key points of a detection are {numbers} numbers, and the annotations have {len(layout)} "
+            "key points of an object, 3 numbers each"
+        )
     data = None
     if images is not None:
         try:
-            data = CocoDetection(images, annotations)
+            data = CocoDetection(images, annotations, parts=parts)
         except DataError as error:
             notes.append(f"No pictures: {error}")
     image_ids = sorted(truth.imgs)[: options.limit]
@@ -201,16 +223,41 @@ def evaluate_results(
         options,
         about=described(None, model=results, data=str(annotations), split=split, device=None),
         split=data,
+        parts=parts,
         notes=notes,
     )
 
 
+def scored_parts(
+    data: CocoDetection, found: Sequence[Part], layout: KeypointLayout | None = None
+) -> tuple[list[Part], list[str]]:
+    """What a detector is scored by besides boxes, and a note on each part that it is not scored by.
+
+    Args:
+        data: the split; what is not read of it, since it has none, is not scored.
+        found: what the detector finds.
+        layout: of its key points, if it is known.
+    """
+    parts, notes = [], []
+    for part in found:
+        if part not in data.parts:
+            notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}.")
+        elif part == "keypoints" and layout is not None and data.keypoints and len(layout) != len(data.keypoints):
+            notes.append(
+                f"No keypoints scores: the detector finds {len(layout)} key points of an object, the annotations have "
+                f"{len(data.keypoints)}."
+            )
+        else:
+            parts.append(part)
+    return parts, notes
+
+
 def _labels_for_losses(
-    model: Any, category_ids: Sequence[int | None], data: CocoDetection
+    model: Any, category_ids: Sequence[int | None], data: CocoDetection, parts: Sequence[Part]
 ) -> tuple[Tensor | None, list[str]]:
     """The model's label for each of the data's, if its losses can be computed; and if not, a note that says why."""
-    if isinstance(model, GeneralizedRCNN) and (model.roi_heads.has_mask() or model.roi_heads.has_keypoint()):
-        return None, ["No losses: those of masks and key points need annotations that are not read here."]
+    if missing := [part for part in parts_found_by(model) if part not in parts]:
+        return None, [f"No losses: those of {' and '.join(NAME[part] for part in missing)} have nothing to go by."]
     labels = labels_of_targets(category_ids, data)
     return labels, [] if labels is not None else ["No losses: of some classes the detector has no label."]
 

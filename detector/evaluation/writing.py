@@ -10,7 +10,8 @@ from pycocotools.coco import COCO
 from torch import nn
 
 from detector.data.dataset import CocoDetection
-from detector.evaluation.metric import Evaluator, evaluator_version, match
+from detector.data.part_problems import Part
+from detector.evaluation.metric import IOU_TYPES, Evaluator, evaluator_version, match
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best
 from detector.evaluation.report import as_text, make_report
@@ -58,6 +59,7 @@ def write_evaluation(
     *,
     about: Mapping[str, Any],
     split: CocoDetection | None = None,
+    parts: Sequence[Part] = (),
     unrefined: Predictions | None = None,
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -75,15 +77,21 @@ def write_evaluation(
         options: how.
         about: how the detections were made, see :func:`described`.
         split: the images, to draw some of them on the page.
+        parts: what is scored besides boxes: "masks", "keypoints".
         unrefined: what was found without the refinement, in the same images, to compare with.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences for the report.
         of_training: write ``examples.png``, too, and print no more than pycocotools' table.
 
     Returns:
-        The scores, as :func:`~detector.evaluation.evaluate`.
+        The scores, as :func:`~detector.evaluation.evaluate`, those of masks and key points as "segm/AP",
+        "keypoints/AP" and so on.
     """
     scorer = match(truth, found.results, found.image_ids, evaluator=options.evaluator)
+    others = [
+        match(truth, found.results, found.image_ids, evaluator=options.evaluator, iou_type=IOU_TYPES[part])
+        for part in parts
+    ]
     before = None
     if unrefined is not None:
         before = match(truth, unrefined.results, unrefined.image_ids, evaluator=options.evaluator)
@@ -96,10 +104,16 @@ def write_evaluation(
         proposals=found.proposals,
         kept_proposals=found.kept_proposals,
         unrefined=before,
+        parts=others,
         speed=speed,
         notes=notes,
     )
-    scores = {name: -1.0 if score is None else score for name, score in report["scores"].items()}  # as pycocotools
+    named = {
+        f"{IOU_TYPES[part]}/{name}": score
+        for part in parts
+        for name, score in report[IOU_TYPES[part]]["scores"].items()
+    }
+    scores = {name: -1.0 if score is None else score for name, score in (report["scores"] | named).items()}  # as there
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "detections.json", found.results)
@@ -116,8 +130,11 @@ def write_evaluation(
         if of_training and split is not None:
             draw_examples(split, found.results, folder / "examples.png")
     finally:  # after all is written, as nobody may read it; but on a full disk as well
-        print(table)
+        boxes, *tables = table.split("\n\n")
+        print(boxes)
         print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
+        for of_part in tables:
+            print(f"\n{of_part}")
         if not of_training:
             print(as_text(report))
     if not of_training:

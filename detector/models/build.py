@@ -47,9 +47,7 @@ def build_detector(
     return model.to(memory_format=torch.channels_last)
 
 
-def _build_torchvision(
-    config: DetectorConfig, num_categories: int, num_keypoints: int, pretrained: bool
-) -> FasterRCNN:
+def _build_torchvision(config: DetectorConfig, num_categories: int, num_keypoints: int, pretrained: bool) -> FasterRCNN:
     names = [name for name in torchvision_detectors() if name.partition("_")[0] in BUILDERS]
     if config.name not in names:
         raise ModelError(f"name: {config.name!r} is not known; choose one of {', '.join(names)}, or timm/BACKBONE")

@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from detector.data.drawing import draw
+from detector.data.keypoints import KeypointLayout
+from detector.data.masks import Rle, decode_masks
 from detector.text import clean
 
 
@@ -22,6 +24,9 @@ class Detections:
         labels: [L], int64, from 1 on.
         scores: [L], float32.
         category_names: the name of each label, that of label 1 first.
+        segmentations: of a Mask R-CNN the mask of each, as COCO's RLE; see :attr:`masks`.
+        keypoints: of a Keypoint R-CNN, [L, K, 3], float32: x and y in pixels of the image, and 1.
+        layout: the names of the key points.
     """
 
     image: Tensor
@@ -29,6 +34,17 @@ class Detections:
     labels: Tensor
     scores: Tensor
     category_names: Sequence[str]
+    segmentations: Sequence[Rle] | None = None
+    keypoints: Tensor | None = None
+    layout: KeypointLayout | None = None
+
+    @property
+    def masks(self) -> Tensor | None:
+        """The mask of each, [L, H, W], bool; ``None`` of a detector that finds none. Decoded anew each time."""
+        if self.segmentations is None:
+            return None
+        height, width = self.image.shape[1:]
+        return decode_masks(self.segmentations, height, width).bool()
 
     @property
     def names(self) -> list[str]:
@@ -39,16 +55,23 @@ class Detections:
         return len(self.boxes)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Plain values, a detection at a time: ``name``, ``label``, ``score`` and ``box`` (x1, y1, x2, y2)."""
-        for name, label, score, box in zip(
-            self.names, self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True
-        ):
-            yield {"name": name, "label": label, "score": score, "box": box}
+        """Plain values, a detection at a time: ``name``, ``label``, ``score`` and ``box`` (x1, y1, x2, y2).
+
+        Of masks also ``segmentation``, COCO's RLE, of key points ``keypoints``, by name (x, y).
+        """
+        for number, name in enumerate(self.names):
+            found = {"label": int(self.labels[number]), "score": float(self.scores[number])}
+            parts = parts_as_values(number, self.segmentations, self.keypoints, self.layout)
+            yield {"name": name, **found, "box": self.boxes[number].tolist(), **parts}
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
-        """The picture with boxes, names and scores; enlarged if it is small."""
-        target = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
-        return draw(self.image, target, self.category_names, min_score=min_score)
+        """The picture with boxes, names and scores, masks and key points; enlarged if it is small."""
+        target: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
+        if self.segmentations is not None:
+            target["segmentations"] = self.segmentations
+        if self.keypoints is not None:
+            target["keypoints"] = self.keypoints
+        return draw(self.image, target, self.category_names, min_score=min_score, layout=self.layout)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -62,3 +85,21 @@ class Detections:
             corners = ", ".join(f"{side:.1f}" for side in found["box"])
             lines.append(f"  {found['score']:.3f}  {clean(found['name'])}  ({corners})")
         return "\n".join(lines)
+
+
+def parts_as_values(
+    number: int, segmentations: Sequence[Rle] | None, keypoints: Tensor | None, layout: KeypointLayout | None
+) -> dict[str, Any]:
+    """A detection's mask and key points as plain values: an RLE, and x and y by the point's name.
+
+    Args:
+        number: which detection.
+        segmentations, keypoints, layout: see :class:`Detections`.
+    """
+    values: dict[str, Any] = {}
+    if segmentations is not None:
+        values["segmentation"] = segmentations[number]
+    if keypoints is not None:
+        names = layout.names if layout is not None else [f"{i + 1}" for i in range(keypoints.shape[1])]
+        values["keypoints"] = dict(zip(names, keypoints[number, :, :2].tolist(), strict=True))
+    return values

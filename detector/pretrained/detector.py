@@ -14,9 +14,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.data.keypoints import KeypointLayout
 from detector.errors import DataError, ModelError
 from detector.files import read_json, write_atomically, write_json
 from detector.models.config import DetectorConfig
+from detector.models.detecting import Found, detect, kept
 from detector.models.published import batch_norm_eps
 from detector.models.weights import refusing
 from detector.pretrained.description import Crop, DetectorDescription
@@ -29,6 +31,7 @@ from detector.refinement.attach import refinement_of
 from detector.refinement.head import Refinement
 from detector.text import short
 
+FIELDS = ("boxes", "labels", "scores", "segmentations", "keypoints")  # of what is found in an image
 BATCH_SIZE = 8  # of a list of images, those of one size that follow one another
 
 
@@ -50,6 +53,7 @@ class PretrainedDetector(
         category_ids: of each label, from 1 on; ``None`` where no category belongs to one.
         category_names: likewise.
         settings: what ``model`` was built by, without which it cannot be saved.
+        keypoints: the layout of the key points that it finds, if it finds any.
     """
 
     def __init__(
@@ -59,18 +63,21 @@ class PretrainedDetector(
         category_names: Sequence[str],
         *,
         settings: DetectorConfig | None = None,
+        keypoints: KeypointLayout | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.category_ids, self.category_names = list(category_ids), list(category_names)
         self.settings = settings
+        self.keypoints = keypoints
         self.eval()
 
     @classmethod
     def described_by(cls, description: DetectorDescription, weights: Any) -> "PretrainedDetector":
         """The detector of a file's description and weights. Raises :class:`ModelError` if they do not fit."""
         ids, names = description.category_ids, description.category_names
-        return cls(description.build(weights), ids, names, settings=description.settings)
+        keypoints = description.keypoints
+        return cls(description.build(weights), ids, names, settings=description.settings, keypoints=keypoints)
 
     @property
     def crop(self) -> Crop | None:
@@ -146,31 +153,36 @@ class PretrainedDetector(
         found = [one for batch in batches for one in self.detect_batch(batch)]
         detections = []
         for pixels, one in zip(images, found, strict=True):
-            kept = one["scores"] >= min_score
-            boxes, labels, scores = (one[name][kept] for name in ("boxes", "labels", "scores"))
-            detections.append(Detections(pixels, boxes, labels, scores, self.category_names))
+            shown = kept(one, one["scores"] >= min_score)
+            boxes, labels, scores = (shown[name] for name in ("boxes", "labels", "scores"))
+            parts = {name: shown.get(name) for name in ("segmentations", "keypoints")}
+            detections.append(
+                Detections(pixels, boxes, labels, scores, self.category_names, layout=self.keypoints, **parts)
+            )
         return detections if several else detections[0]
 
     @torch.no_grad()
-    def detect_batch(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    def detect_batch(self, images: Sequence[Tensor]) -> list[Found]:
         """Find the objects in images of one size, in eval mode; afterwards each module has the mode that it had.
 
         Args:
             images: [3, H, W] each, uint8, on any device.
 
         Returns:
-            For each, on the CPU: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] and ``scores`` [L].
+            For each, on the CPU: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] and ``scores`` [L]; of a
+            Mask R-CNN ``segmentations``, L RLE, of a Keypoint R-CNN ``keypoints`` [L, K, 3], in pixels.
         """
         device = next(self.parameters()).device
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            found = self.model([pixels.to(device).float().div_(255) for pixels in images])
+            found = detect(self.model, [pixels.to(device).float().div_(255) for pixels in images])
         finally:
             for module, mode in modes:
                 module.training = mode
         # One-stage detectors have an output for label 0 as well, which is the background.
-        return [{name: one[name][one["labels"] > 0].cpu() for name in ("boxes", "labels", "scores")} for one in found]
+        found = [kept({name: one[name] for name in FIELDS if name in one}, one["labels"] > 0) for one in found]
+        return [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
 
     def digest(self) -> str:
         """A hash of all weights, by which a report of scores knows them again."""
@@ -208,7 +220,7 @@ class PretrainedDetector(
             OSError: the files cannot be written.
         """
         if self.settings is None or self.crop is None:
-            raise ModelError("only detectors that tools/train.py can build can be saved: a Faster R-CNN")
+            raise ModelError("only detectors that tools/train.py can build can be saved: torchvision's R-CNNs")
         card = self.generate_model_card(**(model_card_kwargs or {}))
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,6 +234,7 @@ class PretrainedDetector(
             self.category_names,
             batch_norm_eps(self.model),
             None if self.refinement is None else self.refinement.config,
+            self.keypoints,
         )
         # Not the mixin's own, which deletes config.json before the rest is written, and leaves old scores in a card.
         write_atomically(folder / WEIGHTS, safetensors.torch.save(weights))
@@ -242,6 +255,7 @@ class PretrainedDetector(
             self.category_names,
             report,
             refinement=None if self.refinement is None else self.refinement.config,
+            keypoints=self.keypoints,
         )
 
     @classmethod

@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from detector.data.keypoints import KeypointLayout
+from detector.data.part_problems import Part
 from detector.errors import DataError
 from detector.models.config import DetectorConfig
 from detector.refinement.config import RefinementConfig
@@ -23,6 +25,17 @@ SCORES = {
     "APl": "larger",
     "AR100": "recall, up to 100 detections an image",
 }
+KINDS: dict[tuple[Part, ...], str] = {
+    (): "Faster R-CNN",
+    ("masks",): "Mask R-CNN",
+    ("keypoints",): "Keypoint R-CNN",
+}
+PIPELINES: dict[tuple[Part, ...], str] = {  # Hugging Face's
+    (): "object-detection",
+    ("masks",): "image-segmentation",
+    ("keypoints",): "keypoint-detection",
+}
+TASKS = {"segm": "mask", "keypoints": "key points"}  # of scores beside the boxes'
 LISTED = 100  # class names
 PACKAGE = "affine-crop-rcnn"
 # By this line a card is known as one that nobody wrote by hand.
@@ -56,6 +69,7 @@ def model_card(
     report: dict[str, Any] | None = None,
     *,
     refinement: RefinementConfig | None = None,
+    keypoints: KeypointLayout | None = None,
 ) -> ModelCard:
     """A model card in Hugging Face's format.
 
@@ -65,12 +79,14 @@ def model_card(
         crop: "affine" or "roi_align".
         names: of the classes.
         refinement: that of the boxes, if there is one.
+        keypoints: the layout of the key points, if it finds any.
         report: the dict of a ``report.json``; without one the card says that there are no scores.
 
     Raises:
         DataError: the report lacks what the card shows.
     """
     data = ModelCardData(**data.to_dict())
+    data.pipeline_tag = PIPELINES[settings.parts]
     title = f"Affine-crop R-CNN: {settings.name}"
     by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
     listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
@@ -81,9 +97,10 @@ def model_card(
 
 # {title}
 
-A Faster R-CNN (`{settings.name}`) that crops its features by {by}, made with {project}.
-It finds {len(names)} classes: {listed}. Test images are resized to {settings.min_size} pixels on the shorter side, at \
-most {settings.max_size} on the longer.{_refined(refinement)}
+A {KINDS[settings.parts]} (`{settings.name}`) that crops its features by {by}, made with {project}.
+It finds {len(names)} classes{_parts(settings, keypoints)}: {listed}. \
+Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.\
+{_refined(refinement)}
 
 To load it, `{install}` in a clone of {clone}.
 
@@ -111,6 +128,16 @@ print(found)  # names, scores, boxes; a notebook draws it
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
+def _parts(settings: DetectorConfig, keypoints: KeypointLayout | None) -> str:
+    if "masks" in settings.parts:
+        return ", each with a mask"
+    return (
+        f", each with {len(keypoints)} key points ({', '.join(map(_code, keypoints.names[:LISTED]))})"
+        if keypoints
+        else ""
+    )
+
+
 def _refined(refinement: RefinementConfig | None) -> str:
     if refinement is None:
         return ""
@@ -123,6 +150,12 @@ expects (climbs: {refinement.climbs}). `detector.refinement.enabled = False` swi
 def _scores(report: dict[str, Any]) -> str:
     about, scores = report["about"], report["scores"]
     rows = "\n".join(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items())
+    rows += "".join(
+        f"\n| {what} {name} | {_number(report[kind]['scores'].get(name))} | {SCORES[name]} |"
+        for kind, what in TASKS.items()
+        if report.get(kind)
+        for name in ("AP", "AP50", "AP75")
+    )
     unrefined = ", without the refinement" if about.get("refinement") == "off" else ""
     notes = "".join(f"- {_code(note)}\n\n" for note in report["notes"])
     return f"""By {_code(about["evaluator"])} on {int(about["images"])} images with {int(about["objects"])} objects of \

@@ -29,17 +29,32 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.errors import UserError
 from detector.files import write_atomically
+from detector.models.detecting import parts_found_by
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 
 OPSETS = range(16, 21)  # GridSample came with 16; torch's exporter ends at 20
-FIELDS = ("boxes", "labels", "scores")
+# The outputs of an image, by what finds them, and what they hold.
+OUTPUTS = {
+    "boxes": {
+        "boxes": "(x1, y1, x2, y2) in pixels of the image",
+        "labels": "1 is the first class",
+        "scores": "best first",
+    },
+    "masks": {"masks": "probabilities of the object's pixels, in pixels of the image"},
+    "keypoints": {
+        "keypoints": "(x, y, 1) in pixels of the image",
+        "keypoints_scores": "of the heatmap at the key point, a logit",
+    },
+}
 # How far onnxruntime may be from PyTorch: in pixels for each pixel of the image's longer side, and in scores. Deep
 # models of random weights are a tenth of it apart, as PyTorch's float32 is from its float64; a wrong graph is more.
 BOX_TOLERANCE, SCORE_TOLERANCE = 3e-4, 2e-3
 # The share of detections that must be the same: rounding puts one now and then on the other side of a threshold.
 SHARE = 0.9
 COMPARED = 15  # detections, at least, of each image that are compared: the score threshold is set for them
+# The least IoU of two masks that are the same: pasting rounds a box to whole pixels, and may round it to the next one.
+MASK_IOU = 0.9
 
 
 class ExportError(UserError, RuntimeError):
@@ -56,23 +71,26 @@ def export_onnx(
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int | None] | None = None,
 ) -> bool:
-    """Write a Faster R-CNN as one ONNX file, in an atomic write. The model is left as it is.
+    """Write a Faster, Mask or Keypoint R-CNN as one ONNX file, in an atomic write. The model is left as it is.
 
     The graph takes ``images`` [batch_size, 3, height, width], float32, RGB in 0..1, of any height and width; it
     normalises and resizes them itself. It gives ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in pixels of the image,
-    ``labels`` [L] int64 (1 is the first class) and ``scores`` [L] float32, best first; L may be 0. With a batch of
-    several images their names are ``boxes_0``, ``labels_0``, ``scores_0``, ``boxes_1`` and so on.
+    ``labels`` [L] int64 (1 is the first class) and ``scores`` [L] float32, best first; L may be 0. Of a Mask R-CNN
+    there are also ``masks`` [L, 1, height, width] float32, probabilities, in pixels of the image; of a Keypoint R-CNN
+    ``keypoints`` [L, K, 3] float32 (x, y, 1) in pixels of the image, and ``keypoints_scores`` [L, K] float32, logits.
+    With a batch of several images their names are ``boxes_0``, ``labels_0``, ``scores_0``, ``boxes_1`` and so on.
 
-    A swapped model crops by GridSample, whatever its sampler, a stock one by RoiAlign. Before the file is written the
+    A swapped model crops by GridSample, whatever its sampler, a stock one by RoiAlign; masks are pasted into the image,
+    and key points sought in their heatmaps, one detection after the other, by Loop. Before the file is written the
     graph is checked: it is valid, and, where onnxruntime is installed, finds what PyTorch does in noise of another size
-    than the example's.
+    than the example's: boxes, masks and key points.
 
-    A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit. Climbing takes
-    gradients, which no graph has; it is left out, and so is ``fit_nms``, as :func:`left_out` says. Crops with
-    ``sampling="exact"`` are refused.
+    A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit; masks and key points
+    are those of the refined boxes. Climbing takes gradients, which no graph has; it is left out, and so is ``fit_nms``,
+    as :func:`left_out` says. Crops with ``sampling="exact"`` are refused.
 
     Args:
-        model: swapped or stock, in eval mode, on the CPU, in float32. Of a Mask or Keypoint R-CNN only boxes come out.
+        model: swapped or stock, in eval mode, on the CPU, in float32.
         path: the file to write.
         batch_size: images in a call, all of one size.
         example_size: height and width of the image that the model is traced with, by default a square of the size
@@ -116,6 +134,16 @@ def export_onnx(
         _fix_threshold(graph, name, threshold)
     write_atomically(Path(path), graph.SerializeToString())
     return compared
+
+
+def fields_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of a graph's outputs for an image, in order; those of a batch have ``_0``, ``_1``, ... appended."""
+    return tuple(_outputs(model))
+
+
+def _outputs(model: nn.Module) -> dict[str, str]:
+    """What the outputs hold, by their names."""
+    return {name: held for part in ("boxes", *parts_found_by(model)) for name, held in OUTPUTS[part].items()}
 
 
 def left_out(model: nn.Module) -> str | None:
@@ -208,6 +236,7 @@ class _Traced(nn.Module):
         if type(model.transform) is GeneralizedRCNNTransform:
             self.detector.transform = copy.copy(model.transform)
             self.detector.transform.__class__ = _TracedTransform
+        self.fields = fields_of(model)
         self.training = False
 
     def forward(
@@ -216,7 +245,7 @@ class _Traced(nn.Module):
         self.detector.roi_heads.score_thresh = score_threshold
         if self.refinement is not None and refinement_threshold is not None:
             self.refinement.score_threshold = refinement_threshold
-        return tuple(found[field] for found in self.detector(list(images.unbind(0))) for field in FIELDS)
+        return tuple(found[field] for found in self.detector(list(images.unbind(0))) for field in self.fields)
 
 
 def _package(name: str) -> Any:
@@ -240,7 +269,12 @@ def _check_model(model: nn.Module) -> None:
                 "call model.float().cpu() first"
             )
     refinement = refinement_of(model)
-    pools = {"the RoI pool": model.roi_heads.box_roi_pool}
+    heads = model.roi_heads
+    pools = {
+        "the RoI pool": heads.box_roi_pool,
+        "the masks' RoI pool": heads.mask_roi_pool,
+        "the key points' RoI pool": heads.keypoint_roi_pool,
+    }
     if refinement is not None and refinement.enabled:
         pools["the refinement"] = refinement.pool
     for name, pool in pools.items():
@@ -271,14 +305,9 @@ def _metadata(
         for i in range(len(class_names or category_ids or ()))
     ]
     inputs = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1]}
-    outputs = {
-        "boxes": "(x1, y1, x2, y2) in pixels of the image",
-        "labels": "1 is the first class",
-        "scores": "best first",
-    }
     metadata: dict[str, Any] = {
         "input": inputs | {"size": "any; normalised and resized in the graph"},
-        "outputs": outputs,
+        "outputs": _outputs(model),
         "classes": classes,
     }
     return {name: json.dumps(value) for name, value in metadata.items()}
@@ -286,7 +315,11 @@ def _metadata(
 
 def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
     suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
-    axes = {field + suffix: {0: f"detections{suffix}"} for suffix in suffixes for field in FIELDS}
+    axes = {field + suffix: {0: f"detections{suffix}"} for suffix in suffixes for field in fields_of(model)}
+    size = {2: "height", 3: "width"}
+    for name in axes:
+        if name.startswith("masks"):
+            axes[name] |= size
     content = io.BytesIO()
     thresholds = list(_thresholds(model))
     # The exporter is deprecated, and warns of each branch that it follows; torchvision's are meant to be followed.
@@ -299,7 +332,7 @@ def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
                 content,  # type: ignore[arg-type]
                 input_names=["images", *thresholds],
                 output_names=list(axes),
-                dynamic_axes=axes | {"images": {2: "height", 3: "width"}},
+                dynamic_axes=axes | {"images": size},
                 opset_version=opset,
                 dynamo=False,
             )
@@ -323,7 +356,7 @@ def _session(content: bytes) -> Any:
 def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int) -> None:
     """Raise unless onnxruntime and PyTorch detect the same in noise of other sizes than the example's."""
     session = _session(content)
-    generator = torch.Generator().manual_seed(0)
+    generator, fields = torch.Generator().manual_seed(0), fields_of(model)
     # Sizes for which a stock model tells its strides as for a square.
     for height, width in ((side * 4 // 5 + 1, side + 3), (side + 5, side * 9 // 10)):
         images = torch.rand(batch_size, 3, height, width, generator=generator)
@@ -333,7 +366,7 @@ def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int)
         except Exception as error:  # onnxruntime has no base class for its errors
             raise ExportError(f"onnxruntime cannot run the graph: {_first_line(error)}") from None
         for i, wanted in enumerate(expected):
-            given = dict(zip(FIELDS, (torch.from_numpy(r) for r in results[len(FIELDS) * i :])))
+            given = dict(zip(fields, (torch.from_numpy(r) for r in results[len(fields) * i :])))
             same = _same(wanted, given, BOX_TOLERANCE * max(height, width))
             for side_of, found in (("PyTorch", same.any(1)), ("onnxruntime", same.any(0))):
                 if found.sum() < SHARE * len(found):
@@ -344,10 +377,36 @@ def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int)
 
 
 def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> Tensor:
-    """Which detections [L] are which of the others [M]: label, box and score. [L, M]"""
+    """Which detections [L] are which of the others [M]: label, box, score, mask and key points. [L, M]"""
     boxes = (wanted["boxes"][:, None] - given["boxes"]).abs().amax(2) <= pixels
     scores = (wanted["scores"][:, None] - given["scores"]).abs() <= SCORE_TOLERANCE
-    return boxes & scores & (wanted["labels"][:, None] == given["labels"])
+    same = boxes & scores & (wanted["labels"][:, None] == given["labels"])
+    for i, j in same.nonzero().tolist():
+        one, other = ({name: values[k] for name, values in found.items()} for found, k in ((wanted, i), (given, j)))
+        if "masks" in one:
+            same[i, j] &= _same_mask(one["masks"], other["masks"])
+        if "keypoints" in one:
+            same[i, j] &= _same_keypoints(one, other, pixels)
+    return same
+
+
+def _same_mask(wanted: Tensor, given: Tensor) -> bool:
+    """Whether two masks [1, H, W] are the same: their IoU, not of 0 and 1 but of probabilities, for which no pixel lies
+    by rounding on the other side of 0.5, and a mask below it is not as good as none. Less than one pixel is none.
+    """
+    common, either = torch.minimum(wanted, given).sum(), torch.maximum(wanted, given).sum()
+    return bool(either - common <= (1 - MASK_IOU) * either.clamp(min=1))
+
+
+def _same_keypoints(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> bool:
+    """Whether the key points of two detections are as high, and nearly all in the same place.
+
+    Of two pixels of a heatmap that are as high as one another either may be taken: most often its neighbour.
+    """
+    heights = (wanted["keypoints_scores"] - given["keypoints_scores"]).abs()
+    places = (wanted["keypoints"] - given["keypoints"]).abs().amax(1) <= pixels + 1
+    alike = bool((heights <= SCORE_TOLERANCE * wanted["keypoints_scores"].abs().clamp(min=1)).all())
+    return alike and int(places.sum()) >= SHARE * len(places)
 
 
 def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:

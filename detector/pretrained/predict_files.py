@@ -19,6 +19,8 @@ from detector.data.images import FORMATS, read_image
 from detector.data.results import Result, to_results
 from detector.errors import DataError
 from detector.files import read_json, write_json
+from detector.models.detecting import Found, kept
+from detector.pretrained.detections import parts_as_values
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
 from detector.signals import ignoring_signals
@@ -206,12 +208,12 @@ def predict_files(
             found = detector.detect_batch([read.pixels for read in batch])
             for read, detections in zip(batch, found, strict=True):
                 file = files[read.index]
-                kept = detections["scores"].double() >= least[detections["labels"]]
-                shown = {name: value[kept] for name, value in detections.items()}
-                of_image = _as_dict(file, read, shown, detector.category_names, category_ids)
+                shown = kept(detections, detections["scores"].double() >= least[detections["labels"]])
+                of_image = _as_dict(file, read, shown, detector, category_ids)
                 if pictures:
                     of_image["picture"] = picture_of[read.index]
-                    drawn = draw(read.pixels, shown, detector.category_names, min_score=0)
+                    layout = detector.keypoints
+                    drawn = draw(read.pixels, shown, detector.category_names, min_score=0, layout=layout)
                     _write_picture(folder / picture_of[read.index], drawn)
                 done.results += to_results([detections], [file.id], category_ids)
                 done.images.append(of_image)
@@ -299,10 +301,11 @@ def _picture_names(files: Sequence[ImageFile]) -> list[str]:
 
 
 def _as_dict(
-    file: ImageFile, read: _Read, detections: dict[str, Tensor], names: Sequence[str], ids: Sequence[int | None]
+    file: ImageFile, read: _Read, found: Found, detector: PretrainedDetector, ids: Sequence[int | None]
 ) -> dict[str, Any]:
     height, width = read.pixels.shape[1:]
-    rows = zip(*(detections[name].tolist() for name in ("boxes", "labels", "scores")), strict=True)
+    rows = enumerate(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))
+    parts = found.get("segmentations"), found.get("keypoints"), detector.keypoints
     return {
         "id": file.id,
         "file_name": file.name,
@@ -311,7 +314,8 @@ def _as_dict(
         "height": height,
         "remarks": list(read.remarks),
         "detections": [  # boxes: x1, y1, x2, y2 in pixels
-            {"name": names[label - 1], "category_id": ids[label - 1], "score": score, "box": box}
-            for box, label, score in rows
+            {"name": detector.category_names[label - 1], "category_id": ids[label - 1], "score": score, "box": box}
+            | parts_as_values(number, *parts)
+            for number, (box, label, score) in rows
         ],
     }

@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+from collections.abc import Collection
 from typing import Any, Literal
 
 import lightning
@@ -18,11 +19,13 @@ from detector.data.checking import open_images
 from detector.data.dataset import CocoDetection, Target, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
+from detector.data.part_problems import Part
 from detector.data.shared_images import equal_files
-from detector.errors import DataError
+from detector.errors import DataError, MissingPartError, shown
 from detector.signals import ignoring_signals
 from detector.training.failures import TRAIN, TrainingError
 
+FEWEST_KEYPOINTS = 10  # labelled, of an image to train on
 MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
 Batch = tuple[list[Tensor], list[Target]]
 # Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
@@ -121,22 +124,62 @@ class CocoDataModule(lightning.LightningDataModule):
             self.notes = [f"{self.val_split}: {note}" for note in label_as(self.val_set, self.train_set)]
         except DataError as error:
             raise DataError(f"{self.root}, {self.val_split}: {error}") from None
+        self._agree_on_keypoints()
         self._open_images()
+        self._leave_out_without_keypoints()
         for note in self.notes:
             rank_zero_info(note)
         if not any(len(labels) for _, labels in self.train_set.targets):
             raise DataError(f"{self.root}: no box in {self.train_split} to train on")
         self._say_what_is_shared()
 
-    def split(self, name: str, *, train: bool = False) -> CocoDetection:
-        """Read one split as a data set, and say what is not quite right with it."""
+    def split(self, name: str, *, train: bool = False, parts: Collection[Part] | None = None) -> CocoDetection:
+        """Read one split as a data set, and say what is not quite right with it.
+
+        Args:
+            name: of the split.
+            train: with the training's augmentation.
+            parts: what is read besides boxes; ``None``: what the trainer's task learns.
+        """
         transform = self.train_transform if train else None
-        data = self.folder.dataset(name, transform=transform, seed=self.seed, skip_missing=self.skip_broken)
+        if parts is None:
+            parts = getattr(self.trainer and self.trainer.lightning_module, "parts", ())
+        try:
+            data = self.folder.dataset(
+                name, parts=parts, transform=transform, seed=self.seed, skip_missing=self.skip_broken
+            )
+        except MissingPartError as error:
+            again = f"; delete {self.root} to have it written anew, with masks" if self.generate == "digits" else ""
+            raise DataError(f"{error}{again}") from None
         if data.coco.flaws:
             flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.coco.flaws.items())
             file = self.folder.annotation_file(name)
             rank_zero_info(f"{name}: {flaws}; python tools/check.py {file} shows them")
         return data
+
+    def _agree_on_keypoints(self) -> None:
+        layouts = [data.keypoints for data in (self.train_set, self.val_set)]
+        ours, theirs = (None if layout is None else layout.names for layout in layouts)
+        if ours != theirs:
+            raise DataError(
+                f"{self.root}: {self.train_split} and {self.val_split} have different key points: {shown(ours)} and "
+                f"{shown(theirs)}"
+            )
+
+    def _leave_out_without_keypoints(self) -> None:
+        """Train on no image with next to no key points, as torchvision's references do."""
+        layout = self.train_set.keypoints
+        if layout is None:
+            return
+        least = min(FEWEST_KEYPOINTS, len(layout))
+        counts = zip(self.train_set.image_ids, self.train_set.visible_keypoints(), strict=True)
+        enough = [image_id for image_id, count in counts if count >= least]
+        if len(enough) < len(self.train_set):
+            self.notes.append(
+                f"{self.train_split}: {len(self.train_set) - len(enough):,} of {len(self.train_set):,} images have "
+                f"fewer than {least} labelled key points and are not trained on"
+            )
+        self.train_set.keep(enough)
 
     def _check(self, split: str) -> str:
         annotations, images = map(str, (self.folder.annotation_file(split), self.folder.image_folder(split)))

@@ -12,10 +12,12 @@ from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError, sentence
 from detector.evaluation.choosing import best_refinement, score_refinements
-from detector.evaluation.metric import evaluate
+from detector.evaluation.metric import evaluate_parts
 from detector.evaluation.running import run_detector
+from detector.evaluation.scoring import scored_parts
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
 from detector.files import write_json
+from detector.models.detecting import parts_found_by
 from detector.models.weights import read_weights
 from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
@@ -118,6 +120,7 @@ class RefinementRun(Run):
         assert refinement is not None
         split = self.score_on
         ids = match_categories(detector, split)
+        parts, without = scored_parts(split, parts_found_by(detector.model), detector.keypoints)
         running: dict[str, Any] = {"device": device, "batch_size": self.batch_size, "workers": data.workers}
         with overridden(refinement, enabled=False):
             unrefined = run_detector(detector.model, split, ids, **running)
@@ -129,11 +132,12 @@ class RefinementRun(Run):
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=self.split, device=device),
             split=split,
+            parts=parts,
             unrefined=unrefined,
-            notes=match_notes(detector, ids, split),
+            notes=[*match_notes(detector, ids, split), *without],
             of_training=True,
         )
-        before = evaluate(split.coco, unrefined.results, split.image_ids)[0]
+        before = evaluate_parts(split.coco, unrefined.results, split.image_ids, parts=parts)
         self.scores = {"before": before, "after": after}
         write_json(self.folder / "scores.json", self.scores)
         print(f"\n{side_by_side(self.scores)}")

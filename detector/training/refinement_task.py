@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from detector.data.keypoints import KeypointLayout
+from detector.data.part_problems import Part
 from detector.errors import ModelError
 from detector.models.published import batch_norm_eps
 from detector.pretrained.description import DetectorDescription
@@ -50,9 +52,10 @@ class RefinementTask(DetectionTask):
         cache_bytes: int = 2 * 10**9,
     ) -> None:
         if detector.settings is None or detector.crop is None:
-            raise ModelError("only detectors that tools/train.py can build can be refined: a Faster R-CNN")
+            raise ModelError("only detectors that tools/train.py can build can be refined: torchvision's R-CNNs")
         super().__init__(detector.settings, refinement.box_gradient, detector.crop, optimizer, refinement)
         self.category_ids, self.category_names = detector.category_ids, detector.category_names
+        self.keypoints = detector.keypoints
         try:
             self.model = add_refinement(detector.model, refinement)
         except TypeError as error:
@@ -72,11 +75,19 @@ class RefinementTask(DetectionTask):
     def description(self) -> DetectorDescription:
         eps = batch_norm_eps(self.model)
         return DetectorDescription(
-            self.detector, self.crop, self.category_ids, self.category_names, eps, self.refinement
+            self.detector, self.crop, self.category_ids, self.category_names, eps, self.refinement, self.keypoints
         )
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Nothing: boxes are learned, masks and key points are looked for in them."""
+        return ()
 
     def _category_names(self) -> list[str]:
         return self.category_names
+
+    def _keypoints(self) -> KeypointLayout | None:
+        return self.keypoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -193,6 +193,7 @@ class Run:
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=data.val_split, device=device),
             split=data.val_set,
+            parts=task.parts,
             notes=data.notes,
             of_training=True,
         )

@@ -12,8 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from detector.data.keypoints import KeypointLayout
+from detector.data.part_problems import Part
 from detector.data.results import Result, to_results
-from detector.evaluation import Predictions, detect_with_losses, evaluate
+from detector.evaluation import Predictions, detect_with_losses
+from detector.evaluation.metric import evaluate_parts
 from detector.evaluation.ranks import gathered
 from detector.models.anchors import anchor_advice
 from detector.models.build import build_detector
@@ -35,7 +38,7 @@ from detector.training.optimization import OptimizerConfig, WeightEMA, make_opti
 
 
 class DetectionTask(lightning.LightningModule):
-    """Train and score a Faster R-CNN.
+    """Train and score a Faster, Mask or Keypoint R-CNN.
 
     All that is drawn at random in training is a function of the seed, the epoch, and the image or the batch.
 
@@ -72,12 +75,18 @@ class DetectionTask(lightning.LightningModule):
     def data(self) -> CocoDataModule:
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is learned besides boxes, and read of the data."""
+        return self.detector.parts
+
     def configure_model(self) -> None:
         if self.model is None:  # the data tells the number of categories
             self._starts = starts_from_own_weights(self.detector)
             with drawn_from(seed_of(self.data.seed)):
-                categories = len(self.data.val_set.category_ids)
-                self.model = build_detector(self.detector, categories, pretrained=not self._starts)
+                categories, layout = len(self.data.val_set.category_ids), self.data.val_set.keypoints
+                points = {} if layout is None else {"num_keypoints": len(layout)}
+                self.model = build_detector(self.detector, categories, pretrained=not self._starts, **points)
                 if self.refinement is not None:
                     add_refinement(self.model, self.refinement)
             if self.crop == "affine":
@@ -139,7 +148,9 @@ class DetectionTask(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         found, val_set = gathered(Predictions(results=self.results)), self.data.val_set
         self.results = [] if found is None else found.results
-        scores = None if found is None else evaluate(val_set.coco, self.results, val_set.image_ids)[0]
+        scores = None
+        if found is not None:
+            scores = evaluate_parts(val_set.coco, self.results, val_set.image_ids, parts=self.parts)
         scores = self.trainer.strategy.broadcast(scores)
         assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})
@@ -179,10 +190,14 @@ class DetectionTask(lightning.LightningModule):
     def description(self) -> DetectorDescription:
         """What a checkpoint says of the detector in it."""
         ids, names = self.data.train_set.category_ids, self.data.train_set.category_names
-        return DetectorDescription(self.detector, self.crop, ids, names, batch_norm_eps(self.model), self.refinement)
+        eps, keypoints = batch_norm_eps(self.model), self.data.train_set.keypoints
+        return DetectorDescription(self.detector, self.crop, ids, names, eps, self.refinement, keypoints)
 
     def _category_names(self) -> list[str]:
         return self.data.val_set.category_names
+
+    def _keypoints(self) -> KeypointLayout | None:
+        return self.data.val_set.keypoints
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._starts = False  # the file that the run began from may be gone
@@ -205,13 +220,16 @@ class DetectionTask(lightning.LightningModule):
                 "the checkpoint is of an earlier version of this project: it can be scored, not resumed; its weights "
                 "can start a new run: --model.detector.weights FILE"
             )
-        before = {"category_names": description.category_names, "crop": description.crop}
+        before: dict[str, Any] = {"category_names": description.category_names, "crop": description.crop}
+        before |= {"keypoints": description.keypoints and list(description.keypoints.names)}
         before |= _settings(description.settings)
         # Earlier versions had no bound and no warm-up.
         gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
         before |= _of_training(description.refinement)
-        now = {"category_names": self._category_names(), "crop": self.crop} | _settings(self.detector)
+        layout = self._keypoints()
+        now: dict[str, Any] = {"category_names": self._category_names(), "crop": self.crop} | _settings(self.detector)
+        now |= {"keypoints": layout and list(layout.names)}
         now |= _of_training(self.refinement)
         if self.crop == "affine" and (self.box_gradient.enabled or BoxGradient(**gradient).enabled):
             now |= {f"box_gradient.{name}": value for name, value in asdict(self.box_gradient).items()}

@@ -91,7 +91,7 @@ class TestOutcomes:
     def drawn(self, split, monkeypatch, *outcomes, unrefined=()):
         boxes = []
         monkeypatch.setattr(
-            "detector.evaluation.pictures.draw_boxes", lambda picture, marked, font_size: boxes.extend(marked)
+            "detector.evaluation.pictures.draw_boxes", lambda picture, marked, **options: boxes.extend(marked)
         )
         draw_outcomes(torch.zeros(3, 240, 480), outcomes, split, unrefined)
         return [(box.caption, box.color, box.stroke, box.corners) for box in boxes]

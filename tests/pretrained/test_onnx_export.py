@@ -12,7 +12,7 @@ from support.refined_models import refined
 from support.tiny_models import CHANNELS, tiny_rcnn
 from torch import nn
 from torch.export import Dim
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.detection import keypointrcnn_resnet50_fpn, maskrcnn_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
@@ -24,12 +24,13 @@ from detector.refinement import add_refinement
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 FIELDS = ("boxes", "labels", "scores")
+PARTS = {"box": (), "mask": ("masks",), "keypoint": ("keypoints", "keypoints_scores")}
 # The example's, smaller, tall, wide, one of which resized is 63 pixels in float32, tiny, and larger than the model's.
 SIZES = [(64, 64), (48, 40), (150, 31), (30, 100), (100, 100), (7, 9), (130, 141)]
 
 
-def tiny(*, swapped=True, **settings):
-    model = tiny_rcnn(**settings).eval()
+def tiny(kind="box", *, swapped=True, **settings):
+    model = tiny_rcnn(kind, **settings).eval()
     return swap_crop_head(model) if swapped else model
 
 
@@ -46,6 +47,8 @@ def export(tmp_path):
         export_onnx(model, path, **settings)
         assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        has = {"mask": model.roi_heads.has_mask(), "keypoint": model.roi_heads.has_keypoint()}
+        fields = FIELDS + sum((PARTS[kind] for kind in has if has[kind]), ())
 
         def run(images):
             names = [output.name for output in session.get_outputs()]
@@ -53,8 +56,8 @@ def export(tmp_path):
                 zip(names, map(torch.from_numpy, session.run(None, {"images": images.numpy()})), strict=True)
             )
             suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
-            assert names == [field + suffix for suffix in suffixes for field in FIELDS]
-            return [{field: outputs[field + suffix] for field in FIELDS} for suffix in suffixes]
+            assert names == [field + suffix for suffix in suffixes for field in fields]
+            return [{field: outputs[field + suffix] for field in fields} for suffix in suffixes]
 
         run.path = path
         return run
@@ -83,8 +86,24 @@ def assert_detects_alike(run, model, images):
         same = boxes & scores & (result["labels"][:, None] == wanted["labels"])
         assert same.any(0).all()
         assert same.any(1).all()
+        assert_parts_alike(result, wanted, same)
         counts.append(count)
     return counts
+
+
+def assert_parts_alike(result, wanted, same):
+    """Masks and key points of detections that are the same, but for a few that hang on a rounded number.
+
+    Pasting rounds boxes to whole pixels; of two pixels of a heatmap that are as high either is the key point.
+    """
+    assert result.keys() == wanted.keys()
+    for name in wanted.keys() - set(FIELDS):
+        assert result[name].shape == wanted[name].shape
+        assert result[name].dtype == wanted[name].dtype == torch.float32
+        alike = same.clone()
+        for i, j in same.nonzero().tolist():
+            alike[i, j] = torch.allclose(result[name][i], wanted[name][j], rtol=0, atol=5e-3)
+        assert alike.any(0).sum() >= 0.9 * len(same)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +137,11 @@ def test_thin_images_have_the_strides_of_ordinary_ones(export):
     assert min(found[2:]) > 5
 
 
-def test_standard_operators_only_grid_sample_among_them(export):
-    run = export(swap_crop_head(tiny(), sampler="gather"))
+@pytest.mark.parametrize(
+    ("kind", "own"), [("box", set()), ("mask", {"Loop", "Resize"}), ("keypoint", {"Loop", "Resize", "ArgMax"})]
+)
+def test_standard_operators_only_grid_sample_among_them(export, kind, own):
+    run = export(swap_crop_head(tiny(kind), sampler="gather"))
     graph = onnx.load(run.path)
     assert {opset.domain for opset in graph.opset_import} == {""}
     assert not graph.functions
@@ -133,7 +155,7 @@ def test_standard_operators_only_grid_sample_among_them(export):
                 collect(attribute.g.node)
 
     collect(graph.graph.node)
-    assert {"GridSample", "NonMaxSuppression", "If"} <= operators
+    assert {"GridSample", "NonMaxSuppression", "If"} | own <= operators
     assert "RoiAlign" not in operators
 
 
@@ -227,6 +249,14 @@ def test_the_model_is_left_as_it_is(export):
     assert not any(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", PARTS)
+def test_metadata_tells_what_the_outputs_are(export, kind):
+    graph = onnx.load(export(tiny(kind)).path)
+    (outputs,) = (json.loads(p.value) for p in graph.metadata_props if p.key == "outputs")
+    assert list(outputs) == [output.name for output in graph.graph.output] == [*FIELDS, *PARTS[kind]]
+    assert all(outputs.values())
+
+
 def test_metadata(export):
     run = export(tiny(), class_names=["red", "ÿ"], category_ids=[7, 3])
     metadata = {p.key: json.loads(p.value) for p in onnx.load(run.path).metadata_props}
@@ -250,6 +280,144 @@ def test_speed(export):
     times = compare_speed(model, run.path, (40, 50), repeats=2)
     assert times["ratio"] == times["onnxruntime"] / times["pytorch"]
     assert times["pytorch"] > 0
+
+
+# --- Masks and key points ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
+def test_masks_and_key_points_equal_pytorchs_for_any_size(export, kind, swapped, batch):
+    model = tiny(kind, swapped=swapped)
+    run = export(model, batch_size=batch)
+    for size in SIZES:
+        if swapped or min(size) >= 32:
+            images = noise(*size, batch=batch)
+            assert min(assert_detects_alike(run, model, images)) > 5
+    masks = detections(model, images)[0].get("masks")
+    assert masks is None or 0.1 < (masks > 0.5).sum() / (masks > 0).sum() < 0.9  # in boxes some is object, some is not
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
+def test_masks_and_key_points_of_no_detections(export, kind, swapped, batch):
+    model = tiny(kind, swapped=swapped, box_score_thresh=0.999)
+    run = export(model, batch_size=batch)
+    assert assert_detects_alike(run, model, noise(48, 40, batch=batch)) == [0] * batch
+    for found in run(noise(48, 40, batch=batch)):
+        shapes = {"masks": (0, 1, 48, 40), "keypoints": (0, 2, 3), "keypoints_scores": (0, 2)}
+        assert {name: tuple(found[name].shape) for name in PARTS[kind]} == {name: shapes[name] for name in PARTS[kind]}
+
+
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
+def test_masks_and_key_points_of_one_image_of_two(export, kind):
+    model = tiny(kind)
+    images = noise(52, 60, batch=2)
+    first, second = (float(found["scores"].max()) for found in detections(model, images))
+    model.roi_heads.score_thresh = (first + second) / 2
+    run = export(model, batch_size=2)
+    counts = assert_detects_alike(run, model, images)
+    assert min(counts) == 0 < max(counts)
+    assert assert_detects_alike(run, model, images.flip(0)) == counts[::-1]
+
+
+def test_the_axes_of_masks_are_those_of_the_images(export):
+    session = onnxruntime.InferenceSession(export(tiny("mask")).path, providers=["CPUExecutionProvider"])
+    axes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    assert axes["images"] == [1, 3, "height", "width"]
+    assert axes["masks"][0] == axes["boxes"][0] == "detections"
+    assert axes["masks"][2:] == ["height", "width"]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
+def test_masks_and_key_points_of_refined_boxes(export, kind, batch):
+    model = refined(tiny(kind), looks=2)
+    run = export(model, batch_size=batch)
+    for size in SIZES[1::2]:
+        images = noise(*size, batch=batch)
+        assert min(assert_detects_alike(run, model, images)) > 5
+        assert (moved_by(model, images) > 0.5).any()
+
+
+class TracedAsAnother(nn.Module):
+    """A module whose graph does something else."""
+
+    def __init__(self, module, other):
+        super().__init__()
+        self.module, self.other = module, other
+
+    def forward(self, x):
+        return self.other(self.module(x)) if torch.jit.is_tracing() else self.module(x)
+
+
+OTHER_MASKS = {
+    "none": lambda logits: logits * 0 - 9,
+    "the opposite": lambda logits: -logits,
+    "moved": lambda logits: logits.roll(2, 3),
+    "another class's": lambda logits: logits.flip(1) + 0.5,
+}
+
+
+@pytest.mark.parametrize("other", OTHER_MASKS.values(), ids=OTHER_MASKS)
+def test_a_graph_with_other_masks_is_not_written(tmp_path, other):
+    model = tiny("mask")
+    model.roi_heads.mask_predictor = TracedAsAnother(model.roi_heads.mask_predictor, other)
+    with pytest.raises(ExportError, match="onnxruntime does not detect what PyTorch does"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+OTHER_KEYPOINTS = {
+    "lower": lambda heatmaps: heatmaps - 0.1,
+    "swapped": lambda heatmaps: heatmaps.flip(1),
+    "mirrored": lambda heatmaps: heatmaps.flip(3),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_KEYPOINTS.values(), ids=OTHER_KEYPOINTS)
+def test_a_graph_with_other_key_points_is_not_written(tmp_path, other):
+    model = tiny("keypoint")
+    model.roi_heads.keypoint_predictor = TracedAsAnother(model.roi_heads.keypoint_predictor, other)
+    with pytest.raises(ExportError, match="onnxruntime does not detect what PyTorch does"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("builder", [maskrcnn_resnet50_fpn, keypointrcnn_resnet50_fpn])
+def test_torchvisions_own_mask_and_keypoint_rcnn(tmp_path, builder, swapped):
+    torch.manual_seed(0)
+    few = {"min_size": 128, "max_size": 192, "box_score_thresh": 0.0, "box_detections_per_img": 30}
+    model = builder(weights=None, weights_backbone=None, **few).eval()
+    if swapped:
+        swap_crop_head(model)
+    path = tmp_path / "model.onnx"
+    assert export_onnx(model, path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    images = noise(140, 210)
+    (wanted,) = detections(model, images)
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, map(torch.from_numpy, session.run(None, {"images": images.numpy()})), strict=True))
+    assert found.keys() == wanted.keys()
+    same = (found["boxes"][:, None] - wanted["boxes"]).abs().amax(2) < 0.05
+    same &= found["labels"][:, None] == wanted["labels"]
+    assert len(same) == 30
+    assert same.any(0).sum() >= 27
+    pairs = same.nonzero().tolist()
+    if "masks" in wanted:
+        one, other = ((result["masks"] > 0.5).flatten(1) for result in (found, wanted))
+        unions = [int((one[i] | other[j]).sum()) for i, j in pairs]
+        common = [int((one[i] & other[j]).sum()) for i, j in pairs]
+        assert sum(unions) > 100
+        assert sum(common) > 0.95 * sum(unions)
+    else:
+        apart = torch.cat([(found["keypoints"][i] - wanted["keypoints"][j]).abs().amax(1) for i, j in pairs])
+        assert len(apart) >= 27 * 17
+        assert (apart < 0.05).float().mean() > 0.95
 
 
 # --- Refinements ---------------------------------------------------------------------------------------------------
@@ -412,6 +580,13 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
     assert not list(tmp_path.iterdir())
 
 
+def with_pool(kind, **settings):
+    """A model that crops for its masks or key points in another way than for its boxes."""
+    model = tiny(kind)
+    setattr(model.roi_heads, f"{kind}_roi_pool", MultiScaleAffineCrop(["0", "1", "2"], 4, **settings))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "settings", "error", "message"),
     [
@@ -436,12 +611,37 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
             ExportError,
             "^the RoI pool crops with sampling exact, which no graph can",
         ),
+        (
+            lambda: with_pool("mask", sampling_ratio=2, sampling="exact"),
+            {},
+            ExportError,
+            "^the masks' RoI pool crops with sampling exact",
+        ),
+        (
+            lambda: with_pool("keypoint", sampling_ratio=0),
+            {},
+            ExportError,
+            "^the key points' RoI pool takes .*sampling_ratio 0 or less",
+        ),
         (tiny, {"batch_size": 0}, ValueError, "batch_size"),
         (tiny, {"opset": 15}, ValueError, "opset must be 16 to 20, got 15"),
         (tiny, {"class_names": ["one"]}, ValueError, "class_names must be 2"),
         (tiny, {"category_ids": [1, 2, 3]}, ValueError, "category_ids must be 2"),
     ],
-    ids=["module", "retinanet", "training", "double", "adaptive", "exact", "batch", "opset", "names", "ids"],
+    ids=[
+        "module",
+        "retinanet",
+        "training",
+        "double",
+        "adaptive",
+        "exact",
+        "exact masks",
+        "adaptive points",
+        "batch",
+        "opset",
+        "names",
+        "ids",
+    ],
 )
 def test_refusals(tmp_path, model, settings, error, message):
     with pytest.raises(error, match=message):

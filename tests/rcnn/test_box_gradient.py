@@ -7,6 +7,7 @@ detached tensors), and :func:`reference_losses`, a forward pass by hand whose tw
 import copy
 import dataclasses
 import gc
+import itertools
 import math
 import weakref
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.tiny_models import CHANNELS, SIZE, batch, copies, tiny_rcnn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2, roi_heads
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, keypointrcnn_loss, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
@@ -417,6 +418,11 @@ def test_from_the_loss_to_the_deltas_of_the_rpn(fpn, settings, names):
     """End to end: d loss / d bbox_pred of the swapped model = finite differences of the stock one, which is cut."""
     model = tiny_rcnn(fpn=fpn).double().train()
     images, targets = batch(torch.float64)
+    assert_derivative_at_the_deltas(model, settings, names, images, targets)
+
+
+def assert_derivative_at_the_deltas(model, settings, names, images, targets):
+    """The gradient of a sum of losses at the RPN's last layer, swapped, is the stock model's finite differences."""
     swapped = swap_crop_head(copy.deepcopy(model), settings)
     losses = model_losses(swapped, images, targets)
     gradients = gradients_of(swapped, sum(losses[name] for name in names))
@@ -435,6 +441,32 @@ def test_from_the_loss_to_the_deltas_of_the_rpn(fpn, settings, names):
                 value.append(sum(losses[name] for name in names))
             expected[k] = (value[0] - value[1]) / 2e-6
         assert_equal(gradient[some], expected, 1e-4)
+
+
+@pytest.mark.parametrize("fpn", [True, False])
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
+def test_from_the_loss_of_masks_or_key_points_to_the_deltas_of_the_rpn(kind, fpn, monkeypatch):
+    model = tiny_rcnn(kind, fpn=fpn).double().train()
+    images, targets = batch(torch.float64)
+    # What is to be learned is cut out of the true masks at the proposals: a constant to the gradient, so here as well.
+    cut, of_image = [], itertools.cycle(range(len(images)))
+    project = roi_heads.project_masks_on_boxes
+
+    def constant(*arguments):
+        image = next(of_image)
+        if image == len(cut):
+            cut.append(project(*arguments))
+        return cut[image]
+
+    monkeypatch.setattr(roi_heads, "project_masks_on_boxes", constant)
+    settings = BoxGradient(losses=(kind,), bound=None)
+    assert_derivative_at_the_deltas(model, settings, [f"loss_{kind}"], images, targets)
+    # The other losses, which are not named, add nothing.
+    swapped = swap_crop_head(copy.deepcopy(model), settings)
+    losses = model_losses(swapped, images, targets)
+    others = gradients_of(swapped, losses["loss_box_reg"] + losses["loss_classifier"])
+    assert others["rpn.head.bbox_pred.weight"] is None
+    assert len(cut) == (len(images) if kind == "mask" else 0)
 
 
 def test_each_path_reaches_the_deltas_of_the_rpn_apart():

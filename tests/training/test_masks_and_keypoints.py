@@ -1,0 +1,217 @@
+"""Mask and Keypoint R-CNN from end to end on a handful of digits: trained, scored, predicted, refined, saved."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+
+from support.commands import refused, score
+from support.part_data import POINTS, write_digits_with_parts
+from support.tiny_training import TINY
+
+from detector.command_line.browse import main as browse
+from detector.command_line.predict import main as predict
+from detector.command_line.refine import main as refine
+from detector.command_line.training import train
+from detector.data.masks import decode_masks, mask_area
+from detector.models.config import DetectorConfig
+from detector.pretrained import load_detector
+from detector.training import CocoDataModule, DetectionTask
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_digits_with_parts(tmp_path_factory.mktemp("parts") / "digits", splits={"train": 8, "val": 4})
+
+
+def arguments(data, run_dir, part, *others):
+    return [*TINY, f"--data.root={data}", f"--run_dir={run_dir}", f"--model.detector.finds={part}", *others]
+
+
+@pytest.fixture(scope="module", params=["masks", "keypoints"])
+def run(request, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    part = request.param
+    losses = '["box", "mask"]' if part == "masks" else '["box", "keypoint"]'
+    train(arguments(data, folder, part, "--trainer.max_epochs=2", f"--model.box_gradient.losses={losses}"))
+    return part, folder
+
+
+def test_a_run_leaves_the_scores_of_its_part(run):
+    part, folder = run
+    kind = "segm" if part == "masks" else "keypoints"
+    scores = json.loads((folder / "scores.json").read_text())
+    assert {f"{kind}/AP", f"{kind}/AP50", "AP"} <= scores.keys()
+    report = json.loads((folder / "report.json").read_text())
+    assert report[kind]["scores"]["AP"] == scores[f"{kind}/AP"]
+    results = json.loads((folder / "detections.json").read_text())
+    assert results
+    assert all(("segmentation" if part == "masks" else "keypoints") in result for result in results)
+    assert f'<h2 id="{kind}">' in (folder / "report.html").read_text()
+    assert not any(note.startswith("No ") for note in report["notes"])
+
+
+def test_its_checkpoint_is_scored_as_the_run_was_with_losses(run, data, tmp_path):
+    part, folder = run
+    score(checkpoint=str(folder), root=str(data), split="val", output=str(tmp_path / "e"), workers=0)
+    again = json.loads((tmp_path / "e" / "scores.json").read_text())
+    assert again == pytest.approx(json.loads((folder / "scores.json").read_text()))
+    losses = json.loads((tmp_path / "e" / "report.json").read_text())["losses"]
+    assert losses["loss_mask" if part == "masks" else "loss_keypoint"] > 0
+
+
+def test_its_results_file_is_scored_alike(run, data, tmp_path):
+    _, folder = run
+    annotations = data / "annotations" / "instances_val.json"
+    results = str(folder / "detections.json")
+    score(results=results, annotations=str(annotations), output=str(tmp_path / "e"))
+    assert json.loads((tmp_path / "e" / "scores.json").read_text()) == pytest.approx(
+        json.loads((folder / "scores.json").read_text())
+    )
+
+
+def test_what_it_finds_in_an_image(run, data, tmp_path):
+    part, folder = run
+    detector = load_detector(folder)
+    image = next((data / "val").glob("*.png"))
+    found = detector.detect(image, min_score=0.0)
+    assert len(found)
+    values = next(iter(found))
+    if part == "masks":
+        assert found.masks.shape == (len(found), *found.image.shape[1:])
+        assert found.masks.dtype == torch.bool
+        assert torch.equal(decode_masks([values["segmentation"]], *found.image.shape[1:])[0].bool(), found.masks[0])
+        assert found.keypoints is None
+    else:
+        assert found.keypoints.shape == (len(found), len(POINTS), 3)
+        assert list(values["keypoints"]) == POINTS
+        assert values["keypoints"]["middle"] == found.keypoints[0, 4, :2].tolist()
+        assert detector.keypoints.skeleton == ((0, 4), (1, 4), (2, 4), (3, 4))
+        assert found.masks is None
+    plain = found.draw(min_score=2.0)
+    assert found.draw().tobytes() != plain.tobytes()
+    detector.save_pretrained(tmp_path / "saved")
+    again = load_detector(tmp_path / "saved")
+    assert again.keypoints == detector.keypoints
+    assert repr(again.detect(image, min_score=0.0)) == repr(found)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert ("A Mask R-CNN" if part == "masks" else "A Keypoint R-CNN") in card
+    assert f"pipeline_tag: {'image-segmentation' if part == 'masks' else 'keypoint-detection'}" in card
+
+
+def test_predict_writes_them(run, data, tmp_path):
+    part, folder = run
+    predict([str(data / "val"), "--checkpoint", str(folder), "--output", str(tmp_path / "p"), "--min_score", "0"])
+    numbers = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    found = [one for image in numbers["images"] for one in image["detections"]]
+    results = json.loads((tmp_path / "p" / "detections.json").read_text())
+    assert found
+    assert len(found) == len(results)
+    if part == "masks":
+        assert {mask_area(one["segmentation"]) for one in found} == {mask_area(one["segmentation"]) for one in results}
+    else:
+        assert {tuple(one["keypoints"]["middle"]) for one in found} == {
+            tuple(one["keypoints"][12:14]) for one in results
+        }
+
+
+def test_it_is_refined_and_its_parts_are_looked_for_in_the_refined_boxes(run, data, tmp_path):
+    part, folder = run
+    refine(
+        [
+            *("--checkpoint", str(folder), "--root", str(data), "--train_split", "train", "--split", "val"),
+            *("--run_dir", str(tmp_path / "r"), "--max_steps", "2", "--workers", "0", "--flip", "false"),
+        ]
+    )
+    scores = json.loads((tmp_path / "r" / "scores.json").read_text())
+    kind = "segm" if part == "masks" else "keypoints"
+    assert scores["before"] == pytest.approx(json.loads((folder / "scores.json").read_text()))
+    assert f"{kind}/AP" in scores["after"]
+    assert load_detector(tmp_path / "r").keypoints == load_detector(folder).keypoints
+
+
+def test_a_run_goes_on_and_starts_another(run, data, tmp_path):
+    part, folder = run
+    first = arguments(data, tmp_path / "a", part, "--trainer.max_steps=2", "--trainer.max_epochs=-1")
+    train(first)
+    train([*first, "--ckpt_path=last"])  # it has ended, and is scored again
+    train(arguments(data, tmp_path / "b", part, f"--model.detector.weights={folder}", "--trainer.max_steps=1"))
+    before, after = (load_detector(one).model.state_dict() for one in (folder, tmp_path / "b"))
+    head = "mask_head" if part == "masks" else "keypoint_head"
+    names = [name for name in before if head in name]
+    assert names
+    assert all((before[name] - after[name]).abs().max() < 0.01 for name in names)
+
+
+def test_boxes_alone_start_a_detector_of_masks(data, tmp_path, capsys):
+    train([*TINY, f"--data.root={data}", f"--run_dir={tmp_path / 'boxes'}", "--trainer.max_steps=1"])
+    train(
+        arguments(
+            data, tmp_path / "a", "masks", f"--model.detector.weights={tmp_path / 'boxes'}", "--trainer.max_steps=1"
+        )
+    )
+    detector = load_detector(tmp_path / "a")
+    assert detector.settings.parts == ("masks",)
+    assert detector.model.roi_heads.has_mask()
+
+
+def test_data_without_masks_is_refused_in_a_sentence(data, tmp_path):
+    path = tmp_path / "digits"
+    write_digits_with_parts(path, splits={"train": 2, "val": 2})
+    for file in (path / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for annotation in content["annotations"]:
+            del annotation["segmentation"]
+        file.write_text(json.dumps(content))
+    with refused(rf"no annotation has a 'segmentation'.*delete {path}", code=1):
+        train(arguments(path, tmp_path / "run", "masks", "--data.generate=digits"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_with_next_to_no_key_points_are_not_trained_on(data, tmp_path):
+    path = write_digits_with_parts(tmp_path / "digits", splits={"train": 4, "val": 2})
+    file = path / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    images = [image["id"] for image in content["images"]]
+    for annotation in content["annotations"]:
+        if annotation["image_id"] == images[0]:
+            annotation["keypoints"][2::3] = [0] * len(POINTS)
+    file.write_text(json.dumps(content))
+    module = CocoDataModule(root=str(path), train_split="train", val_split="val", min_size=None)
+
+    class Trainer:
+        lightning_module = DetectionTask(DetectorConfig(name="timm/test_efficientnet", finds="keypoints"))
+        world_size, global_rank = 1, 0
+
+    module.trainer = Trainer()
+    module.setup("fit")
+    assert images[0] not in module.train_set.image_ids
+    assert len(module.train_set) == len({a["image_id"] for a in content["annotations"]} - {images[0]})
+    assert any("fewer than 5 labelled key points" in note for note in module.notes)
+    assert len(module.val_set) == 2
+
+
+def test_splits_with_other_key_points_are_refused(data, tmp_path):
+    path = write_digits_with_parts(tmp_path / "digits", splits={"train": 2, "val": 2})
+    file = path / "annotations" / "instances_val.json"
+    file.write_text(file.read_text().replace("top_left", "upper_left"))
+    with refused("train and val have different key points: .*upper_left", code=1):
+        train(arguments(path, tmp_path / "run", "keypoints"))
+
+
+def test_a_run_of_masks_does_not_go_on_as_one_of_boxes(run, data, tmp_path):
+    part, folder = run
+    given = [*TINY, f"--data.root={data}", f"--run_dir={tmp_path / 'x'}", f"--ckpt_path={folder}/checkpoints/best.ckpt"]
+    with refused(f"trained with (finds {part}|keypoints)", code=1):
+        train([*given, "--trainer.max_epochs=2"])
+
+
+def test_browsing_draws_them(data, tmp_path):
+    browse([*TINY, f"--data.root={data}", f"--output={tmp_path / 'boxes.png'}", "--count=2", "--epochs=1"])
+    for part in ("masks", "keypoints"):
+        output = f"--output={tmp_path / part}.png"
+        browse([*TINY, f"--data.root={data}", f"--model.detector.finds={part}", output, "--count=2", "--epochs=1"])
+        assert (tmp_path / f"{part}.png").read_bytes() != (tmp_path / "boxes.png").read_bytes()
