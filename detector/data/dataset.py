@@ -172,11 +172,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        for name in self.parts:
-            if len(target[name]) != len(target["boxes"]) or (name == "keypoints" and len(target[name]) != len(boxes)):
+        for part in self.parts:
+            if len(target[part]) != len(target["boxes"]) or (part == "keypoints" and len(target[part]) != len(boxes)):
                 raise DataError(
                     f"{self.folder / info['file_name']}: of {len(boxes)} objects the augmentation left "
-                    f"{len(target['boxes'])} boxes and {len(target[name])} with {name}: leave SanitizeBoundingBoxes "
+                    f"{len(target['boxes'])} boxes and {len(target[part])} with {part}: leave SanitizeBoundingBoxes "
                     "and the like out, for objects whose box is gone are left out here"
                 )
         if "masks" in self.parts:
@@ -192,8 +192,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=turn < 0)
         # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
-        for name in ("boxes", "labels", *self.parts):
-            target[name] = target[name][kept]
+        for field in ("boxes", "labels", *self.parts):
+            target[field] = target[field][kept]
         return image, target
 
     def visible_keypoints(self) -> list[int]:

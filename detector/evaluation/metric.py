@@ -207,7 +207,8 @@ def _accumulated_fast(scorer: COCOeval) -> dict[str, Any]:
     from faster_coco_eval import COCOeval_faster
 
     kind = scorer.params.iouType
-    fast = COCOeval_faster(scorer.cocoGt, scorer.cocoDt, iouType=kind, print_function=lambda *words: None)
+    fast = COCOeval_faster(None, None, iouType=kind, print_function=lambda *words: None)
+    fast.cocoGt, fast.cocoDt = scorer.cocoGt, scorer.cocoDt  # given above, key points would ask for its own class
     names = ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats")
     for name in (*names, "kpt_oks_sigmas") if kind == "keypoints" else names:
         setattr(fast.params, name, getattr(scorer.params, name))
