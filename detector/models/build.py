@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torchvision
+from torch import Tensor
 from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -84,9 +85,19 @@ def _fit_predictors(heads: RoIHeads, classes: int, num_keypoints: int) -> None:
     if heads.has_mask() and heads.mask_predictor.mask_fcn_logits.out_channels != classes:
         reduced = heads.mask_predictor.conv5_mask
         heads.mask_predictor = MaskRCNNPredictor(reduced.in_channels, reduced.out_channels, classes)
-    if heads.has_keypoint() and heads.keypoint_predictor.out_channels != num_keypoints:
-        channels = heads.keypoint_predictor.kps_score_lowres.in_channels
-        heads.keypoint_predictor = KeypointRCNNPredictor(channels, num_keypoints)
+    if heads.has_keypoint():
+        given = heads.keypoint_predictor
+        heads.keypoint_predictor = KeypointPredictor(given.kps_score_lowres.in_channels, num_keypoints)
+        if given.out_channels == num_keypoints:
+            heads.keypoint_predictor.load_state_dict(given.state_dict())
+
+
+class KeypointPredictor(KeypointRCNNPredictor):
+    """torchvision's, with its scores laid out as torchvision's loss views them, which channels_last is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores [N, K, H, W] of features [N, C, H/4, W/4]."""
+        return super().forward(x).contiguous()
 
 
 def _hold_as_pretrained(model: FasterRCNN, config: DetectorConfig) -> None:
@@ -134,6 +145,6 @@ def _build_timm(config: DetectorConfig, num_categories: int, num_keypoints: int,
         wide = 2 * channels
         head = KeypointRCNNHeads(channels, (wide,) * 8)
         return KeypointRCNN(
-            backbone, keypoint_head=head, keypoint_predictor=KeypointRCNNPredictor(wide, num_keypoints), **options
+            backbone, keypoint_head=head, keypoint_predictor=KeypointPredictor(wide, num_keypoints), **options
         )
     return FasterRCNN(backbone, **options)
