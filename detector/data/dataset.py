@@ -164,7 +164,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             try:
                 with drawn_from(seed_of(self.seed, epoch, index)):
                     image, target = self.transform(image, target)
-            except (ValueError, TypeError, RuntimeError) as error:
+            except (LookupError, ValueError, TypeError, RuntimeError) as error:
                 path = self.folder / info["file_name"]
                 reason = " ".join(str(error).split())  # in one line, or a worker's report would lose its beginning
                 raise DataError(f"{path}: the augmentation fails on this image: {reason}") from error

@@ -1,0 +1,129 @@
+"""What is wrong with masks and key points: an error where they are read, a flaw where boxes alone are."""
+
+import copy
+import json
+import math
+
+import pytest
+from support.annotation_files import VALID, write
+
+from detector.data.annotations import read_coco
+from detector.data.checking import check_dataset
+from detector.data.part_problems import part_problems
+from detector.errors import DataError, MissingPartError
+
+SQUARE = [[2, 3, 12, 3, 12, 13, 2, 13]]
+POINTS = {"masks": SQUARE, "keypoints": [1, 2, 2, 3, 4, 1]}
+FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
+
+
+def with_parts(**change):
+    """The valid file with a mask and two key points of each object, but for the second's fields."""
+    data = copy.deepcopy(VALID)
+    for category in data["categories"]:
+        category["keypoints"] = ["left", "right"]
+    for annotation in data["annotations"]:
+        annotation |= {"segmentation": SQUARE, "keypoints": POINTS["keypoints"]}
+    data["annotations"][1] |= change
+    data["annotations"][1] = {name: value for name, value in data["annotations"][1].items() if value != "gone"}
+    return data
+
+
+BROKEN = [
+    ("masks", [[1, 2, 3, 4]], "broken segmentations", "[[1, 2, 3, 4]], polygon 0 of 4 numbers"),
+    ("masks", {"size": [30, 20], "counts": [600]}, "broken segmentations", "an RLE of size [30, 20]"),
+    ("masks", "polygon", "broken segmentations", "a str"),
+    ("masks", [[1, 2, 3, math.nan, 5, 6]], "broken segmentations", "not finite"),
+    ("keypoints", [1, 2, 2], "broken key points", "a list of 3 numbers: 2 key points are 6"),
+    ("keypoints", [1, 2, 2, 3, 4, 7], "broken key points", "a visibility"),
+    ("keypoints", "points", "broken key points", "a str"),
+]
+
+
+@pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
+def test_what_is_broken_is_refused_where_it_is_read(tmp_path, part, value, kind, words):
+    data = with_parts(**{FIELD[part]: value})
+    (problem,) = part_problems("a.json", data, part)
+    assert (problem.level, problem.kind) == ("error", kind)
+    assert problem.message.startswith(f"a.json: annotations[1] (id 2) has {FIELD[part]} ")
+    assert words in problem.message
+    assert "\n" not in problem.message
+    path = write(tmp_path, data)
+    with pytest.raises(DataError) as error:
+        read_coco(path, parts=[part])
+    assert words in str(error.value)
+    (other,) = {*FIELD} - {part}
+    read_coco(path)  # not looked at
+    read_coco(path, parts=[other])
+
+
+@pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
+def test_check_names_it_as_a_flaw(tmp_path, part, value, kind, words):
+    path = write(tmp_path, with_parts(**{FIELD[part]: value}))
+    (problem,) = check_dataset(path, tmp_path / "images").problems
+    assert (problem.level, problem.kind) == ("flaw", kind)
+    assert words in problem.message
+    assert problem.message.endswith("cannot)")
+    assert str(path) in problem.message
+
+
+def test_a_right_file_has_neither(tmp_path):
+    assert check_dataset(write(tmp_path, with_parts()), tmp_path / "images").problems == []
+    # Nobody has any: nothing is missing.
+    assert check_dataset(write(tmp_path, VALID), tmp_path / "images").problems == []
+
+
+def test_check_says_nothing_of_them_where_boxes_are_wrong(tmp_path):
+    path = write(tmp_path, with_parts(segmentation=[[1]], bbox=None))
+    (problem,) = check_dataset(path, tmp_path / "images").problems
+    assert problem.kind == "annotations with a wrong bbox"
+
+
+@pytest.mark.parametrize("nothing", ["gone", None, []])
+def test_objects_without_are_counted(tmp_path, nothing):
+    data = with_parts(segmentation=nothing, keypoints=nothing)
+    data["annotations"][2] |= {"segmentation": [], "keypoints": []}  # a crowd needs none
+    flaws = {"masks": "objects without a segmentation", "keypoints": "objects without key points"}
+    for part, flaw in flaws.items():
+        (problem,) = part_problems("a.json", data, part)
+        assert (problem.level, problem.kind) == ("flaw", flaw)
+        assert "annotations[1] (id 2)" in problem.message
+        assert read_coco(write(tmp_path, data), parts=[part]).flaws == {flaw: 1}
+    assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").problems] == [*flaws.values()]
+
+
+def test_objects_that_have_no_labelled_point_are_counted(tmp_path):
+    data = with_parts(keypoints=[0] * 6)
+    flaws = read_coco(write(tmp_path, data), parts=["keypoints"]).flaws
+    assert flaws == {"objects whose key points are all unlabelled": 1}
+
+
+def test_classes_without_key_points_need_none(tmp_path):
+    data = with_parts(keypoints="gone")  # a dog
+    del data["categories"][1]["keypoints"]
+    assert not read_coco(write(tmp_path, data), parts=["keypoints"]).flaws
+
+
+@pytest.mark.parametrize(("part", "words"), [("masks", "polygons or an RLE"), ("keypoints", "person_keypoints_")])
+def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words):
+    path = write(tmp_path)
+    with pytest.raises(MissingPartError, match=words) as error:
+        read_coco(path, parts=[part])
+    assert str(error.value).startswith(f"{path}: no annotation has a '{FIELD[part]}'")
+
+
+def test_categories_that_name_other_points(tmp_path):
+    data = with_parts()
+    data["categories"][0]["keypoints"] = ["nose", "tail"]
+    path = write(tmp_path, data)
+    with pytest.raises(DataError, match="different key points"):
+        read_coco(path, parts=["keypoints"])
+    (problem,) = check_dataset(path, tmp_path / "images").problems
+    assert (problem.level, problem.kind) == ("flaw", "categories with key points that do not fit")
+
+
+def test_real_coco_is_right(coco_cc):
+    path = coco_cc / "annotations" / "instances_val2017.json"
+    data = json.loads(path.read_text())
+    assert list(part_problems(path, data, "masks")) == []
+    assert list(part_problems(path, data, "keypoints")) == []

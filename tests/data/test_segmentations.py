@@ -1,0 +1,188 @@
+"""COCO's segmentations as masks: pycocotools' own reading, and what it must not be given."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from detector.data.masks import (
+    as_rle,
+    decode_masks,
+    encode_crops,
+    encode_masks,
+    mask_area,
+    mask_box,
+    segmentation_problem,
+)
+
+WIDTH, HEIGHT = 30, 20
+SQUARE = [2, 3, 12, 3, 12, 13, 2, 13]
+
+
+def filled(*polygons):
+    """Their inside, and outline, by Pillow."""
+    image = Image.new("L", (WIDTH, HEIGHT))
+    for polygon in polygons:
+        ImageDraw.Draw(image).polygon(polygon, fill=1)
+    return np.array(image)
+
+
+def runs_of(mask):
+    """An uncompressed RLE: the lengths of runs of 0 and 1 in turn, column by column."""
+    counts, current = [0], 0
+    for pixel in mask.T.reshape(-1).tolist():
+        if pixel != current:
+            counts.append(0)
+            current = pixel
+        counts[-1] += 1
+    return {"size": list(mask.shape), "counts": counts}
+
+
+def test_real_segmentations_are_read_as_pycocotools_reads_them(coco_cc):
+    kinds = set()
+    for path in sorted((coco_cc / "annotations").glob("instances_*.json")):
+        coco = COCO(str(path))
+        for annotation in coco.anns.values():
+            image, segmentation = coco.imgs[annotation["image_id"]], annotation["segmentation"]
+            height, width = image["height"], image["width"]
+            kinds.add(len(segmentation) > 1 if isinstance(segmentation, list) else type(segmentation["counts"]))
+            assert segmentation_problem(segmentation, width, height) is None
+            expected = coco.annToMask(annotation)
+            (mask,) = decode_masks([segmentation], height, width).numpy()
+            assert np.array_equal(mask, expected)
+            rle = as_rle(segmentation, height, width)
+            assert mask_area(rle) == expected.sum()
+            assert mask_box(rle) == coco_mask.toBbox(coco.annToRLE(annotation)).tolist()
+            assert json.loads(json.dumps(rle)) == rle
+    assert {True, False, list} <= kinds  # several polygons, one, an uncompressed RLE
+
+
+def test_parts_of_an_object_are_one_mask():
+    other = [15, 5, 25, 5, 25, 15, 15, 15]
+    masks = decode_masks([[SQUARE, other], [SQUARE], [other], None, []], HEIGHT, WIDTH).numpy()
+    assert masks.dtype == np.uint8
+    assert np.array_equal(masks[0], masks[1] | masks[2])
+    # pycocotools takes a pixel whose middle is inside; Pillow also draws the far edge.
+    assert 0 <= (filled(SQUARE) - masks[1].astype(int)).sum() <= 22
+    assert not masks[3:].any()
+    assert decode_masks([], HEIGHT, WIDTH).shape == (0, HEIGHT, WIDTH)
+
+
+MASKS = st.builds(
+    lambda seed, height, width, share: (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8),
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([0.0, 0.02, 0.5, 0.98, 1.0]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mask=MASKS)
+def test_a_mask_comes_back_from_each_kind_of_rle(mask):
+    (compressed,) = encode_masks(torch.from_numpy(mask)[None])
+    for rle in (compressed, runs_of(mask)):
+        assert segmentation_problem(rle, mask.shape[1], mask.shape[0]) is None
+        assert np.array_equal(decode_masks([rle], *mask.shape)[0].numpy(), mask)
+        assert mask_area(as_rle(rle, *mask.shape)) == mask.sum()
+    rows, columns = np.nonzero(mask)
+    left, top = (columns.min(), rows.min()) if len(rows) else (0, 0)
+    right, bottom = (columns.max() + 1, rows.max() + 1) if len(rows) else (0, 0)
+    assert mask_box(compressed) == [left, top, right - left, bottom - top]
+
+
+def test_probabilities_are_of_the_object_above_a_half():
+    (rle,) = encode_masks(torch.tensor([[[0.5, 0.501], [0.499, 1.0]]]))
+    assert decode_masks([rle], 2, 2).tolist() == [[[0, 1], [0, 1]]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(1, 60), st.integers(1, 60)))
+def test_crops_are_pasted_as_torchvision_pastes_them(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    crops = torch.rand(3, 1, 28, 28, generator=generator)
+    sides = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
+    boxes = torch.rand(3, 4, generator=generator)
+    boxes = torch.cat([boxes[:, :2] * 0.7, boxes[:, :2] * 0.7 + boxes[:, 2:] * 0.3], dim=1) * sides
+    expected = (paste_masks_in_image(crops, boxes, size)[:, 0] > 0.5).to(torch.uint8)
+    assert torch.equal(decode_masks(encode_crops(crops, boxes, size), *size), expected)
+
+
+EMPTY_RUNS = [5, 10, 0, 0, WIDTH * HEIGHT - 15]
+
+
+def test_runs_without_pixels_do_not_end_a_mask():
+    # pycocotools' IoU stops at the first of them: it takes this mask and itself for different ones.
+    mask = np.zeros(WIDTH * HEIGHT, np.uint8)
+    mask[5:15] = 1
+    rle = as_rle({"size": [HEIGHT, WIDTH], "counts": EMPTY_RUNS}, HEIGHT, WIDTH)
+    assert np.array_equal(coco_mask.decode(rle).T.reshape(-1), mask)
+    assert coco_mask.iou([rle], encode_masks(torch.from_numpy(mask.reshape(WIDTH, HEIGHT).T)[None]), [0]).item() == 1.0
+
+
+SIZE = [HEIGHT, WIDTH]
+BROKEN = [
+    ("polygons", "a str: it must be polygons or an RLE"),
+    (3, "a int: it must be"),
+    ([3], "polygon 0 that is no list of numbers"),
+    (SQUARE, "polygon 0 that is no list of numbers"),
+    ([SQUARE, ["a"] * 6], "polygon 1 that is no list of numbers"),
+    ([[True] * 6], "polygon 0 that is no list of numbers"),
+    ([[1, 2, 3, 4]], "polygon 0 of 4 numbers: at least 3 points"),  # a box, to pycocotools
+    ([SQUARE[:-1]], "polygon 0 of 7 numbers"),
+    ([[]], "polygon 0 of 0 numbers"),
+    ([[*SQUARE[:-1], float("nan")]], "polygon 0 with numbers that are not finite"),
+    ([[*SQUARE[:-1], float("-inf")]], "not finite"),
+    ([[*SQUARE[:-1], 10**400]], "not finite"),
+    ([[*SQUARE[:-1], 41]], "polygon 0 that reaches far outside the image of 30x20 pixels"),
+    ([[-31, *SQUARE[1:]]], "far outside"),
+    ([[0, 0, 30, 20] * 40_000], "polygons whose outlines are 2,400,000 pixels long: 2,000,000 at most"),
+    ({"size": [WIDTH, HEIGHT], "counts": [600]}, "an RLE of size [30, 20], [height, width], in an image of 30x20"),
+    ({"size": "20x30", "counts": [600]}, "size is not [height, width]"),
+    ({"size": [20.0, 30.0], "counts": [600]}, "size is not [height, width]"),
+    ({"counts": [600]}, "size is not [height, width]"),
+    ({"size": SIZE}, "without counts"),
+    ({"size": SIZE, "counts": 600}, "without counts"),
+    ({"size": SIZE, "counts": [599]}, "add up to 599 pixels, not to the 600"),
+    ({"size": SIZE, "counts": [500, 101]}, "add up to 601"),
+    ({"size": SIZE, "counts": [-1, 601]}, "counts are broken"),
+    ({"size": SIZE, "counts": [600.0]}, "counts are broken"),
+    ({"size": SIZE, "counts": []}, "add up to 0"),
+    ({"size": SIZE, "counts": ""}, "add up to 0"),
+    ({"size": SIZE, "counts": "\u00e9"}, "counts are broken"),
+    ({"size": SIZE, "counts": "o"}, "counts are broken"),  # more should follow
+    ({"size": SIZE, "counts": "!"}, "counts are broken"),
+    ({"size": SIZE, "counts": "ooooooo0"}, "counts are broken"),  # more than 32 bits
+]
+
+
+@pytest.mark.parametrize(("value", "words"), BROKEN, ids=[words for _, words in BROKEN])
+def test_broken_segmentations_are_named(value, words):
+    problem = segmentation_problem(value, WIDTH, HEIGHT)
+    assert problem is not None
+    assert words in problem
+
+
+def test_images_too_large_for_pycocotools_are_refused():
+    assert segmentation_problem([SQUARE], 2**14, 2**12) is None
+    assert "67,108,864 at most" in segmentation_problem([SQUARE], 2**14, 2**12 + 1)
+
+
+COUNTS = st.text(st.characters(min_codepoint=40, max_codepoint=115), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(counts=COUNTS | st.lists(st.integers(-3, 700), max_size=6))
+def test_what_is_found_right_fills_the_image(counts):
+    rle = {"size": SIZE, "counts": counts}
+    if segmentation_problem(rle, WIDTH, HEIGHT) is None:
+        mask = coco_mask.decode(as_rle(rle, HEIGHT, WIDTH))
+        assert mask_area(as_rle(rle, HEIGHT, WIDTH)) == mask.sum()
+        assert mask.shape == (HEIGHT, WIDTH)
