@@ -33,11 +33,12 @@ from support.annotation_files import VALID, nodes, write
 from support.refined_models import refined
 
 from detector.data.annotations import read_coco
+from detector.data.checking import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
 from detector.data.results import read_results
 from detector.errors import DataError, ModelError
-from detector.evaluation.metric import match
+from detector.evaluation.metric import evaluate, match
 from detector.evaluation.report import as_text, make_report
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
@@ -461,6 +462,98 @@ def test_annotation_files(tmp_path, amount):
     fuzz(amount, json_files(VALID), check)
 
 
+SQUARE = [2, 3, 12, 3, 12, 13, 2, 13]
+COMPRESSED = {"size": [20, 30], "counts": "[1::0U`0"}
+RUNS = {"size": [20, 30], "counts": [43, 10, 10, 10, 527]}
+SEGMENTATIONS = [[SQUARE], COMPRESSED, RUNS]
+
+
+def with_parts():
+    """The valid file with masks of each kind, and key points."""
+    data = copy.deepcopy(VALID)
+    for category in data["categories"]:
+        category |= {"keypoints": ["left_ear", "right_ear"], "skeleton": [[1, 2]]}
+    for annotation, segmentation in zip(data["annotations"], SEGMENTATIONS, strict=True):
+        annotation |= {"segmentation": segmentation, "keypoints": [3, 4, 2, 8.5, 9, 1], "num_keypoints": 2}
+    return data
+
+
+PARTS = {
+    "segmentation": st.sampled_from([*SEGMENTATIONS, None, [], {}, [[]], [SQUARE, SQUARE[:6]], [SQUARE[:7]], "11"])
+    | st.lists(st.lists(NUMBERS | st.integers(-9, 40), max_size=9), max_size=3)
+    | st.fixed_dictionaries(
+        {"size": st.sampled_from([[20, 30], [30, 20], [20], None, [20, 30.0], [2**40, 2**40]])},
+        optional={"counts": st.lists(NUMBERS | st.integers(0, 600), max_size=4) | st.text(max_size=9) | JUNK},
+    )
+    | st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=20).map(
+        lambda counts: {"size": [20, 30], "counts": counts}
+    ),
+    "keypoints": st.lists(NUMBERS | st.sampled_from([0, 1, 2]), max_size=7) | JUNK,
+}
+
+
+@st.composite
+def parts(draw, base):
+    """(kind, JSON text): a right file, with other masks or key points, also of what the categories name."""
+    data = copy.deepcopy(base)
+    entries = data if isinstance(data, list) else data["annotations"]
+    field = draw(st.sampled_from(sorted(PARTS)))
+    entries[draw(PLACES) % len(entries)][field] = draw(PARTS[field])
+    if isinstance(data, dict) and draw(st.booleans()):
+        names = st.lists(st.sampled_from(["left", "right", "nose"]) | JUNK, max_size=3) | JUNK
+        lines = st.lists(st.lists(st.integers(-1, 3), max_size=3) | JUNK, max_size=2) | JUNK
+        data["categories"][draw(PLACES) % 2] |= {"keypoints": draw(names), "skeleton": draw(lines)}
+    return f"part: {field}", made(json.dumps(data).encode(), data)
+
+
+def right_parts(path, folder):
+    """Masks are pycocotools' own, and the truth fed back is perfect, but for what it has no mask or key point of."""
+    loaded = CocoDetection(folder, path, parts=["masks"])
+    for index, objects in enumerate(loaded.objects):
+        image, target = loaded[index]
+        assert target["masks"].shape == (len(objects), *image.shape[1:])
+        for annotation, mask in zip(objects, target["masks"].numpy(), strict=True):
+            if annotation.get("segmentation"):
+                assert np.array_equal(mask, loaded.coco.annToMask(annotation))
+            else:
+                assert not mask.any()
+    objects = [a for a in loaded.coco.anns.values() if not a["iscrowd"]]
+    seen = [a for a in objects if a.get("segmentation") and loaded.coco.annToMask(a).any()]
+    fields = ("image_id", "category_id", "segmentation")
+    found = path.with_name("fed_back.json")
+    found.write_text(json.dumps([{"score": 1.0, **{name: a[name] for name in fields}} for a in seen]))
+    scores, _ = evaluate(loaded.coco, read_results(found, loaded.coco), iou_type="segm")
+    if len(seen) == len(objects):
+        assert scores["AP"] == pytest.approx(1.0 if objects else -1.0)
+    else:
+        assert 0 <= scores["AP"] < 1
+
+
+@amounts(500, 10_000)
+def test_annotation_files_with_masks_and_key_points(tmp_path, amount):
+    path = write(tmp_path)
+    (tmp_path / "out.png").write_bytes((tmp_path / "images" / "a.png").read_bytes())
+
+    def check(content):
+        path.write_bytes(content)
+        check_dataset(path, tmp_path / "images")
+        try:
+            loaded = CocoDetection(tmp_path / "images", path, parts=["keypoints", "masks"])
+            samples = [loaded[index] for index in range(len(loaded))]
+            right_parts(path, tmp_path / "images")
+            evaluate(loaded.coco, [], iou_type="keypoints")
+        except DataError as error:
+            in_a_sentence(error, tmp_path)
+            return False
+        for (_, target), objects in zip(samples, loaded.objects, strict=True):
+            assert target["keypoints"].shape == (len(objects), len(loaded.keypoints), 3)
+            assert torch.isfinite(target["keypoints"]).all()
+        return True
+
+    base = with_parts()
+    fuzz(amount, st.one_of(parts(base), parts(base), changes(base)), check)
+
+
 RESULTS = [
     {"image_id": 4, "category_id": 7, "bbox": [1, 2, 10.5, 5], "score": 0.9},
     {"image_id": 4, "category_id": 3, "bbox": [5, 6, 20, 10], "score": 0.75},
@@ -500,6 +593,36 @@ def test_results_files(tmp_path, amount):
 
     others = st.sampled_from([("another file", json.dumps(VALID).encode())])
     fuzz(amount, PLACES.flatmap(lambda n: json_files(RESULTS) if n % 30 else others | many_results()), check)
+
+
+RESULTS_OF_PARTS = [
+    [{**result, "segmentation": segmentation} for result, segmentation in zip(RESULTS, [*SEGMENTATIONS, [SQUARE]])],
+    [{**result, "keypoints": [3, 4, 0.5, 8.5, 9, 1]} for result in RESULTS],
+]
+
+
+@amounts(500, 10_000)
+def test_results_files_of_masks_and_key_points(tmp_path, amount):
+    truth = read_coco(write(tmp_path, with_parts()), parts=["masks", "keypoints"])
+    path = tmp_path / "found.json"
+
+    def check(content):
+        path.write_bytes(content)
+        try:
+            results = read_results(path, truth)
+            for kind, field in {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}.items():
+                if results and field in results[0]:
+                    scores, _ = evaluate(truth, results, iou_type=kind)
+                    assert all(score == -1 or 0 <= score <= 1 for score in scores.values())
+        except DataError as error:  # the metric knows no files
+            in_a_sentence(error, path if str(path) in str(error) else "key points")
+            return False
+        assert len(results) == len(json.loads(content))
+        assert all(len(result["bbox"]) == 4 for result in results)
+        return True
+
+    cases = [make(base) for base in RESULTS_OF_PARTS for make in (parts, parts, changes)]
+    fuzz(amount, st.one_of(cases), check)
 
 
 def test_ten_thousand_results_of_an_image(tmp_path):

@@ -99,3 +99,33 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_digits(tmp_path / "b", splits=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_masks_are_the_ink_that_is_seen(tmp_path):
+    root = tmp_path / "a"
+    write_digits(root, splits={"train": 30, "val": 2})
+    path = root / "annotations" / "instances_train.json"
+    data = CocoDetection(root / "train", path, parts=["masks"])
+    tight = total = 0
+    for index in range(len(data)):
+        image, target = data[index]
+        masks, areas = target["masks"].bool(), [one["area"] for one in data.objects[index]]
+        assert (masks.sum(0) <= 1).all()  # what a digit on top covers is not seen
+        assert masks.flatten(1).sum(1).tolist() == areas
+        for mask, (x1, y1, x2, y2) in zip(masks, target["boxes"].int().tolist()):
+            total += 1
+            ink = image[:, mask]
+            outside = mask.clone()
+            outside[y1:y2, x1:x2] = False
+            assert not outside.any()
+            rows, columns = mask.nonzero().unbind(1)
+            found = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+            tight += found == (x1, y1, x2, y2)
+            # One colour with soft edges, unlike the blotches and noise around it.
+            around = image[:, y1:y2, x1:x2][:, ~masks[:, y1:y2, x1:x2].any(0)]
+            middle = ink.median(dim=1).values[:, None]
+            near = ((ink - middle).abs() < 0.15).all(0).float().mean()
+            assert near > 0.6
+            assert not around.numel() or near > ((around - middle).abs() < 0.15).all(0).float().mean()
+    assert total > 60
+    assert tight > 0.6 * total
