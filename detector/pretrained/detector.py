@@ -40,7 +40,7 @@ class PretrainedDetector(
     PyTorchModelHubMixin,
     library_name="affine-crop-rcnn",
     pipeline_tag="object-detection",
-    tags=["object-detection", "torchvision", "faster-rcnn"],
+    tags=["object-detection", "torchvision"],
 ):
     """A torchvision detector with the categories that its labels stand for, in eval mode.
 

@@ -193,6 +193,7 @@ def test_a_card_says_what_it_is_and_that_it_was_not_scored(saved):
     card = ModelCard.load(saved / "README.md")
     assert card.data.library_name == "affine-crop-rcnn"
     assert card.data.pipeline_tag == "object-detection"
+    assert "faster-rcnn" in card.data.tags
     assert card.data.eval_results is None
     assert "It was not scored" in card.text
     assert "timm/test_efficientnet" in card.text

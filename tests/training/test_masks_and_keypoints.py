@@ -100,6 +100,8 @@ def test_what_it_finds_in_an_image(run, data, tmp_path):
     card = (tmp_path / "saved" / "README.md").read_text()
     assert ("A Mask R-CNN" if part == "masks" else "A Keypoint R-CNN") in card
     assert f"pipeline_tag: {'image-segmentation' if part == 'masks' else 'keypoint-detection'}" in card
+    assert f"- {'mask-rcnn' if part == 'masks' else 'keypoint-rcnn'}\n" in card
+    assert "- faster-rcnn\n" not in card
 
 
 def test_predict_writes_them(run, data, tmp_path):
