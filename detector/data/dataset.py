@@ -13,7 +13,7 @@ from detector.data.annotations import read_coco, refuse
 from detector.data.checking import file_problems
 from detector.data.images import read_image
 from detector.data.keypoints import KeypointLayout, keypoints_of, layout_of
-from detector.data.masks import decode_masks
+from detector.data.masks import MaskLayers
 from detector.data.part_problems import Part
 from detector.data.problems import Entry
 from detector.errors import DataError
@@ -23,6 +23,7 @@ from detector.text import listed
 Target = dict[str, Tensor]
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 AXES = "axes"  # of the image, in a target on its way through the augmentation
+LEAVE_OUT = "leave SanitizeBoundingBoxes and the like out, for objects whose box is gone are left out here"
 
 
 def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
@@ -152,9 +153,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "labels": labels,
             "image_id": torch.tensor(info["id"]),
         }
+        layers = None
         if "masks" in self.parts:
-            outlines = [annotation.get("segmentation") for annotation in self.objects[index]]
-            target["masks"] = tv_tensors.Mask(decode_masks(outlines, *size))
+            layers = MaskLayers.of([annotation.get("segmentation") for annotation in self.objects[index]], *size)
+            target["masks"] = tv_tensors.Mask(layers.maps)
         labelled = torch.empty(0)
         if self.keypoints is not None:
             points, labelled = keypoints_of(self.objects[index], len(self.keypoints)).split([2, 1], dim=2)
@@ -167,20 +169,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             except (LookupError, ValueError, TypeError, RuntimeError) as error:
                 path = self.folder / info["file_name"]
                 reason = " ".join(str(error).split())  # in one line, or a worker's report would lose its beginning
+                if self.parts and isinstance(error, IndexError):
+                    reason += f": {LEAVE_OUT}"
                 raise DataError(f"{path}: the augmentation fails on this image: {reason}") from error
         image = v2.functional.to_dtype(image, torch.float32, scale=True).as_subclass(Tensor)
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        for part in self.parts:
-            if len(target[part]) != len(target["boxes"]) or (part == "keypoints" and len(target[part]) != len(boxes)):
-                raise DataError(
-                    f"{self.folder / info['file_name']}: of {len(boxes)} objects the augmentation left "
-                    f"{len(target['boxes'])} boxes and {len(target[part])} with {part}: leave SanitizeBoundingBoxes "
-                    "and the like out, for objects whose box is gone are left out here"
-                )
-        if "masks" in self.parts:
-            target["masks"] = (target["masks"] == 1).to(torch.uint8)  # transforms fill them with the image's colour
+        if self.parts and len(target["boxes"]) != len(boxes):
+            raise DataError(
+                f"{self.folder / info['file_name']}: of {len(boxes)} objects the augmentation left "
+                f"{len(target['boxes'])}: {LEAVE_OUT}"
+            )
+        if layers is not None:
+            target["masks"] = layers.masks(target["masks"])
         if self.keypoints is not None:
             turn = _turn(target.pop(AXES))
             if turn == 0:

@@ -1,6 +1,7 @@
 """Masks of objects: COCO's segmentations (polygons, RLE) as tensors, and back."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,61 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
 
 def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
     """Segmentations, see :func:`as_rle`, as masks [L, H, W], uint8, 1 on the object."""
-    masks = torch.empty(len(segmentations), height, width, dtype=torch.uint8)
+    masks = torch.zeros(len(segmentations), height, width, dtype=torch.uint8)
     for mask, segmentation in zip(masks, segmentations):  # one by one: pycocotools' own array of all would be a copy
-        mask.numpy()[:] = coco_mask.decode(as_rle(segmentation, height, width))
+        _paint(mask, as_rle(segmentation, height, width), 1)
     return masks
+
+
+@dataclass(frozen=True)
+class MaskLayers:
+    """Masks as a few maps, in each of which objects that lie apart are numbered: of a large image with many objects the
+    masks themselves would fill the memory before they are resized.
+
+    Args:
+        maps: [N, H, W] uint8, 0 where no object is.
+        places: of each object its map, and its number there.
+    """
+
+    maps: Tensor
+    places: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, segmentations: Sequence[Any], height: int, width: int) -> "MaskLayers":
+        """Lay out segmentations, see :func:`as_rle`."""
+        maps: list[Tensor] = []
+        boxes: list[list[tuple[float, ...]]] = []  # of the objects on each map
+        places = []
+        for segmentation in segmentations:
+            rle = as_rle(segmentation, height, width)
+            x, y, w, h = mask_box(rle)
+            box = (x, y, x + w, y + h)
+            free = (i for i, others in enumerate(boxes) if len(others) < 255 and not any(_meet(box, o) for o in others))
+            layer = next(free, len(maps))
+            if layer == len(maps):
+                maps.append(torch.zeros(height, width, dtype=torch.uint8))
+                boxes.append([])
+            boxes[layer].append(box)
+            places.append((layer, len(boxes[layer])))
+            _paint(maps[layer], rle, len(boxes[layer]))
+        return cls(torch.stack(maps) if maps else torch.zeros(0, height, width, dtype=torch.uint8), tuple(places))
+
+    def masks(self, maps: Tensor) -> Tensor:
+        """The masks [L, H', W'], uint8, of what an augmentation made of the maps, [N, H', W']."""
+        masks = [maps[layer] == number for layer, number in self.places]
+        return torch.stack(masks).to(torch.uint8) if masks else maps.new_zeros((0, *maps.shape[1:]))
+
+
+def _paint(canvas: Tensor, rle: Rle, number: int) -> None:
+    """Set the pixels of a mask, on a canvas [H, W] of uint8, to a number."""
+    left, top, width, height = (int(side) for side in mask_box(rle))
+    there = np.s_[top : top + height, left : left + width]  # no more: pycocotools' columns are not torch's rows
+    canvas.numpy()[there][coco_mask.decode(rle)[there] > 0] = number
+
+
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes (x1, y1, x2, y2) have a pixel in common."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def encode_masks(masks: Tensor) -> list[Rle]:

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detector.data.masks import (
+    MaskLayers,
     as_rle,
     decode_masks,
     encode_crops,
@@ -96,6 +97,30 @@ def test_a_mask_comes_back_from_each_kind_of_rle(mask):
     left, top = (columns.min(), rows.min()) if len(rows) else (0, 0)
     right, bottom = (columns.max() + 1, rows.max() + 1) if len(rows) else (0, 0)
     assert mask_box(compressed) == [left, top, right - left, bottom - top]
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(0, 12), most=st.integers(1, 20))
+def test_layers_hold_the_masks(seed, count, most):
+    """Whatever overlaps what."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((count, HEIGHT, WIDTH), np.uint8)
+    for mask in masks:
+        (top, left), (height, width) = rng.integers(0, (HEIGHT, WIDTH)), rng.integers(0, most, 2)
+        mask[top : top + height, left : left + width] = rng.integers(0, 2)
+    layers = MaskLayers.of(encode_masks(torch.from_numpy(masks)), HEIGHT, WIDTH)
+    assert layers.masks(layers.maps).numpy().tolist() == masks.tolist()
+    assert layers.maps.shape[1:] == (HEIGHT, WIDTH)
+    assert len(layers.maps) <= count
+
+
+def test_objects_that_lie_apart_share_a_layer():
+    masks = np.zeros((300, HEIGHT, WIDTH), np.uint8)
+    for number, mask in enumerate(masks):
+        mask[number // WIDTH, number % WIDTH] = 1
+    layers = MaskLayers.of(encode_masks(torch.from_numpy(masks)), HEIGHT, WIDTH)
+    assert len(layers.maps) == 2  # 255 numbers fit into a byte
+    assert layers.masks(layers.maps).numpy().tolist() == masks.tolist()
 
 
 def test_probabilities_are_of_the_object_above_a_half():

@@ -217,3 +217,15 @@ def test_browsing_draws_them(data, tmp_path):
         output = f"--output={tmp_path / part}.png"
         browse([*TINY, f"--data.root={data}", f"--model.detector.finds={part}", output, "--count=2", "--epochs=1"])
         assert (tmp_path / f"{part}.png").read_bytes() != (tmp_path / "boxes.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_epochs_on_real_polygons_and_crowds(coco_cc, tmp_path):
+    sizes = ("--data.min_size=96", "--data.max_size=128", "--model.detector.min_size=96")
+    splits = ("--data.train_split=train2017", "--data.val_split=val2017")
+    losses = '--model.box_gradient.losses=["box", "mask"]'
+    train(arguments(coco_cc, tmp_path / "run", "masks", "--trainer.max_epochs=2", losses, *sizes, *splits))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["segm"]["scores"]["AP"] >= 0
+    assert report["about"]["objects"] > 500
+    assert json.loads((tmp_path / "run" / "detections.json").read_text())
