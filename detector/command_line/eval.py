@@ -4,6 +4,7 @@ python tools/eval.py --checkpoint runs/quickstart/checkpoints/last.ckpt --root d
 python tools/eval.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
 python tools/eval.py --results detections.json --annotations instances_val.json
 
+Masks (segm) and key points are scored beside boxes where the detector, or the file, and the annotations have them.
 Written are report.html (plots, the worst and the best images), report.json, scores.json and detections.json (COCO's
 results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices. Classes are the data's
 by their names, whatever the ids.

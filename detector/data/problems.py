@@ -152,7 +152,7 @@ def wrong_fields(name: str, entry: Any) -> list[str]:
     if not isinstance(entry, dict):
         return list(FIELDS[name])
     optional: tuple[str, ...] = OPTIONAL
-    if name == RESULTS and any(part in entry for part in INSTEAD_OF_BOX):
+    if name == RESULTS and any(entry.get(part) for part in INSTEAD_OF_BOX):
         optional = (*OPTIONAL, "bbox")
     return [
         field

@@ -56,7 +56,7 @@ def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | Non
     """Read a results file and check it against the annotations that it is to be scored with.
 
     It is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox`` (x, y,
-    width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have those of the first. What
+    width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have what one of them has. What
     else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points, and ``notes`` gets a
     sentence.
 
@@ -66,7 +66,7 @@ def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | Non
     """
     data = read_json(path)
     refuse(result_problems(path, data, ground_truth.imgs.keys(), ground_truth.cats.keys()))
-    parts = [name for name in ("segmentation", "keypoints") if data and name in data[0]]
+    parts = [name for name in ("segmentation", "keypoints") if any(entry.get(name) for entry in data)]
     refuse(problem for part in parts for problem in _part_problems(path, data, part, ground_truth))
     if notes is not None and data and "bbox" not in data[0]:
         around = "masks" if "segmentation" in parts else "key points"
@@ -86,11 +86,11 @@ def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | Non
 
 def _part_problems(path: str | Path, data: list[Any], part: str, ground_truth: COCO) -> Iterator[Problem]:
     """Say which masks, or key points, of results cannot be scored. Those of a detector are all of one number."""
-    count = len(data[0][part]) // 3 if part == "keypoints" and isinstance(data[0][part], list) else 0
+    count = next((len(entry[part]) // 3 for entry in data if isinstance(entry.get(part), list)), 0)
     for position, entry in enumerate(data):
         what: str | None
         if part not in entry:
-            what = f"has no {part}, which {RESULTS}[0] has"
+            what = f"has no {part}, which others have"
         elif part == "segmentation":
             image = ground_truth.imgs[entry["image_id"]]
             wrong = segmentation_problem(entry[part], image["width"], image["height"])

@@ -87,7 +87,7 @@ def model_card(
     """
     data = ModelCardData(**data.to_dict())
     data.pipeline_tag = PIPELINES[settings.parts]
-    data.tags = sorted({*(data.tags or []), KINDS[settings.parts].lower().replace(" ", "-")})
+    data.tags = sorted({*(data.tags or []), KINDS[settings.parts].lower().replace("-", "").replace(" ", "-")})
     title = f"Affine-crop R-CNN: {settings.name}"
     by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
     listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")

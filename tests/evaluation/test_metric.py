@@ -12,6 +12,7 @@ from support.scored import result, truth
 from support.tiny_models import batch, copies, tiny_rcnn
 
 from detector.data.annotations import read_coco
+from detector.data.masks import encode_masks
 from detector.errors import DataError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict, to_results
 from detector.rcnn.draws import draw_by_image
@@ -148,6 +149,8 @@ def test_losses_and_detections_of_one_pass_are_those_of_two(kind, swapped):
         assert not loss.requires_grad
     for found, want in zip(detections, wanted, strict=True):
         assert len(found["boxes"])
+        if "masks" in want:
+            assert found["segmentations"] == encode_masks(want.pop("masks").flatten(0, 1))
         for name in want:
             torch.testing.assert_close(found[name], want[name])
 

@@ -232,7 +232,7 @@ def test_results_of_each_kind_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda r: r[1].pop("segmentation"), r"results\[1\] has no segmentation, which results\[0\] has"),
+        (lambda r: r[1].pop("segmentation"), r"results\[1\] has no segmentation, which others have"),
         (
             lambda r: r[2]["segmentation"].update(size=[4, 4]),
             r"results\[2\] has segmentation .* an RLE of size \[4, 4\]",

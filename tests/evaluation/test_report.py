@@ -555,7 +555,7 @@ class TestResultsFile:
 
     def test_what_is_right_is_kept(self, tmp_path):
         good = result(1, [0, 0.5, 20, 0])
-        assert self.read(tmp_path, [{**good, "segmentation": [1], "id": 9}]) == [good]
+        assert self.read(tmp_path, [{**good, "segmentation": [], "id": 9}]) == [good]
         assert self.read(tmp_path, []) == []
 
     @pytest.mark.parametrize(

@@ -586,7 +586,7 @@ def test_one_process_opens_the_images_for_all(digits, tmp_path, monkeypatch):
     for rank in (0, 1):
         data = CocoDataModule(str(tmp_path / "digits"), train_split="train", val_split="val", skip_broken=True)
         strategy = SimpleNamespace(broadcast=broadcast)
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy, lightning_module=None)
         data.setup("fit")
         assert (len(data.train_set), len(data.val_set)) == (6, 2)
         monkeypatch.setattr("detector.training.data.open_images", None)  # the second looks at none
@@ -865,7 +865,7 @@ def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
         f"{part}_threshold" for part in ("rpn_nms", "rpn_fg_iou", "rpn_bg_iou", "box_nms", "box_fg_iou", "box_bg_iou")
     ]
     names.append("aspect_ratios")
-    data = SimpleNamespace(val_set=SimpleNamespace(category_names=["a"]))
+    data = SimpleNamespace(val_set=SimpleNamespace(category_names=["a"], keypoints=None))
     trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), datamodule=data)
 
     def go_on(saved, now):
