@@ -48,6 +48,11 @@ class KeypointLayout:
         # Each other's: names may be used twice, or be written in two ways.
         return [other if others[other] == number else number for number, other in enumerate(others)]
 
+    def fits(self, other: "KeypointLayout") -> bool:
+        """Whether both are of the same points in the same order; numbers, of points that nobody named, fit any name."""
+        numbers = tuple(f"{i + 1}" for i in range(len(self)))
+        return len(self) == len(other) and (self.names == other.names or numbers in (self.names, other.names))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {"names": list(self.names), "skeleton": [list(line) for line in self.skeleton]}

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 from detector.data.annotations import index_coco
 from detector.data.keypoints import layout_of
@@ -28,7 +28,7 @@ SUMMARIES: dict[IouType, tuple[str, ...]] = {
 }
 IOU_TYPES: dict[Part, IouType] = {"masks": "segm", "keypoints": "keypoints"}
 # COCO measured one for each of its 17 points; of others nobody did, and all get the mean of these.
-SIGMA = 0.0646
+SIGMA = float(Params("keypoints").kpt_oks_sigmas.mean())
 Evaluator = Literal["pycocotools", "faster-coco-eval"]
 
 

@@ -18,7 +18,7 @@ from detector.data.dataset import CocoDetection
 from detector.data.keypoints import KeypointLayout, layout_of
 from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
 from detector.data.results import crowded, read_results
-from detector.errors import DataError, UserError, sentence
+from detector.errors import DataError, UserError, sentence, shown
 from detector.evaluation.metric import IOU_TYPES
 from detector.evaluation.ranks import gathered, joined
 from detector.evaluation.running import Predictions, run_detector
@@ -246,6 +246,11 @@ def scored_parts(
             notes.append(
                 f"No keypoints scores: the detector finds {len(layout)} key points of an object, the annotations have "
                 f"{len(data.keypoints)}."
+            )
+        elif part == "keypoints" and layout is not None and data.keypoints and not layout.fits(data.keypoints):
+            notes.append(
+                f"No keypoints scores: the detector's key points are {shown(layout.names)}, those of the annotations "
+                f"{shown(data.keypoints.names)}."
             )
         else:
             parts.append(part)

@@ -124,3 +124,12 @@ def test_right_lists_have_no_problem():
 
 def test_layouts_as_json():
     assert KeypointLayout.from_dict(json.loads(json.dumps(PERSON.to_dict()))) == PERSON
+
+
+def test_layouts_fit_by_their_names_in_order():
+    named, swapped, numbered = (KeypointLayout(names) for names in (("a", "b"), ("b", "a"), ("1", "2")))
+    assert named.fits(named)
+    assert named.fits(numbered)
+    assert numbered.fits(named)
+    assert not named.fits(swapped)
+    assert not named.fits(KeypointLayout(("a", "b", "c")))

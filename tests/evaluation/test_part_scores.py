@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from support.tiny_models import batch, tiny_rcnn
 
 from detector.data.annotations import index_coco
 from detector.data.dataset import CocoDetection
-from detector.data.keypoints import PERSON
+from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.masks import as_rle, decode_masks
 from detector.data.results import read_results, to_results
 from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_parts, match
-from detector.evaluation.scoring import evaluate_results
+from detector.evaluation.scoring import evaluate_results, scored_parts
 from detector.evaluation.writing import EvaluationOptions
 from detector.models.detecting import detect
 
@@ -300,3 +301,18 @@ def test_another_number_of_key_points_is_refused(tmp_path):
     annotations = write(tmp_path / "a.json", truth(17))
     with pytest.raises(DataError, match="15 numbers, and the annotations have 17 key points"):
         evaluate_results(str(results), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("a", "b", "c")])
+def test_key_points_of_other_names_are_not_scored_and_that_is_said(names):
+    data = SimpleNamespace(parts=("keypoints",), keypoints=KeypointLayout(("a", "b")))
+    assert scored_parts(data, ["keypoints"], KeypointLayout(("a", "b"))) == (["keypoints"], [])
+    parts, (note,) = scored_parts(data, ["keypoints"], KeypointLayout(names))
+    assert parts == []
+    assert "No keypoints scores" in note
+
+
+def test_the_tolerance_of_other_points_is_the_mean_of_cocos():
+    # sigmas of COCO's evaluation page, times 1000
+    coco = [26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]
+    assert pytest.approx(sum(coco) / 17 / 1000) == SIGMA
