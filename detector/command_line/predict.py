@@ -1,4 +1,4 @@
-"""Detect objects in images: pictures with boxes, names and scores, and the numbers as JSON.
+"""Detect objects in images: pictures with boxes, names, scores, masks and key points, and the numbers as JSON.
 
 python tools/predict.py photo.jpg --checkpoint runs/quickstart/checkpoints/last.ckpt
 python tools/predict.py photos "more/*.png" --checkpoint FOLDER --output found --min_score 0.3

@@ -1,6 +1,7 @@
 """Images, boxes, masks and key points of a split in COCO's layout, as torchvision's detectors are trained on them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -117,6 +118,12 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.image_ids = [self.image_ids[index] for index in kept]
         self.targets = [self.targets[index] for index in kept]
         self.objects = [self.objects[index] for index in kept] if self.parts else []
+
+    def boxes_alone(self) -> "CocoDetection":
+        """The same images and boxes, read without masks and key points."""
+        other = copy(self)
+        other.parts, other.objects, other.keypoints = (), [], None
+        return other
 
     def leave_out(self, broken: Mapping[int, str]) -> str:
         """Go on without some images, of which only :attr:`coco` still knows. Returns a sentence that says so.

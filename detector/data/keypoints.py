@@ -25,7 +25,7 @@ class KeypointLayout:
         skeleton: pairs of key points, from 0 on, with a line between them in pictures.
 
     Raises:
-        ValueError: there is none, or too many; or a line between points that there are not.
+        ValueError: there is none, or too many, or two have one name; or a line between points that there are not.
     """
 
     names: tuple[str, ...]
@@ -34,6 +34,9 @@ class KeypointLayout:
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= MOST or not all(type(name) is str for name in self.names):
             raise ValueError(f"key points must be 1 to {MOST} names, got {shown(self.names)}")
+        if len(set(self.names)) < len(self.names):
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(f"the name {shown(twice)} is that of several key points")
         for line in self.skeleton:
             if len(line) != 2 or not all(type(end) is int and 0 <= end < len(self.names) for end in line):
                 raise ValueError(f"a line of the skeleton must join two of {len(self.names)} points, got {shown(line)}")
@@ -45,13 +48,18 @@ class KeypointLayout:
         """Of each point the place of the one that it becomes in a mirror: of "left_eye" that of "right_eye"."""
         place = {name.lower(): number for number, name in enumerate(self.names)}
         others = [place.get(_other_side(name), number) for number, name in enumerate(self.names)]
-        # Each other's: names may be used twice, or be written in two ways.
+        # Each other's: a name may be written in two ways.
         return [other if others[other] == number else number for number, other in enumerate(others)]
 
     def fits(self, other: "KeypointLayout") -> bool:
         """Whether both are of the same points in the same order; numbers, of points that nobody named, fit any name."""
-        numbers = tuple(f"{i + 1}" for i in range(len(self)))
+        numbers = self.numbered(len(self)).names
         return len(self) == len(other) and (self.names == other.names or numbers in (self.names, other.names))
+
+    @classmethod
+    def numbered(cls, count: int) -> "KeypointLayout":
+        """That of points that nobody named."""
+        return cls(tuple(f"{i + 1}" for i in range(min(count, MOST))))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -116,7 +124,7 @@ def layout_of(
         return next(iter(found))
     lists = (annotation.get("keypoints") for annotation in annotations)
     first = next((points for points in lists if isinstance(points, list) and len(points) >= 3), None)
-    return None if first is None else KeypointLayout(tuple(f"{i + 1}" for i in range(min(len(first) // 3, MOST))))
+    return None if first is None else KeypointLayout.numbered(len(first) // 3)
 
 
 def keypoints_of(annotations: Sequence[Mapping[str, Any]], count: int) -> Tensor:

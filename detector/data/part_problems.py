@@ -11,7 +11,8 @@ from detector.errors import DataError, shown
 
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
-NAME: dict[Part, str] = {"masks": "segmentation", "keypoints": "key points"}
+NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
+NO_AREA = "has no area: that of its box is taken, by which objects are small or large, and key points near enough"
 UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found, and no key point is learned from it"
 
 
@@ -33,8 +34,7 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
         The problems. Objects without any are a flaw where others have some; nothing is said where none has.
     """
     field = FIELD[part]
-    name = "masks" if part == "masks" else "key points"
-    without = "" if broken == "error" else f" (boxes can be trained all the same, {name} cannot)"
+    without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
     count = 0
     if part == "keypoints":
         try:
@@ -54,6 +54,9 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
                 missing.append(_missing(part, where(path, "annotations", position, annotation)))
             continue
         some = True
+        if "area" not in annotation and not annotation.get("iscrowd"):
+            at = where(path, "annotations", position, annotation)
+            missing.append(Problem(f"{NAME[part]} without an area", "flaw", f"{at} {NO_AREA}"))
         if part == "masks":
             what = segmentation_problem(value, *sizes[annotation["image_id"]])
         else:

@@ -67,8 +67,9 @@ def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | Non
     data = read_json(path)
     refuse(result_problems(path, data, ground_truth.imgs.keys(), ground_truth.cats.keys()))
     parts = [name for name in ("segmentation", "keypoints") if any(entry.get(name) for entry in data)]
-    refuse(problem for part in parts for problem in _part_problems(path, data, part, ground_truth))
-    if notes is not None and data and "bbox" not in data[0]:
+    fields = ["bbox", *parts] if any("bbox" in entry for entry in data) else parts
+    refuse(problem for field in fields for problem in _field_problems(path, data, field, ground_truth))
+    if notes is not None and data and "bbox" not in fields:
         around = "masks" if "segmentation" in parts else "key points"
         notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
@@ -84,22 +85,23 @@ def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | Non
     return results
 
 
-def _part_problems(path: str | Path, data: list[Any], part: str, ground_truth: COCO) -> Iterator[Problem]:
-    """Say which masks, or key points, of results cannot be scored. Those of a detector are all of one number."""
-    count = next((len(entry[part]) // 3 for entry in data if isinstance(entry.get(part), list)), 0)
+def _field_problems(path: str | Path, data: list[Any], field: str, ground_truth: COCO) -> Iterator[Problem]:
+    """Say which boxes, masks or key points are missing, and which of the latter two cannot be scored.
+
+    The key points of a detector are all of one number: that which most have.
+    """
+    counts = Counter(len(entry[field]) // 3 for entry in data if isinstance(entry.get(field), list))
+    count = counts.most_common(1)[0][0] if counts else 0
     for position, entry in enumerate(data):
-        what: str | None
-        if part not in entry:
-            what = f"has no {part}, which others have"
-        elif part == "segmentation":
+        wrong: str | None = None
+        if field == "segmentation" and field in entry:
             image = ground_truth.imgs[entry["image_id"]]
-            wrong = segmentation_problem(entry[part], image["width"], image["height"])
-            what = wrong and f"has {part} {shown(entry[part])}, {wrong}"
-        else:
-            wrong = keypoints_problem(entry[part], max(count, 1), visibility=False)
-            what = wrong and f"has {part} {shown(entry[part])}, {wrong}"
-        if what:
-            yield Problem(f"results with a wrong {part}", "error", f"{path}: {RESULTS}[{position}] {what}")
+            wrong = segmentation_problem(entry[field], image["width"], image["height"])
+        elif field == "keypoints" and field in entry:
+            wrong = keypoints_problem(entry[field], max(count, 1), visibility=False)
+        if field not in entry or wrong:
+            what = f"has {field} {shown(entry[field])}, {wrong}" if wrong else f"has no {field}, which others have"
+            yield Problem(f"results with a wrong {field}", "error", f"{path}: {RESULTS}[{position}] {what}")
 
 
 def _box_of(result: Result) -> list[float]:

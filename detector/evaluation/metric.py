@@ -52,7 +52,7 @@ def evaluate(
 
     Returns:
         The numbers of :data:`SUMMARIES` and AP90 (at IoU 0.90), -1 where no object is of that size, as in
-        pycocotools; and pycocotools' own table.
+        pycocotools; and pycocotools' own table with a line of AP90.
 
     Raises:
         DataError: a result is for an image or a category that ``truth`` does not have.
@@ -65,11 +65,28 @@ def evaluate_parts(
     truth: COCO, results: list[Result], image_ids: Iterable[int], *, parts: Sequence[Part] = ()
 ) -> dict[str, float]:
     """The scores of boxes, see :func:`evaluate`, and of masks and key points as "segm/AP", "keypoints/AP" and so on."""
-    image_ids = list(image_ids)
-    scores = evaluate(truth, results, image_ids)[0]
-    for kind in (IOU_TYPES[part] for part in parts):
-        of_part = evaluate(truth, results, image_ids, iou_type=kind)[0]
-        scores |= {f"{kind}/{name}": score for name, score in of_part.items()}
+    return scores_of(match_parts(truth, results, list(image_ids), parts=parts))
+
+
+def match_parts(
+    truth: COCO,
+    results: list[Result],
+    image_ids: Sequence[int],
+    *,
+    parts: Sequence[Part] = (),
+    evaluator: Evaluator = "pycocotools",
+) -> list[COCOeval]:
+    """The scorers of :func:`match` of boxes, and of masks and key points."""
+    kinds: list[IouType] = ["bbox", *(IOU_TYPES[part] for part in parts)]
+    return [match(truth, results, image_ids, evaluator=evaluator, iou_type=kind) for kind in kinds]
+
+
+def scores_of(scorers: Iterable[COCOeval]) -> dict[str, float]:
+    """The scores of several scorers: of boxes as in :func:`evaluate`, of others as "segm/AP", "keypoints/AP", ..."""
+    scores: dict[str, float] = {}
+    for scorer in scorers:
+        before = "" if scorer.params.iouType == "bbox" else f"{scorer.params.iouType}/"
+        scores |= {f"{before}{name}": score for name, score in summary(scorer)[0].items()}
     return scores
 
 
@@ -176,7 +193,7 @@ def _set_keypoints(settings: Any, truth: COCO) -> None:
 
 
 def summary(scorer: COCOeval) -> tuple[dict[str, float], str]:
-    """The scores and pycocotools' table, see :func:`evaluate`, of what :func:`match` returned by its defaults."""
+    """The scores and the table, see :func:`evaluate`, of what :func:`match` returned by its defaults."""
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         scorer.summarize()
@@ -184,7 +201,9 @@ def summary(scorer: COCOeval) -> tuple[dict[str, float], str]:
     precision = scorer.eval["precision"][np.isclose(scorer.params.iouThrs, 0.9), ..., 0, -1]
     precision = precision[precision > -1]
     scores["AP90"] = float(precision.mean()) if precision.size else -1.0
-    return scores, table.getvalue().rstrip()
+    most = scorer.params.maxDets[-1]
+    row = f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets={most:3} ] = {scores['AP90']:0.3f}"
+    return scores, f"{table.getvalue().rstrip()}\n{row}"
 
 
 def evaluator_version(evaluator: Evaluator) -> str:

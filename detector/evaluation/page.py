@@ -294,13 +294,13 @@ def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
     for kind, what in PARTS.items():
         if report.get(kind):
             ious = [row["iou"] for row in report["by_iou"]]
-            lines = [
-                ("boxes", [row["AP"] for row in report["by_iou"]], INK, True),
-                (what.lower(), [row["AP"] for row in report[kind]["by_iou"]], LINES[0], False),
-            ]
-            over = "IoU threshold" if kind == "segm" else "IoU, or OKS, threshold"
-            axes = {"xlabel": over, "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
-            plots[kind] = _lines(kind, f"AP of boxes and {what.lower()}", ious, lines, style="o", **axes)
+            lines = [(what.lower(), [row["AP"] for row in report[kind]["by_iou"]], LINES[0], False)]
+            title, over = f"AP of {what.lower()}", "OKS"
+            if kind == "segm":  # the OKS of key points is another measure than the IoU of boxes
+                lines.insert(0, ("boxes", [row["AP"] for row in report["by_iou"]], INK, True))
+                title, over = f"{title} and boxes", "IoU"
+            axes = {"xlabel": f"{over} threshold", "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
+            plots[kind] = _lines(kind, title, ious, lines, style="o", **axes)
     for key, title, names, measured in (
         ("by_iou", "AP by IoU threshold", [f"{row['iou']:.2f}" for row in report["by_iou"]], ("AP",)),
         ("by_size", "AP and AR by size of the objects", [row["size"] for row in report["by_size"]], ("AP", "AR")),

@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import confused_pairs, confusion
-from detector.evaluation.metric import SUMMARY, IouType, summary
+from detector.evaluation.metric import SUMMARY, IouType, scores_of, summary
 from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import Hit, recall
 from detector.files import read_json
@@ -36,7 +36,7 @@ def make_report(
     losses: Mapping[str, float] | None = None,
     proposals: Sequence[Hit] | None = None,
     kept_proposals: int = 0,
-    unrefined: COCOeval | None = None,
+    unrefined: Sequence[COCOeval] = (),
     parts: Sequence[COCOeval] = (),
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -51,13 +51,14 @@ def make_report(
         losses: the losses of a mean image.
         proposals: the proposals that may cover an object.
         kept_proposals: how many of an image's proposals the head sees.
-        unrefined: as ``scorer``, of what the detector finds without its refinement.
+        unrefined: as ``scorer`` and ``parts`` together, of what the detector finds without its refinement.
         parts: as ``scorer``, of masks and key points.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences on what is to be known of the scores.
 
     Returns:
-        The report, in which an undefined number is ``None``, and pycocotools' table; of several kinds the tables.
+        The report, in which an undefined number is ``None``, and the table of :func:`~detector.evaluation.evaluate`; of
+        several kinds the tables.
     """
     truth, image_ids = scorer.cocoGt, [int(image_id) for image_id in scorer.params.imgIds]
     scores, table = summary(scorer)
@@ -128,11 +129,13 @@ def make_report(
             "by_class": [{"id": one["id"], "name": one["name"], **_of_class(part, k)} for k, one in enumerate(classes)],
         }
         table += f"\n\n{PARTS[kind]} ({kind})\n{of_table}"
-    if unrefined is not None:
-        before = {name: _number(score) for name, score in summary(unrefined)[0].items()}
+    if unrefined:
         report["refinement"] = {
-            "before": {"scores": before, "by_iou": _by_iou(unrefined)},
-            "after": {"scores": report["scores"], "by_iou": report["by_iou"]},
+            when: {
+                "scores": {name: _number(score) for name, score in scores_of(scorers).items()},
+                "by_iou": _by_iou(scorers[0]),
+            }
+            for when, scorers in (("before", unrefined), ("after", (scorer, *parts)))
         }
     if proposals is not None:
         rows = [{name: _number(value) for name, value in row.items()} for row in recall(truth, proposals, image_ids)]
@@ -228,7 +231,7 @@ def refined_rows(refinement: Mapping[str, Any]) -> list[dict[str, Any]]:
         refinement: the section of a report.
     """
     rows = []
-    for name in REFINED:
+    for name in (name for name in refinement["after"]["scores"] if name.rpartition("/")[2] in REFINED):
         before, after = (refinement[when]["scores"][name] for when in ("before", "after"))
         difference = None if before is None or after is None else after - before
         rows.append({"score": name, "before": before, "after": after, "difference": difference})

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from detector.data.annotations import read_coco, refuse
+from detector.data.annotations import read_coco
 from detector.data.categories import labels_of_targets, match_categories, match_notes
 from detector.data.dataset import CocoDetection
 from detector.data.keypoints import KeypointLayout, layout_of
-from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
+from detector.data.part_problems import FIELD, NAME, Part, has_part
 from detector.data.results import crowded, read_results
 from detector.errors import DataError, UserError, sentence, shown
 from detector.evaluation.metric import IOU_TYPES
@@ -27,6 +27,19 @@ from detector.evaluation.writing import EvaluationOptions, described, refinement
 from detector.models.detecting import parts_found_by
 from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
+
+# What a flaw of :mod:`~detector.data.part_problems` does to the scores.
+LACKING: dict[Part, dict[str, str]] = {
+    "masks": {
+        "objects without a segmentation": "In segm scores they count as missed.",
+        "masks without an area": "The boxes' are taken, by which segm scores tell small objects from large ones.",
+    },
+    "keypoints": {
+        "objects without key points": "In keypoints scores they count as neither found nor missed.",
+        "objects whose key points are all unlabelled": "In keypoints scores they count as neither found nor missed.",
+        "key points without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",
+    },
+}
 
 
 def score_split(
@@ -193,17 +206,13 @@ def evaluate_results(
     notes: list[str] = []
     listed = read_results(results, truth, notes=notes)
     given: list[Part] = [part for part in FIELD if listed and FIELD[part] in listed[0]]
-    parts = [part for part in given if has_part(truth.anns.values(), part)]
-    notes += [
-        f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}." for part in given if part not in parts
-    ]
-    refuse((problem for part in parts for problem in part_problems(annotations, truth.dataset, part)), f"{annotations}")
-    layout = layout_of(annotations, truth.cats.values(), truth.anns.values()) if "keypoints" in parts else None
-    if layout is not None and (numbers := len(listed[0]["keypoints"])) != 3 * len(layout):
-        raise DataError(
-            f"{results}: the key points of a detection are {numbers} numbers, and the annotations have {len(layout)} "
-            "key points of an object, 3 numbers each"
-        )
+    has = [part for part in given if has_part(truth.anns.values(), part)]
+    if has:  # once more, as the masks and key points are now known to be needed
+        truth = read_coco(annotations, parts=has)
+    layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in given else None
+    of_truth = layout_of(annotations, truth.cats.values(), truth.anns.values()) if "keypoints" in has else None
+    parts, without = _scored(given, layout, has, of_truth, truth.flaws)
+    notes += without
     data = None
     if images is not None:
         try:
@@ -231,29 +240,46 @@ def evaluate_results(
 def scored_parts(
     data: CocoDetection, found: Sequence[Part], layout: KeypointLayout | None = None
 ) -> tuple[list[Part], list[str]]:
-    """What a detector is scored by besides boxes, and a note on each part that it is not scored by.
+    """What a detector is scored by besides boxes, and notes on what it is not scored by, and on objects that lack it.
 
     Args:
         data: the split; what is not read of it, since it has none, is not scored.
         found: what the detector finds.
         layout: of its key points, if it is known.
     """
-    parts, notes = [], []
+    return _scored(found, layout, data.parts, data.keypoints, data.coco.flaws)
+
+
+def _scored(
+    found: Sequence[Part],
+    layout: KeypointLayout | None,
+    given: Sequence[Part],
+    layout_given: KeypointLayout | None,
+    flaws: Mapping[str, int],
+) -> tuple[list[Part], list[str]]:
+    """See :func:`scored_parts`; what is given is what the annotations have, and the flaws are theirs by kind."""
+    parts: list[Part] = []
+    notes = []
     for part in found:
-        if part not in data.parts:
+        if part not in given:
             notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}.")
-        elif part == "keypoints" and layout is not None and data.keypoints and len(layout) != len(data.keypoints):
+        elif part == "keypoints" and layout and layout_given and len(layout) != len(layout_given):
             notes.append(
-                f"No keypoints scores: the detector finds {len(layout)} key points of an object, the annotations have "
-                f"{len(data.keypoints)}."
+                f"No keypoints scores: {len(layout)} key points of an object are found, the annotations have "
+                f"{len(layout_given)}."
             )
-        elif part == "keypoints" and layout is not None and data.keypoints and not layout.fits(data.keypoints):
+        elif part == "keypoints" and layout and layout_given and not layout.fits(layout_given):
             notes.append(
                 f"No keypoints scores: the detector's key points are {shown(layout.names)}, those of the annotations "
-                f"{shown(data.keypoints.names)}."
+                f"{shown(layout_given.names)}."
             )
         else:
             parts.append(part)
+            notes += [
+                f"{kind[0].upper()}{kind[1:]}: {flaws[kind]:,}. {what}"
+                for kind, what in LACKING[part].items()
+                if kind in flaws
+            ]
     return parts, notes
 
 

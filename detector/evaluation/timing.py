@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.data.dataset import CocoDetection
+from detector.models.detecting import detect
 from detector.overriding import overridden
 from detector.refinement.roi_heads import RefinedRoIHeads
 
@@ -45,6 +46,7 @@ def measure_stages(
     """
     training = model.training
     model.eval()
+    split = split.boxes_alone()
     device = torch.device(device)
     first = len(split) if among is None else among
     stage_of = _stages(model)
@@ -64,7 +66,7 @@ def measure_stages(
                 start = now()
                 image = split[(number * first) // images % first][0].to(device)
                 spent["decode and transform"] += now() - start
-                model([image])
+                detect(model, [image])
                 total = now() - start
                 rest = total - sum(spent.values())
                 for stage, seconds in {**spent, "post-processing": rest, "total": total}.items():

@@ -11,7 +11,7 @@ from torch import nn
 
 from detector.data.dataset import CocoDetection
 from detector.data.part_problems import Part
-from detector.evaluation.metric import IOU_TYPES, Evaluator, evaluator_version, match
+from detector.evaluation.metric import Evaluator, evaluator_version, match_parts, scores_of
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best
 from detector.evaluation.report import as_text, make_report
@@ -87,15 +87,10 @@ def write_evaluation(
         The scores, as :func:`~detector.evaluation.evaluate`, those of masks and key points as "segm/AP",
         "keypoints/AP" and so on.
     """
-    scorer = match(truth, found.results, found.image_ids, evaluator=options.evaluator)
-    others = [
-        match(truth, found.results, found.image_ids, evaluator=options.evaluator, iou_type=IOU_TYPES[part])
-        for part in parts
-    ]
-    before = None
-    if unrefined is not None:
-        before = match(truth, unrefined.results, unrefined.image_ids, evaluator=options.evaluator)
-    report, table = make_report(
+    how: dict[str, Any] = {"parts": parts, "evaluator": options.evaluator}
+    scorer, *others = scorers = match_parts(truth, found.results, found.image_ids, **how)
+    before = [] if unrefined is None else match_parts(truth, unrefined.results, unrefined.image_ids, **how)
+    report, tables = make_report(
         scorer,
         found.results,
         about={**about, "evaluator": evaluator_version(options.evaluator)},
@@ -108,12 +103,7 @@ def write_evaluation(
         speed=speed,
         notes=notes,
     )
-    named = {
-        f"{IOU_TYPES[part]}/{name}": score
-        for part in parts
-        for name, score in report[IOU_TYPES[part]]["scores"].items()
-    }
-    scores = {name: -1.0 if score is None else score for name, score in (report["scores"] | named).items()}  # as there
+    scores = scores_of(scorers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "detections.json", found.results)
@@ -130,11 +120,7 @@ def write_evaluation(
         if of_training and split is not None:
             draw_examples(split, found.results, folder / "examples.png")
     finally:  # after all is written, as nobody may read it; but on a full disk as well
-        boxes, *tables = table.split("\n\n")
-        print(boxes)
-        print(f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets=100 ] = {scores['AP90']:0.3f}")
-        for of_part in tables:
-            print(f"\n{of_part}")
+        print(tables)
         if not of_training:
             print(as_text(report))
     if not of_training:

@@ -1,10 +1,11 @@
 """What was found in an image, to look at in a notebook."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Detections:
         category_names: the name of each label, that of label 1 first.
         segmentations: of a Mask R-CNN the mask of each, as COCO's RLE; see :attr:`masks`.
         keypoints: of a Keypoint R-CNN, [L, K, 3], float32: x and y in pixels of the image, and 1.
+        keypoints_scores: [L, K], float32: the heatmap there, a logit; the higher, the surer.
         layout: the names of the key points.
     """
 
@@ -36,6 +38,7 @@ class Detections:
     category_names: Sequence[str]
     segmentations: Sequence[Rle] | None = None
     keypoints: Tensor | None = None
+    keypoints_scores: Tensor | None = None
     layout: KeypointLayout | None = None
 
     @property
@@ -57,11 +60,11 @@ class Detections:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Plain values, a detection at a time: ``name``, ``label``, ``score`` and ``box`` (x1, y1, x2, y2).
 
-        Of masks also ``segmentation``, COCO's RLE, of key points ``keypoints``, by name (x, y).
+        Of masks also ``segmentation``, COCO's RLE, of key points ``keypoints``, by name (x, y, score).
         """
         for number, name in enumerate(self.names):
             found = {"label": int(self.labels[number]), "score": float(self.scores[number])}
-            parts = parts_as_values(number, self.segmentations, self.keypoints, self.layout)
+            parts = parts_as_values(number, vars(self), self.layout)
             yield {"name": name, **found, "box": self.boxes[number].tolist(), **parts}
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
@@ -87,19 +90,20 @@ class Detections:
         return "\n".join(lines)
 
 
-def parts_as_values(
-    number: int, segmentations: Sequence[Rle] | None, keypoints: Tensor | None, layout: KeypointLayout | None
-) -> dict[str, Any]:
-    """A detection's mask and key points as plain values: an RLE, and x and y by the point's name.
+def parts_as_values(number: int, found: Mapping[str, Any], layout: KeypointLayout | None) -> dict[str, Any]:
+    """A detection's mask and key points as plain values: an RLE, and x, y and score by the point's name.
 
     Args:
         number: which detection.
-        segmentations, keypoints, layout: see :class:`Detections`.
+        found: ``segmentations``, or ``keypoints`` and ``keypoints_scores``, or none of them, see :class:`Detections`.
+        layout: the names of the key points.
     """
     values: dict[str, Any] = {}
-    if segmentations is not None:
-        values["segmentation"] = segmentations[number]
-    if keypoints is not None:
-        names = layout.names if layout is not None else [f"{i + 1}" for i in range(keypoints.shape[1])]
-        values["keypoints"] = dict(zip(names, keypoints[number, :, :2].tolist(), strict=True))
+    if found.get("segmentations") is not None:
+        values["segmentation"] = found["segmentations"][number]
+    if found.get("keypoints") is not None:
+        points, scores = found["keypoints"][number], found["keypoints_scores"][number]
+        names = (layout or KeypointLayout.numbered(len(points))).names
+        rows = torch.cat([points[:, :2], scores[:, None]], dim=1).tolist()
+        values["keypoints"] = dict(zip(names, rows, strict=True))
     return values

@@ -31,7 +31,7 @@ from detector.refinement.attach import refinement_of
 from detector.refinement.head import Refinement
 from detector.text import short
 
-FIELDS = ("boxes", "labels", "scores", "segmentations", "keypoints")  # of what is found in an image
+FIELDS = ("boxes", "labels", "scores", "segmentations", "keypoints", "keypoints_scores")  # of what is found in an image
 BATCH_SIZE = 8  # of a list of images, those of one size that follow one another
 
 
@@ -155,7 +155,7 @@ class PretrainedDetector(
         for pixels, one in zip(images, found, strict=True):
             shown = kept(one, one["scores"] >= min_score)
             boxes, labels, scores = (shown[name] for name in ("boxes", "labels", "scores"))
-            parts = {name: shown.get(name) for name in ("segmentations", "keypoints")}
+            parts = {name: shown.get(name) for name in FIELDS[3:]}
             detections.append(
                 Detections(pixels, boxes, labels, scores, self.category_names, layout=self.keypoints, **parts)
             )
@@ -170,7 +170,8 @@ class PretrainedDetector(
 
         Returns:
             For each, on the CPU: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] and ``scores`` [L]; of a
-            Mask R-CNN ``segmentations``, L RLE, of a Keypoint R-CNN ``keypoints`` [L, K, 3], in pixels.
+            Mask R-CNN ``segmentations``, L RLE, of a Keypoint R-CNN ``keypoints`` [L, K, 3], in pixels, and
+            ``keypoints_scores`` [L, K].
         """
         device = next(self.parameters()).device
         modes = [(module, module.training) for module in self.modules()]

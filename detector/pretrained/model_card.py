@@ -36,6 +36,7 @@ PIPELINES: dict[tuple[Part, ...], str] = {  # Hugging Face's
     ("keypoints",): "keypoint-detection",
 }
 TASKS = {"segm": "mask", "keypoints": "key points"}  # of scores beside the boxes'
+PARTS: dict[str, tuple[Part, ...]] = {"": (), "segm": ("masks",), "keypoints": ("keypoints",)}
 LISTED = 100  # class names
 PACKAGE = "affine-crop-rcnn"
 # By this line a card is known as one that nobody wrote by hand.
@@ -152,7 +153,7 @@ def _scores(report: dict[str, Any]) -> str:
     about, scores = report["about"], report["scores"]
     rows = "\n".join(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items())
     rows += "".join(
-        f"\n| {what} {name} | {_number(report[kind]['scores'].get(name))} | {SCORES[name]} |"
+        f"\n| {what} {name} | {_number(report[kind]['scores'].get(name))} | {_meaning(kind, name)} |"
         for kind, what in TASKS.items()
         if report.get(kind)
         for name in ("AP", "AP50", "AP75")
@@ -174,17 +175,25 @@ def _scores(report: dict[str, Any]) -> str:
 
 def _results(report: dict[str, Any]) -> list[EvalResult]:
     about, scores = report["about"], report["scores"]
+    kinds = {"": scores} | {kind: report[kind]["scores"] for kind in TASKS if report.get(kind)}
     return [
         EvalResult(
-            task_type="object-detection",
+            task_type=PIPELINES[PARTS[kind]],
             dataset_type=Path(about["data"]).name,
             dataset_name=_where(about),
             metric_type=name,
-            metric_value=round(scores[name], 4),
+            metric_name=f"{TASKS[kind]} {name}" if kind else name,
+            metric_value=round(of_kind[name], 4),
         )
+        for kind, of_kind in kinds.items()
         for name in ("AP", "AP50", "AP75")
-        if scores.get(name) is not None
+        if of_kind.get(name) is not None
     ]
+
+
+def _meaning(kind: str, name: str) -> str:
+    """Of a score of masks or key points; the latter are compared by object keypoint similarity."""
+    return SCORES[name].replace("IoU", "OKS") if kind == "keypoints" else SCORES[name]
 
 
 def _where(about: dict[str, Any]) -> str:

@@ -305,7 +305,6 @@ def _as_dict(
 ) -> dict[str, Any]:
     height, width = read.pixels.shape[1:]
     rows = enumerate(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))
-    parts = found.get("segmentations"), found.get("keypoints"), detector.keypoints
     return {
         "id": file.id,
         "file_name": file.name,
@@ -315,7 +314,7 @@ def _as_dict(
         "remarks": list(read.remarks),
         "detections": [  # boxes: x1, y1, x2, y2 in pixels
             {"name": detector.category_names[label - 1], "category_id": ids[label - 1], "score": score, "box": box}
-            | parts_as_values(number, *parts)
+            | parts_as_values(number, found, detector.keypoints)
             for number, (box, label, score) in rows
         ],
     }

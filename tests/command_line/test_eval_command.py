@@ -545,8 +545,8 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
     score(model="maskrcnn", weights="w.pth", crop="affine", **options)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None
-    assert report["notes"][0] == "No segm scores: the annotations have no segmentation."
-    assert "No losses: those of segmentation" in report["notes"][1]
+    assert report["notes"][0] == "No segm scores: the annotations have no masks."
+    assert "No losses: those of masks" in report["notes"][1]
     assert report["proposals"]["rows"]
     assert report["about"]["crop"] == "affine"
 

@@ -23,7 +23,7 @@ def with_parts(**change):
     for category in data["categories"]:
         category["keypoints"] = ["left", "right"]
     for annotation in data["annotations"]:
-        annotation |= {"segmentation": SQUARE, "keypoints": POINTS["keypoints"]}
+        annotation |= {"segmentation": SQUARE, "keypoints": POINTS["keypoints"], "area": 100}
     data["annotations"][1] |= change
     data["annotations"][1] = {name: value for name, value in data["annotations"][1].items() if value != "gone"}
     return data
@@ -96,6 +96,14 @@ def test_objects_that_have_no_labelled_point_are_counted(tmp_path):
     data = with_parts(keypoints=[0] * 6)
     flaws = read_coco(write(tmp_path, data), parts=["keypoints"]).flaws
     assert flaws == {"objects whose key points are all unlabelled": 1}
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+def test_objects_without_an_area_are_counted_where_it_matters(tmp_path, part):
+    path = write(tmp_path, with_parts(area="gone"))
+    kind = "masks without an area" if part == "masks" else "key points without an area"
+    assert read_coco(path, parts=[part]).flaws == {kind: 1}
+    assert read_coco(path).flaws == {}  # of boxes it is their own
 
 
 def test_classes_without_key_points_need_none(tmp_path):

@@ -13,14 +13,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from support.tiny_models import batch, tiny_rcnn
 
-from detector.data.annotations import index_coco
+from detector.data.annotations import index_coco, read_coco
 from detector.data.dataset import CocoDetection
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.masks import as_rle, decode_masks
 from detector.data.results import read_results, to_results
 from detector.errors import DataError
 from detector.evaluation import evaluate
-from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_parts, match
+from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_parts, match, scores_of
 from detector.evaluation.scoring import evaluate_results, scored_parts
 from detector.evaluation.writing import EvaluationOptions
 from detector.models.detecting import detect
@@ -85,8 +85,21 @@ def detections(content, *, shift=4.0):
     return results
 
 
-def by_pycocotools(content, results, kind):
+def by_pycocotools(content, results, kind, **settings):
     """pycocotools' own way, from results of one kind alone."""
+    return scorer_of(content, results, kind, **settings).stats.tolist()
+
+
+def alone(content, results, kind, *, iou=None, category=None):
+    """AP by pycocotools at one threshold, or of one class, whose other numbers it then does not know."""
+    settings = {} if iou is None else {"iouThrs": np.array([iou])}
+    settings |= {} if category is None else {"catIds": [category]}
+    scorer = scorer_of(content, results, kind, summarize=False, **settings)
+    precision = scorer.eval["precision"][..., 0, -1]
+    return precision[precision > -1].mean()
+
+
+def scorer_of(content, results, kind, *, summarize=True, **settings):
     field = {"segm": "segmentation", "keypoints": "keypoints", "bbox": "bbox"}[kind]
     ids = ("image_id", "category_id", "score")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -97,10 +110,13 @@ def by_pycocotools(content, results, kind):
         scorer = COCOeval(coco, found, kind)
         if kind == "keypoints" and len(content["annotations"][0]["keypoints"]) != 51:
             scorer.params.kpt_oks_sigmas = np.full(len(content["annotations"][0]["keypoints"]) // 3, SIGMA)
+        for name, value in settings.items():
+            setattr(scorer.params, name, value)
         scorer.evaluate()
         scorer.accumulate()
-        scorer.summarize()
-    return scorer.stats.tolist()
+        if summarize:
+            scorer.summarize()
+    return scorer
 
 
 @pytest.mark.parametrize("evaluator", ["pycocotools", "faster-coco-eval"])
@@ -115,7 +131,11 @@ def test_scores_are_those_of_pycocotools_own_reading(evaluator, kind, count):
     scores, table = evaluate(index_coco(content), results, evaluator=evaluator, iou_type=kind)
     assert [scores[name] for name in SUMMARIES[kind]] == pytest.approx(expected, abs=1e-6)
     assert 0.1 < scores["AP"] < 0.95
-    assert len(SUMMARIES[kind]) == len(table.splitlines())
+    assert len(SUMMARIES[kind]) + 1 == len(table.splitlines())
+    assert scores["AP90"] == pytest.approx(alone(content, results, kind, iou=0.9))
+    assert table.endswith(
+        f"IoU=0.90      | area=   all | maxDets={20 if kind == 'keypoints' else 100:3} ] = {scores['AP90']:.3f}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["segm", "keypoints"])
@@ -163,14 +183,18 @@ def test_an_object_without_a_mask_is_missed_and_one_without_key_points_is_not():
 def test_key_points_are_scored_of_the_classes_that_have_them():
     named = {"keypoints": list(PERSON.names), "skeleton": []}
     content = truth(categories=[{"id": 3, "name": "person", **named}, {"id": 8, "name": "dog"}])
-    results = [
-        one | {"score": 1.0} for one in json.loads(json.dumps(content["annotations"])) if one["category_id"] == 3
-    ]
+    results = detections(content)
+    persons = {**content, "annotations": [one for one in content["annotations"] if one["category_id"] == 3]}
+    persons["categories"] = persons["categories"][:1]
+    expected = by_pycocotools(persons, [one for one in results if one["category_id"] == 3], "keypoints")
     for annotation in content["annotations"]:
         if annotation["category_id"] == 8:
             del annotation["keypoints"], annotation["num_keypoints"]
     scorer = match(index_coco(content), results, iou_type="keypoints")
     assert scorer.params.catIds == [3]
+    scores = scores_of([scorer])
+    assert [scores[f"keypoints/{name}"] for name in SUMMARIES["keypoints"]] == pytest.approx(expected)
+    assert 0.1 < scores["keypoints/AP"] < 0.95
 
 
 @pytest.mark.parametrize("kind", ["mask", "keypoint"])
@@ -240,6 +264,11 @@ def test_results_of_each_kind_are_read(tmp_path):
         ),
         (lambda r: r[0]["segmentation"].update(counts="zz"), r"results\[0\] has segmentation .* counts"),
         (lambda r: r[3]["keypoints"].pop(), r"results\[3\] has keypoints .* 14 numbers: 5 key points are 15"),
+        (
+            lambda r: r[0]["keypoints"].extend([1, 1, 1]),
+            r"results\[0\] has keypoints .* 18 numbers: 5 key points are 15",
+        ),
+        (lambda r: r[4].pop("bbox"), r"results\[4\] has no bbox, which others have"),
         (lambda r: r[0].update(keypoints=[]), r"results\[0\] has keypoints \[\]"),
         (lambda r: r[3]["keypoints"].__setitem__(0, float("nan")), r"results\[3\] has keypoints .* not finite"),
     ],
@@ -270,6 +299,10 @@ def test_a_file_of_masks_is_told_from_one_of_boxes(tmp_path, capsys):
         == pytest.approx(by_pycocotools(content, results, "segm")[0])
     )
     assert [row["name"] for row in report["segm"]["by_class"]] == ["a", "b"]
+    for row in report["segm"]["by_class"]:
+        assert row["AP"] == pytest.approx(alone(content, results, "segm", category=row["id"]))
+    for row in report["segm"]["by_iou"]:
+        assert row["AP"] == pytest.approx(alone(content, results, "segm", iou=row["iou"]))
     page = (tmp_path / "masks" / "report.html").read_text()
     assert '<h2 id="segm">' in page
     assert '<h2 id="keypoints">' not in page
@@ -293,19 +326,52 @@ def test_truth_without_masks_leaves_them_unscored_and_says_so(tmp_path):
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert report["segm"] is None
     assert report["keypoints"] is not None
-    assert "No segm scores: the annotations have no segmentation." in report["notes"]
+    assert "No segm scores: the annotations have no masks." in report["notes"]
 
 
-def test_another_number_of_key_points_is_refused(tmp_path):
+def test_another_number_of_key_points_is_not_scored_and_that_is_said(tmp_path):
     results = write(tmp_path / "r.json", detections(truth(5)))
     annotations = write(tmp_path / "a.json", truth(17))
-    with pytest.raises(DataError, match="15 numbers, and the annotations have 17 key points"):
-        evaluate_results(str(results), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    evaluate_results(str(results), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert report["keypoints"] is None
+    assert report["segm"] is not None
+    said = "No keypoints scores: 5 key points of an object are found, the annotations have 17."
+    assert report["notes"] == [said]
+
+
+def test_objects_that_lack_something_are_counted_in_the_notes(tmp_path):
+    content = truth(5)
+    given = [one for one in content["annotations"] if not one["iscrowd"]]
+    results = detections(content)
+    for annotation in given[:2]:
+        del annotation["segmentation"]
+    del given[2]["keypoints"], given[2]["num_keypoints"]
+    for annotation in given[3:6]:
+        annotation["keypoints"][2::3] = [0] * 5
+        annotation["num_keypoints"] = 0
+    for annotation in given[:4]:
+        del annotation["area"]
+    annotations = write(tmp_path / "a.json", content)
+    file = write(tmp_path / "r.json", results)
+    evaluate_results(str(file), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    notes = json.loads((tmp_path / "e" / "report.json").read_text())["notes"]
+    counts = [note.partition(".")[0] for note in notes]
+    assert counts == [
+        "Objects without a segmentation: 2",
+        "Masks without an area: 2",
+        "Objects without key points: 1",
+        "Objects whose key points are all unlabelled: 3",
+        "Key points without an area: 3",
+    ]
+    split = CocoDetection.__new__(CocoDetection)
+    split.parts, split.keypoints, split.coco = ("masks",), None, read_coco(annotations, parts=("masks",))
+    assert scored_parts(split, ["masks"]) == (["masks"], notes[:2])
 
 
 @pytest.mark.parametrize("names", [("b", "a"), ("a", "b", "c")])
 def test_key_points_of_other_names_are_not_scored_and_that_is_said(names):
-    data = SimpleNamespace(parts=("keypoints",), keypoints=KeypointLayout(("a", "b")))
+    data = SimpleNamespace(parts=("keypoints",), keypoints=KeypointLayout(("a", "b")), coco=SimpleNamespace(flaws={}))
     assert scored_parts(data, ["keypoints"], KeypointLayout(("a", "b"))) == (["keypoints"], [])
     parts, (note,) = scored_parts(data, ["keypoints"], KeypointLayout(names))
     assert parts == []

@@ -693,7 +693,7 @@ def test_what_a_refinement_did_is_scored_before_and_after():
     """The object is found by an IoU of 0.8 before, and of 1 after."""
     coco = truth([(1, 5, [0, 0, 100, 100])])
     before, after = [result(1, [0, 0, 100, 80])], [result(1, [0, 0, 100, 100])]
-    report, _ = make_report(match(coco, after), after, about={}, unrefined=match(coco, before))
+    report, _ = make_report(match(coco, after), after, about={}, unrefined=[match(coco, before)])
     assert report["scores"]["AP"] == pytest.approx(1)
     section = report["refinement"]
     assert section["after"] == {"scores": report["scores"], "by_iou": report["by_iou"]}

@@ -1,9 +1,13 @@
 """Mask and Keypoint R-CNN from end to end on a handful of digits: trained, scored, predicted, refined, saved."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
@@ -17,6 +21,7 @@ from detector.command_line.predict import main as predict
 from detector.command_line.refine import main as refine
 from detector.command_line.training import train
 from detector.data.masks import decode_masks, mask_area
+from detector.evaluation.metric import SIGMA, SUMMARIES
 from detector.models.config import DetectorConfig
 from detector.pretrained import load_detector
 from detector.training import CocoDataModule, DetectionTask
@@ -54,23 +59,47 @@ def test_a_run_leaves_the_scores_of_its_part(run):
     assert not any(note.startswith("No ") for note in report["notes"])
 
 
-def test_its_checkpoint_is_scored_as_the_run_was_with_losses(run, data, tmp_path):
+@pytest.fixture(scope="module")
+def found_again(run, data, tmp_path_factory):
+    """Data whose truth is every third of what the run has found in val, and the scores of its checkpoint on them.
+
+    Those of so short a run on the true objects are next to nothing.
+    """
     part, folder = run
-    score(checkpoint=str(folder), root=str(data), split="val", output=str(tmp_path / "e"), workers=0)
-    again = json.loads((tmp_path / "e" / "scores.json").read_text())
-    assert again == pytest.approx(json.loads((folder / "scores.json").read_text()))
-    losses = json.loads((tmp_path / "e" / "report.json").read_text())["losses"]
-    assert losses["loss_mask" if part == "masks" else "loss_keypoint"] > 0
+    root = shutil.copytree(data, tmp_path_factory.mktemp("again") / "digits")
+    path = root / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    found = json.loads((folder / "detections.json").read_text())
+    kept = [one for one in found if part == "keypoints" or mask_area(one["segmentation"]) > 0][::3]
+    content["annotations"] = [
+        {**one, "id": number, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0, "num_keypoints": 5}
+        for number, one in enumerate(kept, start=1)
+    ]
+    path.write_text(json.dumps(content))
+    score(checkpoint=str(folder), root=str(root), split="val", output=str(root / "e"), workers=0)
+    return root, json.loads((root / "e" / "scores.json").read_text())
 
 
-def test_its_results_file_is_scored_alike(run, data, tmp_path):
-    _, folder = run
-    annotations = data / "annotations" / "instances_val.json"
-    results = str(folder / "detections.json")
-    score(results=results, annotations=str(annotations), output=str(tmp_path / "e"))
-    assert json.loads((tmp_path / "e" / "scores.json").read_text()) == pytest.approx(
-        json.loads((folder / "scores.json").read_text())
-    )
+def test_its_checkpoint_and_its_results_file_are_scored_as_by_pycocotools(run, found_again, tmp_path):
+    part, folder = run
+    root, scores = found_again
+    kind, field, loss = ("segm", "segmentation", "mask") if part == "masks" else ("keypoints", "keypoints", "keypoint")
+    report = json.loads((root / "e" / "report.json").read_text())
+    assert report["losses"][f"loss_{loss}"] > 0
+    annotations, results = root / "annotations" / "instances_val.json", folder / "detections.json"
+    score(results=str(results), annotations=str(annotations), output=str(tmp_path / "e"))
+    assert json.loads((tmp_path / "e" / "scores.json").read_text()) == pytest.approx(scores)
+    truth = COCO(annotations)
+    entries = json.loads(results.read_text())
+    names = ("image_id", "category_id", "score", field)
+    scorer = COCOeval(truth, truth.loadRes([{name: entry[name] for name in names} for entry in entries]), kind)
+    if part == "keypoints":
+        scorer.params.kpt_oks_sigmas = np.full(len(POINTS), SIGMA)
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert 0.05 < scores[f"{kind}/AP"] < 0.95
+    assert [scores[f"{kind}/{name}"] for name in SUMMARIES[kind]] == pytest.approx(scorer.stats.tolist())
 
 
 def test_what_it_finds_in_an_image(run, data, tmp_path):
@@ -88,7 +117,10 @@ def test_what_it_finds_in_an_image(run, data, tmp_path):
     else:
         assert found.keypoints.shape == (len(found), len(POINTS), 3)
         assert list(values["keypoints"]) == POINTS
-        assert values["keypoints"]["middle"] == found.keypoints[0, 4, :2].tolist()
+        assert values["keypoints"]["middle"] == [
+            *found.keypoints[0, 4, :2].tolist(),
+            float(found.keypoints_scores[0, 4]),
+        ]
         assert detector.keypoints.skeleton == ((0, 4), (1, 4), (2, 4), (3, 4))
         assert found.masks is None
     plain = found.draw(min_score=2.0)
@@ -115,13 +147,14 @@ def test_predict_writes_them(run, data, tmp_path):
     if part == "masks":
         assert {mask_area(one["segmentation"]) for one in found} == {mask_area(one["segmentation"]) for one in results}
     else:
-        assert {tuple(one["keypoints"]["middle"]) for one in found} == {
+        assert {tuple(one["keypoints"]["middle"][:2]) for one in found} == {
             tuple(one["keypoints"][12:14]) for one in results
         }
 
 
-def test_it_is_refined_and_its_parts_are_looked_for_in_the_refined_boxes(run, data, tmp_path):
+def test_it_is_refined_and_its_parts_are_looked_for_in_the_refined_boxes(run, found_again, tmp_path):
     part, folder = run
+    data, before = found_again
     refine(
         [
             *("--checkpoint", str(folder), "--root", str(data), "--train_split", "train", "--split", "val"),
@@ -130,8 +163,13 @@ def test_it_is_refined_and_its_parts_are_looked_for_in_the_refined_boxes(run, da
     )
     scores = json.loads((tmp_path / "r" / "scores.json").read_text())
     kind = "segm" if part == "masks" else "keypoints"
-    assert scores["before"] == pytest.approx(json.loads((folder / "scores.json").read_text()))
+    assert scores["before"] == pytest.approx(before)
     assert f"{kind}/AP" in scores["after"]
+    score(checkpoint=str(tmp_path / "r"), root=str(data), split="val", refine="both", output=str(tmp_path / "e"))
+    both = json.loads((tmp_path / "e" / "report.json").read_text())["refinement"]
+    for when in ("before", "after"):
+        of_both = {name: -1.0 if value is None else value for name, value in both[when]["scores"].items()}
+        assert of_both == pytest.approx(scores[when])
     assert load_detector(tmp_path / "r").keypoints == load_detector(folder).keypoints
 
 
