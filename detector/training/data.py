@@ -174,6 +174,9 @@ class CocoDataModule(lightning.LightningDataModule):
         least = min(FEWEST_KEYPOINTS, len(layout))
         counts = zip(self.train_set.image_ids, self.train_set.visible_keypoints(), strict=True)
         enough = [image_id for image_id, count in counts if count >= least]
+        if not enough:
+            file = self.folder.annotation_file(self.train_split)
+            raise DataError(f"{file}: no image has the {least} labelled key points that are needed to train on it")
         if len(enough) < len(self.train_set):
             self.notes.append(
                 f"{self.train_split}: {len(self.train_set) - len(enough):,} of {len(self.train_set):,} images have "

@@ -234,6 +234,17 @@ def test_images_with_next_to_no_key_points_are_not_trained_on(data, tmp_path):
     assert len(module.val_set) == 2
 
 
+def test_a_split_with_next_to_no_key_points_is_refused(data, tmp_path):
+    path = write_digits_with_parts(tmp_path / "digits", splits={"train": 2, "val": 2})
+    file = path / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = [0] * (3 * len(POINTS))
+    file.write_text(json.dumps(content))
+    with refused("instances_train.json: no image has the 5 labelled key points", code=1):
+        train(arguments(path, tmp_path / "run", "keypoints"))
+
+
 def test_splits_with_other_key_points_are_refused(data, tmp_path):
     path = write_digits_with_parts(tmp_path / "digits", splits={"train": 2, "val": 2})
     file = path / "annotations" / "instances_val.json"
