@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,9 +77,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.keypoints: KeypointLayout | None = None
         if "keypoints" in self.parts:
             self.keypoints = layout_of(annotations, self.coco.cats.values(), self.coco.anns.values())
-            if self.keypoints is None:
-                raise DataError(f"{annotations}: no category names its key points, and no annotation has any")
+        self.layered = False  # see with_layers
         self.transform = transform
+        if "masks" in self.parts:
+            _paint_no_masks(transform)
         self.seed = seed
         self.category_ids: list[int | None] = sorted(self.coco.cats)
         self.category_names: list[str] = [self.coco.cats[i]["name"] for i in sorted(self.coco.cats)]
@@ -90,7 +92,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         refuse(problems, f"{annotations} --images {self.folder}")
         kept = [self._boxes(image_id) for image_id in self.image_ids]
         self.targets = [(boxes, labels) for boxes, labels, _, _ in kept]
-        # The annotations of the targets, in order; references, which take no memory of note.
+        # The annotations of the targets, in order: read_coco's own, not copies.
         self.objects = [objects for _, _, objects, _ in kept] if self.parts else []
         self.dropped_boxes = sum(dropped for *_, dropped in kept)
 
@@ -118,6 +120,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.image_ids = [self.image_ids[index] for index in kept]
         self.targets = [self.targets[index] for index in kept]
         self.objects = [self.objects[index] for index in kept] if self.parts else []
+
+    def with_layers(self) -> "CocoDetection":
+        """The same, with masks as :class:`~detector.data.masks.MaskLayers`: for images that are resized afterwards, as
+        :func:`~detector.evaluation.detect_with_losses` does.
+        """
+        other = copy(self)
+        other.layered = True
+        return other
 
     def boxes_alone(self) -> "CocoDetection":
         """The same images and boxes, read without masks and key points."""
@@ -188,8 +198,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 f"{self.folder / info['file_name']}: of {len(boxes)} objects the augmentation left "
                 f"{len(target['boxes'])}: {LEAVE_OUT}"
             )
-        if layers is not None:
-            target["masks"] = layers.masks(target["masks"])
         if self.keypoints is not None:
             turn = _turn(target.pop(AXES))
             if turn == 0:
@@ -201,7 +209,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=turn < 0)
         # Some are gone whole, or lost their size to rounding; torchvision's detectors refuse such a box.
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
-        for field in ("boxes", "labels", *self.parts):
+        if layers is not None:
+            places = tuple(place for place, stays in zip(layers.places, kept.tolist()) if stays)
+            layers = MaskLayers(target["masks"], places)
+            target["masks"] = layers if self.layered else layers.masks()  # type: ignore[assignment]
+        for field in ("boxes", "labels", *(() if self.keypoints is None else ("keypoints",))):
             target[field] = target[field][kept]
         return image, target
 
@@ -251,6 +263,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         objects = [one for one, stays in zip(annotations, kept.tolist()) if stays] if self.parts else []
         return boxes[kept], labels[kept], objects, int((~kept).sum())
+
+
+def _paint_no_masks(transform: Any) -> None:
+    """Let an augmentation fill with 0, no object's number, what it adds to the maps of masks.
+
+    Without being told torchvision's transforms fill them as they fill the image, and refuse a colour.
+    """
+    if isinstance(getattr(transform, "_fill", None), dict):
+        transform._fill[tv_tensors.Mask] = 0
+    for inner in getattr(transform, "transforms", ()):
+        _paint_no_masks(inner)
 
 
 def _axes(size: tuple[int, int]) -> Tensor:

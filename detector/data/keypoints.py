@@ -13,7 +13,11 @@ from detector.errors import DataError, shown
 from detector.text import listed, short
 
 MOST = 1000  # key points of an object
-SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
+SIDES = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
+# A word, or a capital at an end: "l_hip", "LHip", "Lhip", "hipL".
+SIDE = re.compile(
+    r"(?i:left|right)|(?<![a-zA-Z])(?i:lt|rt|l|r)(?![a-z])|(?<![a-zA-Z])[LR](?=[a-z])|(?<=[a-z])[LR](?![a-zA-Z])"
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,9 @@ def keypoints_problem(value: Any, count: int, *, visibility: bool = True) -> str
     if not isinstance(value, list) or len(value) != 3 * count:
         many = f"a list of {len(value)} numbers" if isinstance(value, list) else f"a {type(value).__name__}"
         return f"{many}: {count} key points are {3 * count}, x, y and visibility of each"
-    if not all(type(number) in (int, float) and (number == 0 or 1e-100 <= abs(number) <= 1e9) for number in value):
+    if not all(type(number) in (int, float) for number in value):
+        return "values that are not numbers"
+    if not all(number == 0 or 1e-100 <= abs(number) <= 1e9 for number in value):
         return "numbers that are not finite, or neither 0 nor from 1e-100 to 1e9 in size"
     if visibility and not all(seen in (0, 1, 2) for seen in value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
@@ -150,5 +156,5 @@ def keypoints_problem(value: Any, count: int, *, visibility: bool = True) -> str
 
 
 def _other_side(name: str) -> str:
-    """A name, in small letters, with left and right exchanged, or l and r where they are words: "l-hip", "LHip"."""
-    return re.sub(r"(?i:left|right)|(?<![a-zA-Z])[lrLR](?![a-z])", lambda word: SIDES[word[0].lower()], name).lower()
+    """A name, in small letters, with left and right exchanged. It need not be a name that there is."""
+    return SIDE.sub(lambda word: SIDES[word[0].lower()], name).lower()

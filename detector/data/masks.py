@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torch.nn import functional
+from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, paste_mask_in_image
 
 Rle = dict[str, Any]  # compressed, as in COCO's files: "size" [height, width] and "counts", a string
 MASK = 0.5  # probability above which a pixel is of the object, as in torchvision's references
@@ -22,10 +23,10 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
 
     Args:
         segmentation: polygons, [[x1, y1, x2, y2, ...], ...] in pixels, one for each part; an RLE, compressed or not;
-            nothing, ``None`` or an empty list, is an empty mask.
+            nothing, see :func:`is_empty`, is an empty mask.
         height, width: of the image.
     """
-    if not segmentation:
+    if is_empty(segmentation):
         return as_rle({"counts": [height * width]}, height, width)
     if isinstance(segmentation, Mapping):
         rle = {"size": [height, width], "counts": segmentation["counts"]}
@@ -35,6 +36,11 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
         has_empty_runs = 0 in (_runs(rle["counts"]) or [])[1:]
         return _as_text(coco_mask.encode(coco_mask.decode(rle))) if has_empty_runs else rle
     return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+
+
+def is_empty(segmentation: Any) -> bool:
+    """Whether there is none: ``None``, no polygon, or only polygons without a point, as some tools write."""
+    return not segmentation or (isinstance(segmentation, list) and all(part == [] for part in segmentation))
 
 
 def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> Tensor:
@@ -78,10 +84,22 @@ class MaskLayers:
             _paint(maps[layer], rle, len(boxes[layer]))
         return cls(torch.stack(maps) if maps else torch.zeros(0, height, width, dtype=torch.uint8), tuple(places))
 
-    def masks(self, maps: Tensor) -> Tensor:
-        """The masks [L, H', W'], uint8, of what an augmentation made of the maps, [N, H', W']."""
-        masks = [maps[layer] == number for layer, number in self.places]
-        return torch.stack(masks).to(torch.uint8) if masks else maps.new_zeros((0, *maps.shape[1:]))
+    def masks(self) -> Tensor:
+        """The masks [L, H, W], uint8."""
+        masks = self.maps.new_empty((len(self.places), *self.maps.shape[1:]))
+        for mask, (layer, number) in zip(masks, self.places):
+            torch.eq(self.maps[layer], number, out=mask)
+        return masks
+
+    def resized(self, size: tuple[int, int]) -> Tensor:
+        """The masks [L, H', W'], uint8, at another height and width, as torchvision's detectors resize them."""
+        if not len(self.maps):
+            return self.maps.new_zeros((0, *size))
+        return MaskLayers(functional.interpolate(self.maps[:, None], size)[:, 0], self.places).masks()
+
+    def to(self, device: torch.device | str, **options: Any) -> "MaskLayers":
+        """The same on another device, as of a tensor, for which Lightning takes what has this method."""
+        return MaskLayers(self.maps.to(device, **options), self.places)
 
 
 def _paint(canvas: Tensor, rle: Rle, number: int) -> None:
@@ -105,16 +123,27 @@ def encode_crops(crops: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Rl
     """What a mask head says of its boxes, pasted into the image, as RLE.
 
     The values are those of torchvision's detectors, which paste all masks of an image at once, at 4 bytes a pixel each;
-    here there is one such mask at a time.
+    here each is pasted into its box, on one canvas.
 
     Args:
         crops: [L, 1, M, M], probabilities.
         boxes: [L, 4] (x1, y1, x2, y2) in pixels of the image.
         size: height and width of the image.
     """
-    crops, boxes = crops.detach().float().cpu(), boxes.detach().cpu()
-    pasted = (paste_masks_in_image(crops[i : i + 1], boxes[i : i + 1], size) for i in range(len(crops)))
-    return [_encode(mask[0, 0]) for mask in pasted]
+    padded, scale = expand_masks(crops.detach().float().cpu(), 1)
+    corners = expand_boxes(boxes.detach().cpu(), scale).to(torch.int64)
+    canvas = np.zeros(size, np.uint8, order="F")
+    height, width = size
+    masks = []
+    for mask, box in zip(padded, corners):
+        left, top, right, bottom = box.tolist()
+        left, right = (min(max(x, 0), width) for x in (left, right + 1))
+        top, bottom = (min(max(y, 0), height) for y in (top, bottom + 1))
+        pasted = paste_mask_in_image(mask[0], box - torch.tensor([left, top, left, top]), bottom - top, right - left)
+        canvas[top:bottom, left:right] = pasted > MASK
+        masks.append(_as_text(coco_mask.encode(canvas)))
+        canvas[top:bottom, left:right] = 0
+    return masks
 
 
 def mask_area(rle: Rle) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from detector.data.keypoints import keypoints_problem, layout_of
-from detector.data.masks import segmentation_problem
+from detector.data.masks import is_empty, segmentation_problem
 from detector.data.problems import Entry, Level, Problem, where
 from detector.errors import DataError, shown
 
@@ -17,8 +17,13 @@ UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found
 
 
 def has_part(annotations: Iterable[Entry], part: Part) -> bool:
-    """Whether any object has a mask, or key points."""
-    return any(annotation.get(FIELD[part]) for annotation in annotations)
+    """Whether any object has a mask, or key points; crowds do not count, from which nothing is learned."""
+    return any(not lacks(annotation, part) and not annotation.get("iscrowd") for annotation in annotations)
+
+
+def lacks(annotation: Entry, part: Part) -> bool:
+    """Whether an object has no mask, or no key points."""
+    return is_empty(annotation.get("segmentation")) if part == "masks" else not annotation.get("keypoints")
 
 
 def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -49,7 +54,7 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
     some = False
     for position, annotation in enumerate(data["annotations"]):
         value = annotation.get(field)
-        if not value:  # none, or an empty list
+        if lacks(annotation, part):
             if not annotation.get("iscrowd") and (part == "masks" or annotation["category_id"] in has_points):
                 missing.append(_missing(part, where(path, "annotations", position, annotation)))
             continue

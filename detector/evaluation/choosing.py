@@ -19,6 +19,7 @@ from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
 from detector.refinement.config import RefinementConfig
 from detector.refinement.refining import refine
+from detector.refinement.seen import finding_boxes_alone
 from detector.signals import ignoring_signals
 
 CHANCE = 0.005  # of AP: on some dozens of images settings that are alike lie so far apart
@@ -75,7 +76,7 @@ def score_refinements(
             if isinstance(features, Tensor):
                 features = OrderedDict([("0", features)])
             proposals, _ = model.rpn(batch, features)
-            with overridden(refinement, enabled=False):
+            with overridden(refinement, enabled=False), finding_boxes_alone(model.roi_heads):
                 found, _ = model.roi_heads(features, proposals, batch.image_sizes)
             boxes, kept, labels = ([one[name] for one in found] for name in ("boxes", "scores", "labels"))
             for candidate, into in zip(candidates, results, strict=True):

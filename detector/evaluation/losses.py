@@ -1,11 +1,14 @@
 """The training losses of images that a detector is scored on, beside its detections."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from detector.data.masks import MaskLayers
 from detector.models.detecting import Found, postprocessed, sizes_of
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
@@ -13,7 +16,7 @@ from detector.refinement.attach import refinement_of
 
 @torch.no_grad()
 def detect_with_losses(
-    model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]]
+    model: nn.Module, images: list[Tensor], targets: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Found], dict[str, Tensor]]:
     """Detections and the training losses of the same images; of an R-CNN by one pass of backbone and RPN.
 
@@ -24,7 +27,8 @@ def detect_with_losses(
     Args:
         model: a torchvision detector; put in eval mode for the call.
         images: [3, H, W] in 0..1.
-        targets: of each image, as in training: boxes, labels, and the masks or key points that the model finds.
+        targets: of each image, as in training: boxes, labels, and the masks or key points that the model finds; masks
+            of large images better as :class:`~detector.data.masks.MaskLayers`, which are resized before they are many.
 
     Returns:
         What :func:`~detector.models.detecting.detect` returns, and the losses by torchvision's names.
@@ -36,7 +40,12 @@ def detect_with_losses(
             detections = model(images)
             with overridden(model, training=True):
                 return detections, model(images, targets)
-        batch, resized = model.transform(images, targets)
+        given = [dict(target) for target in targets]
+        layers = [one.pop("masks") if isinstance(one.get("masks"), MaskLayers) else None for one in given]
+        batch, resized = model.transform(images, given)
+        for target, laid, size in zip(resized, layers, batch.image_sizes, strict=True):
+            if laid is not None:
+                target["masks"] = laid.resized(size)
         features = model.backbone(batch.tensors)
         if isinstance(features, Tensor):
             features = {"0": features}

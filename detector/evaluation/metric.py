@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
 from detector.data.annotations import index_coco
-from detector.data.keypoints import layout_of
+from detector.data.keypoints import PERSON, layout_of
 from detector.data.masks import as_rle, mask_area
 from detector.data.part_problems import Part
 from detector.data.results import Result
@@ -48,7 +48,8 @@ def evaluate(
         image_ids: the images to score; all of ``truth`` by default. Results for others are not counted.
         evaluator: what computes the scores; "faster-coco-eval" does the same in C++.
         iou_type: what is compared: "bbox", "segm" (masks) or "keypoints". Objects without a mask count as missed, those
-            without a labelled key point as neither. COCO's 17 key points have COCO's own tolerances, others one mean.
+            without a labelled key point as neither. COCO's 17 key points have COCO's own tolerances, others
+            their mean.
 
     Returns:
         The numbers of :data:`SUMMARIES` and AP90 (at IoU 0.90), -1 where no object is of that size, as in
@@ -188,7 +189,7 @@ def _set_keypoints(settings: Any, truth: COCO) -> None:
         else:
             annotation["keypoints"] = nothing
     settings.catIds = sorted(having)
-    if len(layout) != len(settings.kpt_oks_sigmas):
+    if not layout.fits(PERSON):
         settings.kpt_oks_sigmas = np.full(len(layout), SIGMA)
 
 

@@ -163,8 +163,7 @@ def run_detector(
         DataError: an image cannot be read.
     """
     images = len(split) if limit is None else min(limit, len(split))
-    if labels is None:
-        split = split.boxes_alone()  # no losses: nothing else of the truth is looked at
+    split = split.boxes_alone() if labels is None else split.with_layers()  # without losses nothing else is looked at
     loader: DataLoader[Any] = DataLoader(
         _Readable(split) if skip_broken else split,
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),

@@ -93,11 +93,14 @@ def _fit_predictors(heads: RoIHeads, classes: int, num_keypoints: int) -> None:
 
 
 class KeypointPredictor(KeypointRCNNPredictor):
-    """torchvision's, with its scores laid out as torchvision's loss views them, which channels_last is not."""
+    """torchvision's, with scores that its loss can view, which it cannot in channels_last, and of 32 bits.
+
+    Under autocast, in 16 bits, many places of a heatmap would share the highest score.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [N, K, H, W] of features [N, C, H/4, W/4]."""
-        return super().forward(x).contiguous()
+        return super().forward(x).float().contiguous()
 
 
 def _hold_as_pretrained(model: FasterRCNN, config: DetectorConfig) -> None:

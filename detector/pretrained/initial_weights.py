@@ -1,6 +1,7 @@
 """The weights of a whole detector that a training starts from: out of a run, a saved folder or a file of a state_dict.
 
-What fits by name and shape is taken. Of the class predictor that is the rows of the classes with the same name.
+What fits by name and shape is taken. Of the class predictor that is the rows of the classes with the same name, and the
+predictor of key points is taken if they are of the same names.
 """
 
 import re
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
 from detector.data.categories import same_names
+from detector.data.keypoints import KeypointLayout
 from detector.errors import ModelError
 from detector.models.config import DetectorConfig
 from detector.models.published import COCO_V1_FILES, batch_norm_eps, published_names, set_batch_norm_eps, with_new_names
@@ -25,6 +27,7 @@ from detector.text import listed, short
 PREDICTOR = "roi_heads.box_predictor."
 MASKS = "roi_heads.mask_predictor.mask_fcn_logits."  # the layer of the mask predictor that has rows of classes
 BY_CLASS = (PREDICTOR, MASKS)
+KEYPOINTS = "roi_heads.keypoint_predictor."
 REFINEMENT = "roi_heads.refinement."
 TRUNK = re.compile(rf"{re.escape(REFINEMENT)}stages\.\d+\.trunk\.(.*)")  # copies of the box head
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
@@ -50,7 +53,12 @@ class _Source:
     detector: PretrainedDetector | None = None
 
 
-def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_names: Sequence[str] | None = None) -> str:
+def load_initial_weights(
+    model: FasterRCNN,
+    config: DetectorConfig,
+    category_names: Sequence[str] | None = None,
+    keypoints: KeypointLayout | None = None,
+) -> str:
     """Load the weights that ``config.weights`` names into a detector, in place. Nothing is unpickled.
 
     Args:
@@ -58,6 +66,7 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
         config: whose ``weights`` are a run's folder, a checkpoint, a folder of save_pretrained or its name on Hugging
             Face's hub, or a file of a state_dict, bare or under "state_dict" or "model".
         category_names: the names of the model's labels, from 1 on, by which the predictor's rows are taken over.
+        keypoints: the model's key points, if it finds any and they are known.
 
     Returns:
         A sentence: what was loaded, and what was not.
@@ -71,6 +80,9 @@ def load_initial_weights(model: FasterRCNN, config: DetectorConfig, category_nam
     called = f"weights of {given}"
     expected, found = _without_counts(model.state_dict()), _without_counts(source.state)
     body = {name: value for name, value in expected.items() if not name.startswith(BY_CLASS)}
+    theirs = source.detector.keypoints if source.detector is not None else None
+    if keypoints is not None and theirs is not None and not keypoints.fits(theirs):
+        found = {name: value for name, value in found.items() if not name.startswith(KEYPOINTS)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
     with refusing(called):
         taken_of_body, whole_body = (_numbers(part) for part in (taken, body))

@@ -19,13 +19,17 @@ from detector.data.checking import open_images
 from detector.data.dataset import CocoDetection, Target, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
+from detector.data.keypoints import PERSON
 from detector.data.part_problems import Part
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingPartError, shown
 from detector.signals import ignoring_signals
+from detector.text import listed
 from detector.training.failures import TRAIN, TrainingError
 
-FEWEST_KEYPOINTS = 10  # labelled, of an image to train on
+FEWEST_KEYPOINTS = (
+    10  # labelled, of an image to train on, where an object has 17, as COCO's persons have; of others less
+)
 MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
 Batch = tuple[list[Tensor], list[Target]]
 # Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
@@ -103,6 +107,7 @@ class CocoDataModule(lightning.LightningDataModule):
         self.skip_broken = skip_broken
         self.generate = generate
         transforms = [v2.RandomHorizontalFlip()] if augmentation is None else list(augmentation)
+        self._mirrors = any(isinstance(one, v2.RandomHorizontalFlip) for one in transforms)
         if min_size is not None:
             # The detector resizes test images by itself, without antialiasing; training images must look the same.
             sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -158,12 +163,19 @@ class CocoDataModule(lightning.LightningDataModule):
         return data
 
     def _agree_on_keypoints(self) -> None:
-        layouts = [data.keypoints for data in (self.train_set, self.val_set)]
-        ours, theirs = (None if layout is None else layout.names for layout in layouts)
-        if ours != theirs:
+        ours, theirs = self.train_set.keypoints, self.val_set.keypoints
+        if ours is None or theirs is None:  # both: masks or boxes are learned
+            return
+        if not ours.fits(theirs):
             raise DataError(
-                f"{self.root}: {self.train_split} and {self.val_split} have different key points: {shown(ours)} and "
-                f"{shown(theirs)}"
+                f"{self.root}: {self.train_split} and {self.val_split} have different key points: {shown(ours.names)} "
+                f"and {shown(theirs.names)}"
+            )
+        if len(ours) > 1 and ours.mirrored() == [*range(len(ours))] and self._mirrors:
+            self.notes.append(
+                f"{self.train_split}: images are mirrored in training, and by their names no key point is the mirror "
+                f"image of another ({listed(ours.names)}): if some are, name them left_... and right_... in the "
+                "categories, or train without a flip (augmentation: [])"
             )
 
     def _leave_out_without_keypoints(self) -> None:
@@ -171,12 +183,15 @@ class CocoDataModule(lightning.LightningDataModule):
         layout = self.train_set.keypoints
         if layout is None:
             return
-        least = min(FEWEST_KEYPOINTS, len(layout))
+        least = math.ceil(FEWEST_KEYPOINTS * min(len(layout), len(PERSON)) / len(PERSON))
         counts = zip(self.train_set.image_ids, self.train_set.visible_keypoints(), strict=True)
         enough = [image_id for image_id, count in counts if count >= least]
         if not enough:
             file = self.folder.annotation_file(self.train_split)
-            raise DataError(f"{file}: no image has the {least} labelled key points that are needed to train on it")
+            raise DataError(
+                f"{file}: no image has {least} labelled key points (visibility 1 or 2), and images with fewer are not "
+                "trained on"
+            )
         if len(enough) < len(self.train_set):
             self.notes.append(
                 f"{self.train_split}: {len(self.train_set) - len(enough):,} of {len(self.train_set):,} images have "
@@ -236,7 +251,7 @@ class CocoDataModule(lightning.LightningDataModule):
         if math.ceil(len(self.val_set) / self.val_batch_size) < ranks:  # the same on every rank
             raise DataError(f"{self.val_split} has {len(self.val_set)} images, too few to score on {ranks} devices")
         batches = ScoringBatches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
-        return self._loader(self.val_set, batches)
+        return self._loader(self.val_set.with_layers(), batches)
 
     def on_exception(self, exception: BaseException) -> None:
         if self.trainer is not None:  # Lightning ends the workers of that loop alone in which it happened

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from detector.errors import DataError, ImageError, ModelError, sentence
 from detector.evaluation.running import Predictions, run_detector
+from detector.evaluation.scoring import scored_parts
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
 from detector.pretrained.loading import checkpoint_of, load_checkpoint
 from detector.run_folders import newest_folder, run_folder, unused_folder
@@ -186,6 +187,8 @@ class Run:
                     batch_size=data.val_batch_size,
                     workers=data.workers,
                 )
+        parts, without = scored_parts(data.val_set, task.parts)
+        notes = [*data.notes, *without]
         scores = write_evaluation(
             found,
             data.val_set.coco,
@@ -193,11 +196,11 @@ class Run:
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=data.val_split, device=device),
             split=data.val_set,
-            parts=task.parts,
-            notes=data.notes,
+            parts=parts,
+            notes=notes,
             of_training=True,
         )
-        for note in data.notes:
+        for note in notes:
             print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
         for name, what in {

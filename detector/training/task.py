@@ -279,7 +279,8 @@ class DetectionTask(lightning.LightningModule):
         """Once, unless a checkpoint was loaded before: now, since only then it is known."""
         if self._starts:
             self._starts = False
-            rank_zero_info(load_initial_weights(self.model, self.detector, self.data.val_set.category_names))
+            data = self.data.val_set
+            rank_zero_info(load_initial_weights(self.model, self.detector, data.category_names, data.keypoints))
 
     def _draw_by_image(self, epoch: int) -> None:
         draw_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])

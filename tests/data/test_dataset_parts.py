@@ -178,6 +178,8 @@ def test_a_transform_that_spoils_key_points_is_refused(root, transform, words):
         v2.Resize([37, 53], antialias=False),
         v2.RandomPerspective(p=1),
         v2.RandomZoomOut(fill=123, p=1),
+        v2.RandomZoomOut(fill=1, p=1),  # the number of an object
+        v2.RandomApply([v2.Pad(20, fill=[123, 117, 104])], p=1),
     ],
     ids=lambda transform: type(transform).__name__,
 )
@@ -190,9 +192,18 @@ def test_masks_are_those_of_the_transform_of_each_alone(root, transform):
         _, moved = data[index]
         if len(moved["boxes"]) != len(target["boxes"]):
             continue  # some are outside now
-        with drawn_from(seed_of(data.seed, 0, index)):
+        with drawn_from(seed_of(data.seed, 0, index)):  # of the masks it fills with 0 since data has it
             _, masks = transform(tv_tensors.Image((image * 255).byte()), tv_tensors.Mask(target["masks"]))
         assert torch.equal(moved["masks"], (masks.as_subclass(Tensor) == 1).to(torch.uint8))
+
+
+def test_layers_are_the_masks_before_they_are_many(root):
+    data = load(root, transform=v2.RandomIoUCrop())
+    for index in range(len(data)):
+        _, target = data[index]
+        _, laid = data.with_layers()[index]
+        assert torch.equal(laid["masks"].masks(), target["masks"])
+        assert torch.equal(laid["keypoints"], target["keypoints"])
 
 
 def test_relabelled_and_kept_objects_keep_their_parts(root):

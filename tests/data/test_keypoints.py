@@ -33,6 +33,9 @@ def test_a_persons_mirror_is_the_table_of_the_references():
         (("LeftEye", "RightEye", "tail"), [1, 0, 2]),
         (("l-hip", "r-hip", "tail", "ear"), [1, 0, 2, 3]),  # a letter within a word is no side
         (("LHip", "RHip"), [1, 0]),
+        (("Lhip", "Rhip", "Lip"), [1, 0, 2]),
+        (("EyeL", "EyeR", "kneeL", "kneeR"), [1, 0, 3, 2]),
+        (("lt_eye", "rt_eye", "art", "alt"), [1, 0, 2, 3]),
         (("eye_left", "tail"), [0, 1]),  # its other side is no point
         (("left_eye", "Left_Eye", "right_eye"), [0, 2, 1]),  # the last of the same name
         (("1", "2", "3"), [0, 1, 2]),
@@ -106,8 +109,8 @@ def test_lists_as_tensors():
     [
         ("points", "a str: 2 key points are 6"),
         ([1, 2, 2], "a list of 3 numbers: 2 key points are 6"),
-        ([1, 2, 2, 3, 4, None], "not finite"),
-        ([1, 2, 2, 3, 4, True], "not finite"),
+        ([1, 2, 2, 3, 4, None], "not numbers"),
+        ([1, 2, 2, 3, 4, True], "not numbers"),
         ([1, float("nan"), 2, 3, 4, 2], "not finite"),
         ([1, 2, 2, 2e9, 4, 2], "1e9"),
         ([1, 2, 2, 10**400, 4, 2], "1e9"),

@@ -92,6 +92,26 @@ def test_objects_without_are_counted(tmp_path, nothing):
     assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").problems] == [*flaws.values()]
 
 
+def test_polygons_without_a_point_are_none(tmp_path):
+    data = with_parts(segmentation=[[], []])
+    assert read_coco(write(tmp_path, data), parts=["masks"]).flaws == {"objects without a segmentation": 1}
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = [[]]
+    with pytest.raises(MissingPartError):
+        read_coco(write(tmp_path, data), parts=["masks"])
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path, part):
+    data = with_parts()
+    for annotation in data["annotations"]:
+        if not annotation.get("iscrowd"):
+            del annotation[FIELD[part]]
+    assert any(FIELD[part] in annotation for annotation in data["annotations"])
+    with pytest.raises(MissingPartError):
+        read_coco(write(tmp_path, data), parts=[part])
+
+
 def test_objects_that_have_no_labelled_point_are_counted(tmp_path):
     data = with_parts(keypoints=[0] * 6)
     flaws = read_coco(write(tmp_path, data), parts=["keypoints"]).flaws

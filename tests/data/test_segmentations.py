@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detector.data.masks import (
     MaskLayers,
@@ -109,7 +110,7 @@ def test_layers_hold_the_masks(seed, count, most):
         (top, left), (height, width) = rng.integers(0, (HEIGHT, WIDTH)), rng.integers(0, most, 2)
         mask[top : top + height, left : left + width] = rng.integers(0, 2)
     layers = MaskLayers.of(encode_masks(torch.from_numpy(masks)), HEIGHT, WIDTH)
-    assert layers.masks(layers.maps).numpy().tolist() == masks.tolist()
+    assert layers.masks().numpy().tolist() == masks.tolist()
     assert layers.maps.shape[1:] == (HEIGHT, WIDTH)
     assert len(layers.maps) <= count
 
@@ -120,7 +121,21 @@ def test_objects_that_lie_apart_share_a_layer():
         mask[number // WIDTH, number % WIDTH] = 1
     layers = MaskLayers.of(encode_masks(torch.from_numpy(masks)), HEIGHT, WIDTH)
     assert len(layers.maps) == 2  # 255 numbers fit into a byte
-    assert layers.masks(layers.maps).numpy().tolist() == masks.tolist()
+    assert layers.masks().numpy().tolist() == masks.tolist()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(1, 60), st.integers(1, 60)), count=st.integers(0, 3))
+def test_layers_are_resized_as_torchvision_resizes_masks(seed, size, count):
+    generator = torch.Generator().manual_seed(seed)
+    masks = (torch.rand(count, HEIGHT, WIDTH, generator=generator) > 0.7).to(torch.uint8)
+    layers = MaskLayers.of(encode_masks(masks), HEIGHT, WIDTH)
+    transform = GeneralizedRCNNTransform(min(size), max(size), [0.0] * 3, [1.0] * 3).eval()
+    target = {"boxes": torch.zeros(count, 4), "masks": masks}
+    _, expected = transform.resize(torch.zeros(3, HEIGHT, WIDTH), target)
+    resized = expected["masks"]
+    assert torch.equal(layers.resized(tuple(resized.shape[1:])), resized)
+    assert torch.equal(layers.to("cpu", non_blocking=True).masks(), masks)
 
 
 def test_probabilities_are_of_the_object_above_a_half():
@@ -131,11 +146,13 @@ def test_probabilities_are_of_the_object_above_a_half():
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(1, 60), st.integers(1, 60)))
 def test_crops_are_pasted_as_torchvision_pastes_them(seed, size):
+    """Also where boxes reach outside the image."""
     generator = torch.Generator().manual_seed(seed)
     crops = torch.rand(3, 1, 28, 28, generator=generator)
     sides = torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
     boxes = torch.rand(3, 4, generator=generator)
-    boxes = torch.cat([boxes[:, :2] * 0.7, boxes[:, :2] * 0.7 + boxes[:, 2:] * 0.3], dim=1) * sides
+    corners = boxes[:, :2] * 1.4 - 0.4
+    boxes = torch.cat([corners, corners + boxes[:, 2:] * 0.4], dim=1) * sides
     expected = (paste_masks_in_image(crops, boxes, size)[:, 0] > 0.5).to(torch.uint8)
     assert torch.equal(decode_masks(encode_crops(crops, boxes, size), *size), expected)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 from support.tiny_models import batch, tiny_rcnn
 
 from detector.data.annotations import index_coco, read_coco
@@ -108,7 +108,7 @@ def scorer_of(content, results, kind, *, summarize=True, **settings):
         coco.createIndex()
         found = coco.loadRes([{name: result[name] for name in (*ids, field)} for result in results])
         scorer = COCOeval(coco, found, kind)
-        if kind == "keypoints" and len(content["annotations"][0]["keypoints"]) != 51:
+        if kind == "keypoints" and content["categories"][0]["keypoints"] != list(PERSON.names):
             scorer.params.kpt_oks_sigmas = np.full(len(content["annotations"][0]["keypoints"]) // 3, SIGMA)
         for name, value in settings.items():
             setattr(scorer.params, name, value)
@@ -376,6 +376,15 @@ def test_key_points_of_other_names_are_not_scored_and_that_is_said(names):
     parts, (note,) = scored_parts(data, ["keypoints"], KeypointLayout(names))
     assert parts == []
     assert "No keypoints scores" in note
+
+
+@pytest.mark.parametrize(("names", "own"), [(PERSON.names, True), (None, True), ([f"p{i}" for i in range(17)], False)])
+def test_seventeen_points_of_other_names_are_no_persons(names, own):
+    named = {} if names is None else {"keypoints": list(names), "skeleton": []}
+    content = truth(categories=[{"id": 3, "name": "a", **named}, {"id": 8, "name": "b", **named}])
+    scorer = match(index_coco(content), detections(content), iou_type="keypoints")
+    sigmas = scorer.params.kpt_oks_sigmas
+    assert sigmas == pytest.approx(Params("keypoints").kpt_oks_sigmas if own else np.full(17, SIGMA))
 
 
 def test_the_tolerance_of_other_points_is_the_mean_of_cocos():

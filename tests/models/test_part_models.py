@@ -1,5 +1,7 @@
 """Detectors of masks and key points by their settings, and out of published weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
@@ -8,10 +10,11 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detector.data.keypoints import PERSON
 from detector.errors import ModelError
-from detector.models.build import _fit_predictors, build_detector
+from detector.models.build import KeypointPredictor, _fit_predictors, build_detector
 from detector.models.config import DetectorConfig, saved_settings
 from detector.models.detecting import kept, parts_found_by
 from detector.pretrained.description import DetectorDescription
+from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_published
 
@@ -127,16 +130,26 @@ def test_rows_of_classes_are_kept_by_name_in_the_mask_predictor_too(tmp_path):
     torch.manual_seed(1)
     theirs = tiny("masks", 3)
     settings = DetectorConfig(**TINY, finds="masks")
-    description = DetectorDescription(settings, "affine", [1, 2, 3], ["a", "b", "c"], {})
+    PretrainedDetector(theirs, [1, 2, 3], ["a", "b", "c"], settings=settings).save_pretrained(tmp_path / "saved")
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "w.pth")
-    assert description.keypoints is None
+    name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
+    rows = theirs.state_dict()[name]
     torch.manual_seed(2)
     ours = tiny("masks", 3)
-    config = DetectorConfig(**TINY, finds="masks", weights=str(tmp_path / "w.pth"))
-    said = load_initial_weights(ours, config, ["x", "y", "z"])  # the file names none: taken in order
-    assert "begin anew" not in said
-    name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
-    assert torch.equal(ours.state_dict()[name], theirs.state_dict()[name])
+    anew = ours.state_dict()[name].clone()
+    load_initial_weights(ours, replace(settings, weights=str(tmp_path / "saved")), ["c", "x", "a"])
+    found = ours.state_dict()[name]
+    assert torch.equal(found[[0, 1, 3]], rows[[0, 3, 1]])
+    assert torch.equal(found[2], anew[2])
+    said = load_initial_weights(ours, replace(settings, weights=str(tmp_path / "w.pth")), ["x", "y", "z"])
+    assert "begin anew" not in said  # the file names none: taken in order
+    assert torch.equal(ours.state_dict()[name], rows)
+
+
+def test_heatmaps_are_of_32_bits_under_autocast():
+    predictor = KeypointPredictor(8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert predictor(torch.rand(2, 8, 7, 7)).dtype == torch.float32
 
 
 def test_a_description_keeps_the_layout_and_refuses_damage():

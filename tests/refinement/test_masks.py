@@ -6,6 +6,20 @@ from support.refined_models import refined
 from support.tiny_models import batch, tiny_rcnn
 
 from detector import swap_crop_head
+from detector.refinement.seen import look_at
+
+
+@pytest.mark.parametrize("kind", ["mask", "keypoint"])
+def test_none_are_looked_for_while_a_refinement_learns(kind):
+    model = refined(swap_crop_head(tiny_rcnn(kind)).eval(), looks=2, climbs=2)
+    (image, *_), _ = batch()
+    model.roi_heads.refinement.enabled = False
+    with torch.no_grad():
+        expected = model([image])[0]["boxes"]
+    getattr(model.roi_heads, f"{kind}_head").forward = None  # would fail
+    seen = look_at(model, image)
+    assert len(expected)
+    torch.testing.assert_close(seen.boxes, expected)
 
 
 @pytest.mark.parametrize("kind", ["mask", "keypoint"])

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -20,8 +21,11 @@ from detector.command_line.browse import main as browse
 from detector.command_line.predict import main as predict
 from detector.command_line.refine import main as refine
 from detector.command_line.training import train
-from detector.data.masks import decode_masks, mask_area
+from detector.data.dataset import CocoDetection
+from detector.data.masks import MaskLayers, decode_masks, mask_area
 from detector.evaluation.metric import SIGMA, SUMMARIES
+from detector.evaluation.running import run_detector
+from detector.evaluation.timing import measure_stages
 from detector.models.config import DetectorConfig
 from detector.pretrained import load_detector
 from detector.training import CocoDataModule, DetectionTask
@@ -100,6 +104,35 @@ def test_its_checkpoint_and_its_results_file_are_scored_as_by_pycocotools(run, f
     scorer.summarize()
     assert 0.05 < scores[f"{kind}/AP"] < 0.95
     assert [scores[f"{kind}/{name}"] for name in SUMMARIES[kind]] == pytest.approx(scorer.stats.tolist())
+
+
+@pytest.mark.parametrize("run", ["masks"], indirect=True)
+def test_masks_of_an_image_are_never_many_at_its_full_size(run, data, monkeypatch):
+    """They are not read where nothing is compared with them, and resized before they are told apart for the losses."""
+    detector = load_detector(run[1])
+    split = CocoDetection(data / "val", data / "annotations" / "instances_val.json", parts=("masks",))
+    detector.model.transform.min_size = (160,)
+    read, of = [], MaskLayers.of
+    sizes, masks = [], MaskLayers.masks
+
+    def reading(*arguments):
+        read.append(arguments)
+        return of(*arguments)
+
+    def telling_apart(layers):
+        sizes.append(tuple(layers.maps.shape[1:]))
+        return masks(layers)
+
+    monkeypatch.setattr(MaskLayers, "of", reading)
+    monkeypatch.setattr(MaskLayers, "masks", telling_apart)
+    monkeypatch.setattr(torchvision.models.detection.transform, "paste_masks_in_image", None)  # all detections at once
+    running = {"model": detector.model, "split": split, "category_ids": detector.category_ids, "workers": 0}
+    run_detector(**running)
+    measure_stages(detector.model, split, images=2)
+    assert read == []
+    run_detector(**running, labels=torch.arange(len(detector.category_ids) + 1))
+    assert len(read) == len(sizes) == len(split)
+    assert all(min(size) == 160 for size in sizes)
 
 
 def test_what_it_finds_in_an_image(run, data, tmp_path):
@@ -219,6 +252,9 @@ def test_images_with_next_to_no_key_points_are_not_trained_on(data, tmp_path):
     for annotation in content["annotations"]:
         if annotation["image_id"] == images[0]:
             annotation["keypoints"][2::3] = [0] * len(POINTS)
+    some = next(a for a in content["annotations"] if a["image_id"] == images[1])
+    some["keypoints"][2::3] = [2, 0, 1, 0, 1]  # enough, even alone
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != images[1] or a is some]
     file.write_text(json.dumps(content))
     module = CocoDataModule(root=str(path), train_split="train", val_split="val", min_size=None)
 
@@ -230,7 +266,7 @@ def test_images_with_next_to_no_key_points_are_not_trained_on(data, tmp_path):
     module.setup("fit")
     assert images[0] not in module.train_set.image_ids
     assert len(module.train_set) == len({a["image_id"] for a in content["annotations"]} - {images[0]})
-    assert any("fewer than 5 labelled key points" in note for note in module.notes)
+    assert any("fewer than 3 labelled key points" in note for note in module.notes)
     assert len(module.val_set) == 2
 
 
@@ -241,7 +277,7 @@ def test_a_split_with_next_to_no_key_points_is_refused(data, tmp_path):
     for annotation in content["annotations"]:
         annotation["keypoints"] = [0] * (3 * len(POINTS))
     file.write_text(json.dumps(content))
-    with refused("instances_train.json: no image has the 5 labelled key points", code=1):
+    with refused("instances_train.json: no image has 3 labelled key points", code=1):
         train(arguments(path, tmp_path / "run", "keypoints"))
 
 
@@ -251,6 +287,49 @@ def test_splits_with_other_key_points_are_refused(data, tmp_path):
     file.write_text(file.read_text().replace("top_left", "upper_left"))
     with refused("train and val have different key points: .*upper_left", code=1):
         train(arguments(path, tmp_path / "run", "keypoints"))
+
+
+def renamed(path, split, names):
+    file = path / "annotations" / f"instances_{split}.json"
+    content = json.loads(file.read_text())
+    for category in content["categories"]:
+        del category["keypoints"], category["skeleton"]
+        category |= {"keypoints": names} if names else {}
+    file.write_text(json.dumps(content))
+
+
+def test_key_points_without_sides_are_mirrored_and_that_is_said(tmp_path, capsys):
+    path = write_digits_with_parts(tmp_path / "digits", splits={"train": 2, "val": 2})
+    renamed(path, "train", ["a", "b", "c", "d", "e"])
+    renamed(path, "val", None)  # numbers, which fit any names
+    file = path / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["keypoints"] = [0] * 15
+    file.write_text(json.dumps(content))
+    short = ("--trainer.max_steps=1", "--trainer.max_epochs=-1")
+    train(arguments(path, tmp_path / "run", "keypoints", *short, "--data.augmentation=null"))
+    notes = json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
+    assert "train: images are mirrored" in notes[0]
+    assert "(a, b, c, d, e)" in notes[0]
+    assert notes[1].startswith("Objects whose key points are all unlabelled: 1. ")
+    assert len(notes) == 2
+    train(arguments(path, tmp_path / "plain", "keypoints", *short, "--data.augmentation=[]"))
+    notes = json.loads((tmp_path / "plain" / "report.json").read_text())["notes"]
+    assert not any("mirrored" in note for note in notes)
+
+
+@pytest.mark.parametrize("run", ["keypoints"], indirect=True)
+def test_key_points_of_other_names_begin_anew(run, data, tmp_path, caplog):
+    part, folder = run
+    path = write_digits_with_parts(tmp_path / "digits", splits={"train": 2, "val": 2})
+    for split in ("train", "val"):
+        renamed(path, split, POINTS[::-1])
+    first = ("--trainer.max_steps=1", "--trainer.max_epochs=-1", f"--model.detector.weights={folder}")
+    train(arguments(path, tmp_path / "other", part, *first))
+    assert "2 that do not fit begin anew (roi_heads.keypoint_predictor" in caplog.text
+    caplog.clear()
+    train(arguments(data, tmp_path / "same", part, *first))
+    assert "begin anew" not in caplog.text
 
 
 def test_a_run_of_masks_does_not_go_on_as_one_of_boxes(run, data, tmp_path):
