@@ -9,7 +9,7 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from detector.data.part_problems import FIELD, Part, has_part, part_problems
+from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
 from detector.data.problems import MOST_AREA, Problem, annotation_problems
 from detector.errors import DataError, MissingPartError
 from detector.files import read_json
@@ -42,7 +42,7 @@ def read_coco(path: str | Path, *, parts: Collection[Part] = ()) -> COCO:
     flaws = refuse(annotation_problems(path, data), f"{path}")
     for part in parts:
         if not has_part(data["annotations"], part):
-            raise MissingPartError(f"{path}: no annotation has a {FIELD[part]!r}, and {NEEDED[part]}")
+            raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}), and {NEEDED[part]}")
         flaws += refuse(part_problems(path, data, part), f"{path}")
     for annotation in data["annotations"]:
         _, _, width, height = annotation["bbox"]

@@ -22,7 +22,7 @@ from detector.errors import DataError
 from detector.seeds import drawn_from, seed_of
 from detector.text import listed
 
-Target = dict[str, Tensor]
+Target = dict[str, Any]  # tensors, and masks that are not told apart yet, see CocoDetection.with_layers
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 AXES = "axes"  # of the image, in a target on its way through the augmentation
 LEAVE_OUT = "leave SanitizeBoundingBoxes and the like out, for objects whose box is gone are left out here"
@@ -53,7 +53,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         annotations: an annotation file, see :func:`read_coco`.
         parts: what is read besides boxes: "masks", "keypoints" or both.
         transform: takes and returns (image, target), both torchvision ``tv_tensors``: any transform of
-            ``torchvision.transforms.v2``. Where it mirrors an image, left and right key points are exchanged.
+            ``torchvision.transforms.v2``. Where it mirrors an image, left and right key points are exchanged. Where
+            masks are read it is told to fill them with 0, whatever it fills images with.
         seed: with the epoch and the index, all that the transform's random choices depend on.
         skip_missing: take images whose file is missing as well; reading one fails.
 
@@ -212,7 +213,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if layers is not None:
             places = tuple(place for place, stays in zip(layers.places, kept.tolist()) if stays)
             layers = MaskLayers(target["masks"], places)
-            target["masks"] = layers if self.layered else layers.masks()  # type: ignore[assignment]
+            target["masks"] = layers if self.layered else layers.masks()
         for field in ("boxes", "labels", *(() if self.keypoints is None else ("keypoints",))):
             target[field] = target[field][kept]
         return image, target

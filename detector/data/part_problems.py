@@ -12,7 +12,10 @@ from detector.errors import DataError, shown
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
 NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
-NO_AREA = "has no area: that of its box is taken, by which objects are small or large, and key points near enough"
+NO_AREA: dict[Part, str] = {
+    "masks": "has no area: by that of its box its mask is scored as one of a small or a large object",
+    "keypoints": "has no area: by that of its box, which is larger, its key points are near enough or not",
+}
 UNLABELLED = "has key points that are all unlabelled (visibility 0): it is found, and no key point is learned from it"
 
 
@@ -58,10 +61,10 @@ def part_problems(path: str | Path, data: Any, part: Part, *, broken: Level = "e
             if not annotation.get("iscrowd") and (part == "masks" or annotation["category_id"] in has_points):
                 missing.append(_missing(part, where(path, "annotations", position, annotation)))
             continue
-        some = True
+        some = some or not annotation.get("iscrowd")
         if "area" not in annotation and not annotation.get("iscrowd"):
             at = where(path, "annotations", position, annotation)
-            missing.append(Problem(f"{NAME[part]} without an area", "flaw", f"{at} {NO_AREA}"))
+            missing.append(Problem(f"{NAME[part]} without an area", "flaw", f"{at} {NO_AREA[part]}"))
         if part == "masks":
             what = segmentation_problem(value, *sizes[annotation["image_id"]])
         else:

@@ -90,7 +90,8 @@ def _field_problems(path: str | Path, data: list[Any], field: str, ground_truth:
 
     The key points of a detector are all of one number: that which most have.
     """
-    counts = Counter(len(entry[field]) // 3 for entry in data if isinstance(entry.get(field), list))
+    lists = (entry.get("keypoints") for entry in data if field == "keypoints")
+    counts = Counter(len(points) // 3 for points in lists if isinstance(points, list) and points)
     count = counts.most_common(1)[0][0] if counts else 0
     for position, entry in enumerate(data):
         wrong: str | None = None

@@ -210,9 +210,7 @@ def as_text(report: Report, *, classes: int = 100) -> str:
     elif pairs := confused_pairs(report["confusion"], 10):
         tables.append((f"{title}: most often", [[truth, "for", found, count] for truth, found, count in pairs]))
     if report["refinement"]:
-        refined = refined_rows(report["refinement"])
-        table = [[row["score"], row["before"], row["after"], _signed(row["difference"])] for row in refined]
-        tables.append(("Without the refinement, and with it", [["", "before", "after", "difference"], *table]))
+        tables.append(("Without the refinement, and with it", refinement_table(report["refinement"])))
     if losses := report["losses"]:
         tables.append(("Losses", [list(losses), [f"{value:.4f}" for value in losses.values()]]))
     if speed := report["speed"]:
@@ -236,6 +234,13 @@ def refined_rows(refinement: Mapping[str, Any]) -> list[dict[str, Any]]:
         difference = None if before is None or after is None else after - before
         rows.append({"score": name, "before": before, "after": after, "difference": difference})
     return rows
+
+
+def refinement_table(refinement: Mapping[str, Any]) -> list[list[Any]]:
+    """:func:`refined_rows` for :func:`text_table`."""
+    rows = refined_rows(refinement)
+    table = [[row["score"], row["before"], row["after"], _signed(row["difference"])] for row in rows]
+    return [["", "before", "after", "difference"], *table]
 
 
 def _rows(dicts: Sequence[Mapping[str, Any]], keys: Sequence[str], heads: Sequence[str]) -> list[list[Any]]:

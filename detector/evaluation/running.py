@@ -80,7 +80,8 @@ def predict(
 
     Args:
         model: a torchvision detector; put in eval mode for the run.
-        batches: images [3, H, W] in 0..1 at their annotated size, and targets of which ``image_id`` is used.
+        batches: images [3, H, W] in 0..1 at their annotated size, and targets of which ``image_id`` is used, and all
+            for losses.
         category_ids: the category id of each of the model's labels, from label 1 on.
         device: where the model is.
         labels: [n + 1], the model's label for each of the targets', from 0 on, by which the losses are computed;

@@ -54,7 +54,7 @@ def score_split(
     about: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Score a detector on a split, print pycocotools' table, and write what a training run leaves to a folder.
+    """Score a detector on a split, print pycocotools' tables, and write what a training run leaves to a folder.
 
     Args:
         model: a detector on ``device``.
@@ -79,8 +79,8 @@ def score_split(
     made = described(None, model=name, data=data, split=None, device=device)
     made |= {"refinement": refinement_in_words(model), **(about or {})}
     options = EvaluationOptions()
-    parts, without = scored_parts(split, parts_found_by(model))
-    notes = [*notes, *without]
+    parts, of_parts = scored_parts(split, parts_found_by(model))
+    notes = [*notes, *of_parts]
     return write_evaluation(
         found, split.coco, folder, options, about=made, split=split, parts=parts, notes=notes, of_training=True
     )
@@ -123,8 +123,8 @@ def evaluate_detector(
     with joined() as (rank, ranks):
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
-        parts, not_scored = scored_parts(data, parts_found_by(detector.model), detector.keypoints)
-        labels, without = _labels_for_losses(detector.model, category_ids, data, parts)
+        parts, of_parts = scored_parts(data, parts_found_by(detector.model), detector.keypoints)
+        labels, of_losses = _labels_for_losses(detector.model, category_ids, data, parts)
         run = partial(
             run_detector,
             detector.model,
@@ -146,7 +146,7 @@ def evaluate_detector(
                 unrefined = gathered(run())
     if found is None:
         return None
-    notes += not_scored + without
+    notes += of_parts + of_losses
     left_out = [data.leave_out(found.broken)] if found.broken else []
     if left_out and not found.image_ids:
         with suppress(OSError):  # it holds something
@@ -211,8 +211,8 @@ def evaluate_results(
         truth = read_coco(annotations, parts=has)
     layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in given else None
     of_truth = layout_of(annotations, truth.cats.values(), truth.anns.values()) if "keypoints" in has else None
-    parts, without = _scored(given, layout, has, of_truth, truth.flaws)
-    notes += without
+    parts, of_parts = _scored(given, layout, has, of_truth, truth.flaws)
+    notes += of_parts
     data = None
     if images is not None:
         try:

@@ -81,7 +81,7 @@ def write_evaluation(
         unrefined: what was found without the refinement, in the same images, to compare with.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences for the report.
-        of_training: write ``examples.png``, too, and print no more than pycocotools' table.
+        of_training: write ``examples.png``, too, and print no more than pycocotools' tables.
 
     Returns:
         The scores, as :func:`~detector.evaluation.evaluate`, those of masks and key points as "segm/AP",

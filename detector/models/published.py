@@ -123,7 +123,7 @@ def published_keypoints(name: str, model: nn.Module) -> KeypointLayout | None:
         return None
     heads: Any = model.roi_heads
     count = heads.keypoint_predictor.out_channels
-    return PERSON if count == len(PERSON) else KeypointLayout(tuple(f"{i + 1}" for i in range(count)))
+    return PERSON if count == len(PERSON) else KeypointLayout.numbered(count)
 
 
 def published_names(name: str = "fasterrcnn_resnet50_fpn") -> list[str]:

@@ -95,15 +95,16 @@ def parts_as_values(number: int, found: Mapping[str, Any], layout: KeypointLayou
 
     Args:
         number: which detection.
-        found: ``segmentations``, or ``keypoints`` and ``keypoints_scores``, or none of them, see :class:`Detections`.
+        found: ``segmentations``, ``keypoints`` and ``keypoints_scores``, if there are any: see :class:`Detections`.
         layout: the names of the key points.
     """
     values: dict[str, Any] = {}
     if found.get("segmentations") is not None:
         values["segmentation"] = found["segmentations"][number]
     if found.get("keypoints") is not None:
-        points, scores = found["keypoints"][number], found["keypoints_scores"][number]
+        points = found["keypoints"][number, :, :2]
+        if found.get("keypoints_scores") is not None:
+            points = torch.cat([points, found["keypoints_scores"][number][:, None]], dim=1)
         names = (layout or KeypointLayout.numbered(len(points))).names
-        rows = torch.cat([points[:, :2], scores[:, None]], dim=1).tolist()
-        values["keypoints"] = dict(zip(names, rows, strict=True))
+        values["keypoints"] = dict(zip(names, points.tolist(), strict=True))
     return values

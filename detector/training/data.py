@@ -3,7 +3,7 @@
 import math
 import os
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 import lightning
@@ -19,7 +19,7 @@ from detector.data.checking import open_images
 from detector.data.dataset import CocoDetection, Target, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
-from detector.data.keypoints import PERSON
+from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.part_problems import Part
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingPartError, shown
@@ -34,6 +34,12 @@ MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its 
 Batch = tuple[list[Tensor], list[Target]]
 # Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
 OPENED_PIXELS = 1_000_000_000
+
+
+def _flips(transforms: Iterable[Any]) -> bool:
+    """Whether some augmentation, or one within it, mirrors images."""
+    flips = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)
+    return any(isinstance(one, flips) or _flips(getattr(one, "transforms", ())) for one in transforms)
 
 
 def _broken_images(data: CocoDetection) -> dict[int, str]:
@@ -107,7 +113,7 @@ class CocoDataModule(lightning.LightningDataModule):
         self.skip_broken = skip_broken
         self.generate = generate
         transforms = [v2.RandomHorizontalFlip()] if augmentation is None else list(augmentation)
-        self._mirrors = any(isinstance(one, v2.RandomHorizontalFlip) for one in transforms)
+        self._mirrors = _flips(transforms)
         if min_size is not None:
             # The detector resizes test images by itself, without antialiasing; training images must look the same.
             sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -171,10 +177,12 @@ class CocoDataModule(lightning.LightningDataModule):
                 f"{self.root}: {self.train_split} and {self.val_split} have different key points: {shown(ours.names)} "
                 f"and {shown(theirs.names)}"
             )
-        if len(ours) > 1 and ours.mirrored() == [*range(len(ours))] and self._mirrors:
+        layout = theirs if ours == KeypointLayout.numbered(len(ours)) else ours  # names say more than numbers
+        self.train_set.keypoints = self.val_set.keypoints = layout
+        if len(layout) > 1 and layout.mirrored() == [*range(len(layout))] and self._mirrors:
             self.notes.append(
                 f"{self.train_split}: images are mirrored in training, and by their names no key point is the mirror "
-                f"image of another ({listed(ours.names)}): if some are, name them left_... and right_... in the "
+                f"image of another ({listed(layout.names)}): if some are, name them left_... and right_... in the "
                 "categories, or train without a flip (augmentation: [])"
             )
 
@@ -189,8 +197,8 @@ class CocoDataModule(lightning.LightningDataModule):
         if not enough:
             file = self.folder.annotation_file(self.train_split)
             raise DataError(
-                f"{file}: no image has {least} labelled key points (visibility 1 or 2), and images with fewer are not "
-                "trained on"
+                f"{file}: no image has {least} or more labelled key points (visibility 1 or 2), and images with fewer "
+                "are not trained on"
             )
         if len(enough) < len(self.train_set):
             self.notes.append(

@@ -12,11 +12,11 @@ from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError, sentence
 from detector.evaluation.choosing import best_refinement, score_refinements
-from detector.evaluation.metric import evaluate_parts
+from detector.evaluation.report import refinement_table, text_table
 from detector.evaluation.running import run_detector
 from detector.evaluation.scoring import scored_parts
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
-from detector.files import write_json
+from detector.files import read_json, write_json
 from detector.models.detecting import parts_found_by
 from detector.models.weights import read_weights
 from detector.overriding import overridden
@@ -32,7 +32,6 @@ from detector.training.task import DetectionTask
 
 CLIP = 5.0  # the norm of the gradient
 CHOSEN = "chosen.json"
-SHOWN = ("AP", "AP50", "AP75", "AP90")
 
 
 def fit_refinement(
@@ -120,7 +119,7 @@ class RefinementRun(Run):
         assert refinement is not None
         split = self.score_on
         ids = match_categories(detector, split)
-        parts, without = scored_parts(split, parts_found_by(detector.model), detector.keypoints)
+        parts, of_parts = scored_parts(split, parts_found_by(detector.model), detector.keypoints)
         running: dict[str, Any] = {"device": device, "batch_size": self.batch_size, "workers": data.workers}
         with overridden(refinement, enabled=False):
             unrefined = run_detector(detector.model, split, ids, **running)
@@ -134,13 +133,14 @@ class RefinementRun(Run):
             split=split,
             parts=parts,
             unrefined=unrefined,
-            notes=[*match_notes(detector, ids, split), *without],
+            notes=[*match_notes(detector, ids, split), *of_parts],
             of_training=True,
         )
-        before = evaluate_parts(split.coco, unrefined.results, split.image_ids, parts=parts)
-        self.scores = {"before": before, "after": after}
+        refinement_report = read_json(self.folder / "report.json")["refinement"]
+        before = refinement_report["before"]["scores"]
+        self.scores = {"before": {name: -1.0 if of is None else of for name, of in before.items()}, "after": after}
         write_json(self.folder / "scores.json", self.scores)
-        print(f"\n{side_by_side(self.scores)}")
+        print(f"\n{text_table(refinement_table(refinement_report))}")
         print(f"\nThe refined detector is {last}, and scores.json, report.html and detections.json are beside it.")
         return after
 
@@ -188,12 +188,3 @@ class RefinementRun(Run):
             mark = "  <- chosen" if one == best else ""
             print(f"{one.looks:5} {one.climbs:6} {of['AP']:7.4f} {of['AP75']:7.4f} {of['AP90']:7.4f}{mark}")
         return best
-
-
-def side_by_side(scores: dict[str, dict[str, float]]) -> str:
-    """The scores before and after, in a table."""
-    lines = [f"{'':6} {'before':>7} {'after':>7}"]
-    for name in SHOWN:
-        before, after = scores["before"][name], scores["after"][name]
-        lines.append(f"{name:6} {before:7.4f} {after:7.4f}  {after - before:+.4f}")
-    return "\n".join(lines)

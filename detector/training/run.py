@@ -187,8 +187,8 @@ class Run:
                     batch_size=data.val_batch_size,
                     workers=data.workers,
                 )
-        parts, without = scored_parts(data.val_set, task.parts)
-        notes = [*data.notes, *without]
+        parts, of_parts = scored_parts(data.val_set, task.parts)
+        notes = [*data.notes, *of_parts]
         scores = write_evaluation(
             found,
             data.val_set.coco,

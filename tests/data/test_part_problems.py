@@ -108,6 +108,7 @@ def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path, part):
         if not annotation.get("iscrowd"):
             del annotation[FIELD[part]]
     assert any(FIELD[part] in annotation for annotation in data["annotations"])
+    assert list(part_problems("a.json", data, part)) == []  # nobody has any: nothing is missing
     with pytest.raises(MissingPartError):
         read_coco(write(tmp_path, data), parts=[part])
 
@@ -137,7 +138,9 @@ def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words
     path = write(tmp_path)
     with pytest.raises(MissingPartError, match=words) as error:
         read_coco(path, parts=[part])
-    assert str(error.value).startswith(f"{path}: no annotation has a '{FIELD[part]}'")
+    assert str(error.value).startswith(
+        f"{path}: no object has {'masks' if part == 'masks' else 'key points'} ({FIELD[part]})"
+    )
 
 
 def test_categories_that_name_other_points(tmp_path):

@@ -268,6 +268,7 @@ def test_results_of_each_kind_are_read(tmp_path):
             lambda r: r[0]["keypoints"].extend([1, 1, 1]),
             r"results\[0\] has keypoints .* 18 numbers: 5 key points are 15",
         ),
+        (lambda r: [one.update(keypoints=[]) for one in r[1:]], r"results\[1\] has keypoints \[\]"),
         (lambda r: r[4].pop("bbox"), r"results\[4\] has no bbox, which others have"),
         (lambda r: r[0].update(keypoints=[]), r"results\[0\] has keypoints \[\]"),
         (lambda r: r[3]["keypoints"].__setitem__(0, float("nan")), r"results\[3\] has keypoints .* not finite"),

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.transforms import v2
 
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
@@ -239,7 +240,7 @@ def test_data_without_masks_is_refused_in_a_sentence(data, tmp_path):
         for annotation in content["annotations"]:
             del annotation["segmentation"]
         file.write_text(json.dumps(content))
-    with refused(rf"no annotation has a 'segmentation'.*delete {path}", code=1):
+    with refused(rf"no object has masks \(segmentation\).*delete {path}", code=1):
         train(arguments(path, tmp_path / "run", "masks", "--data.generate=digits"))
     assert not (tmp_path / "run").exists()
 
@@ -277,7 +278,7 @@ def test_a_split_with_next_to_no_key_points_is_refused(data, tmp_path):
     for annotation in content["annotations"]:
         annotation["keypoints"] = [0] * (3 * len(POINTS))
     file.write_text(json.dumps(content))
-    with refused("instances_train.json: no image has 3 labelled key points", code=1):
+    with refused("instances_train.json: no image has 3 or more labelled key points", code=1):
         train(arguments(path, tmp_path / "run", "keypoints"))
 
 
@@ -308,11 +309,15 @@ def test_key_points_without_sides_are_mirrored_and_that_is_said(tmp_path, capsys
     file.write_text(json.dumps(content))
     short = ("--trainer.max_steps=1", "--trainer.max_epochs=-1")
     train(arguments(path, tmp_path / "run", "keypoints", *short, "--data.augmentation=null"))
+    train(arguments(path, tmp_path / "run", "keypoints", *short, "--data.augmentation=null", "--ckpt_path=last"))
+    assert load_detector(tmp_path / "run").keypoints.names == ("a", "b", "c", "d", "e")
     notes = json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
     assert "train: images are mirrored" in notes[0]
     assert "(a, b, c, d, e)" in notes[0]
     assert notes[1].startswith("Objects whose key points are all unlabelled: 1. ")
     assert len(notes) == 2
+    module = CocoDataModule(root=str(path), augmentation=[v2.RandomApply([v2.RandomVerticalFlip()])])
+    assert module._mirrors
     train(arguments(path, tmp_path / "plain", "keypoints", *short, "--data.augmentation=[]"))
     notes = json.loads((tmp_path / "plain" / "report.json").read_text())["notes"]
     assert not any("mirrored" in note for note in notes)

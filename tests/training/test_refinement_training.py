@@ -470,7 +470,7 @@ def test_two_processes(launched, base, digits, tmp_path):
         command = [sys.executable, *flags, "--devices=2"]
     done = run(command, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("before   after") == 1
+    assert done.stdout.count("before  after  difference") == 1
     assert (tmp_path / "run" / "scores.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
