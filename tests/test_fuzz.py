@@ -513,12 +513,12 @@ def right_parts(path, folder):
         image, target = loaded[index]
         assert target["masks"].shape == (len(objects), *image.shape[1:])
         for annotation, mask in zip(objects, target["masks"].numpy(), strict=True):
-            if annotation.get("segmentation"):
+            if any(annotation.get("segmentation") or ()):  # [[]] is none
                 assert np.array_equal(mask, loaded.coco.annToMask(annotation))
             else:
                 assert not mask.any()
     objects = [a for a in loaded.coco.anns.values() if not a["iscrowd"]]
-    seen = [a for a in objects if a.get("segmentation") and loaded.coco.annToMask(a).any()]
+    seen = [a for a in objects if any(a.get("segmentation") or ()) and loaded.coco.annToMask(a).any()]
     fields = ("image_id", "category_id", "segmentation")
     found = path.with_name("fed_back.json")
     found.write_text(json.dumps([{"score": 1.0, **{name: a[name] for name in fields}} for a in seen]))

@@ -35,6 +35,9 @@ class Indices:
     def __getitem__(self, index):
         return index
 
+    def with_layers(self):
+        return self
+
 
 class Data(CocoDataModule):
     def __init__(self):
