@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from detector.refinement import add_refinement
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+slow = partial(pytest.param, marks=pytest.mark.slow)  # a case like others, of which the quick suite has enough
 FIELDS = ("boxes", "labels", "scores")
 PARTS = {"box": (), "mask": ("masks",), "keypoint": ("keypoints", "keypoints_scores")}
 # The example's, smaller, tall, wide, one of which resized is 63 pixels in float32, tiny, and larger than the model's.
@@ -286,7 +288,7 @@ def test_speed(export):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("swapped", [True, slow(False)])
 @pytest.mark.parametrize("kind", ["mask", "keypoint"])
 def test_masks_and_key_points_equal_pytorchs_for_any_size(export, kind, swapped, batch):
     model = tiny(kind, swapped=swapped)
@@ -300,7 +302,7 @@ def test_masks_and_key_points_equal_pytorchs_for_any_size(export, kind, swapped,
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("swapped", [True, False])
+@pytest.mark.parametrize("swapped", [True, slow(False)])
 @pytest.mark.parametrize("kind", ["mask", "keypoint"])
 def test_masks_and_key_points_of_no_detections(export, kind, swapped, batch):
     model = tiny(kind, swapped=swapped, box_score_thresh=0.999)
@@ -331,7 +333,7 @@ def test_the_axes_of_masks_are_those_of_the_images(export):
     assert axes["masks"][2:] == ["height", "width"]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [slow(1), 2])
 @pytest.mark.parametrize("kind", ["mask", "keypoint"])
 def test_masks_and_key_points_of_refined_boxes(export, kind, batch):
     model = refined(tiny(kind), looks=2)
@@ -434,7 +436,7 @@ def moved_by(model, images):
 
 @pytest.mark.parametrize(
     ("swapped", "fpn", "batch", "looks"),
-    [(True, True, 1, 2), (True, True, 2, 1), (True, False, 1, 3), (False, True, 1, 2)],
+    [slow(True, True, 1, 2), (True, True, 2, 1), (True, False, 1, 3), (False, True, 1, 2)],
 )
 def test_looking_again_is_in_the_graph(export, swapped, fpn, batch, looks):
     model = refined(tiny(fpn=fpn, swapped=swapped), looks=looks)
@@ -446,7 +448,7 @@ def test_looking_again_is_in_the_graph(export, swapped, fpn, batch, looks):
             assert (moved_by(model, images) > 0.5).any()
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("stages", [slow(1), 2])
 def test_only_detections_that_matter_are_looked_at_again_whatever_the_examples(export, stages):
     """Those above a score, and so many of them: neither number is the example's."""
     model = tiny()
@@ -464,7 +466,7 @@ def test_only_detections_that_matter_are_looked_at_again_whatever_the_examples(e
     assert_detects_alike(run, model, images)
 
 
-@pytest.mark.parametrize(("limit", "batch"), [(0, 1), (1, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize(("limit", "batch"), [(0, 1), slow(1, 1), (1, 2), slow(3, 1)])
 def test_few_detections_or_none_to_look_at_again(export, limit, batch):
     model = refined(tiny(box_score_thresh=0.0 if limit else 0.999, box_detections_per_img=max(limit, 1)))
     run = export(model, batch_size=batch)
@@ -472,7 +474,7 @@ def test_few_detections_or_none_to_look_at_again(export, limit, batch):
         assert assert_detects_alike(run, model, noise(*size, batch=batch)) == [limit] * batch
 
 
-@pytest.mark.parametrize(("limit", "batch"), [(20, 1), (20, 2), (1, 1), (0, 1)])
+@pytest.mark.parametrize(("limit", "batch"), [slow(20, 1), (20, 2), slow(1, 1), (0, 1)])
 def test_scores_weighted_by_the_fit_are_in_the_graph_and_in_order(export, limit, batch):
     model = tiny(box_score_thresh=0.0 if limit else 0.999, box_detections_per_img=max(limit, 1))
     images = noise(52, 60, batch=batch)
@@ -515,9 +517,9 @@ def test_one_image_of_two_without_detections_to_look_at_again(export):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"climbs": 5}, "looks, but not its climbs (they take gradients)"),
+        slow({"climbs": 5}, "looks, but not its climbs (they take gradients)"),
         ({"climbs": 5, "fit_nms": True}, "looks, but not its climbs (they take gradients) nor its fit_nms"),
-        ({"fit_nms": True}, "looks, but not its fit_nms"),
+        slow({"fit_nms": True}, "looks, but not its fit_nms"),
         ({}, None),
     ],
 )

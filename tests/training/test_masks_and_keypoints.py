@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +31,9 @@ from detector.evaluation.timing import measure_stages
 from detector.models.config import DetectorConfig
 from detector.pretrained import load_detector
 from detector.training import CocoDataModule, DetectionTask
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)  # like the other case, which the quick suite has
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +190,7 @@ def test_predict_writes_them(run, data, tmp_path):
         }
 
 
+@pytest.mark.parametrize("run", [slow("masks"), "keypoints"], indirect=True)
 def test_it_is_refined_and_its_parts_are_looked_for_in_the_refined_boxes(run, found_again, tmp_path):
     part, folder = run
     data, before = found_again
@@ -207,6 +212,7 @@ def test_it_is_refined_and_its_parts_are_looked_for_in_the_refined_boxes(run, fo
     assert load_detector(tmp_path / "r").keypoints == load_detector(folder).keypoints
 
 
+@pytest.mark.parametrize("run", ["masks", slow("keypoints")], indirect=True)
 def test_a_run_goes_on_and_starts_another(run, data, tmp_path):
     part, folder = run
     first = arguments(data, tmp_path / "a", part, "--trainer.max_steps=2", "--trainer.max_epochs=-1")
