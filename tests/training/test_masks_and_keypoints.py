@@ -32,7 +32,6 @@ from detector.models.config import DetectorConfig
 from detector.pretrained import load_detector
 from detector.training import CocoDataModule, DetectionTask
 
-
 slow = partial(pytest.param, marks=pytest.mark.slow)  # like the other case, which the quick suite has
 
 
