@@ -31,7 +31,8 @@ from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
 from detector.data.folder import find_root
 from detector.errors import DataError, ModelError
-from detector.evaluation import SUMMARY, detect_with_losses, evaluate
+from detector.evaluation import SUMMARY, detect_with_losses
+from detector.evaluation.metric import evaluate_parts
 from detector.evaluation.running import run_detector
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
@@ -498,11 +499,11 @@ def test_broken_images_are_left_out_of_a_training(digits, tmp_path, capsys, capl
     train_names, val_names = damaged(digits, tmp_path / "digits")
     scored = []
 
-    def noting(truth, results, image_ids):
+    def noting(truth, results, image_ids, **options):
         scored.append(sorted(truth.imgs[image_id]["file_name"] for image_id in image_ids))
-        return evaluate(truth, results, image_ids)
+        return evaluate_parts(truth, results, image_ids, **options)
 
-    monkeypatch.setattr("detector.training.task.evaluate", noting)
+    monkeypatch.setattr("detector.training.task.evaluate_parts", noting)
     flags = [*TINY, f"--data.root={tmp_path / 'digits'}", "--data.skip_broken=true", "--trainer.max_epochs=1"]
     with caplog.at_level("INFO"):
         train([*flags, f"--run_dir={tmp_path / 'run'}"])
