@@ -214,7 +214,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             places = tuple(place for place, stays in zip(layers.places, kept.tolist()) if stays)
             layers = MaskLayers(target["masks"], places)
             target["masks"] = layers if self.layered else layers.masks()
-        for field in ("boxes", "labels", *(() if self.keypoints is None else ("keypoints",))):
+        for field in target.keys() & {"boxes", "labels", "keypoints"}:
             target[field] = target[field][kept]
         return image, target
 

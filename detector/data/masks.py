@@ -93,8 +93,6 @@ class MaskLayers:
 
     def resized(self, size: tuple[int, int]) -> Tensor:
         """The masks [L, H', W'], uint8, at another height and width, as torchvision's detectors resize them."""
-        if not len(self.maps):
-            return self.maps.new_zeros((0, *size))
         return MaskLayers(functional.interpolate(self.maps[:, None], size)[:, 0], self.places).masks()
 
     def to(self, device: torch.device | str, **options: Any) -> "MaskLayers":

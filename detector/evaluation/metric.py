@@ -48,8 +48,8 @@ def evaluate(
         image_ids: the images to score; all of ``truth`` by default. Results for others are not counted.
         evaluator: what computes the scores; "faster-coco-eval" does the same in C++.
         iou_type: what is compared: "bbox", "segm" (masks) or "keypoints". Objects without a mask count as missed, those
-            without a labelled key point as neither. COCO's 17 key points have COCO's own tolerances, others
-            their mean.
+            without a labelled key point as neither. COCO's 17 key points have COCO's own tolerances, all
+            others the mean of these.
 
     Returns:
         The numbers of :data:`SUMMARIES` and AP90 (at IoU 0.90), -1 where no object is of that size, as in

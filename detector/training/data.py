@@ -3,7 +3,7 @@
 import math
 import os
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, Literal
 
 import lightning
@@ -27,19 +27,18 @@ from detector.signals import ignoring_signals
 from detector.text import listed
 from detector.training.failures import TRAIN, TrainingError
 
-FEWEST_KEYPOINTS = (
-    10  # labelled, of an image to train on, where an object has 17, as COCO's persons have; of others less
-)
+# Labelled, of an image to train on, where an object has as many as COCO's persons; of others the same share.
+FEWEST_KEYPOINTS = 10
 MOST_COMPARED = 20_000  # images of both splits, of which each is asked for its size: seconds on a slow disk
 Batch = tuple[list[Tensor], list[Target]]
 # Of both splits, up to which all images are opened before training: 5 to 10 seconds on one core.
 OPENED_PIXELS = 1_000_000_000
 
 
-def _flips(transforms: Iterable[Any]) -> bool:
-    """Whether some augmentation, or one within it, mirrors images."""
+def _flips(transform: Any) -> bool:
+    """Whether an augmentation, or one within it, mirrors images."""
     flips = (v2.RandomHorizontalFlip, v2.RandomVerticalFlip)
-    return any(isinstance(one, flips) or _flips(getattr(one, "transforms", ())) for one in transforms)
+    return isinstance(transform, flips) or any(_flips(one) for one in getattr(transform, "transforms", ()))
 
 
 def _broken_images(data: CocoDetection) -> dict[int, str]:
@@ -113,7 +112,6 @@ class CocoDataModule(lightning.LightningDataModule):
         self.skip_broken = skip_broken
         self.generate = generate
         transforms = [v2.RandomHorizontalFlip()] if augmentation is None else list(augmentation)
-        self._mirrors = _flips(transforms)
         if min_size is not None:
             # The detector resizes test images by itself, without antialiasing; training images must look the same.
             sizes = [min_size] if isinstance(min_size, int) else list(min_size)
@@ -179,7 +177,7 @@ class CocoDataModule(lightning.LightningDataModule):
             )
         layout = theirs if ours == KeypointLayout.numbered(len(ours)) else ours  # names say more than numbers
         self.train_set.keypoints = self.val_set.keypoints = layout
-        if len(layout) > 1 and layout.mirrored() == [*range(len(layout))] and self._mirrors:
+        if len(layout) > 1 and layout.mirrored() == [*range(len(layout))] and _flips(self.train_transform):
             self.notes.append(
                 f"{self.train_split}: images are mirrored in training, and by their names no key point is the mirror "
                 f"image of another ({listed(layout.names)}): if some are, name them left_... and right_... in the "

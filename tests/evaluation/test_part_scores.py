@@ -85,9 +85,9 @@ def detections(content, *, shift=4.0):
     return results
 
 
-def by_pycocotools(content, results, kind, **settings):
+def by_pycocotools(content, results, kind):
     """pycocotools' own way, from results of one kind alone."""
-    return scorer_of(content, results, kind, **settings).stats.tolist()
+    return scorer_of(content, results, kind).stats.tolist()
 
 
 def alone(content, results, kind, *, iou=None, category=None):
@@ -312,7 +312,7 @@ def test_a_file_of_masks_is_told_from_one_of_boxes(tmp_path, capsys):
     )
     evaluate_results(str(boxes), annotations, tmp_path / "boxes", EvaluationOptions(pictures=0))
     assert json.loads((tmp_path / "boxes" / "report.json").read_text())["segm"] is None
-    assert "segm" not in (tmp_path / "boxes" / "report.html").read_text()
+    assert 'id="segm"' not in (tmp_path / "boxes" / "report.html").read_text()  # the word may be in the command
 
 
 def test_truth_without_masks_leaves_them_unscored_and_says_so(tmp_path):

@@ -223,6 +223,15 @@ def test_detections(detector):
     assert found != detector.detect(scene(), min_score=0)
 
 
+def test_key_points_with_and_without_scores():
+    points = torch.tensor([[[3.0, 4, 1], [5, 6, 1]]])
+    one = (torch.zeros(3, 20, 30, dtype=torch.uint8), torch.rand(1, 4), torch.tensor([1]), torch.tensor([0.5]), ["a"])
+    (plain,) = Detections(*one, keypoints=points)
+    assert plain["keypoints"] == {"1": [3, 4], "2": [5, 6]}
+    (scored,) = Detections(*one, keypoints=points, keypoints_scores=torch.tensor([[7.0, 8]]))
+    assert scored["keypoints"] == {"1": [3, 4, 7], "2": [5, 6, 8]}
+
+
 def test_a_notebook_draws_them(detector):
     found = detector.detect(scene(), min_score=0)
     with Image.open(io.BytesIO(found._repr_png_())) as picture:

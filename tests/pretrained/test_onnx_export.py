@@ -4,10 +4,10 @@ import builtins
 import io
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
+from support.marks import slow
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
 from support.refined_models import refined
 from support.tiny_models import CHANNELS, tiny_rcnn
@@ -24,7 +24,6 @@ from detector.refinement import add_refinement
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-slow = partial(pytest.param, marks=pytest.mark.slow)  # a case like others, of which the quick suite has enough
 FIELDS = ("boxes", "labels", "scores")
 PARTS = {"box": (), "mask": ("masks",), "keypoint": ("keypoints", "keypoints_scores")}
 # The example's, smaller, tall, wide, one of which resized is 63 pixels in float32, tiny, and larger than the model's.

@@ -243,6 +243,28 @@ def test_a_card_shows_the_scores_and_not_where_the_data_lies(detector, tmp_path)
     assert "secret" not in str(card)
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "row"),
+    [
+        ("segm", "image-segmentation", "| mask AP50 | 0.800 | at IoU 0.50 |"),
+        ("keypoints", "keypoint-detection", "| key points AP50 | 0.800 | at OKS 0.50 |"),
+    ],
+)
+def test_a_card_shows_the_scores_of_masks_and_key_points_apart(detector, tmp_path, kind, task, row):
+    report = REPORT | {kind: {"scores": {"AP": 0.5, "AP50": 0.8, "AP75": None}}}
+    detector.save_pretrained(tmp_path, model_card_kwargs={"report": report})
+    card = ModelCard.load(tmp_path / "README.md")
+    results = {(one.task_type, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert results == {
+        ("object-detection", "AP"): 0.5771,
+        ("object-detection", "AP50"): 0.9,
+        ("object-detection", "AP75"): 0.6,
+        (task, "AP"): 0.5,
+        (task, "AP50"): 0.8,
+    }
+    assert row in card.text
+
+
 def test_scores_that_are_undefined_are_no_results(detector, tmp_path):
     detector.save_pretrained(tmp_path, model_card_kwargs={"report": REPORT | {"scores": {"AP": None}}})
     card = ModelCard.load(tmp_path / "README.md")

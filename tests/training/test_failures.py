@@ -19,6 +19,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from support.commands import score
+from support.marks import slow
 from support.runs import STUB
 from support.tiny_training import REPOSITORY, TINY
 
@@ -241,8 +242,8 @@ def boom(*arguments, **options):
         (DetectionTask, "on_save_checkpoint"),
         (DetectionTask, "validation_step"),
         (DetectionTask, "on_validation_epoch_end"),
-        pytest.param(Checkpoints, "on_train_epoch_end", marks=pytest.mark.slow),
-        pytest.param(run, "load_checkpoint", marks=pytest.mark.slow),
+        slow(Checkpoints, "on_train_epoch_end"),
+        slow(run, "load_checkpoint"),
         (run, "write_evaluation"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

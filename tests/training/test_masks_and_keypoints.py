@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +9,12 @@ import torch
 import torchvision
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torchvision.transforms import v2
 
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from support.commands import refused, score
+from support.marks import slow
 from support.part_data import POINTS, write_digits_with_parts
 from support.tiny_training import TINY
 
@@ -31,8 +30,6 @@ from detector.evaluation.timing import measure_stages
 from detector.models.config import DetectorConfig
 from detector.pretrained import load_detector
 from detector.training import CocoDataModule, DetectionTask
-
-slow = partial(pytest.param, marks=pytest.mark.slow)  # like the other case, which the quick suite has
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +60,10 @@ def test_a_run_leaves_the_scores_of_its_part(run):
     results = json.loads((folder / "detections.json").read_text())
     assert results
     assert all(("segmentation" if part == "masks" else "keypoints") in result for result in results)
-    assert f'<h2 id="{kind}">' in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert f'<h2 id="{kind}">' in page
+    assert ("AP of masks and boxes" in page) == (part == "masks")
+    assert ("OKS threshold" in page) == (part == "keypoints")
     assert not any(note.startswith("No ") for note in report["notes"])
 
 
@@ -313,16 +313,16 @@ def test_key_points_without_sides_are_mirrored_and_that_is_said(tmp_path, capsys
     content["annotations"][0]["keypoints"] = [0] * 15
     file.write_text(json.dumps(content))
     short = ("--trainer.max_steps=1", "--trainer.max_epochs=-1")
-    train(arguments(path, tmp_path / "run", "keypoints", *short, "--data.augmentation=null"))
-    train(arguments(path, tmp_path / "run", "keypoints", *short, "--data.augmentation=null", "--ckpt_path=last"))
+    within = "{transforms: [torchvision.transforms.v2.RandomVerticalFlip]}"
+    flip = f"--data.augmentation=[{{class_path: RandomOrder, init_args: {within}}}]"
+    train(arguments(path, tmp_path / "run", "keypoints", *short, flip))
+    train(arguments(path, tmp_path / "run", "keypoints", *short, flip, "--ckpt_path=last"))
     assert load_detector(tmp_path / "run").keypoints.names == ("a", "b", "c", "d", "e")
     notes = json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
     assert "train: images are mirrored" in notes[0]
     assert "(a, b, c, d, e)" in notes[0]
     assert notes[1].startswith("Objects whose key points are all unlabelled: 1. ")
     assert len(notes) == 2
-    module = CocoDataModule(root=str(path), augmentation=[v2.RandomApply([v2.RandomVerticalFlip()])])
-    assert module._mirrors
     train(arguments(path, tmp_path / "plain", "keypoints", *short, "--data.augmentation=[]"))
     notes = json.loads((tmp_path / "plain" / "report.json").read_text())["notes"]
     assert not any("mirrored" in note for note in notes)
