@@ -1,27 +1,90 @@
 """Reading JSON, and atomic writes."""
 
+import codecs
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from detector.errors import DataError
+
+# How files begin that are not JSON in UTF-8. A letter and a zero byte are UTF-16 without a mark.
+NO_UTF8_JSON = {
+    b"\x1f\x8b": "the file is compressed (gzip); unpack it",
+    b"PK\x03\x04": "the file is a ZIP archive; unpack it",
+    **dict.fromkeys(
+        (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"[\0", b"\0"),
+        "the text is UTF-16 or UTF-32; save it as UTF-8",
+    ),
+}
+NOT_NUMBERS = (b"NaN", b"-Infinity", b"Infinity")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises :class:`DataError` if it is missing, unreadable, cut off or no JSON."""
+    """Read a JSON file. Raises :class:`DataError` if it is missing, unreadable, empty, cut off or no JSON."""
+    content = _content(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
-            return json.load(file)
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+
+
+def decode_json(path: str | Path, kind: Any) -> Any:
+    """Read a large JSON file as values of a type of msgspec's; what the type does not name is not built.
+
+    NaN and Infinity, which Python writes though JSON has none, are strings then.
+
+    Raises:
+        DataError: as :func:`read_json`.
+    """
+    content = _content(path)
+    try:
+        return _decode(content, kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        place = _place(error)
+        end = len(content) if place is None else place
+        line, column = content.count(b"\n", 0, end) + 1, end - content.rfind(b"\n", 0, end)
+        raise DataError(f"{path}: not valid JSON (cut off?): line {line}, column {column}: {error}") from None
+
+
+def _content(path: str | Path) -> bytes:
+    try:
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
-        raise DataError(f"{path}: not valid JSON (cut off, or not an annotation file?): {error}") from None
+    if not content or content.isspace():
+        raise DataError(f"{path}: not valid JSON: the file is empty")
+    for start, what in NO_UTF8_JSON.items():
+        if content.startswith(start):
+            raise DataError(f"{path}: not valid JSON: {what}")
+    return content
+
+
+def _decode(content: bytes, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.DecodeError as error:
+        place = _place(error)
+        if place is None or not content.startswith((b"N", b"I"), place):
+            raise
+    for word in NOT_NUMBERS:
+        if word in content:
+            content = re.sub(word + rb"(?=\s*[,\]}])", b'"' + word + b'"', content)
+    return msgspec.json.decode(content, type=kind)
+
+
+def _place(error: Exception) -> int | None:
+    """The byte at which a text is no longer JSON; ``None`` if msgspec names none, as at the end."""
+    place = re.search(r"\(byte (\d+)\)", str(error))
+    return int(place[1]) if place else None
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -4,6 +4,7 @@ Seconds by default, with the same inputs each time. ``pytest -m exhaustive -s te
 of new ones of each kind. With ``-s`` each test says how many it tried.
 """
 
+import codecs
 import copy
 import faulthandler
 import io
@@ -31,12 +32,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from support.annotation_files import VALID, nodes, write
 from support.refined_models import refined
+from support.scored import read
 
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_annotations
 from detector.data.checking import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
-from detector.data.results import read_results
 from detector.errors import DataError, ModelError
 from detector.evaluation.metric import evaluate, match
 from detector.evaluation.report import as_text, make_report
@@ -450,11 +451,11 @@ def test_annotation_files(tmp_path, amount):
     def check(content):
         path.write_bytes(content)
         try:
-            coco = read_coco(path)
+            coco = read_annotations(path).coco()
         except DataError as error:
             in_a_sentence(error, path)
             return False
-        data = json.loads(content)
+        data = json.loads(content.removeprefix(codecs.BOM_UTF8).decode(errors="replace"))
         right_report(coco, data, some_results(data))
         right_targets(data, tmp_path / "images", path)
         return True
@@ -506,23 +507,35 @@ def parts(draw, base):
     return f"part: {field}", made(json.dumps(data).encode(), data)
 
 
+def learned(loaded):
+    """The annotations of each image's target."""
+    coco = loaded.annotations.coco()
+    for image_id in loaded.image_ids:
+        info, objects = coco.imgs[image_id], [a for a in coco.imgToAnns[image_id] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = boxes.clamp(min=0).minimum(torch.tensor([info["width"], info["height"]] * 2))
+        yield [a for a, (x1, y1, x2, y2) in zip(objects, boxes.tolist()) if x2 > x1 and y2 > y1]
+
+
 def right_parts(path, folder):
     """Masks are pycocotools' own, and the truth fed back is perfect, but for what it has no mask or key point of."""
     loaded = CocoDetection(folder, path, parts=["masks"])
-    for index, objects in enumerate(loaded.objects):
+    coco = loaded.annotations.coco()
+    for index, objects in enumerate(learned(loaded)):
         image, target = loaded[index]
         assert target["masks"].shape == (len(objects), *image.shape[1:])
         for annotation, mask in zip(objects, target["masks"].numpy(), strict=True):
             if any(annotation.get("segmentation") or ()):  # [[]] is none
-                assert np.array_equal(mask, loaded.coco.annToMask(annotation))
+                assert np.array_equal(mask, coco.annToMask(annotation))
             else:
                 assert not mask.any()
-    objects = [a for a in loaded.coco.anns.values() if not a["iscrowd"]]
-    seen = [a for a in objects if any(a.get("segmentation") or ()) and loaded.coco.annToMask(a).any()]
+    objects = [a for a in coco.anns.values() if not a["iscrowd"]]
+    seen = [a for a in objects if any(a.get("segmentation") or ()) and coco.annToMask(a).any()]
     fields = ("image_id", "category_id", "segmentation")
     found = path.with_name("fed_back.json")
     found.write_text(json.dumps([{"score": 1.0, **{name: a[name] for name in fields}} for a in seen]))
-    scores, _ = evaluate(loaded.coco, read_results(found, loaded.coco), iou_type="segm")
+    scores, _ = evaluate(coco, read(found, loaded.annotations), iou_type="segm")
     if len(seen) == len(objects):
         assert scores["AP"] == pytest.approx(1.0 if objects else -1.0)
     else:
@@ -541,11 +554,11 @@ def test_annotation_files_with_masks_and_key_points(tmp_path, amount):
             loaded = CocoDetection(tmp_path / "images", path, parts=["keypoints", "masks"])
             samples = [loaded[index] for index in range(len(loaded))]
             right_parts(path, tmp_path / "images")
-            evaluate(loaded.coco, [], iou_type="keypoints")
+            evaluate(loaded.annotations.coco(), [], iou_type="keypoints")
         except DataError as error:
             in_a_sentence(error, tmp_path)
             return False
-        for (_, target), objects in zip(samples, loaded.objects, strict=True):
+        for (_, target), objects in zip(samples, learned(loaded), strict=True):
             assert target["keypoints"].shape == (len(objects), len(loaded.keypoints), 3)
             assert torch.isfinite(target["keypoints"]).all()
         return True
@@ -578,17 +591,17 @@ def many_results(draw):
 
 @amounts(500, 10_000)
 def test_results_files(tmp_path, amount):
-    truth, path = read_coco(write(tmp_path)), tmp_path / "found.json"
+    truth, path = read_annotations(write(tmp_path)), tmp_path / "found.json"
 
     def check(content):
         path.write_bytes(content)
         try:
-            results = read_results(path, truth)
+            results = read(path, truth)
         except DataError as error:
             in_a_sentence(error, path)
             return False
         assert len(results) == len(json.loads(content))
-        right_report(truth, VALID, results)
+        right_report(truth.coco(), VALID, results)
         return True
 
     others = st.sampled_from([("another file", json.dumps(VALID).encode())])
@@ -603,16 +616,16 @@ RESULTS_OF_PARTS = [
 
 @amounts(500, 10_000)
 def test_results_files_of_masks_and_key_points(tmp_path, amount):
-    truth = read_coco(write(tmp_path, with_parts()), parts=["masks", "keypoints"])
+    truth = read_annotations(write(tmp_path, with_parts()), parts=["masks", "keypoints"])
     path = tmp_path / "found.json"
 
     def check(content):
         path.write_bytes(content)
         try:
-            results = read_results(path, truth)
+            results = read(path, truth)
             for kind, field in {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}.items():
                 if results and field in results[0]:
-                    scores, _ = evaluate(truth, results, iou_type=kind)
+                    scores, _ = evaluate(truth.coco(), results, iou_type=kind)
                     assert all(score == -1 or 0 <= score <= 1 for score in scores.values())
         except DataError as error:  # the metric knows no files
             in_a_sentence(error, path if str(path) in str(error) else "key points")
@@ -626,9 +639,9 @@ def test_results_files_of_masks_and_key_points(tmp_path, amount):
 
 
 def test_ten_thousand_results_of_an_image(tmp_path):
-    truth, path = read_coco(write(tmp_path)), tmp_path / "found.json"
+    truth, path = read_annotations(write(tmp_path)), tmp_path / "found.json"
     path.write_text(json.dumps([{**RESULTS[n % 4], "score": n % 7 / 7} for n in range(10_000)]))
-    right_report(truth, VALID, read_results(path, truth))
+    right_report(truth.coco(), VALID, read(path, truth))
 
 
 # Images

@@ -120,6 +120,6 @@ with torch.no_grad():
 print("| boxes | AP | AP50 | AP75 | AP90 | ms an image |\n|---|---|---|---|---|---|")
 for name, found in results.items():
     with contextlib.redirect_stdout(io.StringIO()):
-        scores = evaluate(data.coco, found, data.image_ids)[0]
+        scores = evaluate(data.annotations.coco(), found)[0]
     row = [f"{scores[key]:.3f}" for key in ("AP", "AP50", "AP75", "AP90")]
     print(f"| {name} | {' | '.join(row)} | {1000 * spent[name] / len(data):.0f} |")

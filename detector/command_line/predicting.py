@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from detector.command_line.source import load_source, pick_device, switch_refinement
-from detector.data.annotations import read_coco
+from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_ids
 from detector.errors import DataError, ModelError, in_a_sentence
 from detector.evaluation.report import newest_report
@@ -41,7 +40,7 @@ def predict(
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
     with in_a_sentence():
         left_out: set[Path] = set()
-        known = None if annotations is None else read_coco(annotations)
+        known = None if annotations is None else read_annotations(annotations)
         files = find_images(images, known, left_out=left_out)
         detector, called = load_source(checkpoint, model, weights, crop)
         switch_refinement(detector, refine)
@@ -131,10 +130,10 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
     return scores
 
 
-def _ids_in(annotations: COCO, detector: PretrainedDetector) -> Sequence[int | None] | None:
+def _ids_in(annotations: Annotations, detector: PretrainedDetector) -> Sequence[int | None] | None:
     """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
     try:
-        ids = match_ids(detector, [(i, annotations.cats[i]["name"]) for i in sorted(annotations.cats)])
+        ids = match_ids(detector, [(category["id"], category["name"]) for category in annotations.categories])
     except (DataError, ModelError) as error:
         print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
         return None

@@ -1,18 +1,23 @@
-"""Annotation files in COCO's instances format, read with pycocotools and checked."""
+"""The annotations of a split as a few arrays, checked, and pycocotools' index of those that are scored."""
 
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 from pycocotools.coco import COCO
 
+from detector.data.entries import MOST_AREA, CocoFile, find
+from detector.data.keypoints import KeypointLayout, layout_of
 from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
-from detector.data.problems import MOST_AREA, Problem, annotation_problems
+from detector.data.problems import Problem, annotation_problems
 from detector.errors import DataError, MissingPartError
-from detector.files import read_json
 
 NEEDED: dict[Part, str] = {
     "masks": "a detector of masks needs one of each object: polygons or an RLE",
@@ -20,7 +25,91 @@ NEEDED: dict[Part, str] = {
 }
 
 
-def read_coco(path: str | Path, *, parts: Collection[Part] = ()) -> COCO:
+class Packed:
+    """Texts in one block: forked workers share it, where they would copy Python's own strings.
+
+    Args:
+        pieces: in UTF-8.
+        order: number ``i`` is the piece ``order[i]``.
+    """
+
+    def __init__(self, pieces: Sequence[Any] | np.ndarray, order: np.ndarray) -> None:
+        self._block = b"".join(pieces)
+        ends = np.cumsum([0, *map(len, map(bytes, pieces))])
+        self._starts, self._ends = ends[:-1][order], ends[1:][order]
+
+    def __getitem__(self, number: int) -> str:
+        return self._block[self._starts[number] : self._ends[number]].decode()
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """An annotation file without errors, as arrays: images in the order of their ids, and annotations by image."""
+
+    path: Path
+    categories: list[dict[str, Any]]  # whole entries, in the order of their ids
+    image_ids: np.ndarray  # [N] int64
+    sizes: np.ndarray  # width and height in pixels, [N, 2] int64
+    names: Packed  # the ``file_name`` of each image
+    places: np.ndarray  # where each image stands in the file, [N]
+    image_of: np.ndarray  # the index of each annotation's image, ascending, [L]
+    ids: np.ndarray  # [L] int64
+    category_ids: np.ndarray  # [L] int64
+    boxes: np.ndarray  # x, y, width and height in pixels, as in the file, [L, 4] float64
+    areas: np.ndarray  # square pixels, the box's where the file has none, [L] float64
+    crowds: np.ndarray  # [L] bool
+    parts: dict[Part, Packed]  # the JSON of each annotation's mask or key points, so far as they are read
+    flaws: Counter[str]  # how many boxes and parts are left out or clipped, by kind
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def image(self, index: int) -> dict[str, Any]:
+        """An image's entry: its ``id``, ``file_name``, ``width`` and ``height``."""
+        width, height = self.sizes[index].tolist()
+        return {"id": int(self.image_ids[index]), "file_name": self.names[index], "width": width, "height": height}
+
+    def find(self, image_ids: Iterable[int]) -> np.ndarray:
+        """The index of each image; -1 where there is none of that id."""
+        return find(self.image_ids, np.fromiter(image_ids, np.int64))
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """The annotations of image ``i`` are those from ``starts[i]`` to ``starts[i + 1]``, [N + 1]."""
+        return np.searchsorted(self.image_of, np.arange(len(self) + 1))
+
+    def of(self, index: int) -> slice:
+        """The annotations of an image."""
+        return slice(self.starts[index], self.starts[index + 1])
+
+    def value(self, part: Part, row: int) -> Any:
+        """The ``segmentation`` or the ``keypoints`` of an annotation; ``None`` if it has none."""
+        raw = self.parts[part][row]
+        return msgspec.json.decode(raw) if raw else None
+
+    def keypoint_layout(self) -> KeypointLayout | None:
+        """What the key points are, if they are read; see :func:`~detector.data.keypoints.layout_of`."""
+        points = (self.value("keypoints", row) for row in range(len(self.ids)))
+        return layout_of(self.path, self.categories, points) if "keypoints" in self.parts else None
+
+    def coco(self, image_ids: Iterable[int] | None = None) -> COCO:
+        """Make pycocotools' index of some images, by default of all, to score with."""
+        chosen = np.arange(len(self)) if image_ids is None else np.unique(self.find(image_ids))
+        rows = np.flatnonzero(np.isin(self.image_of, chosen))
+        # pycocotools takes the id 0 for none; nothing else reads the ids.
+        ids = np.arange(1, len(self.ids) + 1) if (self.ids == 0).any() else self.ids
+        fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        columns = (ids, self.image_ids[self.image_of], self.category_ids, self.boxes, self.areas, self.crowds * 1)
+        values = zip(*(column[rows].tolist() for column in columns))
+        annotations = [dict(zip(fields, row)) for row in values]
+        for part in self.parts:
+            for annotation, row in zip(annotations, rows.tolist()):
+                annotation[FIELD[part]] = self.value(part, row)
+        images = [self.image(index) for index in chosen.tolist()]
+        return index_coco({"images": images, "annotations": annotations, "categories": self.categories})
+
+
+def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: bool = True) -> Annotations:
     """Read an annotation file of COCO's instances format.
 
     ``iscrowd`` may be missing (0 is meant), and ``area`` (the box's is taken; COCO's own files give the mask's).
@@ -28,9 +117,7 @@ def read_coco(path: str | Path, *, parts: Collection[Part] = ()) -> COCO:
     Args:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
         parts: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
-
-    Returns:
-        pycocotools' index of the file; its attribute ``flaws`` counts what is left out or clipped, by kind.
+        needed: without it those of ``parts`` that no object has are left out, which else are an error.
 
     Raises:
         DataError: the file cannot be read, a field is missing or of the wrong type, an id is used twice, or an
@@ -38,23 +125,37 @@ def read_coco(path: str | Path, *, parts: Collection[Part] = ()) -> COCO:
             :func:`~detector.data.problems.annotation_problems`, and how many more there are; or a mask or key points
             that are to be read are broken, or no object has any.
     """
-    data = read_json(path)
-    flaws = refuse(annotation_problems(path, data), f"{path}")
+    file = CocoFile(path, parts=[FIELD[part] for part in parts])
+    flaws = refuse(annotation_problems(file), f"{path}")
+    found = [part for part in parts if has_part(file, part)]
     for part in parts:
-        if not has_part(data["annotations"], part):
+        if part not in found and needed:
             raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}), and {NEEDED[part]}")
-        flaws += refuse(part_problems(path, data, part), f"{path}")
-    for annotation in data["annotations"]:
-        _, _, width, height = annotation["bbox"]
-        annotation.setdefault("iscrowd", 0)
-        # A box of a negative size is an object that nobody can find, as one without a size is.
-        annotation.setdefault("area", min(max(width, 0) * max(height, 0), MOST_AREA))
-    if any(annotation["id"] == 0 for annotation in data["annotations"]):
-        for number, annotation in enumerate(data["annotations"], start=1):
-            annotation["id"] = number  # pycocotools takes 0 for none; nothing else reads the ids
-    coco = index_coco(data)
-    coco.flaws = flaws
-    return coco
+    for part in found:
+        flaws += refuse(part_problems(file, part), f"{path}")
+    images, annotations = file.images, file.annotations
+    by_id = np.argsort(images["id"])
+    index_of = np.argsort(by_id)[file.image_places]
+    rows = np.argsort(index_of, kind="stable")
+    boxes, areas = annotations["bbox"][rows], annotations["area"][rows]
+    # A box of a negative size is an object that nobody can find, as one without a size is.
+    of_boxes = boxes[:, 2:].clip(min=0).prod(axis=1).clip(max=MOST_AREA)
+    return Annotations(
+        path=Path(path),
+        categories=[file.categories.entry(position) for position in np.argsort(file.categories["id"])],
+        image_ids=images["id"][by_id],
+        sizes=np.stack([images["width"], images["height"]], axis=1)[by_id],
+        names=Packed([name.encode() for name in images["file_name"]], by_id),
+        places=by_id,
+        image_of=index_of[rows],
+        ids=annotations["id"][rows],
+        category_ids=annotations["category_id"][rows],
+        boxes=boxes,
+        areas=np.where(np.isnan(areas), of_boxes, areas),
+        crowds=annotations["iscrowd"][rows],
+        parts={part: Packed(annotations[FIELD[part]], rows) for part in found},
+        flaws=flaws,
+    )
 
 
 def index_coco(data: dict[str, Any]) -> COCO:
@@ -68,10 +169,14 @@ def index_coco(data: dict[str, Any]) -> COCO:
 
 def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[str]:
     """Raise the first error among problems, or count the flaws. With ``checked`` as arguments the tool lists all."""
-    problems = list(problems)
-    messages = [problem.message for problem in problems if problem.level == "error"]
-    if messages:
-        more = len(messages) - 1
+    flaws: Counter[str] = Counter()
+    first, more = None, -1
+    for problem in problems:
+        if problem.level == "error":
+            first, more = first or problem.message, more + 1
+        elif problem.level == "flaw":
+            flaws[problem.kind] += 1
+    if first is not None:
         lists = "" if checked is None else f": tools/check.py {checked} lists them"
-        raise DataError(messages[0] + (f" (and {more:,} more problem{'s' * (more > 1)}{lists})" if more else ""))
-    return Counter(problem.kind for problem in problems if problem.level == "flaw")
+        raise DataError(first + (f" (and {more:,} more problem{'s' * (more > 1)}{lists})" if more else ""))
+    return flaws

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -17,7 +18,7 @@ def browse(stored: CocoDetection, augmented: CocoDetection, path: Path, *, image
 
     They are spread over the split, those with objects first. ``augmented`` is the split with the training's transform.
     """
-    order = sorted(range(len(stored)), key=lambda index: not len(stored.targets[index][1]))
+    order = np.argsort(stored.counts() == 0, kind="stable").tolist()
     rows = []
     for index in order[:: max(len(order) // images, 1)][:images]:
         items = [stored[index], *(augmented[epoch, index] for epoch in range(epochs))]

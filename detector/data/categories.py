@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,7 +135,7 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
 def labels_of_targets(category_ids: Sequence[int | None], data: CocoDetection) -> Tensor | None:
     """Return the detector's label for each of the data's, [n + 1], background first; ``None`` if one is missing."""
     label = {category: label for label, category in enumerate(category_ids, start=1)}
-    used = {int(one) for _, labels in data.targets for one in labels.unique()}
+    used = np.unique(data.labels()).tolist()
     if any(data.category_ids[one - 1] not in label for one in used):
         return None
     return torch.tensor([0, *(label.get(category, 0) for category in data.category_ids)])
@@ -151,5 +152,8 @@ def _moved(labelled: Labelled, ids: Sequence[int | None]) -> list[str]:
 
 def _unknown(ids: Sequence[int | None], data: CocoDetection) -> Counter[str]:
     """Count the objects of other categories, by name, in the order of the labels."""
-    labels = sorted(label for _, labels in data.targets for label in labels.tolist())
-    return Counter(data.category_names[label - 1] for label in labels if data.category_ids[label - 1] not in ids)
+    unknown: Counter[str] = Counter()
+    for label, count in zip(*(of.tolist() for of in np.unique(data.labels(), return_counts=True))):
+        if data.category_ids[label - 1] not in ids:
+            unknown[data.category_names[label - 1]] += count
+    return unknown

@@ -1,23 +1,24 @@
 """Checking a data set, its images too: all that is wrong at once, as a report."""
 
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from detector.data.entries import CocoFile, Entries
 from detector.data.images import read_image, without_pillows_warnings
 from detector.data.part_problems import Part, part_problems
-from detector.data.problems import CENTRES, CORNERS, Entry, Level, Problem, annotation_problems, where, wrong_fields
+from detector.data.problems import CENTRES, CORNERS, Level, Problem, annotation_problems
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, SizeError, shown
-from detector.files import read_json
 
 AnchorAdvice = Callable[[Tensor, Tensor], str | None]
 
@@ -45,7 +46,7 @@ def check_dataset(
     Broken masks and key points are flaws, and looked for where nothing else is an error.
 
     Args:
-        annotations: the annotation file, see :func:`~detector.data.annotations.read_coco`.
+        annotations: the annotation file, see :func:`~detector.data.annotations.read_annotations`.
         images: the folder that ``file_name`` is relative to; ``None``: only the annotation file is checked.
         decode: also open every image whose entry is right and whose file is there.
         workers: threads that open images, 1 or more.
@@ -61,39 +62,47 @@ def check_dataset(
         The problems; a file that cannot be read is one of them.
     """
     try:
-        data = read_json(annotations)
+        file = CocoFile(annotations)
     except DataError as error:
         return Findings([Problem("unreadable annotation file", "error", str(error))])
-    problems = list(annotation_problems(annotations, data))
+    problems = list(annotation_problems(file))
     if not any(problem.level == "error" for problem in problems):
         for part in get_args(Part):  # flaws: boxes can be trained without either
-            problems += part_problems(annotations, data, part, broken="flaw")
-    entries, *others = (_entries(data, name) for name in ("images", "annotations", "categories"))
-    boxes_are_right = not any(p.level == "error" or p.kind in (CORNERS, CENTRES) for p in problems)
-    if anchor_advice is not None and boxes_are_right:
-        problems += _anchor_problems(annotations, data, anchor_advice)
-    files = [] if images is None else list(file_problems(annotations, entries, images))
+            problems += part_problems(file, part, broken="flaw")
+    if anchor_advice is not None and not any(p.level == "error" or p.kind in (CORNERS, CENTRES) for p in problems):
+        problems += _anchor_problems(file, anchor_advice)
+    entries = file.images
+    names = entries["file_name"].tolist()
+    files = [] if images is None else list(file_problems(names, images, entries.where))
     problems += [problem for _, problem in files]
     unusable = {position for position, _ in files}
     if other is not None:
         if images is None or other_images is None or not decode:
-            problems += _shared_images(_places(annotations, entries), other)
+            problems += _shared_images(_places(entries), other)
         else:
-            problems += _shared_images(_places(annotations, entries, images, unusable), other, other_images)
+            problems += _shared_images(_places(entries, images, unusable), other, other_images)
     if images is not None and decode and None not in unusable:
-        usable = [one for i, one in enumerate(entries) if i not in unusable and not wrong_fields("images", one)]
-        problems += [problem for problem in open_images(images, usable, workers=workers) if problem is not None]
-    counts = _count(len(entries), "image"), *map(_count, map(len, others), ("annotation", "category"))
-    return Findings(problems, "{} with {} of {}".format(*counts))
+        usable = [i for i in range(len(entries)) if i not in unusable and i not in entries.wrong]
+        fields = ("file_name", "width", "height")
+        described = [{field: entries[field][i] for field in fields} for i in usable]
+        problems += [problem for problem in open_images(images, described, workers=workers) if problem is not None]
+    counts = (_count(len(one), one.name.removesuffix("s")) for one in (entries, file.annotations))
+    many = len(file.categories)
+    return Findings(problems, "{} with {} of {}".format(*counts, _count(many, "category")))
 
 
 def file_problems(
-    annotations_path: str | Path, images: Iterable[Any], folder: str | Path
+    names: Iterable[str | None], folder: str | Path, where: Callable[[int], str]
 ) -> Iterator[tuple[int | None, Problem]]:
-    """Find image files that are not in their folder, by their names alone. Entries without a name are passed over.
+    """Find image files that are not in their folder, by their names alone.
+
+    Args:
+        names: of the images, relative to the folder; ``None`` is passed over.
+        folder: of the images.
+        where: names an image in a message, by its place in ``names``.
 
     Yields:
-        Problems, all of level "error", each with the position of its image; ``None`` for the folder's.
+        Problems, all of level "error", each with the place of its image; ``None`` for the folder's.
     """
     try:
         present = set(os.listdir(folder))  # one look, not one a file: COCO has 118,000
@@ -102,8 +111,7 @@ def file_problems(
         yield None, Problem("missing image folder", "error", message)
         return
     root = Path(folder).resolve()
-    for position, image in enumerate(images):
-        name = _file_name(image)
+    for position, name in enumerate(names):
         if name is None or name in present:
             continue
         inside, there = True, False
@@ -112,14 +120,14 @@ def file_problems(
             inside, there = file.is_relative_to(root), file.is_file()
         except (OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
             pass
-        message = f"{where(annotations_path, 'images', position, image)} has file_name {shown(name)}"
+        message = f"{where(position)} has file_name {shown(name)}"
         if not inside:
             yield position, Problem("image files outside their folder", "error", f"{message}, outside {folder}")
         elif not there:
             yield position, Problem("missing image files", "error", f"{message}, not in {folder}")
 
 
-def image_problem(folder: str | Path, image: Entry) -> Problem | None:
+def image_problem(folder: str | Path, image: Mapping[str, Any]) -> Problem | None:
     """Say what keeps an image, an entry of ``images``, from being read. It is decoded whole, as for training."""
     try:
         read_image(Path(folder) / image["file_name"], width=image["width"], height=image["height"])
@@ -129,7 +137,9 @@ def image_problem(folder: str | Path, image: Entry) -> Problem | None:
     return None
 
 
-def open_images(folder: str | Path, images: Sequence[Entry], *, workers: int = 4) -> Iterator[Problem | None]:
+def open_images(
+    folder: str | Path, images: Sequence[Mapping[str, Any]], *, workers: int = 4
+) -> Iterator[Problem | None]:
     """Open images, in threads and with a progress bar, and yield :func:`image_problem` of each, in order."""
     # Also around all threads: what each of them sets and takes back is all threads' own.
     with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
@@ -164,16 +174,16 @@ def report(findings: Findings, *, examples: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _anchor_problems(path: str | Path, data: Entry, anchor_advice: AnchorAdvice) -> Iterator[Problem]:
+def _anchor_problems(file: CocoFile, anchor_advice: AnchorAdvice) -> Iterator[Problem]:
     """Say whether the anchors fit the objects of a file, which has no errors."""
-    sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
-    objects = [(*one["bbox"], *sizes[one["image_id"]]) for one in data["annotations"] if not one.get("iscrowd")]
-    upper, shapes, images = torch.tensor(objects, dtype=torch.float64).reshape(-1, 6).split(2, dim=1)
+    sizes = np.stack([file.images["width"], file.images["height"]], axis=1)[file.image_places]
+    rows = np.concatenate([file.annotations["bbox"], sizes], axis=1)[~file.annotations["iscrowd"]]
+    upper, shapes, images = torch.from_numpy(rows).split(2, dim=1)
     shapes = (upper + shapes).minimum(images) - upper.clamp(min=0)  # as training clips them
     kept = (shapes > 0).all(dim=1)
     advice = anchor_advice(shapes[kept], images[kept])
     if advice is not None:
-        yield Problem("anchors that most objects lie outside of", "note", f"{path}: {advice}")
+        yield Problem("anchors that most objects lie outside of", "note", f"{file.path}: {advice}")
 
 
 def _shared_images(
@@ -183,51 +193,39 @@ def _shared_images(
     by their names.
     """
     try:
-        data = read_json(other)
+        file = CocoFile(other)
     except DataError as error:
         yield Problem("unreadable annotation file", "error", str(error))
         return
-    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+    if "images" in file.missing or "" in file.missing:
         yield Problem("not in COCO's format", "error", f"{other}: must hold a dict with images, a list")
         return
     if other_images is None:
-        theirs = _places(other, data["images"])
+        theirs = _places(file.images)
         for name in [name for name in ours if name in theirs]:
             message = f"{ours[name]}, is called like {theirs[name]}"
             what = "whether they are one image shows with both folders of images"
             yield Problem("file names that the other split has, too", "note", f"{message}: {what}")
         return
-    unusable = dict(file_problems(other, data["images"], other_images))
+    unusable = dict(file_problems(file.images["file_name"].tolist(), other_images, file.images.where))
     if None in unusable:
         yield unusable[None]
-    theirs = _places(other, data["images"], other_images, unusable)
-    for file, same in equal_files(ours, theirs).items():
-        message = f"{ours[file]}, is byte for byte {theirs[same]}"
+    theirs = _places(file.images, other_images, unusable)
+    for path, same in equal_files(ours, theirs).items():
+        message = f"{ours[path]}, is byte for byte {theirs[same]}"
         what = "trained on one, a detector scores too high on the other"
         yield Problem("images that the other split has, too", "flaw", f"{message}: {what}")
 
 
-def _places(
-    path: str | Path, images: list[Any], folder: str | Path = "", unusable: Container[int | None] = ()
-) -> dict[Path, str]:
+def _places(images: Entries, folder: str | Path = "", unusable: Container[int | None] = ()) -> dict[Path, str]:
     """Say where each image stands in an annotation file, by its path, or without a folder by its name."""
     if None in unusable:  # the folder itself
         return {}
     return {
-        Path(folder, name): f"{where(path, 'images', position, image)}, {shown(name)}"
-        for position, image in enumerate(images)
-        if (name := _file_name(image)) is not None and position not in unusable
+        Path(folder, name): f"{images.where(position)}, {shown(name)}"
+        for position, name in enumerate(images["file_name"].tolist())
+        if name is not None and position not in unusable
     }
-
-
-def _file_name(image: Any) -> str | None:
-    name = image.get("file_name") if isinstance(image, dict) else None
-    return name if isinstance(name, str) else None
-
-
-def _entries(data: Any, name: str) -> list[Any]:
-    entries = data.get(name) if isinstance(data, dict) else None
-    return entries if isinstance(entries, list) else []
 
 
 def _count(number: int, one: str) -> str:

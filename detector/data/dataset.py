@@ -1,23 +1,24 @@
 """Images, boxes, masks and key points of a split in COCO's layout, as torchvision's detectors are trained on them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detector.data.annotations import read_coco, refuse
+from detector.data.annotations import Annotations, read_annotations, refuse
 from detector.data.checking import file_problems
+from detector.data.entries import find
 from detector.data.images import read_image
-from detector.data.keypoints import KeypointLayout, keypoints_of, layout_of
+from detector.data.keypoints import keypoints_of
 from detector.data.masks import MaskLayers
 from detector.data.part_problems import Part
-from detector.data.problems import Entry
 from detector.errors import DataError
 from detector.seeds import drawn_from, seed_of
 from detector.text import listed
@@ -42,15 +43,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     others.
 
     Crowd regions and boxes of zero size (also: outside the image) are not in the targets; :attr:`dropped_boxes`
-    counts the latter. The evaluation reads :attr:`coco`, where everything still is.
+    counts the latter. The evaluation reads :attr:`annotations`, where everything still is.
 
     Masks and key points are read where they are asked for, and decoded with their image. An object without a mask has
-    an empty one, one without key points has none that is labelled, as in torchvision's references; ``coco.flaws``
-    counts both.
+    an empty one, one without key points has none that is labelled, as in torchvision's references;
+    ``annotations.flaws`` counts both.
 
     Args:
         images: the folder that ``file_name`` is relative to.
-        annotations: an annotation file, see :func:`read_coco`.
+        annotations: an annotation file, or what :func:`read_annotations` made of it, with ``parts``.
         parts: what is read besides boxes: "masks", "keypoints" or both.
         transform: takes and returns (image, target), both torchvision ``tv_tensors``: any transform of
             ``torchvision.transforms.v2``. Where it mirrors an image, left and right key points are exchanged. Where
@@ -59,13 +60,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         skip_missing: take images whose file is missing as well; reading one fails.
 
     Raises:
-        DataError: as :func:`read_coco`, or an image file is missing.
+        DataError: as :func:`read_annotations`, or an image file is missing.
     """
 
     def __init__(
         self,
         images: str | Path,
-        annotations: str | Path,
+        annotations: str | Path | Annotations,
         *,
         parts: Collection[Part] = (),
         transform: Transform | None = None,
@@ -74,31 +75,63 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     ) -> None:
         self.folder = Path(images)
         self.parts = tuple(parts)
-        self.coco = read_coco(annotations, parts=self.parts)
-        self.keypoints: KeypointLayout | None = None
-        if "keypoints" in self.parts:
-            self.keypoints = layout_of(annotations, self.coco.cats.values(), self.coco.anns.values())
+        if not isinstance(annotations, Annotations):
+            annotations = read_annotations(annotations, parts=self.parts)
+        self.annotations = annotations
+        self._images = np.arange(len(annotations))  # those of the annotations that are here
+        self._boxes = _corners(annotations)  # of all annotations, [L, 4] float32
+        ids = np.array([category["id"] for category in annotations.categories])
+        empty = ~(self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
+        # Of all annotations, [L]; 0 for those that are in no target.
+        self._labels = np.where(annotations.crowds | empty, 0, find(ids, annotations.category_ids) + 1)
+        self.dropped_boxes = int((empty & ~annotations.crowds).sum())
+        self.keypoints = annotations.keypoint_layout() if "keypoints" in self.parts else None
         self.layered = False  # see with_layers
         self.transform = transform
         if "masks" in self.parts:
             _paint_no_masks(transform)
         self.seed = seed
-        self.category_ids: list[int | None] = sorted(self.coco.cats)
-        self.category_names: list[str] = [self.coco.cats[i]["name"] for i in sorted(self.coco.cats)]
-        self.image_ids: list[int] = sorted(self.coco.imgs)
-        self._label = {category: label for label, category in enumerate(sorted(self.coco.cats), start=1)}
-        problems = [problem for _, problem in file_problems(annotations, self.coco.imgs.values(), self.folder)]
+        self.category_ids: list[int | None] = [category["id"] for category in self.annotations.categories]
+        self.category_names: list[str] = [category["name"] for category in self.annotations.categories]
+        problems = [problem for _, problem in file_problems(self.names(), self.folder, self._where)]
         if skip_missing:
             problems = [problem for problem in problems if problem.kind != "missing image files"]
-        refuse(problems, f"{annotations} --images {self.folder}")
-        kept = [self._boxes(image_id) for image_id in self.image_ids]
-        self.targets = [(boxes, labels) for boxes, labels, _, _ in kept]
-        # The annotations of the targets, in order: read_coco's own, not copies.
-        self.objects = [objects for _, _, objects, _ in kept] if self.parts else []
-        self.dropped_boxes = sum(dropped for *_, dropped in kept)
+        refuse(problems, f"{annotations.path} --images {self.folder}")
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._images)
+
+    @property
+    def image_ids(self) -> list[int]:
+        """The ids of the images, in order; a new list each time."""
+        ids: list[int] = self.annotations.image_ids[self._images].tolist()
+        return ids
+
+    def sizes(self) -> np.ndarray:
+        """Return width and height in pixels of each image, [N, 2] int64."""
+        return self.annotations.sizes[self._images]
+
+    def names(self) -> list[str]:
+        """Return the file name of each image."""
+        return [self.annotations.names[index] for index in self._images.tolist()]
+
+    def counts(self) -> np.ndarray:
+        """Return how many boxes each image's target has, [N]."""
+        in_target = self.annotations.image_of[self._labels > 0]
+        return np.bincount(in_target, minlength=len(self.annotations))[self._images]
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of all targets, image by image, [L] int64."""
+        return self._labels[self._rows()]
+
+    def _rows(self) -> np.ndarray:
+        """The annotations in the targets, image by image."""
+        return np.flatnonzero(np.isin(self.annotations.image_of, self._images) & (self._labels > 0))
+
+    def _rows_of(self, index: int) -> np.ndarray:
+        """The annotations in the target of an image of the annotations."""
+        here = self.annotations.of(index)
+        return here.start + np.flatnonzero(self._labels[here])
 
     def relabel(self, category_ids: Sequence[int | None], category_names: Sequence[str]) -> None:
         """Let labels 1, 2, ... stand for these categories; objects of others are in the targets no longer.
@@ -106,21 +139,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         The id is ``None`` for a label that is of no category of this data set.
         """
         labels = {category: label for label, category in enumerate(category_ids, start=1)}
-        label_of = torch.tensor([0, *(labels.get(category, 0) for category in self.category_ids)])  # by that of now
-        self.objects = [
-            [one for one, label in zip(objects, label_of[old].tolist()) if label > 0]
-            for objects, (_, old) in zip(self.objects, self.targets)
-        ]
-        self.targets = [(boxes[label_of[old] > 0], label_of[old][label_of[old] > 0]) for boxes, old in self.targets]
+        label_of = np.array([0, *(labels.get(category, 0) for category in self.category_ids)])  # by that of now
+        self._labels = label_of[self._labels]
         self.category_ids, self.category_names = list(category_ids), list(category_names)
 
     def keep(self, image_ids: Collection[int]) -> None:
-        """Go on with these images alone, in the order that they have here; :attr:`coco` still knows the others."""
-        wanted = set(image_ids)
-        kept = [index for index, image_id in enumerate(self.image_ids) if image_id in wanted]
-        self.image_ids = [self.image_ids[index] for index in kept]
-        self.targets = [self.targets[index] for index in kept]
-        self.objects = [self.objects[index] for index in kept] if self.parts else []
+        """Go on with these images alone, in the order that they have here; :attr:`annotations` has all of them."""
+        wanted = self.annotations.find(image_ids)
+        self._images = self._images[np.isin(self._images, wanted)]
 
     def with_layers(self) -> "CocoDetection":
         """The same, with masks as :class:`~detector.data.masks.MaskLayers`: for images that are resized afterwards, as
@@ -133,17 +159,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def boxes_alone(self) -> "CocoDetection":
         """The same images and boxes, read without masks and key points."""
         other = copy(self)
-        other.parts, other.objects, other.keypoints = (), [], None
+        other.parts, other.keypoints = (), None
         return other
 
     def leave_out(self, broken: Mapping[int, str]) -> str:
-        """Go on without some images, of which only :attr:`coco` still knows. Returns a sentence that says so.
+        """Go on without some images, which :attr:`annotations` alone has then. Returns a sentence that says so.
 
         Args:
             broken: why each cannot be read, by the image's id.
         """
-        names = listed([self.coco.imgs[image_id]["file_name"] for image_id in broken])
-        objects = sum(not a["iscrowd"] for image_id in broken for a in self.coco.imgToAnns[image_id])
+        indices = self.annotations.find(broken).tolist()
+        names = listed([self.annotations.image(index)["file_name"] for index in indices])
+        objects = sum(int((~self.annotations.crowds[self.annotations.of(index)]).sum()) for index in indices)
         what = f"{len(broken):,} of {len(self):,} images cannot be read and are left out"
         self.keep([image_id for image_id in self.image_ids if image_id not in broken])
         return f"{what} with their objects ({objects:,}): {names} ({next(iter(broken.values()))})"
@@ -161,10 +188,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             the image.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        info = self.coco.imgs[self.image_ids[index]]
+        info = self.annotations.image(self._images[index])
         size = (info["height"], info["width"])
         pixels = read_image(self.folder / info["file_name"], width=info["width"], height=info["height"])
-        boxes, labels = self.targets[index]
+        rows = self._rows_of(self._images[index])
+        boxes, labels = torch.from_numpy(self._boxes[rows]), torch.from_numpy(self._labels[rows])
         image: Tensor = tv_tensors.Image(pixels)
         target: Target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
@@ -173,11 +201,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         }
         layers = None
         if "masks" in self.parts:
-            layers = MaskLayers.of([annotation.get("segmentation") for annotation in self.objects[index]], *size)
+            layers = MaskLayers.of([self.annotations.value("masks", row) for row in rows], *size)
             target["masks"] = tv_tensors.Mask(layers.maps)
         labelled = torch.empty(0)
         if self.keypoints is not None:
-            points, labelled = keypoints_of(self.objects[index], len(self.keypoints)).split([2, 1], dim=2)
+            points, labelled = self._keypoints(rows).split([2, 1], dim=2)
             target["keypoints"] = tv_tensors.KeyPoints(points, canvas_size=size)
             target[AXES] = tv_tensors.KeyPoints(_axes(size), canvas_size=size)
         if self.transform is not None:
@@ -220,9 +248,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def visible_keypoints(self) -> list[int]:
         """Count the labelled key points of each image's objects."""
+        rows = (self._rows_of(index) for index in self._images.tolist())
+        return [int((self._keypoints(one)[..., 2] > 0).sum()) for one in rows]
+
+    def _keypoints(self, rows: Iterable[int]) -> Tensor:
+        """The key points of some annotations, [L, K, 3]."""
         assert self.keypoints is not None
-        count = len(self.keypoints)
-        return [int((keypoints_of(objects, count)[..., 2] > 0).sum()) for objects in self.objects]
+        return keypoints_of([self.annotations.value("keypoints", row) for row in rows], len(self.keypoints))
 
     def _with_visibility(self, points: Tensor, labelled: Tensor, image: Tensor, *, mirrored: bool) -> Tensor:
         """Key points [L, K, 3] of what an augmentation made of points [L, K, 2]; those outside the image are not there.
@@ -241,29 +273,26 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def files(self) -> list[Path]:
         """Return the image files, in order."""
-        return [self.folder / self.coco.imgs[image_id]["file_name"] for image_id in self.image_ids]
+        return [self.folder / name for name in self.names()]
 
     def shapes(self) -> tuple[Tensor, Tensor]:
         """Return width and height in pixels of all boxes in the targets, [L, 2], and of the image of each, [L, 2]."""
-        infos = [self.coco.imgs[image_id] for image_id in self.image_ids]
-        boxes = torch.cat([torch.empty(0, 4), *(boxes for boxes, _ in self.targets)])
-        sizes = torch.tensor([(i["width"], i["height"]) for i in infos], dtype=torch.float64).reshape(-1, 2)
-        counts = torch.tensor([len(labels) for _, labels in self.targets], dtype=torch.int64)
-        return boxes[:, 2:] - boxes[:, :2], sizes.repeat_interleave(counts, dim=0)
+        boxes = torch.from_numpy(self._boxes[self._rows()])
+        sizes = np.repeat(self.sizes().astype(np.float64), self.counts(), axis=0)
+        return boxes[:, 2:] - boxes[:, :2], torch.from_numpy(sizes)
 
-    def _boxes(self, image_id: int) -> tuple[Tensor, Tensor, list[Entry], int]:
-        """Return boxes [L, 4] (x1, y1, x2, y2) within the image, labels [L], their annotations, if masks or key points
-        are read, and how many of no size were dropped.
-        """
-        info = self.coco.imgs[image_id]
-        annotations = [a for a in self.coco.imgToAnns[image_id] if not a["iscrowd"]]
-        boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([self._label[a["category_id"]] for a in annotations], dtype=torch.int64)
-        boxes[:, 2:] += boxes[:, :2]
-        boxes = boxes.clamp(min=0).minimum(torch.tensor([info["width"], info["height"]] * 2))
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        objects = [one for one, stays in zip(annotations, kept.tolist()) if stays] if self.parts else []
-        return boxes[kept], labels[kept], objects, int((~kept).sum())
+    def _where(self, index: int) -> str:
+        """Name an image of the annotations in a message."""
+        known = self.annotations
+        return f"{known.path}: images[{known.places[index]}] (id {known.image_ids[index]})"
+
+
+def _corners(annotations: Annotations) -> np.ndarray:
+    """All boxes as (x1, y1, x2, y2) within their images, in pixels, [L, 4] float32."""
+    boxes = annotations.boxes.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    sizes = annotations.sizes.astype(np.float32)[annotations.image_of]
+    return np.minimum(boxes.clip(min=0), np.tile(sizes, 2))
 
 
 def _paint_no_masks(transform: Any) -> None:

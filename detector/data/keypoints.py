@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from msgspec import Raw
 from torch import Tensor
 
+from detector.data.entries import LEAST, Coordinate
 from detector.errors import DataError, shown
 from detector.text import listed, short
 
@@ -90,14 +93,14 @@ PERSON = KeypointLayout(
 
 
 def layout_of(
-    path: str | Path, categories: Iterable[Mapping[str, Any]], annotations: Iterable[Mapping[str, Any]]
+    path: str | Path, categories: Iterable[Mapping[str, Any]], points: Iterable[Any]
 ) -> KeypointLayout | None:
     """The layout of a data set's key points, ``None`` if it has none.
 
     Args:
         path: of the annotation file, for messages.
         categories: its categories; ``keypoints`` are names, ``skeleton`` pairs of numbers from 1 on, as in COCO.
-        annotations: its annotations, of which the first with ``keypoints`` tells their number where no category names
+        points: the ``keypoints`` of its annotations: the first that has any tells their number where no category names
             them.
 
     Raises:
@@ -126,33 +129,37 @@ def layout_of(
         )
     if found:
         return next(iter(found))
-    lists = (annotation.get("keypoints") for annotation in annotations)
-    first = next((points for points in lists if isinstance(points, list) and len(points) >= 3), None)
+    first = next((one for one in points if isinstance(one, list) and len(one) >= 3), None)
     return None if first is None else KeypointLayout.numbered(len(first) // 3)
 
 
-def keypoints_of(annotations: Sequence[Mapping[str, Any]], count: int) -> Tensor:
+def keypoints_of(points: Sequence[Any], count: int) -> Tensor:
     """The key points of objects, [L, K, 3]: x and y in pixels, and 0 (not labelled), 1 (hidden) or 2 (visible).
 
     Objects without any have zeros.
     """
-    nothing = [0.0] * (3 * count)
-    points = [annotation.get("keypoints") or nothing for annotation in annotations]
-    return torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
+    rows = [one or [0.0] * (3 * count) for one in points]
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, count, 3)
 
 
-def keypoints_problem(value: Any, count: int, *, visibility: bool = True) -> str | None:
-    """Say what is wrong with an object's key points; ``None``: nothing. Of detections the third number is anything."""
-    if not isinstance(value, list) or len(value) != 3 * count:
-        many = f"a list of {len(value)} numbers" if isinstance(value, list) else f"a {type(value).__name__}"
-        return f"{many}: {count} key points are {3 * count}, x, y and visibility of each"
-    if not all(type(number) in (int, float) for number in value):
-        return "values that are not numbers"
-    if not all(number == 0 or 1e-100 <= abs(number) <= 1e9 for number in value):
-        return "numbers that are not finite, or neither 0 nor from 1e-100 to 1e9 in size"
-    if visibility and not all(seen in (0, 1, 2) for seen in value[2::3]):
+def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
+    """Say what is wrong with the JSON of an object's key points; ``None``: nothing. Of detections the third number is
+    anything.
+    """
+    try:
+        value = _numbers.decode(points)
+    except msgspec.DecodeError as error:
+        return f"not a list of finite numbers: {error}"
+    if len(value) != 3 * count:
+        return f"{len(value)} numbers: {count} key points are {3 * count}, x, y and visibility of each"
+    if not all(number == 0 or abs(number) >= LEAST for number in value):
+        return f"numbers that are not 0, but smaller than {LEAST}"
+    if visibility and not {0, 1, 2}.issuperset(value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None
+
+
+_numbers = msgspec.json.Decoder(list[Coordinate])
 
 
 def _other_side(name: str) -> str:

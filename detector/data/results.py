@@ -5,15 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pycocotools.coco import COCO
+import numpy as np
+from msgspec import Raw
 from torchvision.ops import box_convert
 
-from detector.data.annotations import refuse
+from detector.data.annotations import Annotations, refuse
+from detector.data.entries import RESULTS, Entries, kind_of, value_of
 from detector.data.keypoints import keypoints_problem
 from detector.data.masks import as_rle, encode_masks, mask_box, segmentation_problem
-from detector.data.problems import RESULTS, Problem, result_problems
-from detector.errors import shown
-from detector.files import read_json
+from detector.data.part_problems import FIELD, Part
+from detector.data.problems import Problem, result_problems
+from detector.errors import DataError, shown
+from detector.files import decode_json
 
 Result = dict[str, Any]
 
@@ -52,57 +55,80 @@ def to_results(
     return results
 
 
-def read_results(path: str | Path, ground_truth: COCO, *, notes: list[str] | None = None) -> list[Result]:
-    """Read a results file and check it against the annotations that it is to be scored with.
-
-    It is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox`` (x, y,
-    width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have what one of them has. What
-    else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points, and ``notes`` gets a
-    sentence.
+def results_file(path: str | Path) -> Entries:
+    """Read a results file, see :func:`read_results`.
 
     Raises:
-        DataError: the file cannot be read, is no such list, an entry has a wrong field, or is for an image or a
-            category that the annotations do not have: the first problem, and how many more there are.
+        DataError: the file cannot be read, or is no list.
     """
-    data = read_json(path)
-    refuse(result_problems(path, data, ground_truth.imgs.keys(), ground_truth.cats.keys()))
-    parts = [name for name in ("segmentation", "keypoints") if any(entry.get(name) for entry in data)]
-    fields = ["bbox", *parts] if any("bbox" in entry for entry in data) else parts
-    refuse(problem for field in fields for problem in _field_problems(path, data, field, ground_truth))
-    if notes is not None and data and "bbox" not in fields:
+    content = decode_json(path, list[Raw] | dict[str, Raw] | str | float | bool | None)
+    if not isinstance(content, list):
+        what = " (this is an annotation file)" if isinstance(content, dict) and "annotations" in content else ""
+        what = f"it must hold a list of detections, not a {kind_of(content)}{what}"
+        raise DataError(f"{path}: not a results file: {what}")
+    return Entries(path, RESULTS, content)
+
+
+def parts_in(results: Entries) -> list[Part]:
+    """What a results file has besides boxes: "masks", "keypoints"."""
+    return [part for part, field in FIELD.items() if any(value_of(raw) for raw in results[field])]
+
+
+def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | None = None) -> list[Result]:
+    """Check the entries of a results file against the annotations that they are to be scored with.
+
+    The file is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox``
+    (x, y, width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have what one of them
+    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points, and
+    ``notes`` gets a sentence.
+
+    Raises:
+        DataError: an entry has a wrong field, or is for an image or a category that the annotations do not have: the
+            first problem, and how many more there are.
+    """
+    category_ids = np.array([category["id"] for category in truth.categories], dtype=np.int64)
+    refuse(result_problems(entries, truth.image_ids, category_ids))
+    parts = [FIELD[part] for part in parts_in(entries)]
+    has_box = ~np.isnan(entries["bbox"]).any(axis=1)
+    fields = ["bbox", *parts] if has_box.any() or not parts else parts
+    sizes = truth.sizes[truth.find(entries["image_id"])].tolist()
+    refuse(problem for field in fields for problem in _field_problems(entries, field, sizes))
+    if notes is not None and len(entries) and "bbox" not in fields:
         around = "masks" if "segmentation" in parts else "key points"
         notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
-    for entry in data:
-        # Scores as floats: numpy would sort the largest integers by their negative, which is no integer of 64 bits.
-        result = {"image_id": entry["image_id"], "category_id": entry["category_id"], "score": float(entry["score"])}
-        result |= {name: entry[name] for name in parts}
-        if "segmentation" in result:
-            image = ground_truth.imgs[entry["image_id"]]
-            result["segmentation"] = as_rle(result["segmentation"], image["height"], image["width"])
-        result["bbox"] = entry["bbox"] if "bbox" in entry else _box_of(result)
+    for number, (width, height) in enumerate(sizes):
+        names = ("image_id", "category_id", "score", "bbox")
+        result = {name: entries[name][number].tolist() for name in names}
+        result |= {part: value_of(entries[part][number]) for part in parts}
+        if "segmentation" in parts:
+            result["segmentation"] = as_rle(result["segmentation"], height, width)
+        if "bbox" not in fields:
+            result["bbox"] = _box_of(result)
         results.append(result)
     return results
 
 
-def _field_problems(path: str | Path, data: list[Any], field: str, ground_truth: COCO) -> Iterator[Problem]:
+def _field_problems(entries: Entries, field: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
     """Say which boxes, masks or key points are missing, and which of the latter two cannot be scored.
 
     The key points of a detector are all of one number: that which most have.
     """
-    lists = (entry.get("keypoints") for entry in data if field == "keypoints")
-    counts = Counter(len(points) // 3 for points in lists if isinstance(points, list) and points)
+    values = [value_of(raw) for raw in entries[field]] if field == "keypoints" else []
+    counts = Counter(len(value) // 3 for value in values if isinstance(value, list) and value)
     count = counts.most_common(1)[0][0] if counts else 0
-    for position, entry in enumerate(data):
-        wrong: str | None = None
-        if field == "segmentation" and field in entry:
-            image = ground_truth.imgs[entry["image_id"]]
-            wrong = segmentation_problem(entry[field], image["width"], image["height"])
-        elif field == "keypoints" and field in entry:
-            wrong = keypoints_problem(entry[field], max(count, 1), visibility=False)
-        if field not in entry or wrong:
-            what = f"has {field} {shown(entry[field])}, {wrong}" if wrong else f"has no {field}, which others have"
-            yield Problem(f"results with a wrong {field}", "error", f"{path}: {RESULTS}[{position}] {what}")
+    others = "" if field == "bbox" and np.isnan(entries["bbox"]).all() else ", which others have"
+    for number, (raw, size) in enumerate(zip(entries[field], sizes)):
+        if field == "bbox":
+            missing, wrong = np.isnan(raw).any(), None
+        elif not (missing := not bytes(raw)):
+            wrong = keypoints_problem(raw, max(count, 1), visibility=False) if field == "keypoints" else None
+            if field == "segmentation" and value_of(raw) != []:  # a mask without a pixel
+                wrong = segmentation_problem(raw, *size)
+        if missing or wrong:
+            what = f"no {field}{others}" if missing else f"{field} {shown(value_of(raw))}, {wrong}"
+            message = f"{entries.path}: {RESULTS}[{number}] has {what}"
+            yield Problem(f"results with a wrong {field}", "error", message)
 
 
 def _box_of(result: Result) -> list[float]:

@@ -97,7 +97,8 @@ def score_refinements(
                 detections = model.transform.postprocess(detections, batch.image_sizes, sizes)
                 into += to_results(detections, image_ids, category_ids)
             bar.update(len(images))
-    return [evaluate(data.coco, one, data.image_ids)[0] for one in results]
+    truth = data.annotations.coco(data.image_ids)
+    return [evaluate(truth, one)[0] for one in results]
 
 
 def best_refinement(

@@ -178,7 +178,8 @@ def _prepared(truth: COCO, iou_type: IouType) -> COCO:
 
 def _set_keypoints(settings: Any, truth: COCO) -> None:
     """Compare the key points of the classes that have any, with a tolerance for each."""
-    layout = layout_of("the annotations", truth.cats.values(), truth.anns.values())
+    points = (annotation["keypoints"] for annotation in truth.anns.values())
+    layout = layout_of("the annotations", truth.cats.values(), points)
     if layout is None:
         raise DataError("the annotations have no key points to score with")
     nothing = [0] * (3 * len(layout))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -30,7 +31,7 @@ ORDER: tuple[Kind, ...] = ("crowd", "found", "confused", "false", "missed")
 def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> None:
     """Write a picture of a few images of a split: the ground truth on the left, detections on the right."""
     # Spread over the split, those with objects first.
-    order = sorted(range(len(split)), key=lambda index: not len(split.targets[index][1]))
+    order = np.argsort(split.counts() == 0, kind="stable").tolist()
     chosen = order[:: max(len(order) // EXAMPLES, 1)][:EXAMPLES]
     rows = [_pair(split, results, index) for index in chosen]
     if rows:
@@ -66,7 +67,7 @@ def worst_and_best(
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
     ids = {one["id"] for _, one in chosen}
     matched = match_boxes(
-        split.coco,
+        split.annotations.coco(ids),
         [result for result in results if result["image_id"] in ids],
         ids,
         min_score=report["confusion"]["min_score"],
@@ -141,7 +142,8 @@ def _detected(result: Result) -> list[float]:
 def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float) -> Box:
     shown = outcome.truth if outcome.detection is None else outcome.detection
     assert shown is not None
-    name = short(split.coco.cats[shown["category_id"]]["name"], 40)
+    names = {category["id"]: short(category["name"], 40) for category in split.annotations.categories}
+    name = names[shown["category_id"]]
     caption = name if outcome.detection is None else f"{name} {outcome.detection['score']:.2f}"
     corners = _corners(shown, size, factor)
     if outcome.kind == "found":
@@ -150,7 +152,7 @@ def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], facto
         caption = f"crowd: {name}" if outcome.detection is None else f"{caption}, on a crowd"
     elif outcome.kind == "confused":
         assert outcome.truth is not None
-        caption += f", is: {short(split.coco.cats[outcome.truth['category_id']]['name'], 40)}"
+        caption += f", is: {names[outcome.truth['category_id']]}"
     else:
         caption = f"{outcome.kind}: {caption}"
     mark = MARKS[outcome.kind]

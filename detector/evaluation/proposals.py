@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 from pycocotools import mask
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -13,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_convert
 
+from detector.data.annotations import Annotations
 from detector.evaluation.metric import match
 from detector.overriding import overridden
 
@@ -59,7 +59,7 @@ class ProposalRecorder:
         finally:
             handle.remove()
 
-    def hits(self, truth: COCO, image_ids: list[int], sizes: list[tuple[int, int]]) -> list[Hit]:
+    def hits(self, truth: Annotations, image_ids: list[int], sizes: list[tuple[int, int]]) -> list[Hit]:
         """The recorded proposals that may cover an object.
 
         Args:
@@ -68,13 +68,16 @@ class ProposalRecorder:
             sizes: their heights and widths in pixels.
         """
         hits = []
-        for image_id, size, boxes, resized in zip(image_ids, sizes, self._boxes, self._sizes, strict=True):
-            objects = [a["bbox"] for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
-            if not objects or not len(boxes):
+        indices = truth.find(image_ids).tolist()
+        for image_id, index, size, boxes, resized in zip(
+            image_ids, indices, sizes, self._boxes, self._sizes, strict=True
+        ):
+            objects = truth.boxes[truth.of(index)][~truth.crowds[truth.of(index)]]
+            if not len(objects) or not len(boxes):
                 continue
             boxes = resize_boxes(boxes[: max(COUNTS)], resized, size)
             proposals = box_convert(boxes.double().cpu(), "xyxy", "xywh").numpy()
-            covers = mask.iou(proposals, np.array(objects, dtype=float), [0] * len(objects)).max(axis=1) >= LEAST_IOU
+            covers = mask.iou(proposals, objects, [0] * len(objects)).max(axis=1) >= LEAST_IOU
             hits += [Hit(image_id, int(place), proposals[place].tolist()) for place in covers.nonzero()[0]]
         return hits
 

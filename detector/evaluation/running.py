@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
+from detector.data.annotations import Annotations
 from detector.data.batches import ScoringBatches
 from detector.data.dataset import CocoDetection, Target, collate
 from detector.data.results import Result, to_results
@@ -72,7 +72,7 @@ def predict(
     *,
     device: torch.device | str = "cpu",
     labels: Tensor | None = None,
-    proposals_of: COCO | None = None,
+    proposals_of: Annotations | None = None,
     on_batch: Callable[[int], Any] = lambda images: None,
     into: Predictions | None = None,
 ) -> Predictions:
@@ -181,7 +181,7 @@ def run_detector(
                 category_ids,
                 device=device,
                 labels=labels,
-                proposals_of=split.coco if proposals else None,
+                proposals_of=split.annotations if proposals else None,
                 on_batch=lambda done: bar.update(done * ranks),
                 into=found,
             )

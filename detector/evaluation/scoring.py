@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_annotations
 from detector.data.categories import labels_of_targets, match_categories, match_notes
 from detector.data.dataset import CocoDetection
-from detector.data.keypoints import KeypointLayout, layout_of
-from detector.data.part_problems import FIELD, NAME, Part, has_part
-from detector.data.results import crowded, read_results
+from detector.data.keypoints import KeypointLayout
+from detector.data.part_problems import NAME, Part
+from detector.data.results import crowded, parts_in, read_results, results_file
 from detector.errors import DataError, UserError, sentence, shown
 from detector.evaluation.metric import IOU_TYPES
 from detector.evaluation.ranks import gathered, joined
@@ -82,7 +82,7 @@ def score_split(
     parts, of_parts = scored_parts(split, parts_found_by(model))
     notes = [*notes, *of_parts]
     return write_evaluation(
-        found, split.coco, folder, options, about=made, split=split, parts=parts, notes=notes, of_training=True
+        found, split.annotations, folder, options, about=made, split=split, parts=parts, notes=notes, of_training=True
     )
 
 
@@ -168,7 +168,7 @@ def evaluate_detector(
         speed = _times(detector.model, data, options, len(found.image_ids), notes)
     write_evaluation(
         found,
-        data.coco,
+        data.annotations,
         folder,
         options,
         about=described(detector, model=model, data=root, split=split, device=options.device),
@@ -202,26 +202,23 @@ def evaluate_results(
         images: the folder of the images, which are looked at only to draw them, and may be missing.
         split: the split's name, for the report.
     """
-    truth = read_coco(annotations)
     notes: list[str] = []
-    listed = read_results(results, truth, notes=notes)
-    given: list[Part] = [part for part in FIELD if listed and FIELD[part] in listed[0]]
-    has = [part for part in given if has_part(truth.anns.values(), part)]
-    if has:  # once more, as the masks and key points are now known to be needed
-        truth = read_coco(annotations, parts=has)
+    entries = results_file(results)
+    given = parts_in(entries)
+    truth = read_annotations(annotations, parts=given, needed=False)
+    listed = read_results(entries, truth, notes=notes)
     layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in given else None
-    of_truth = layout_of(annotations, truth.cats.values(), truth.anns.values()) if "keypoints" in has else None
-    parts, of_parts = _scored(given, layout, has, of_truth, truth.flaws)
+    parts, of_parts = _scored(given, layout, list(truth.parts), truth.keypoint_layout(), truth.flaws)
     notes += of_parts
     data = None
     if images is not None:
         try:
-            data = CocoDetection(images, annotations, parts=parts)
+            data = CocoDetection(images, truth, parts=parts)
         except DataError as error:
             notes.append(f"No pictures: {error}")
-    image_ids = sorted(truth.imgs)[: options.limit]
+    image_ids = truth.image_ids[: options.limit].tolist()
     if options.limit is not None:
-        notes.append(f"Limited to the first {len(image_ids):,} of {len(truth.imgs):,} images.")
+        notes.append(f"Limited to the first {len(image_ids):,} of {len(truth):,} images.")
     if count := crowded(listed):
         notes.append(f"{count:,} images have more than 100 results of one class; the metric looks at the best 100.")
     kept = set(image_ids)
@@ -247,7 +244,7 @@ def scored_parts(
         found: what the detector finds.
         layout: of its key points, if it is known.
     """
-    return _scored(found, layout, data.parts, data.keypoints, data.coco.flaws)
+    return _scored(found, layout, data.parts, data.keypoints, data.annotations.flaws)
 
 
 def _scored(

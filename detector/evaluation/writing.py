@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pycocotools.coco import COCO
 from torch import nn
 
+from detector.data.annotations import Annotations
 from detector.data.dataset import CocoDetection
 from detector.data.part_problems import Part
 from detector.evaluation.metric import Evaluator, evaluator_version, match_parts, scores_of
@@ -53,7 +53,7 @@ class EvaluationOptions:
 
 def write_evaluation(
     found: Predictions,
-    truth: COCO,
+    truth: Annotations,
     folder: Path,
     options: EvaluationOptions,
     *,
@@ -72,7 +72,7 @@ def write_evaluation(
 
     Args:
         found: the detections, and the images that they were looked for in.
-        truth: the ground truth.
+        truth: the ground truth; the images in ``found`` are scored.
         folder: made if it is not there.
         options: how.
         about: how the detections were made, see :func:`described`.
@@ -88,8 +88,9 @@ def write_evaluation(
         "keypoints/AP" and so on.
     """
     how: dict[str, Any] = {"parts": parts, "evaluator": options.evaluator}
-    scorer, *others = scorers = match_parts(truth, found.results, found.image_ids, **how)
-    before = [] if unrefined is None else match_parts(truth, unrefined.results, unrefined.image_ids, **how)
+    coco = truth.coco(found.image_ids)
+    scorer, *others = scorers = match_parts(coco, found.results, found.image_ids, **how)
+    before = [] if unrefined is None else match_parts(coco, unrefined.results, unrefined.image_ids, **how)
     report, tables = make_report(
         scorer,
         found.results,

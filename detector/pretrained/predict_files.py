@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detector.data.annotations import Annotations
 from detector.data.drawing import draw
 from detector.data.images import FORMATS, read_image
 from detector.data.results import Result, to_results
@@ -77,7 +77,7 @@ def image_suffixes() -> set[str]:
 
 
 def find_images(
-    given: Sequence[str | Path], annotations: COCO | None = None, *, left_out: set[Path] | None = None
+    given: Sequence[str | Path], annotations: Annotations | None = None, *, left_out: set[Path] | None = None
 ) -> list[ImageFile]:
     """The image files that paths, folders (with all below them) and patterns name, each once.
 
@@ -113,7 +113,7 @@ def find_images(
             found.setdefault(image.resolve(), (image, name))
     if annotations is None:
         return [ImageFile(path, name, number) for number, (path, name) in enumerate(found.values(), start=1)]
-    known = {image["file_name"]: image for image in annotations.imgs.values()}
+    known = {annotations.names[index]: index for index in range(len(annotations))}
     files: dict[str, ImageFile] = {}
     for path, name in found.values():
         if name not in known:
@@ -123,7 +123,8 @@ def find_images(
             )
         if name in files:
             raise DataError(f"{path} and {files[name].path} are both {name!r} of the annotations; give one of them")
-        files[name] = ImageFile(path, name, known[name]["id"], (known[name]["width"], known[name]["height"]))
+        width, height = annotations.sizes[known[name]].tolist()
+        files[name] = ImageFile(path, name, int(annotations.image_ids[known[name]]), (width, height))
     return list(files.values())
 
 

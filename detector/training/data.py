@@ -43,8 +43,9 @@ def _flips(transform: Any) -> bool:
 
 def _broken_images(data: CocoDetection) -> dict[int, str]:
     """Say why each image that cannot be read cannot, by its id."""
-    problems = open_images(data.folder, [data.coco.imgs[image_id] for image_id in data.image_ids])
-    return {image_id: problem.message for image_id, problem in zip(data.image_ids, problems) if problem is not None}
+    images = [data.annotations.image(index) for index in data.annotations.find(data.image_ids)]
+    problems = open_images(data.folder, images)
+    return {image["id"]: problem.message for image, problem in zip(images, problems) if problem is not None}
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -138,7 +139,7 @@ class CocoDataModule(lightning.LightningDataModule):
         self._leave_out_without_keypoints()
         for note in self.notes:
             rank_zero_info(note)
-        if not any(len(labels) for _, labels in self.train_set.targets):
+        if not self.train_set.counts().any():
             raise DataError(f"{self.root}: no box in {self.train_split} to train on")
         self._say_what_is_shared()
 
@@ -160,8 +161,8 @@ class CocoDataModule(lightning.LightningDataModule):
         except MissingPartError as error:
             again = f"; delete {self.root} to have it written anew, with masks" if self.generate == "digits" else ""
             raise DataError(f"{error}{again}") from None
-        if data.coco.flaws:
-            flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.coco.flaws.items())
+        if data.annotations.flaws:
+            flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.annotations.flaws.items())
             file = self.folder.annotation_file(name)
             rank_zero_info(f"{name}: {flaws}; python tools/check.py {file} shows them")
         return data
@@ -213,7 +214,7 @@ class CocoDataModule(lightning.LightningDataModule):
         """Open all images: one that cannot be read would end the run when it comes to it, perhaps hours later."""
         splits = self._used()
         check = {name: self._check(name) for name, _ in splits}
-        pixels = sum(image["width"] * image["height"] for _, data in splits for image in data.coco.imgs.values())
+        pixels = sum(float(data.sizes().astype(float).prod(axis=1).sum()) for _, data in splits)
         skip = self.advice.skip_broken
         if pixels > OPENED_PIXELS and not self.skip_broken:
             also = f"; {skip} also leaves broken ones out" if skip else ""
@@ -267,7 +268,8 @@ class CocoDataModule(lightning.LightningDataModule):
         """Return the ids of the images in the next batches of this rank, after the last one that was trained on."""
         epoch, done = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx + 1  # type: ignore[union-attr]
         indices = [i for batch in self._training_batches().batches(epoch)[done:][:batches] for i in batch]
-        return [self.train_set.image_ids[index] for index in indices]
+        image_ids = self.train_set.image_ids
+        return [image_ids[index] for index in indices]
 
     def state_dict(self) -> dict[str, int]:
         trainer = self.trainer
@@ -305,9 +307,9 @@ class CocoDataModule(lightning.LightningDataModule):
     def _order(self) -> dict[str, Any]:
         """What the batches are made of, and where a run goes on."""
         ranks, rank = self._ranks()
-        images = [self.train_set.coco.imgs[image_id] for image_id in self.train_set.image_ids]
+        width, height = self.train_set.sizes().T
         return {
-            "wide": [image["width"] >= image["height"] or not self.group_by_shape for image in images],
+            "wide": ((width >= height) | (not self.group_by_shape)).tolist(),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "ranks": ranks,

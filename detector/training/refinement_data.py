@@ -61,7 +61,7 @@ class RefinementData(CocoDataModule):
         self.train_set, self.apart = self.split(self.train_split, train=True), None
         self._open_images()
         train_set = self.train_set
-        ids = [i for i, (_, labels) in zip(train_set.image_ids, train_set.targets, strict=True) if len(labels)]
+        ids = [i for i, count in zip(train_set.image_ids, train_set.counts().tolist(), strict=True) if count]
         if not ids:
             raise DataError(f"{self.root}: no box in {self.train_split} to learn from")
         apart = held_apart(ids, self.seed) if self.hold_apart else []

@@ -126,7 +126,7 @@ class RefinementRun(Run):
         found = run_detector(detector.model, split, ids, **running)
         after = write_evaluation(
             found,
-            split.coco,
+            split.annotations,
             self.folder,
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=self.split, device=device),

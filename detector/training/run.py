@@ -191,7 +191,7 @@ class Run:
         notes = [*data.notes, *of_parts]
         scores = write_evaluation(
             found,
-            data.val_set.coco,
+            data.val_set.annotations,
             self.folder,
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=data.val_split, device=device),

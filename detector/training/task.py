@@ -150,7 +150,8 @@ class DetectionTask(lightning.LightningModule):
         self.results = [] if found is None else found.results
         scores = None
         if found is not None:
-            scores = evaluate_parts(val_set.coco, self.results, val_set.image_ids, parts=self.parts)
+            truth = val_set.annotations.coco(val_set.image_ids)
+            scores = evaluate_parts(truth, self.results, val_set.image_ids, parts=self.parts)
         scores = self.trainer.strategy.broadcast(scores)
         assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})

@@ -375,7 +375,7 @@ def test_pictures_show_what_was_counted(scored, data, split, monkeypatch):
     found = json.loads((scored / "detections.json").read_text())
     report = json.loads((scored / "report.json").read_text())
     report["confusion"]["min_score"] = least = float(np.median([one["score"] for one in found]))
-    _, report["images"] = confusion(split.coco, found, split.image_ids, min_score=least)
+    _, report["images"] = confusion(split.annotations.coco(), found, split.image_ids, min_score=least)
     seen = []
     before = []
 

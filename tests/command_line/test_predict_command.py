@@ -28,9 +28,9 @@ from support.tiny_training import REPOSITORY
 from detector.command_line import predicting
 from detector.command_line.predict import main
 from detector.command_line.predicting import predict
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_annotations
 from detector.data.drawing import draw
-from detector.data.results import read_results
+from detector.data.results import read_results, results_file
 from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.pretrained import predict_files as predict_module
@@ -525,8 +525,8 @@ def test_results_have_the_ids_of_the_annotations_and_can_be_scored(photos, home,
     ids = {image["file_name"]: image["id"] for image in images}
     assert {image["file_name"]: image["id"] for image in found["images"]} == ids
     assert {one["image_id"] for one in results} == set(ids.values())
-    truth = read_coco(path)
-    scores, _ = evaluate(truth, read_results("out/detections.json", truth))
+    truth = read_annotations(path)
+    scores, _ = evaluate(truth.coco(), read_results(results_file("out/detections.json"), truth))
     assert scores["AR100"] >= 0
 
 

@@ -84,7 +84,7 @@ def test_one_data_set_has_the_labels_of_another(tmp_path):
     _, target = val[0]
     assert target["labels"].tolist() == [3, 2, 2]
     assert target["boxes"][:, 0].tolist() == [1, 2, 4]
-    assert len(val.coco.anns) == 4
+    assert len(val.annotations.ids) == 4
     assert label_as(load(tmp_path / "train"), train) == []
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from support.coco_folders import dataset, load
 from torchvision.transforms import v2
 
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
 from detector.errors import DataError
@@ -37,7 +37,7 @@ def test_crowds_and_empty_boxes_are_left_out_and_counted(tmp_path):
     # The second box reaches beyond the image and is cut there.
     assert target["boxes"].tolist() == [[1, 2, 11, 7], [5, 5, 30, 15]]
     assert data.dropped_boxes == 2
-    assert len(data.coco.anns) == 5  # the evaluation sees all of them
+    assert len(data.annotations.ids) == 5  # the evaluation sees all of them
 
 
 def test_image_without_objects(tmp_path):
@@ -306,15 +306,15 @@ BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
 def test_files_that_are_no_annotations(tmp_path):
     path = tmp_path / "a.json"
     with pytest.raises(DataError, match=r"a\.json: no such file"):
-        read_coco(path)
+        read_annotations(path)
     content = json.dumps(dataset(tmp_path))
     for text in ("", "[1, 2]", "3", content[: len(content) // 2], '{"images": []}', "\x00\xff"):
         path.write_text(text)
         with pytest.raises(DataError, match=r"a\.json"):
-            read_coco(path)
+            read_annotations(path)
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"a\.json"):
-        read_coco(path)
+        read_annotations(path)
     with pytest.raises(DataError, match="no such image folder"):
         CocoDetection(tmp_path / "nowhere", tmp_path / "annotations.json")
 
@@ -322,7 +322,7 @@ def test_files_that_are_no_annotations(tmp_path):
 def test_real_micrographs(bccd):
     data = CocoDetection(bccd / "val", bccd / "annotations" / "instances_val.json")
     assert data.category_names == ["WBC", "RBC", "Platelets"]
-    assert (len(data), len(data.coco.anns)) == (87, 1137)
+    assert (len(data), len(data.annotations.ids)) == (87, 1137)
     image, target = data[0]
     assert image.shape == (3, 480, 640)
     assert target["boxes"].amax() <= 640
@@ -343,10 +343,10 @@ def test_real_coco(coco_cc):
     data = CocoDetection(folder / "val2017", folder / "annotations" / "instances_val2017.json")
     assert len(data.category_ids) == 80
     assert data.category_ids[-1] == 90
-    crowds = sum(annotation["iscrowd"] for annotation in data.coco.anns.values())
+    crowds = data.annotations.crowds.sum()
     assert crowds == 8
-    assert sum(len(labels) for _, labels in data.targets) + crowds + data.dropped_boxes == len(data.coco.anns) == 560
+    assert data.counts().sum() + crowds + data.dropped_boxes == len(data.annotations.ids) == 560
     for index in (0, len(data) - 1):
         image, target = data[index]
-        info = data.coco.imgs[int(target["image_id"])]
+        info = data.annotations.image(*data.annotations.find([int(target["image_id"])]))
         assert image.shape == (3, info["height"], info["width"])

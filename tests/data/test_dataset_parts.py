@@ -256,7 +256,7 @@ def test_boxes_alone_read_nothing_more(root, tmp_path, monkeypatch):
         _, alone = data[index]
         assert set(alone) == {"boxes", "labels", "image_id"}
         assert all(torch.equal(alone[name], target[name]) for name in alone)
-    assert data.objects == []
+    assert data.annotations.parts == {}
 
 
 def test_real_masks_under_augmentation(coco_cc):

@@ -282,7 +282,7 @@ class TestBrowsing:
 
 class TestOutcomes:
     def outcome(self, kind, split, **detected):
-        truth = split.coco.anns[1]
+        truth = split.annotations.coco().anns[1]
         found = {"image_id": 1, "category_id": 3, "bbox": truth["bbox"], "score": 0.9} | detected
         return BoxOutcome(kind, None if kind == "false" else truth, None if kind == "missed" else found)
 
@@ -309,7 +309,7 @@ class TestOutcomes:
 
     def test_a_crowd_has_its_mask_and_an_object_may_have_nothing(self, split_of):
         split = split_of("masks", "keypoints")
-        crowd, dog = split.coco.anns[3], split.coco.anns[2]
+        crowd, dog = split.annotations.coco().anns[3], split.annotations.coco().anns[2]
         picture = self.drawn(split, BoxOutcome("crowd", crowd, None), BoxOutcome("missed", dog, None))
         assert (pixels_of(picture)[240, 860] - over(MARKS["crowd"].color)).abs().max() <= 1
         assert not changed(picture)[100:, :760].any()

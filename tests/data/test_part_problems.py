@@ -1,14 +1,14 @@
 """What is wrong with masks and key points: an error where they are read, a flaw where boxes alone are."""
 
 import copy
-import json
 import math
 
 import pytest
 from support.annotation_files import VALID, write
 
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_annotations
 from detector.data.checking import check_dataset
+from detector.data.entries import CocoFile
 from detector.data.part_problems import part_problems
 from detector.errors import DataError, MissingPartError
 
@@ -30,31 +30,31 @@ def with_parts(**change):
 
 
 BROKEN = [
-    ("masks", [[1, 2, 3, 4]], "broken segmentations", "[[1, 2, 3, 4]], polygon 0 of 4 numbers"),
+    ("masks", [[1, 2, 3, 4]], "broken segmentations", "[[1, 2, 3, 4]], neither polygons"),
     ("masks", {"size": [30, 20], "counts": [600]}, "broken segmentations", "an RLE of size [30, 20]"),
-    ("masks", "polygon", "broken segmentations", "a str"),
-    ("masks", [[1, 2, 3, math.nan, 5, 6]], "broken segmentations", "not finite"),
-    ("keypoints", [1, 2, 2], "broken key points", "a list of 3 numbers: 2 key points are 6"),
+    ("masks", "polygon", "broken segmentations", "got `str`"),
+    ("masks", [[1, 2, 3, math.nan, 5, 6]], "broken segmentations", "at `$[0][3]`"),
+    ("keypoints", [1, 2, 2], "broken key points", "3 numbers: 2 key points are 6"),
     ("keypoints", [1, 2, 2, 3, 4, 7], "broken key points", "a visibility"),
-    ("keypoints", "points", "broken key points", "a str"),
+    ("keypoints", "points", "broken key points", "got `str`"),
 ]
 
 
 @pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
 def test_what_is_broken_is_refused_where_it_is_read(tmp_path, part, value, kind, words):
     data = with_parts(**{FIELD[part]: value})
-    (problem,) = part_problems("a.json", data, part)
+    (problem,) = part_problems(CocoFile(write(tmp_path, data)), part)
     assert (problem.level, problem.kind) == ("error", kind)
-    assert problem.message.startswith(f"a.json: annotations[1] (id 2) has {FIELD[part]} ")
+    assert problem.message.startswith(f"{tmp_path}/a.json: annotations[1] (id 2) has {FIELD[part]} ")
     assert words in problem.message
     assert "\n" not in problem.message
     path = write(tmp_path, data)
     with pytest.raises(DataError) as error:
-        read_coco(path, parts=[part])
+        read_annotations(path, parts=[part])
     assert words in str(error.value)
     (other,) = {*FIELD} - {part}
-    read_coco(path)  # not looked at
-    read_coco(path, parts=[other])
+    read_annotations(path)  # not looked at
+    read_annotations(path, parts=[other])
 
 
 @pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
@@ -85,20 +85,20 @@ def test_objects_without_are_counted(tmp_path, nothing):
     data["annotations"][2] |= {"segmentation": [], "keypoints": []}  # a crowd needs none
     flaws = {"masks": "objects without a segmentation", "keypoints": "objects without key points"}
     for part, flaw in flaws.items():
-        (problem,) = part_problems("a.json", data, part)
+        (problem,) = part_problems(CocoFile(write(tmp_path, data)), part)
         assert (problem.level, problem.kind) == ("flaw", flaw)
         assert "annotations[1] (id 2)" in problem.message
-        assert read_coco(write(tmp_path, data), parts=[part]).flaws == {flaw: 1}
+        assert read_annotations(write(tmp_path, data), parts=[part]).flaws == {flaw: 1}
     assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").problems] == [*flaws.values()]
 
 
 def test_polygons_without_a_point_are_none(tmp_path):
     data = with_parts(segmentation=[[], []])
-    assert read_coco(write(tmp_path, data), parts=["masks"]).flaws == {"objects without a segmentation": 1}
+    assert read_annotations(write(tmp_path, data), parts=["masks"]).flaws == {"objects without a segmentation": 1}
     for annotation in data["annotations"]:
         annotation["segmentation"] = [[]]
     with pytest.raises(MissingPartError):
-        read_coco(write(tmp_path, data), parts=["masks"])
+        read_annotations(write(tmp_path, data), parts=["masks"])
 
 
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
@@ -108,14 +108,14 @@ def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path, part):
         if not annotation.get("iscrowd"):
             del annotation[FIELD[part]]
     assert any(FIELD[part] in annotation for annotation in data["annotations"])
-    assert list(part_problems("a.json", data, part)) == []  # nobody has any: nothing is missing
+    assert list(part_problems(CocoFile(write(tmp_path, data)), part)) == []  # nobody has any: nothing is missing
     with pytest.raises(MissingPartError):
-        read_coco(write(tmp_path, data), parts=[part])
+        read_annotations(write(tmp_path, data), parts=[part])
 
 
 def test_objects_that_have_no_labelled_point_are_counted(tmp_path):
     data = with_parts(keypoints=[0] * 6)
-    flaws = read_coco(write(tmp_path, data), parts=["keypoints"]).flaws
+    flaws = read_annotations(write(tmp_path, data), parts=["keypoints"]).flaws
     assert flaws == {"objects whose key points are all unlabelled": 1}
 
 
@@ -123,21 +123,21 @@ def test_objects_that_have_no_labelled_point_are_counted(tmp_path):
 def test_objects_without_an_area_are_counted_where_it_matters(tmp_path, part):
     path = write(tmp_path, with_parts(area="gone"))
     kind = "masks without an area" if part == "masks" else "key points without an area"
-    assert read_coco(path, parts=[part]).flaws == {kind: 1}
-    assert read_coco(path).flaws == {}  # of boxes it is their own
+    assert read_annotations(path, parts=[part]).flaws == {kind: 1}
+    assert read_annotations(path).flaws == {}  # of boxes it is their own
 
 
 def test_classes_without_key_points_need_none(tmp_path):
     data = with_parts(keypoints="gone")  # a dog
     del data["categories"][1]["keypoints"]
-    assert not read_coco(write(tmp_path, data), parts=["keypoints"]).flaws
+    assert not read_annotations(write(tmp_path, data), parts=["keypoints"]).flaws
 
 
 @pytest.mark.parametrize(("part", "words"), [("masks", "polygons or an RLE"), ("keypoints", "person_keypoints_")])
 def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words):
     path = write(tmp_path)
     with pytest.raises(MissingPartError, match=words) as error:
-        read_coco(path, parts=[part])
+        read_annotations(path, parts=[part])
     assert str(error.value).startswith(
         f"{path}: no object has {'masks' if part == 'masks' else 'key points'} ({FIELD[part]})"
     )
@@ -148,13 +148,12 @@ def test_categories_that_name_other_points(tmp_path):
     data["categories"][0]["keypoints"] = ["nose", "tail"]
     path = write(tmp_path, data)
     with pytest.raises(DataError, match="different key points"):
-        read_coco(path, parts=["keypoints"])
+        read_annotations(path, parts=["keypoints"])
     (problem,) = check_dataset(path, tmp_path / "images").problems
     assert (problem.level, problem.kind) == ("flaw", "categories with key points that do not fit")
 
 
 def test_real_coco_is_right(coco_cc):
     path = coco_cc / "annotations" / "instances_val2017.json"
-    data = json.loads(path.read_text())
-    assert list(part_problems(path, data, "masks")) == []
-    assert list(part_problems(path, data, "keypoints")) == []
+    assert list(part_problems(CocoFile(path), "masks")) == []
+    assert list(part_problems(CocoFile(path), "keypoints")) == []

@@ -36,6 +36,10 @@ def filled(*polygons):
     return np.array(image)
 
 
+def problem(segmentation, width, height):
+    return segmentation_problem(json.dumps(segmentation).encode(), width, height)
+
+
 def runs_of(mask):
     """An uncompressed RLE: the lengths of runs of 0 and 1 in turn, column by column."""
     counts, current = [0], 0
@@ -55,7 +59,7 @@ def test_real_segmentations_are_read_as_pycocotools_reads_them(coco_cc):
             image, segmentation = coco.imgs[annotation["image_id"]], annotation["segmentation"]
             height, width = image["height"], image["width"]
             kinds.add(len(segmentation) > 1 if isinstance(segmentation, list) else type(segmentation["counts"]))
-            assert segmentation_problem(segmentation, width, height) is None
+            assert problem(segmentation, width, height) is None
             expected = coco.annToMask(annotation)
             (mask,) = decode_masks([segmentation], height, width).numpy()
             assert np.array_equal(mask, expected)
@@ -91,7 +95,7 @@ MASKS = st.builds(
 def test_a_mask_comes_back_from_each_kind_of_rle(mask):
     (compressed,) = encode_masks(torch.from_numpy(mask)[None])
     for rle in (compressed, runs_of(mask)):
-        assert segmentation_problem(rle, mask.shape[1], mask.shape[0]) is None
+        assert problem(rle, mask.shape[1], mask.shape[0]) is None
         assert np.array_equal(decode_masks([rle], *mask.shape)[0].numpy(), mask)
         assert mask_area(as_rle(rle, *mask.shape)) == mask.sum()
     rows, columns = np.nonzero(mask)
@@ -169,33 +173,33 @@ def test_runs_without_pixels_do_not_end_a_mask():
     assert coco_mask.iou([rle], encode_masks(torch.from_numpy(mask.reshape(WIDTH, HEIGHT).T)[None]), [0]).item() == 1.0
 
 
+NEITHER = "neither polygons, each of 3 points or more, nor an RLE: "
 SIZE = [HEIGHT, WIDTH]
 BROKEN = [
-    ("polygons", "a str: it must be polygons or an RLE"),
-    (3, "a int: it must be"),
-    ([3], "polygon 0 that is no list of numbers"),
-    (SQUARE, "polygon 0 that is no list of numbers"),
-    ([SQUARE, ["a"] * 6], "polygon 1 that is no list of numbers"),
-    ([[True] * 6], "polygon 0 that is no list of numbers"),
-    ([[1, 2, 3, 4]], "polygon 0 of 4 numbers: at least 3 points"),  # a box, to pycocotools
+    ("polygons", NEITHER),
+    (3, NEITHER),
+    ([3], NEITHER),
+    (SQUARE, NEITHER),
+    ([SQUARE, ["a"] * 6], "at `$[1][0]`"),
+    ([[True] * 6], "at `$[0][0]`"),
+    ([[1, 2, 3, 4]], "of length >= 6 - at `$[0]`"),  # a box, to pycocotools
     ([SQUARE[:-1]], "polygon 0 of 7 numbers"),
-    ([[]], "polygon 0 of 0 numbers"),
-    ([[*SQUARE[:-1], float("nan")]], "polygon 0 with numbers that are not finite"),
-    ([[*SQUARE[:-1], float("-inf")]], "not finite"),
-    ([[*SQUARE[:-1], 10**400]], "not finite"),
+    ([[]], "of length >= 6 - at `$[0]`"),
+    ([[*SQUARE[:-1], "NaN"]], "at `$[0][7]`"),
+    ([[*SQUARE[:-1], 10**400]], "out of range - at `$[0][7]`"),
     ([[*SQUARE[:-1], 41]], "polygon 0 that reaches far outside the image of 30x20 pixels"),
     ([[-31, *SQUARE[1:]]], "far outside"),
     ([[0, 0, 30, 20] * 40_000], "polygons whose outlines are 2,400,000 pixels long: 2,000,000 at most"),
     ({"size": [WIDTH, HEIGHT], "counts": [600]}, "an RLE of size [30, 20], [height, width], in an image of 30x20"),
-    ({"size": "20x30", "counts": [600]}, "size is not [height, width]"),
-    ({"size": [20.0, 30.0], "counts": [600]}, "size is not [height, width]"),
-    ({"counts": [600]}, "size is not [height, width]"),
-    ({"size": SIZE}, "without counts"),
-    ({"size": SIZE, "counts": 600}, "without counts"),
+    ({"size": "20x30", "counts": [600]}, "at `$.size`"),
+    ({"size": [20.0, 30.0], "counts": [600]}, "at `$.size[0]`"),
+    ({"counts": [600]}, "field `size`"),
+    ({"size": SIZE}, "field `counts`"),
+    ({"size": SIZE, "counts": 600}, "at `$.counts`"),
     ({"size": SIZE, "counts": [599]}, "add up to 599 pixels, not to the 600"),
     ({"size": SIZE, "counts": [500, 101]}, "add up to 601"),
-    ({"size": SIZE, "counts": [-1, 601]}, "counts are broken"),
-    ({"size": SIZE, "counts": [600.0]}, "counts are broken"),
+    ({"size": SIZE, "counts": [-1, 601]}, "at `$.counts[0]`"),
+    ({"size": SIZE, "counts": [600.0]}, "at `$.counts[0]`"),
     ({"size": SIZE, "counts": []}, "add up to 0"),
     ({"size": SIZE, "counts": ""}, "add up to 0"),
     ({"size": SIZE, "counts": "\u00e9"}, "counts are broken"),
@@ -207,14 +211,12 @@ BROKEN = [
 
 @pytest.mark.parametrize(("value", "words"), BROKEN, ids=[words for _, words in BROKEN])
 def test_broken_segmentations_are_named(value, words):
-    problem = segmentation_problem(value, WIDTH, HEIGHT)
-    assert problem is not None
-    assert words in problem
+    assert words in problem(value, WIDTH, HEIGHT)
 
 
 def test_images_too_large_for_pycocotools_are_refused():
-    assert segmentation_problem([SQUARE], 2**14, 2**12) is None
-    assert "67,108,864 at most" in segmentation_problem([SQUARE], 2**14, 2**12 + 1)
+    assert problem([SQUARE], 2**14, 2**12) is None
+    assert "67,108,864 at most" in problem([SQUARE], 2**14, 2**12 + 1)
 
 
 COUNTS = st.text(st.characters(min_codepoint=40, max_codepoint=115), max_size=12)
@@ -224,7 +226,7 @@ COUNTS = st.text(st.characters(min_codepoint=40, max_codepoint=115), max_size=12
 @given(counts=COUNTS | st.lists(st.integers(-3, 700), max_size=6))
 def test_what_is_found_right_fills_the_image(counts):
     rle = {"size": SIZE, "counts": counts}
-    if segmentation_problem(rle, WIDTH, HEIGHT) is None:
+    if problem(rle, WIDTH, HEIGHT) is None:
         mask = coco_mask.decode(as_rle(rle, HEIGHT, WIDTH))
         assert mask_area(as_rle(rle, HEIGHT, WIDTH)) == mask.sum()
         assert mask.shape == (HEIGHT, WIDTH)

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from support.scored import result, truth
 from support.tiny_models import batch, copies, tiny_rcnn
 
-from detector.data.annotations import read_coco
+from detector.data.annotations import read_annotations
 from detector.data.masks import MaskLayers, encode_masks
 from detector.errors import DataError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict, to_results
@@ -98,7 +98,7 @@ def test_predict_restores_the_mode_and_reports_progress():
 def test_real_coco_against_load_res(coco_cc, tmp_path):
     """The truth, jittered, as detections: all 12 numbers as pycocotools' documented way in gives them."""
     path = coco_cc / "annotations" / "instances_val2017.json"
-    coco = read_coco(path)
+    coco = read_annotations(path).coco()
     found = []
     for annotation in coco.anns.values():
         x, y, w, h = annotation["bbox"]

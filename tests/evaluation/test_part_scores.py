@@ -11,13 +11,14 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
+from support.scored import annotations_of, read
 from support.tiny_models import batch, tiny_rcnn
 
-from detector.data.annotations import index_coco, read_coco
+from detector.data.annotations import index_coco, read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.masks import as_rle, decode_masks
-from detector.data.results import read_results, to_results
+from detector.data.results import to_results
 from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_parts, match, scores_of
@@ -155,14 +156,15 @@ def test_the_truth_fed_back_is_perfect_and_stays_as_it_is(kind):
 def test_real_polygons_and_crowds_fed_back(coco_cc):
     data = CocoDetection(coco_cc / "val2017", coco_cc / "annotations" / "instances_val2017.json", parts=("masks",))
     results = []
-    for annotation in data.coco.anns.values():
-        image = data.coco.imgs[annotation["image_id"]]
+    coco = data.annotations.coco()
+    for annotation in coco.anns.values():
+        image = coco.imgs[annotation["image_id"]]
         rle = as_rle(annotation["segmentation"], image["height"], image["width"])
         if not annotation["iscrowd"]:
             ids = {name: annotation[name] for name in ("image_id", "category_id", "bbox")}
             results.append({**ids, "segmentation": rle, "score": 1.0})
-    assert any(annotation["iscrowd"] for annotation in data.coco.anns.values())
-    scores = evaluate_parts(data.coco, results, data.image_ids, parts=("masks",))
+    assert any(annotation["iscrowd"] for annotation in coco.anns.values())
+    scores = evaluate_parts(coco, results, data.image_ids, parts=("masks",))
     assert scores["AP"] == scores["segm/AP"] == 1.0
 
 
@@ -230,7 +232,7 @@ def write(path, entries):
 
 def test_results_of_each_kind_are_read(tmp_path):
     content = truth(5)
-    coco = index_coco(content)
+    known = annotations_of(content)
     results = detections(content)
     for fields, around in (
         (("segmentation",), "masks"),
@@ -239,19 +241,19 @@ def test_results_of_each_kind_are_read(tmp_path):
     ):
         kept = ("image_id", "category_id", "score", *fields)
         notes = []
-        read = read_results(write(tmp_path / "r.json", [{n: r[n] for n in kept} for r in results]), coco, notes=notes)
-        assert [set(one) for one in read] == [{*kept, "bbox"}] * len(results)
+        found = read(write(tmp_path / "r.json", [{n: r[n] for n in kept} for r in results]), known, notes=notes)
+        assert [set(one) for one in found] == [{*kept, "bbox"}] * len(results)
         assert (around is None) == (notes == [])
         if around is not None:
             assert around in notes[0]
         if "segmentation" in fields:
-            assert read[0]["segmentation"] == results[0]["segmentation"]
+            assert found[0]["segmentation"] == results[0]["segmentation"]
         if fields == ("segmentation",):
-            assert read[0]["bbox"] == coco_mask.toBbox(results[0]["segmentation"]).tolist()
+            assert found[0]["bbox"] == coco_mask.toBbox(results[0]["segmentation"]).tolist()
         if fields == ("keypoints",):
             x = results[0]["keypoints"][::3]
-            assert read[0]["bbox"][0] == min(x)
-            assert read[0]["bbox"][2] == max(x) - min(x)
+            assert found[0]["bbox"][0] == min(x)
+            assert found[0]["bbox"][2] == max(x) - min(x)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,10 @@ def test_results_of_each_kind_are_read(tmp_path):
         (lambda r: [one.update(keypoints=[]) for one in r[1:]], r"results\[1\] has keypoints \[\]"),
         (lambda r: r[4].pop("bbox"), r"results\[4\] has no bbox, which others have"),
         (lambda r: r[0].update(keypoints=[]), r"results\[0\] has keypoints \[\]"),
-        (lambda r: r[3]["keypoints"].__setitem__(0, float("nan")), r"results\[3\] has keypoints .* not finite"),
+        (
+            lambda r: r[3]["keypoints"].__setitem__(0, float("nan")),
+            r"results\[3\] has keypoints .* not a list of finite numbers",
+        ),
     ],
 )
 def test_broken_results_are_refused(tmp_path, change, said):
@@ -279,7 +284,7 @@ def test_broken_results_are_refused(tmp_path, change, said):
     results = json.loads(json.dumps(detections(content)))
     change(results)
     with pytest.raises(DataError, match=said):
-        read_results(write(tmp_path / "r.json", results), index_coco(content))
+        read(write(tmp_path / "r.json", results), annotations_of(content))
 
 
 def test_a_file_of_masks_is_told_from_one_of_boxes(tmp_path, capsys):
@@ -366,13 +371,15 @@ def test_objects_that_lack_something_are_counted_in_the_notes(tmp_path):
         "Key points without an area: 3",
     ]
     split = CocoDetection.__new__(CocoDetection)
-    split.parts, split.keypoints, split.coco = ("masks",), None, read_coco(annotations, parts=("masks",))
+    split.parts, split.keypoints = ("masks",), None
+    split.annotations = read_annotations(annotations, parts=("masks",))
     assert scored_parts(split, ["masks"]) == (["masks"], notes[:2])
 
 
 @pytest.mark.parametrize("names", [("b", "a"), ("a", "b", "c")])
 def test_key_points_of_other_names_are_not_scored_and_that_is_said(names):
-    data = SimpleNamespace(parts=("keypoints",), keypoints=KeypointLayout(("a", "b")), coco=SimpleNamespace(flaws={}))
+    annotations = SimpleNamespace(flaws={})
+    data = SimpleNamespace(parts=("keypoints",), keypoints=KeypointLayout(("a", "b")), annotations=annotations)
     assert scored_parts(data, ["keypoints"], KeypointLayout(("a", "b"))) == (["keypoints"], [])
     parts, (note,) = scored_parts(data, ["keypoints"], KeypointLayout(names))
     assert parts == []

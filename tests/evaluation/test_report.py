@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.cocoeval import COCOeval
-from support.scored import result, truth
+from support.scored import annotations_of, read, result, truth
 from support.tiny_models import SIZE, batch, copies, tiny_rcnn
 
-from detector.data.annotations import index_coco, read_coco
-from detector.data.results import read_results
+from detector.data.annotations import index_coco, read_annotations
+from detector.data.results import results_file
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict
 from detector.evaluation.confusion import confusion, match_boxes
@@ -50,7 +50,7 @@ def jittered(coco, seed=0, spread=0.05):
 
 @pytest.fixture(scope="module")
 def coco(coco_cc):
-    return read_coco(coco_cc / "annotations" / "instances_val2017.json")
+    return read_annotations(coco_cc / "annotations" / "instances_val2017.json").coco()
 
 
 def official(coco, found, categories):
@@ -474,12 +474,13 @@ class TestProposals:
         recorder = ProposalRecorder()
         recorder._boxes = [torch.tensor([[0.0, 0.0, 5.0, 5.0], [10.0, 10.0, 30.0, 30.0]])]
         recorder._sizes = [(50, 50)]
-        assert recorder.hits(coco, [1], [(100, 100)]) == [Hit(1, 1, [20.0, 20.0, 40.0, 40.0])]
+        assert recorder.hits(annotations_of(coco.dataset), [1], [(100, 100)]) == [Hit(1, 1, [20.0, 20.0, 40.0, 40.0])]
 
     def test_what_covers_no_object_may_be_left_out(self, coco):
         """Recall of all proposals by pycocotools, against that of the hits alone."""
         generator = np.random.default_rng(0)
         everything, hits = [], []
+        known = annotations_of(coco.dataset)
         image_ids = sorted(coco.imgs)[:30]
         recorder = ProposalRecorder()
         for image_id in image_ids:
@@ -494,7 +495,7 @@ class TestProposals:
             xywh = torch.tensor(np.array(boxes))
             size = (info["height"], info["width"])
             recorder._boxes, recorder._sizes = [torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)], [size]
-            hits += recorder.hits(coco, [image_id], [size])
+            hits += recorder.hits(known, [image_id], [size])
             everything += [Hit(image_id, rank, list(box)) for rank, box in enumerate(boxes)]
         assert len(hits) < len(everything) / 4
         wanted = recall(coco, everything, image_ids)
@@ -522,7 +523,7 @@ def test_losses_and_proposals_of_a_split():
     ]
     info = [{"id": i, "file_name": "", "width": SIZE, "height": image.shape[1]} for i, image in enumerate(images, 1)]
     coco = index_coco({"images": info, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]})
-    found = predict(model, batches, [5, 6], labels=torch.tensor([0, 2, 1]), proposals_of=coco)
+    found = predict(model, batches, [5, 6], labels=torch.tensor([0, 2, 1]), proposals_of=annotations_of(coco.dataset))
     swapped = [{**copies([target])[0], "labels": 3 - target["labels"]} for target in targets]
     torch.manual_seed(0)
     wanted = [detect_with_losses(model, [image], [target])[1] for image, target in zip(images, swapped)]
@@ -548,10 +549,10 @@ def test_every_loss_is_of_the_labels_that_were_given():
 
 
 class TestResultsFile:
-    def read(self, tmp_path, content, coco=None):
+    def read(self, tmp_path, content):
         path = tmp_path / "found.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return read_results(path, coco or truth([(1, 5, [0, 0, 20, 20])]))
+        return read(path, annotations_of(truth([(1, 5, [0, 0, 20, 20])]).dataset))
 
     def test_what_is_right_is_kept(self, tmp_path):
         good = result(1, [0, 0.5, 20, 0])
@@ -565,7 +566,7 @@ class TestResultsFile:
             ({"category_id": 6}, r"results\[1\] has category_id 6, which the annotations do not have"),
             ({"image_id": "1"}, r"results\[1\] has image_id '1', must be an integer"),
             ({"image_id": True}, "must be an integer"),
-            ({"score": float("nan")}, r"results\[1\] has score nan, must be a finite number"),
+            ({"score": float("nan")}, r"results\[1\] has score 'NaN', must be a finite number"),
             ({"score": "0.5"}, "must be a finite number"),
             ({"score": None}, "must be a finite number"),
             ({"bbox": [1, 2, 3]}, r"results\[1\] has bbox \[1, 2, 3\], must be 4 finite numbers"),
@@ -578,7 +579,7 @@ class TestResultsFile:
         with pytest.raises(DataError, match=message):
             self.read(tmp_path, [good, good | change])
 
-    @pytest.mark.parametrize("field", ["image_id", "category_id", "bbox", "score"])
+    @pytest.mark.parametrize("field", ["image_id", "category_id", "score"])
     def test_a_field_that_is_missing(self, tmp_path, field):
         bad = result(1, [0, 0, 20, 20])
         del bad[field]
@@ -611,7 +612,7 @@ class TestResultsFile:
         with pytest.raises(DataError, match="not valid JSON"):
             self.read(tmp_path, '[{"image_id": 1')
         with pytest.raises(DataError, match="no such file"):
-            read_results(tmp_path / "nothing.json", truth([]))
+            results_file(tmp_path / "nothing.json")
 
 
 class TestFasterEvaluator:
@@ -658,7 +659,7 @@ def test_annotation_id_0_is_an_object_like_any_other(tmp_path):
         annotation["id"] = number
     (tmp_path / "truth.json").write_text(json.dumps(data))
     found = [result(1, [0, 0, 20, 20]), result(2, [0, 0, 20, 20])]
-    assert evaluate(read_coco(tmp_path / "truth.json"), found)[0]["AP"] == pytest.approx(1)
+    assert evaluate(read_annotations(tmp_path / "truth.json").coco(), found)[0]["AP"] == pytest.approx(1)
 
 
 def test_a_box_of_a_negative_size_is_an_object_that_nobody_finds(tmp_path):
@@ -666,7 +667,7 @@ def test_a_box_of_a_negative_size_is_an_object_that_nobody_finds(tmp_path):
     for annotation in data["annotations"]:
         del annotation["area"]
     (tmp_path / "truth.json").write_text(json.dumps(data))
-    coco, found = read_coco(tmp_path / "truth.json"), [result(1, [0, 0, 20, 20])]
+    coco, found = read_annotations(tmp_path / "truth.json").coco(), [result(1, [0, 0, 20, 20])]
     report, _ = make_report(match(coco, found), found, about={})
     assert report["scores"]["AR100"] == pytest.approx(1 / 3)
     assert report["about"]["objects"] == sum(report["confusion"]["matrix"][0]) == 3

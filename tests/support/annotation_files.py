@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from detector.data.entries import CocoFile
+from detector.data.problems import Problem, annotation_problems
+
 VALID = {
     "images": [
         {"id": 4, "file_name": "a.png", "width": 30, "height": 20},
@@ -36,6 +39,12 @@ def write(root: Path, data=VALID) -> Path:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(root / "images" / name)
     (root / "a.json").write_text(json.dumps(data))
     return root / "a.json"
+
+
+def problems_in(root: Path, data) -> list[Problem]:
+    """The problems of a file with this content, ``a.json``."""
+    (root / "a.json").write_text(json.dumps(data))
+    return list(annotation_problems(CocoFile(root / "a.json")))
 
 
 GONE = object()

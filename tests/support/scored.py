@@ -1,6 +1,24 @@
 """A truth and results to be scored."""
 
-from detector.data.annotations import index_coco
+import json
+import tempfile
+from pathlib import Path
+
+from detector.data.annotations import index_coco, read_annotations
+from detector.data.results import read_results, results_file
+
+
+def annotations_of(content, *, parts=()):
+    """What is read of an annotation file with this content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "truth.json"
+        path.write_text(json.dumps(content))
+        return read_annotations(path, parts=parts)
+
+
+def read(path, annotations, **options):
+    """The results in a file."""
+    return read_results(results_file(path), annotations, **options)
 
 
 def truth(boxes, *, crowd=()):

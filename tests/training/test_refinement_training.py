@@ -201,7 +201,7 @@ def test_candidates_score_as_the_detector_does_with_their_settings(refined, digi
         detector.refinement.configure(candidate)
         ids = match_categories(detector, data)
         results = run_detector(detector.model, data, ids, workers=0).results
-        assert found == evaluate(data.coco, results, data.image_ids)[0]
+        assert found == evaluate(data.annotations.coco(), results, data.image_ids)[0]
 
 
 @pytest.mark.parametrize(

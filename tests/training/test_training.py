@@ -460,12 +460,12 @@ def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path,
     data = CocoDataModule(str(root), train_split="train", val_split="val")
     with caplog.at_level("INFO"):
         data.setup("fit")
-    nines = [a for a in data.val_set.coco.anns.values() if a["category_id"] not in known]
+    nines = [a for a in data.val_set.annotations.coco().anns.values() if a["category_id"] not in known]
     assert f"val: objects of classes that are not trained on (9) count as missed: {len(nines)}" in caplog.text
     assert len(nines) > 0
     assert len(data.val_set.category_ids) == 9
-    assert sum(len(labels) for _, labels in data.val_set.targets) == len(data.val_set.coco.anns) - len(nines)
-    assert max(int(label) for _, labels in data.val_set.targets for label in labels) <= 9
+    assert data.val_set.counts().sum() == len(data.val_set.annotations.ids) - len(nines)
+    assert data.val_set.labels().max() <= 9
 
 
 def damaged(digits, root):

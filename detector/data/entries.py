@@ -1,0 +1,201 @@
+"""The lists of COCO's files as columns: each entry is decoded by type, and the fields that do not fit are set aside."""
+
+import json
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from math import nan
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Raw
+
+from detector.errors import shown
+from detector.files import decode_json
+
+MOST_AREA = 1e10  # square pixels: COCO's metric passes over objects of a larger area, or of one below 0
+LEAST = 1e-100  # of a coordinate that is not 0: areas of smaller ones vanish, those of larger ones than 1e9 overflow
+Coordinate = Annotated[float, Meta(ge=-1e9, le=1e9)]
+Length = Annotated[float, Meta(ge=0, le=1e9)]
+
+
+class Field(NamedTuple):
+    """A field of an entry: its type for msgspec, in words, and in numpy, and what stands for it if it is not there."""
+
+    kind: Any
+    meant: str
+    column: str
+    blank: Any = 0
+    optional: bool = False
+
+
+FOUR = "4 finite numbers, x, y, width and height, each 0 or from 1e-100 to 1e9 in size"
+NOT_NEGATIVE = f"{FOUR}, the latter two not negative"
+ID = Field(Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], "an integer of 64 bits", "i8")
+SIZE = Field(Annotated[int, Meta(ge=1, le=2**63 - 1)], "an integer of at least 1", "i8")
+TEXT = Field(str, "a string in UTF-8", "O", None)
+BOX = Field(tuple[Coordinate, Coordinate, Coordinate, Coordinate], FOUR, "4f8", (nan,) * 4)
+FOUND_BOX = Field(tuple[Coordinate, Coordinate, Length, Length], NOT_NEGATIVE, "4f8", (nan,) * 4, optional=True)
+AREA = Field(Annotated[float, Meta(ge=0, le=MOST_AREA)], "a number from 0 to 1e10", "f8", nan, optional=True)
+FLAG = Field(bool | Annotated[float, Meta(ge=0, le=1, multiple_of=1)], "0 or 1", "?", optional=True)
+SCORE = Field(float, "a finite number", "f8")
+PARTS = dict.fromkeys(("segmentation", "keypoints"), Field(Raw, "", "O", Raw(), optional=True))  # decoded when used
+RESULTS = "results"  # the list of a results file
+FIELDS: dict[str, dict[str, Field]] = {
+    "images": {"id": ID, "file_name": TEXT, "width": SIZE, "height": SIZE},
+    "categories": {"id": ID, "name": TEXT},
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG} | PARTS,
+    RESULTS: {"image_id": ID, "category_id": ID, "score": SCORE, "bbox": FOUND_BOX} | PARTS,
+}
+
+
+class Entries:
+    """A list of a file, as columns by field: ``entries["bbox"]`` is [N, 4].
+
+    Args:
+        path: the file, for messages.
+        name: which list, one of :data:`FIELDS`.
+        raws: the JSON of its entries. They stay, for messages.
+        without: fields that are not read.
+
+    Attributes:
+        wrong: the fields that are missing or wrong, by the position of their entry; none of an entry that is no dict.
+    """
+
+    def __init__(self, path: str | Path, name: str, raws: list[Raw], *, without: Collection[str] = ()) -> None:
+        self.path, self.name, self.raws = path, name, raws
+        self.fields = {field: of for field, of in FIELDS[name].items() if field not in without}
+        self.wrong: dict[int, list[str]] = {}
+        types = [(field, of.kind, *([of.blank] if of.optional else [])) for field, of in self.fields.items()]
+        self._decode = msgspec.json.Decoder(msgspec.defstruct(name, types, gc=False)).decode
+        columns = np.dtype([(field, of.column) for field, of in self.fields.items()])
+        try:
+            self._rows = np.fromiter(map(msgspec.structs.astuple, map(self._decode, raws)), columns, len(raws))
+        except msgspec.DecodeError:
+            self._rows = np.fromiter(self._one_by_one(), columns, len(raws))
+        if "bbox" in self.fields:
+            size = np.abs(self["bbox"])
+            for position in np.flatnonzero(((size > 0) & (size < LEAST)).any(axis=1)).tolist():
+                self._rows["bbox"][position] = BOX.blank
+                self.wrong.setdefault(position, []).append("bbox")
+
+    def __len__(self) -> int:
+        return len(self.raws)
+
+    def __getitem__(self, field: str) -> np.ndarray:
+        return self._rows[field]
+
+    def has(self, field: str) -> np.ndarray:
+        """Whether each entry has a field, and it is right; [N], bool."""
+        has = np.ones(len(self), dtype=bool)
+        has[[at for at, fields in self.wrong.items() if not fields or field in fields]] = False
+        return has
+
+    def entry(self, position: int) -> Any:
+        """An entry as plain values, whatever it is; see :func:`value_of`."""
+        return value_of(self.raws[position])
+
+    def where(self, position: int) -> str:
+        """Name an entry in a message: the file, its place in the list, and its id."""
+        entry = self.entry(position)
+        called = f" (id {shown(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
+        return f"{self.path}: {self.name}[{position}]{called}"
+
+    def _one_by_one(self) -> Iterator[tuple[Any, ...]]:
+        """The rows of the columns, where some entries are wrong."""
+        for position, raw in enumerate(self.raws):
+            try:
+                yield msgspec.structs.astuple(self._decode(raw))
+            except msgspec.DecodeError:
+                yield self._by_field(position, raw)
+
+    def _by_field(self, position: int, raw: Raw) -> tuple[Any, ...]:
+        """The row of an entry of which not all is right."""
+        try:
+            given = msgspec.json.decode(raw, type=dict[str, Raw])
+        except msgspec.DecodeError:
+            self.wrong[position] = []
+            return tuple(of.blank for of in self.fields.values())
+        row = []
+        for field, of in self.fields.items():
+            try:
+                row.append(msgspec.json.decode(given[field], type=of.kind))
+            except (KeyError, msgspec.DecodeError):
+                row.append(of.blank)
+                if field in given or not of.optional:
+                    self.wrong.setdefault(position, []).append(field)
+        return tuple(row)
+
+
+LIST = list[Raw] | str | int | float | bool | None  # the entries, or what is there in their place
+
+
+class _Lists(msgspec.Struct):
+    images: LIST | dict = None
+    categories: LIST | dict = None
+    annotations: LIST | dict = None
+
+
+class CocoFile:
+    """An annotation file: its lists ``images``, ``categories`` and ``annotations``, empty where they are missing.
+
+    Args:
+        path: ``instances_*.json``, ``person_keypoints_*.json`` or one like them.
+        parts: those of :data:`PARTS` that are read.
+
+    Attributes:
+        missing: what is there in place of a list, in a sentence, by its name; of a file that holds no dict, by "".
+
+    Raises:
+        DataError: the file cannot be read, or is not JSON.
+    """
+
+    def __init__(self, path: str | Path, *, parts: Collection[str] = tuple(PARTS)) -> None:
+        content = decode_json(path, _Lists | LIST)
+        self.path = path
+        self.missing: dict[str, str] = {}
+        if not isinstance(content, _Lists):
+            what = f"must hold a dict with images, annotations and categories, not a {kind_of(content)}"
+            self.missing[""], content = what, _Lists([], [], [])
+        lists: list[Entries] = []
+        for name in ("images", "categories", "annotations"):
+            raws = getattr(content, name)
+            if not isinstance(raws, list):
+                self.missing[name], raws = f"{name!r} must be a list, got {kind_of(raws)}", []
+            lists.append(Entries(path, name, raws, without=PARTS.keys() - set(parts)))
+        self.images, self.categories, self.annotations = lists
+
+    @cached_property
+    def image_places(self) -> np.ndarray:
+        """The position of each annotation's image, [L]; -1 where there is no such image."""
+        known = np.flatnonzero(self.images.has("id"))
+        places = find(self.images["id"][known], self.annotations["image_id"])
+        return np.where(self.annotations.has("image_id") & (places >= 0), np.append(known, -1)[places], -1)
+
+
+def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The place of each wanted id among ids; -1 where it is not there."""
+    if not len(ids):
+        return np.full(len(wanted), -1)
+    order = np.argsort(ids, kind="stable")
+    places = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return np.where(ids[places] == wanted, places, -1)
+
+
+def value_of(raw: Raw | bytes) -> Any:
+    """The plain value of some JSON; ``None`` of none at all. Letters that are not UTF-8 are replaced."""
+    text = bytes(raw)
+    try:
+        return msgspec.json.decode(text) if text else None
+    except msgspec.DecodeError:  # such letters, and numbers that are no floats
+        return _LENIENT.decode(text.decode(errors="replace"))
+
+
+# Python reads no integers of more than some thousand digits.
+_LENIENT = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 400 else digits)
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a JSON file is, in a word."""
+    return "nothing" if value is None else type(value).__name__
