@@ -34,8 +34,8 @@ from support.annotation_files import VALID, nodes, write
 from support.refined_models import refined
 from support.scored import read
 
+from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
-from detector.data.checking import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
 from detector.errors import DataError, ModelError

@@ -13,8 +13,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detector.data.annotations import Annotations, read_annotations, refuse
-from detector.data.checking import file_problems
 from detector.data.entries import find
+from detector.data.image_files import file_problems
 from detector.data.images import read_image
 from detector.data.keypoints import keypoints_of
 from detector.data.masks import MaskLayers

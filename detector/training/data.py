@@ -15,10 +15,10 @@ from torchvision.transforms import v2
 
 from detector.data.batches import ScoringBatches, TrainingBatches
 from detector.data.categories import label_as
-from detector.data.checking import open_images
 from detector.data.dataset import CocoDetection, Target, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
+from detector.data.image_files import open_images
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.part_problems import Part
 from detector.data.shared_images import equal_files

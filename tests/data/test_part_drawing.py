@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.nn.functional import max_pool2d
 
-from detector.data.browsing import browse
+from detector.command_line.browsing import browse
 from detector.data.dataset import CocoDetection
 from detector.data.drawing import COLORS, Box, draw, draw_boxes
 from detector.data.keypoints import PERSON, KeypointLayout

@@ -6,8 +6,8 @@ import math
 import pytest
 from support.annotation_files import VALID, write
 
+from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
-from detector.data.checking import check_dataset
 from detector.data.entries import CocoFile
 from detector.data.part_problems import part_problems
 from detector.errors import DataError, MissingPartError

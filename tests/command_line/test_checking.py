@@ -26,11 +26,12 @@ from support.annotation_files import (
     write_splits,
 )
 
+from detector.command_line.checking import Findings, check_dataset, report
 from detector.data.annotations import read_annotations
-from detector.data.checking import Findings, check_dataset, file_problems, image_problem, report
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
 from detector.data.entries import BOX, CocoFile
+from detector.data.image_files import file_problems, image_problem
 from detector.data.problems import Problem, annotation_problems
 from detector.errors import DataError
 from detector.models.anchors import anchor_advice
@@ -374,7 +375,7 @@ def test_only_images_whose_entry_and_file_are_right_are_opened(tmp_path, monkeyp
     assert ["b.png" in opened[0].message, "31x20" in opened[1].message] == [True, True]
     assert len(opened) == 2
     assert findings.contents == "7 images with 3 annotations of 2 categories"
-    monkeypatch.setattr("detector.data.checking.image_problem", None)
+    monkeypatch.setattr("detector.data.image_files.image_problem", None)
     assert check_dataset(path, tmp_path / "images", decode=False) == Findings(
         [problem for problem in findings.problems if problem not in opened], findings.contents
     )
@@ -387,7 +388,7 @@ def test_interrupting_leaves_the_queue(tmp_path, monkeypatch):
         time.sleep(0.002)
         opened.append(image)
 
-    monkeypatch.setattr("detector.data.checking.image_problem", slow)
+    monkeypatch.setattr("detector.data.image_files.image_problem", slow)
     data = {**VALID, "images": [{**VALID["images"][0], "id": i} for i in range(5000)], "annotations": []}
     path = write(tmp_path, data)
 
@@ -395,7 +396,7 @@ def test_interrupting_leaves_the_queue(tmp_path, monkeypatch):
         yield from itertools.islice(images, 10)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detector.data.checking.tqdm", interrupted)
+    monkeypatch.setattr("detector.data.image_files.tqdm", interrupted)
     with pytest.raises(KeyboardInterrupt):
         check_dataset(path, tmp_path / "images", workers=1)
     assert len(opened) < 5000
