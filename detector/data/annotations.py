@@ -64,6 +64,10 @@ class Annotations:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def file_names(self) -> list[str]:
+        """The file name of each image."""
+        return [self.names[index] for index in range(len(self))]
+
     def image(self, index: int) -> dict[str, Any]:
         """An image's entry: its ``id``, ``file_name``, ``width`` and ``height``."""
         width, height = self.sizes[index].tolist()

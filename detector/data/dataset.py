@@ -93,7 +93,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.seed = seed
         self.category_ids: list[int | None] = [category["id"] for category in self.annotations.categories]
         self.category_names: list[str] = [category["name"] for category in self.annotations.categories]
-        problems = [problem for _, problem in file_problems(self.names(), self.folder, self._where)]
+        problems = [problem for _, problem in file_problems(annotations.file_names(), self.folder, self._where)]
         if skip_missing:
             problems = [problem for problem in problems if problem.kind != "missing image files"]
         refuse(problems, f"{annotations.path} --images {self.folder}")
@@ -110,10 +110,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     def sizes(self) -> np.ndarray:
         """Return width and height in pixels of each image, [N, 2] int64."""
         return self.annotations.sizes[self._images]
-
-    def names(self) -> list[str]:
-        """Return the file name of each image."""
-        return [self.annotations.names[index] for index in self._images.tolist()]
 
     def counts(self) -> np.ndarray:
         """Return how many boxes each image's target has, [N]."""
@@ -188,12 +184,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             the image.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
-        info = self.annotations.image(self._images[index])
-        size = (info["height"], info["width"])
-        pixels = read_image(self.folder / info["file_name"], width=info["width"], height=info["height"])
-        rows = self._rows_of(self._images[index])
+        known = int(self._images[index])
+        info, rows = self.annotations.image(known), self._rows_of(known)
+        path, size = self.folder / info["file_name"], (info["height"], info["width"])
+        image: Tensor = tv_tensors.Image(read_image(path, width=info["width"], height=info["height"]))
         boxes, labels = torch.from_numpy(self._boxes[rows]), torch.from_numpy(self._labels[rows])
-        image: Tensor = tv_tensors.Image(pixels)
         target: Target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": labels,
@@ -213,7 +208,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                 with drawn_from(seed_of(self.seed, epoch, index)):
                     image, target = self.transform(image, target)
             except (LookupError, ValueError, TypeError, RuntimeError) as error:
-                path = self.folder / info["file_name"]
                 reason = " ".join(str(error).split())  # in one line, or a worker's report would lose its beginning
                 if self.parts and isinstance(error, IndexError):
                     reason += f": {LEAVE_OUT}"
@@ -223,15 +217,13 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
         if self.parts and len(target["boxes"]) != len(boxes):
-            raise DataError(
-                f"{self.folder / info['file_name']}: of {len(boxes)} objects the augmentation left "
-                f"{len(target['boxes'])}: {LEAVE_OUT}"
-            )
+            left = f"of {len(boxes)} objects the augmentation left {len(target['boxes'])}"
+            raise DataError(f"{path}: {left}: {LEAVE_OUT}")
         if self.keypoints is not None:
             turn = _turn(target.pop(AXES))
             if turn == 0:
                 raise DataError(
-                    f"{self.folder / info['file_name']}: the augmentation takes key points away or moves them onto "
+                    f"{path}: the augmentation takes key points away or moves them onto "
                     "each other: leave SanitizeKeyPoints and ClampKeyPoints out, for points that are outside the image "
                     "are left out here"
                 )
@@ -273,7 +265,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def files(self) -> list[Path]:
         """Return the image files, in order."""
-        return [self.folder / name for name in self.names()]
+        return [self.folder / self.annotations.names[index] for index in self._images.tolist()]
 
     def shapes(self) -> tuple[Tensor, Tensor]:
         """Return width and height in pixels of all boxes in the targets, [L, 2], and of the image of each, [L, 2]."""
@@ -309,13 +301,9 @@ def _paint_no_masks(transform: Any) -> None:
 def _axes(size: tuple[int, int]) -> Tensor:
     """Three points of an image, [3, 2], of which an augmentation shows whether it mirrors."""
     height, width = size
-    middle = torch.tensor([width / 2, height / 2])
-    return torch.stack([middle, middle + torch.tensor([width / 4, 0]), middle + torch.tensor([0, height / 4])])
+    return torch.tensor([[2.0, 2.0], [3.0, 2.0], [2.0, 3.0]]) / 4 * torch.tensor([width, height])
 
 
 def _turn(axes: Tensor) -> float:
     """Below 0 if the two axes of :func:`_axes` have changed sides, 0 if they are no longer there."""
-    if len(axes) != 3:
-        return 0.0
-    right, down = (axes[1:] - axes[0]).double()
-    return float(right[0] * down[1] - right[1] * down[0])
+    return float(torch.linalg.det((axes[1:] - axes[0]).double())) if len(axes) == 3 else 0.0

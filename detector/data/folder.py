@@ -1,12 +1,11 @@
 """Where a data set in COCO's layout lies, and what its splits are called there."""
 
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from detector.data.dataset import CocoDetection, Transform
-from detector.data.part_problems import Part
+from detector.data.dataset import CocoDetection
 from detector.errors import DataError
 
 ROOT_VARIABLE = "DETECTOR_DATA"
@@ -34,20 +33,9 @@ class DataFolder:
         """Return the image folder of a split."""
         return self.root / self.images.replace("{split}", split)
 
-    def dataset(
-        self,
-        split: str,
-        *,
-        parts: Collection[Part] = (),
-        transform: Transform | None = None,
-        seed: int = 0,
-        skip_missing: bool = False,
-    ) -> CocoDetection:
-        """Read a split as a data set. The options are those of :class:`~detector.data.dataset.CocoDetection`."""
-        images, annotations = self.image_folder(split), self.annotation_file(split)
-        return CocoDetection(
-            images, annotations, parts=parts, transform=transform, seed=seed, skip_missing=skip_missing
-        )
+    def dataset(self, split: str, **options: Any) -> CocoDetection:
+        """Read a split as a data set, with the options of :class:`~detector.data.dataset.CocoDetection`."""
+        return CocoDetection(self.image_folder(split), self.annotation_file(split), **options)
 
 
 def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:

@@ -116,7 +116,8 @@ def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def encode_masks(masks: Tensor) -> list[Rle]:
     """Masks [L, H, W] as RLE; of probabilities, what is above 0.5."""
-    return [_encode(mask) for mask in masks]
+    on = masks > MASK if masks.is_floating_point() else masks > 0
+    return [_as_text(coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))) for mask in on]
 
 
 def encode_crops(crops: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Rle]:
@@ -154,11 +155,6 @@ def mask_area(rle: Rle) -> float:
 def mask_box(rle: Rle) -> list[float]:
     """The smallest box (x, y, width, height) around a mask, in pixels; all 0 around an empty one."""
     return [float(side) for side in coco_mask.toBbox(rle)]
-
-
-def _encode(mask: Tensor) -> Rle:
-    is_object = mask > MASK if mask.is_floating_point() else mask > 0
-    return _as_text(coco_mask.encode(np.asfortranarray(is_object.cpu().numpy().astype(np.uint8))))
 
 
 def _as_text(rle: Mapping[str, Any]) -> Rle:

@@ -49,12 +49,7 @@ def annotation_problems(file: CocoFile) -> Iterator[Problem]:
     for one, others in (("image", images), ("category", categories)):
         if others.name not in file.missing:
             yield from _unknown(annotations, one, others)
-    for position in np.flatnonzero(annotations.has("id") & (annotations["id"] == 0)).tolist():
-        what = "has id 0, which pycocotools takes for none: what detects it would count as a false detection; here "
-        message = f"{annotations.where(position)} {what}annotations are numbered anew"
-        yield Problem("annotations with id 0", "note", message)
-    places = file.image_places
-    yield from _box_problems(annotations, places, images)
+    yield from _box_problems(annotations, file.image_places, images)
     if "annotations" not in file.missing:
         yield from _unused(categories, annotations["category_id"], "name", "categories never used")
         yield from _unused(images, annotations["image_id"], "file_name", "images without annotations")

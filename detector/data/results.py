@@ -92,54 +92,41 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
     has_box = ~np.isnan(entries["bbox"]).any(axis=1)
     fields = ["bbox", *parts] if has_box.any() or not parts else parts
     sizes = truth.sizes[truth.find(entries["image_id"])].tolist()
-    refuse(problem for field in fields for problem in _field_problems(entries, field, sizes))
+    refuse(problem for field in fields for problem in _field_problems(entries, field, has_box, sizes))
     if notes is not None and len(entries) and "bbox" not in fields:
         around = "masks" if "segmentation" in parts else "key points"
         notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
     for number, (width, height) in enumerate(sizes):
-        names = ("image_id", "category_id", "score", "bbox")
-        result = {name: entries[name][number].tolist() for name in names}
+        result = {name: entries[name][number].tolist() for name in ("image_id", "category_id", "score", "bbox")}
         result |= {part: value_of(entries[part][number]) for part in parts}
         if "segmentation" in parts:
             result["segmentation"] = as_rle(result["segmentation"], height, width)
-        if "bbox" not in fields:
-            result["bbox"] = _box_of(result)
+        if "bbox" not in fields and "segmentation" in parts:
+            result["bbox"] = mask_box(result["segmentation"])
+        elif "bbox" not in fields:
+            x, y = result["keypoints"][0::3], result["keypoints"][1::3]
+            result["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
         results.append(result)
     return results
 
 
-def _field_problems(entries: Entries, field: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    """Say which boxes, masks or key points are missing, and which of the latter two cannot be scored.
-
-    The key points of a detector are all of one number: that which most have.
-    """
-    values = [value_of(raw) for raw in entries[field]] if field == "keypoints" else []
-    counts = Counter(len(value) // 3 for value in values if isinstance(value, list) and value)
-    count = counts.most_common(1)[0][0] if counts else 0
-    others = "" if field == "bbox" and np.isnan(entries["bbox"]).all() else ", which others have"
+def _field_problems(
+    entries: Entries, field: str, has_box: np.ndarray, sizes: Sequence[tuple[int, int]]
+) -> Iterator[Problem]:
+    """Say which boxes, masks or key points are missing, and which of the latter two cannot be scored."""
+    values = [value_of(raw) for raw in entries[field]] if field != "bbox" else []
+    lengths = Counter(len(value) // 3 for value in values if isinstance(value, list) and value)
+    most = max(lengths, key=lambda length: lengths[length], default=1)  # key points of an object
     for number, (raw, size) in enumerate(zip(entries[field], sizes)):
-        if field == "bbox":
-            missing, wrong = np.isnan(raw).any(), None
-        elif not (missing := not bytes(raw)):
-            wrong = keypoints_problem(raw, max(count, 1), visibility=False) if field == "keypoints" else None
-            if field == "segmentation" and value_of(raw) != []:  # a mask without a pixel
-                wrong = segmentation_problem(raw, *size)
-        if missing or wrong:
-            what = f"no {field}{others}" if missing else f"{field} {shown(value_of(raw))}, {wrong}"
+        what = None
+        if not (has_box[number] if field == "bbox" else bytes(raw)):
+            what = f"no {field}" + (", which others have" if has_box.any() or field != "bbox" else "")
+        elif field == "segmentation" and values[number] != []:  # which is a mask without a pixel
+            what = segmentation_problem(raw, *size)
+        elif field == "keypoints":
+            what = keypoints_problem(raw, max(most, 1), visibility=False)
+        if what is not None:
+            what = what if what.startswith("no ") else f"{field} {shown(values[number])}, {what}"
             message = f"{entries.path}: {RESULTS}[{number}] has {what}"
             yield Problem(f"results with a wrong {field}", "error", message)
-
-
-def _box_of(result: Result) -> list[float]:
-    """The box (x, y, width, height) around a result's mask, or its key points, as pycocotools takes it."""
-    if "segmentation" in result:
-        return mask_box(result["segmentation"])
-    x, y = result["keypoints"][0::3], result["keypoints"][1::3]
-    return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
-
-
-def crowded(results: list[Result], most: int = 100) -> int:
-    """Count the images that have more results of one class than COCO's metric looks at."""
-    counts = Counter((result["image_id"], result["category_id"]) for result in results)
-    return len({image for (image, _), count in counts.items() if count > most})

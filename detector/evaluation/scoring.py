@@ -1,6 +1,7 @@
 """Scoring from end to end: a detector on a split, or a file of detections."""
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -17,7 +18,7 @@ from detector.data.categories import labels_of_targets, match_categories, match_
 from detector.data.dataset import CocoDetection
 from detector.data.keypoints import KeypointLayout
 from detector.data.part_problems import NAME, Part
-from detector.data.results import crowded, parts_in, read_results, results_file
+from detector.data.results import Result, parts_in, read_results, results_file
 from detector.errors import DataError, UserError, sentence, shown
 from detector.evaluation.metric import IOU_TYPES
 from detector.evaluation.ranks import gathered, joined
@@ -219,7 +220,7 @@ def evaluate_results(
     image_ids = truth.image_ids[: options.limit].tolist()
     if options.limit is not None:
         notes.append(f"Limited to the first {len(image_ids):,} of {len(truth):,} images.")
-    if count := crowded(listed):
+    if count := _crowded(listed):
         notes.append(f"{count:,} images have more than 100 results of one class; the metric looks at the best 100.")
     kept = set(image_ids)
     write_evaluation(
@@ -232,6 +233,12 @@ def evaluate_results(
         parts=parts,
         notes=notes,
     )
+
+
+def _crowded(results: list[Result], most: int = 100) -> int:
+    """Count the images that have more results of one class than COCO's metric looks at."""
+    counts = Counter((result["image_id"], result["category_id"]) for result in results)
+    return len({image for (image, _), count in counts.items() if count > most})
 
 
 def scored_parts(

@@ -113,7 +113,7 @@ def find_images(
             found.setdefault(image.resolve(), (image, name))
     if annotations is None:
         return [ImageFile(path, name, number) for number, (path, name) in enumerate(found.values(), start=1)]
-    known = {annotations.names[index]: index for index in range(len(annotations))}
+    known = {name: index for index, name in enumerate(annotations.file_names())}
     files: dict[str, ImageFile] = {}
     for path, name in found.values():
         if name not in known:

@@ -125,7 +125,6 @@ CASES = [
         "image_id 5, and there",
     ),
     (changed("annotations", 0, "category_id", value=5), "annotations of an unknown category", "error", "category_id 5"),
-    (changed("annotations", 0, "id", value=0), "annotations with id 0", "note", "here annotations are numbered anew"),
     (boxed(1, 2, 0, 5), "empty boxes", "flaw", "annotations[1] (id 2) has bbox [1, 2, 0, 5], without width or height"),
     (boxed(1, 2, 5, -3), "empty boxes", "flaw", "left out"),
     (boxed(30, 2, 5, 3), "boxes outside their image", "flaw", "[30, 2, 5, 3], outside its image of 30x20 pixels"),
