@@ -5,7 +5,6 @@ import io
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,6 @@ from detector.data.keypoints import KeypointLayout, layout_of
 from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
 from detector.data.problems import Problem, annotation_problems
 from detector.errors import DataError, MissingPartError
-
-NEEDED: dict[Part, str] = {
-    "masks": "a detector of masks needs one of each object: polygons or an RLE",
-    "keypoints": "a detector of key points needs them: COCO has them in person_keypoints_*.json",
-}
 
 
 class Packed:
@@ -77,14 +71,9 @@ class Annotations:
         """The index of each image; -1 where there is none of that id."""
         return find(self.image_ids, np.fromiter(image_ids, np.int64))
 
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """The annotations of image ``i`` are those from ``starts[i]`` to ``starts[i + 1]``, [N + 1]."""
-        return np.searchsorted(self.image_of, np.arange(len(self) + 1))
-
     def of(self, index: int) -> slice:
         """The annotations of an image."""
-        return slice(self.starts[index], self.starts[index + 1])
+        return slice(*np.searchsorted(self.image_of, (index, index + 1)).tolist())
 
     def value(self, part: Part, row: int) -> Any:
         """The ``segmentation`` or the ``keypoints`` of an annotation; ``None`` if it has none."""
@@ -104,8 +93,7 @@ class Annotations:
         ids = np.arange(1, len(self.ids) + 1) if (self.ids == 0).any() else self.ids
         fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
         columns = (ids, self.image_ids[self.image_of], self.category_ids, self.boxes, self.areas, self.crowds * 1)
-        values = zip(*(column[rows].tolist() for column in columns))
-        annotations = [dict(zip(fields, row)) for row in values]
+        annotations = [dict(zip(fields, row)) for row in zip(*(column[rows].tolist() for column in columns))]
         for part in self.parts:
             for annotation, row in zip(annotations, rows.tolist()):
                 annotation[FIELD[part]] = self.value(part, row)
@@ -116,7 +104,7 @@ class Annotations:
 def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: bool = True) -> Annotations:
     """Read an annotation file of COCO's instances format.
 
-    ``iscrowd`` may be missing (0 is meant), and ``area`` (the box's is taken; COCO's own files give the mask's).
+    ``iscrowd`` may be missing (0 is meant), and ``area`` (the box's is taken; COCO's own is the mask's).
 
     Args:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
@@ -124,17 +112,17 @@ def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: 
         needed: without it those of ``parts`` that no object has are left out, which else are an error.
 
     Raises:
-        DataError: the file cannot be read, a field is missing or of the wrong type, an id is used twice, or an
-            annotation names an image or a category that is not there: the first "error" of
-            :func:`~detector.data.problems.annotation_problems`, and how many more there are; or a mask or key points
-            that are to be read are broken, or no object has any.
+        DataError: the file cannot be read; or the first "error" of
+            :func:`~detector.data.problems.annotation_problems` or of ``part_problems``, and how many more there are.
+        MissingPartError: no object has one of ``parts``.
     """
     file = CocoFile(path, parts=[FIELD[part] for part in parts])
     flaws = refuse(annotation_problems(file), f"{path}")
     found = [part for part in parts if has_part(file, part)]
-    for part in parts:
-        if part not in found and needed:
-            raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}), and {NEEDED[part]}")
+    for part in set(parts) - set(found):
+        if needed:
+            what = "polygons or an RLE" if part == "masks" else "COCO has them in person_keypoints_*.json"
+            raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}: {what})")
     for part in found:
         flaws += refuse(part_problems(file, part), f"{path}")
     images, annotations = file.images, file.annotations

@@ -4,10 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError
 from detector.text import listed, short
@@ -132,15 +128,6 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
     return notes
 
 
-def labels_of_targets(category_ids: Sequence[int | None], data: CocoDetection) -> Tensor | None:
-    """Return the detector's label for each of the data's, [n + 1], background first; ``None`` if one is missing."""
-    label = {category: label for label, category in enumerate(category_ids, start=1)}
-    used = np.unique(data.labels()).tolist()
-    if any(data.category_ids[one - 1] not in label for one in used):
-        return None
-    return torch.tensor([0, *(label.get(category, 0) for category in data.category_ids)])
-
-
 def _categories(labelled: Labelled) -> list[Category]:
     return list(zip(labelled.category_ids, labelled.category_names, strict=True))
 
@@ -153,7 +140,7 @@ def _moved(labelled: Labelled, ids: Sequence[int | None]) -> list[str]:
 def _unknown(ids: Sequence[int | None], data: CocoDetection) -> Counter[str]:
     """Count the objects of other categories, by name, in the order of the labels."""
     unknown: Counter[str] = Counter()
-    for label, count in zip(*(of.tolist() for of in np.unique(data.labels(), return_counts=True))):
+    for label, count in data.label_counts().items():
         if data.category_ids[label - 1] not in ids:
             unknown[data.category_names[label - 1]] += count
     return unknown

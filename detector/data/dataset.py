@@ -16,7 +16,6 @@ from detector.data.annotations import Annotations, read_annotations, refuse
 from detector.data.entries import find
 from detector.data.image_files import file_problems
 from detector.data.images import read_image
-from detector.data.keypoints import keypoints_of
 from detector.data.masks import MaskLayers
 from detector.data.part_problems import Part
 from detector.errors import DataError
@@ -38,16 +37,12 @@ def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Targ
 class CocoDetection(Dataset[tuple[Tensor, Target]]):
     """A detection data set in COCO's layout: images, and boxes with labels.
 
-    Labels are 1 to the number of categories, in the order of the category ids, which may have gaps; 0 is
-    background. :attr:`category_ids` maps back: label ``n`` is ``category_ids[n - 1]``. :meth:`relabel` gives them
-    others.
+    Labels are 1 to the number of categories, in the order of the category ids, which may have gaps; 0 is background.
+    Label ``n`` is category ``category_ids[n - 1]``; :meth:`relabel` gives other labels.
 
-    Crowd regions and boxes of zero size (also: outside the image) are not in the targets; :attr:`dropped_boxes`
-    counts the latter. The evaluation reads :attr:`annotations`, where everything still is.
-
-    Masks and key points are read where they are asked for, and decoded with their image. An object without a mask has
-    an empty one, one without key points has none that is labelled, as in torchvision's references;
-    ``annotations.flaws`` counts both.
+    Crowds and boxes without a size in the image are not in the targets, but in :attr:`annotations`, which is scored
+    with. Masks and key points are decoded with their image: an object without a mask has an empty one, one without key
+    points has none that is labelled, as in torchvision's references.
 
     Args:
         images: the folder that ``file_name`` is relative to.
@@ -82,7 +77,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._boxes = _corners(annotations)  # of all annotations, [L, 4] float32
         ids = np.array([category["id"] for category in annotations.categories])
         empty = ~(self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
-        # Of all annotations, [L]; 0 for those that are in no target.
+        # Of all annotations, [L]; 0: in no target.
         self._labels = np.where(annotations.crowds | empty, 0, find(ids, annotations.category_ids) + 1)
         self.dropped_boxes = int((empty & ~annotations.crowds).sum())
         self.keypoints = annotations.keypoint_layout() if "keypoints" in self.parts else None
@@ -104,8 +99,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     @property
     def image_ids(self) -> list[int]:
         """The ids of the images, in order; a new list each time."""
-        ids: list[int] = self.annotations.image_ids[self._images].tolist()
-        return ids
+        return self.annotations.image_ids[self._images].tolist()
 
     def sizes(self) -> np.ndarray:
         """Return width and height in pixels of each image, [N, 2] int64."""
@@ -116,9 +110,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         in_target = self.annotations.image_of[self._labels > 0]
         return np.bincount(in_target, minlength=len(self.annotations))[self._images]
 
-    def labels(self) -> np.ndarray:
-        """Return the labels of all targets, image by image, [L] int64."""
-        return self._labels[self._rows()]
+    def label_counts(self) -> dict[int, int]:
+        """Return how many objects of each label the targets have."""
+        labels, counts = np.unique(self._labels[self._rows()], return_counts=True)
+        return dict(zip(labels.tolist(), counts.tolist()))
 
     def _rows(self) -> np.ndarray:
         """The annotations in the targets, image by image."""
@@ -145,9 +140,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._images = self._images[np.isin(self._images, wanted)]
 
     def with_layers(self) -> "CocoDetection":
-        """The same, with masks as :class:`~detector.data.masks.MaskLayers`: for images that are resized afterwards, as
-        :func:`~detector.evaluation.detect_with_losses` does.
-        """
+        """The same, with masks as :class:`~detector.data.masks.MaskLayers`, for images that are resized afterwards."""
         other = copy(self)
         other.layered = True
         return other
@@ -240,13 +233,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def visible_keypoints(self) -> list[int]:
         """Count the labelled key points of each image's objects."""
-        rows = (self._rows_of(index) for index in self._images.tolist())
-        return [int((self._keypoints(one)[..., 2] > 0).sum()) for one in rows]
+        return [int((self._keypoints(self._rows_of(index))[..., 2] > 0).sum()) for index in self._images.tolist()]
 
     def _keypoints(self, rows: Iterable[int]) -> Tensor:
-        """The key points of some annotations, [L, K, 3]."""
+        """The key points of some annotations, [L, K, 3]: x, y and visibility; zeros where there are none."""
         assert self.keypoints is not None
-        return keypoints_of([self.annotations.value("keypoints", row) for row in rows], len(self.keypoints))
+        count = len(self.keypoints)
+        points = [self.annotations.value("keypoints", row) or [0.0] * (3 * count) for row in rows]
+        return torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
 
     def _with_visibility(self, points: Tensor, labelled: Tensor, image: Tensor, *, mirrored: bool) -> Tensor:
         """Key points [L, K, 3] of what an augmentation made of points [L, K, 2]; those outside the image are not there.
@@ -288,10 +282,7 @@ def _corners(annotations: Annotations) -> np.ndarray:
 
 
 def _paint_no_masks(transform: Any) -> None:
-    """Let an augmentation fill with 0, no object's number, what it adds to the maps of masks.
-
-    Without being told torchvision's transforms fill them as they fill the image, and refuse a colour.
-    """
+    """Let an augmentation add zeros to the maps of masks: torchvision's transforms fill them as they fill the image."""
     if isinstance(getattr(transform, "_fill", None), dict):
         transform._fill[tv_tensors.Mask] = 0
     for inner in getattr(transform, "transforms", ()):

@@ -107,7 +107,8 @@ def draw_boxes(
     over the object, and beyond the picture's edge, and draws neither edges around a frame nor dashes.
     """
     boxes = list(boxes)
-    for box in sorted(boxes, key=_area, reverse=True):  # a large mask would hide the small ones
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (box.corners for box in boxes)]
+    for _, box in sorted(zip(areas, boxes), key=lambda one: -one[0]):  # a large mask would hide the small ones
         if box.mask is not None:
             draw_mask(picture, box.mask, box.color)
     for box in boxes:
@@ -137,11 +138,6 @@ def draw_boxes(
         plate = pen.textbbox((left, lower), box.caption, font, anchor="lb")
         pen.rectangle((plate[0] - 2, plate[1] - 1, plate[2] + 2, plate[3] + 1), fill=box.color)
         pen.text((plate[0], plate[3]), box.caption, contrast(box.color), font, anchor="lb")
-
-
-def _area(box: Box) -> float:
-    x1, y1, x2, y2 = box.corners
-    return (x2 - x1) * (y2 - y1)
 
 
 def _dashes(

@@ -128,17 +128,15 @@ class Entries:
         return tuple(row)
 
 
+LISTS = ("images", "categories", "annotations")
 LIST = list[Raw] | str | int | float | bool | None  # the entries, or what is there in their place
 
 
-class _Lists(msgspec.Struct):
-    images: LIST | dict = None
-    categories: LIST | dict = None
-    annotations: LIST | dict = None
+_Lists: Any = msgspec.defstruct("_Lists", [(name, LIST | dict, None) for name in LISTS])
 
 
 class CocoFile:
-    """An annotation file: its lists ``images``, ``categories`` and ``annotations``, empty where they are missing.
+    """An annotation file: its lists :data:`LISTS`, each empty where it is missing.
 
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or one like them.
@@ -159,7 +157,7 @@ class CocoFile:
             what = f"must hold a dict with images, annotations and categories, not a {kind_of(content)}"
             self.missing[""], content = what, _Lists([], [], [])
         lists: list[Entries] = []
-        for name in ("images", "categories", "annotations"):
+        for name in LISTS:
             raws = getattr(content, name)
             if not isinstance(raws, list):
                 self.missing[name], raws = f"{name!r} must be a list, got {kind_of(raws)}", []

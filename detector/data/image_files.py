@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,9 @@ def file_problems(
         if name is None or name in present:
             continue
         inside, there = True, False
-        try:
+        with suppress(OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
             file = (root / name).resolve()
             inside, there = file.is_relative_to(root), file.is_file()
-        except (OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
-            pass
         message = f"{where(position)} has file_name {shown(name)}"
         if not inside:
             yield position, Problem("image files outside their folder", "error", f"{message}, outside {folder}")

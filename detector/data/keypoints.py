@@ -1,21 +1,20 @@
 """Key points of objects: their names, which of them are each other's mirror image, and COCO's lists as tensors."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from msgspec import Raw
-from torch import Tensor
 
-from detector.data.entries import LEAST, Coordinate
+from detector.data.entries import Coordinate
 from detector.errors import DataError, shown
 from detector.text import listed, short
 
 MOST = 1000  # key points of an object
+NUMBERS = msgspec.json.Decoder(list[Coordinate])
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
 # A word, or a capital at an end: "l_hip", "LHip", "Lhip", "hipL".
 SIDE = re.compile(
@@ -133,33 +132,17 @@ def layout_of(
     return None if first is None else KeypointLayout.numbered(len(first) // 3)
 
 
-def keypoints_of(points: Sequence[Any], count: int) -> Tensor:
-    """The key points of objects, [L, K, 3]: x and y in pixels, and 0 (not labelled), 1 (hidden) or 2 (visible).
-
-    Objects without any have zeros.
-    """
-    rows = [one or [0.0] * (3 * count) for one in points]
-    return torch.tensor(rows, dtype=torch.float32).reshape(-1, count, 3)
-
-
 def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
-    """Say what is wrong with the JSON of an object's key points; ``None``: nothing. Of detections the third number is
-    anything.
-    """
+    """Say what is wrong with the JSON of an object's key points; of detections the third number is anything."""
     try:
-        value = _numbers.decode(points)
+        value = NUMBERS.decode(points)
     except msgspec.DecodeError as error:
         return f"not a list of finite numbers: {error}"
     if len(value) != 3 * count:
         return f"{len(value)} numbers: {count} key points are {3 * count}, x, y and visibility of each"
-    if not all(number == 0 or abs(number) >= LEAST for number in value):
-        return f"numbers that are not 0, but smaller than {LEAST}"
     if visibility and not {0, 1, 2}.issuperset(value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None
-
-
-_numbers = msgspec.json.Decoder(list[Coordinate])
 
 
 def _other_side(name: str) -> str:

@@ -98,7 +98,7 @@ class MaskLayers:
         return MaskLayers(functional.interpolate(self.maps[:, None], size)[:, 0], self.places).masks()
 
     def to(self, device: torch.device | str, **options: Any) -> "MaskLayers":
-        """The same on another device, as of a tensor, for which Lightning takes what has this method."""
+        """The same on another device; Lightning moves what has this method."""
         return MaskLayers(self.maps.to(device, **options), self.places)
 
 

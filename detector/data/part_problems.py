@@ -33,24 +33,27 @@ def lacks(value: Any, part: Part) -> bool:
 def has_part(file: CocoFile, part: Part) -> bool:
     """Whether any object has a mask, or key points; crowds do not count, from which nothing is learned."""
     objects = file.annotations[FIELD[part]][~file.annotations["iscrowd"]]
-    return any(not lacks(value_of(raw), part) for raw in objects)
+    return any(not lacks(value_of(raw), part) for raw in filter(bytes, objects))
 
 
 def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
     """Say what is wrong with the masks, or the key points, of annotations that are right otherwise.
 
     Args:
-        file: in which :func:`~detector.data.problems.annotation_problems` found no error.
+        file: in which :func:`~detector.data.problems.annotation_problems` found no error. Of one in which no object has
+            the part nothing is said.
         part: which of them.
         broken: the level of those that cannot be read: an "error" where they are needed.
 
     Yields:
-        The problems. Objects without any are a flaw where others have some; nothing is said where none has.
+        The problems. Objects without any are a flaw.
     """
     field, annotations, categories = FIELD[part], file.annotations, file.categories["id"]
     without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
     objects, no_area = ~annotations["iscrowd"], np.isnan(annotations["area"])
     has_points = np.ones(len(annotations), dtype=bool)
+    if not has_part(file, part):
+        return
     if part == "masks":
         sides = (file.images[side][file.image_places].tolist() for side in ("width", "height"))
         found = list(map(segmentation_problem, annotations[field], *sides))
@@ -65,7 +68,6 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         if any(having := [bool(entry.get("keypoints")) for entry in entries]):
             has_points = np.isin(annotations["category_id"], categories[having])
     wrong = np.array([what is not None for what in found], dtype=bool)
-    some = bool((~wrong & objects).any())
     flaws: list[tuple[str, int, str]] = []
     for position in np.flatnonzero(wrong | no_area | (part == "keypoints")).tolist():
         value, is_object = value_of(annotations[field][position]), objects[position]
@@ -74,7 +76,6 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
                 kind = "objects without a segmentation" if part == "masks" else "objects without key points"
                 flaws.append((kind, position, MISSING[part]))
             continue
-        some = some or is_object
         if no_area[position] and is_object:
             flaws.append((f"{NAME[part]} without an area", position, NO_AREA[part]))
         if found[position] is not None:
@@ -83,5 +84,4 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
             yield Problem(kind, broken, message)
         elif part == "keypoints" and is_object and not any(value[2::3]):
             flaws.append(("objects whose key points are all unlabelled", position, UNLABELLED))
-    if some:
-        yield from (Problem(kind, "flaw", f"{annotations.where(at)} {what}") for kind, at, what in flaws)
+    yield from (Problem(kind, "flaw", f"{annotations.where(at)} {what}") for kind, at, what in flaws)

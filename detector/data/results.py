@@ -64,8 +64,9 @@ def results_file(path: str | Path) -> Entries:
     content = decode_json(path, list[Raw] | dict[str, Raw] | str | float | bool | None)
     if not isinstance(content, list):
         what = " (this is an annotation file)" if isinstance(content, dict) and "annotations" in content else ""
-        what = f"it must hold a list of detections, not a {kind_of(content)}{what}"
-        raise DataError(f"{path}: not a results file: {what}")
+        raise DataError(
+            f"{path}: not a results file: it must hold a list of detections, not a {kind_of(content)}{what}"
+        )
     return Entries(path, RESULTS, content)
 
 

@@ -14,7 +14,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
 from detector.data.annotations import read_annotations
-from detector.data.categories import labels_of_targets, match_categories, match_notes
+from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
 from detector.data.keypoints import KeypointLayout
 from detector.data.part_problems import NAME, Part
@@ -293,8 +293,10 @@ def _labels_for_losses(
     """The model's label for each of the data's, if its losses can be computed; and if not, a note that says why."""
     if missing := [part for part in parts_found_by(model) if part not in parts]:
         return None, [f"No losses: those of {' and '.join(NAME[part] for part in missing)} have nothing to go by."]
-    labels = labels_of_targets(category_ids, data)
-    return labels, [] if labels is not None else ["No losses: of some classes the detector has no label."]
+    label = {category: label for label, category in enumerate(category_ids, start=1)}
+    if any(data.category_ids[one - 1] not in label for one in data.label_counts()):
+        return None, ["No losses: of some classes the detector has no label."]
+    return torch.tensor([0, *(label.get(category, 0) for category in data.category_ids)]), []  # 0: the background
 
 
 def _times(

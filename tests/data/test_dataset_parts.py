@@ -250,7 +250,7 @@ def test_boxes_alone_read_nothing_more(root, tmp_path, monkeypatch):
         raise AssertionError("read")
 
     monkeypatch.setattr(dataset_module.MaskLayers, "of", never)
-    monkeypatch.setattr(dataset_module, "keypoints_of", never)
+    monkeypatch.setattr(dataset_module.CocoDetection, "_keypoints", never)
     data = CocoDetection(root / "train", path)
     for index, target in enumerate(expected):
         _, alone = data[index]

@@ -3,12 +3,11 @@
 import json
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights
 
-from detector.data.keypoints import PERSON, KeypointLayout, keypoints_of, keypoints_problem, layout_of
+from detector.data.keypoints import PERSON, KeypointLayout, keypoints_problem, layout_of
 from detector.errors import DataError
 
 
@@ -98,12 +97,6 @@ def test_one_detector_finds_the_same_points_of_all_classes():
         layout_of("f.json", [category(keypoints=["a"]), category(2, keypoints=["b"])], [])
 
 
-def test_lists_as_tensors():
-    points = keypoints_of([[1, 2, 2, 3.5, 4, 1], [], None], 2)
-    assert torch.equal(points, torch.tensor([[[1, 2, 2], [3.5, 4, 1]], [[0, 0, 0]] * 2, [[0, 0, 0]] * 2]))
-    assert keypoints_of([], 2).shape == (0, 2, 3)
-
-
 def problem(points, **options):
     return keypoints_problem(json.dumps(points).replace("NaN", '"NaN"').encode(), 2, **options)
 
@@ -118,7 +111,6 @@ def problem(points, **options):
         ([1, float("nan"), 2, 3, 4, 2], "not a list of finite numbers"),
         ([1, 2, 2, 2e9, 4, 2], "1000000000"),
         ([1, 2, 2, 10**400, 4, 2], "out of range"),
-        ([1, 2, 2, 1e-200, 4, 2], "1e-100"),
         ([1, 2, 3, 3, 4, 2], "a visibility that is not 0"),
         ([1, 2, 1.5, 3, 4, 2], "a visibility"),
     ],

@@ -9,7 +9,7 @@ from support.annotation_files import VALID, write
 from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
 from detector.data.entries import CocoFile
-from detector.data.part_problems import part_problems
+from detector.data.part_problems import NAME, part_problems
 from detector.errors import DataError, MissingPartError
 
 SQUARE = [[2, 3, 12, 3, 12, 13, 2, 13]]
@@ -139,7 +139,7 @@ def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words
     with pytest.raises(MissingPartError, match=words) as error:
         read_annotations(path, parts=[part])
     assert str(error.value).startswith(
-        f"{path}: no object has {'masks' if part == 'masks' else 'key points'} ({FIELD[part]})"
+        f"{path}: no object has {NAME[part]} ({FIELD[part]}: "
     )
 
 

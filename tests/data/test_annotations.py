@@ -1,0 +1,161 @@
+"""Annotation files as arrays: the same content as pycocotools reads, in little memory."""
+
+import contextlib
+import copy
+import gzip
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from support.annotation_files import VALID, changed, write
+
+from detector.data.annotations import read_annotations
+from detector.data.dataset import CocoDetection
+from detector.errors import DataError
+
+FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+
+
+def by_pycocotools(path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(path))
+
+
+def mixed():
+    """Images in no order, and annotations in another."""
+    data = copy.deepcopy(VALID)
+    images = [{"id": i, "file_name": f"{i} ä.png", "width": 30 + i % 9, "height": 20} for i in (70, -3, 2**63 - 1, 5)]
+    data["images"] = images
+    places = np.random.default_rng(0).integers(0, 4, 50).tolist()
+    data["annotations"] = [
+        {"id": 1000 - n, "image_id": images[place]["id"], "category_id": 7 - 4 * (n % 2), "bbox": [n / 3, 1, 5 + n, 2]}
+        | {"area": n * 1.5, "iscrowd": n % 5 == 0, "segmentation": [[n, 0, 9, 0, 9, 9.25]]}
+        for n, place in enumerate(places)
+    ]
+    return data
+
+
+def same_as_pycocotools(path, coco, image_ids, fields):
+    expected = by_pycocotools(path)
+    assert sorted(coco.imgs) == sorted(image_ids)
+    assert {i: one["name"] for i, one in coco.cats.items()} == {i: one["name"] for i, one in expected.cats.items()}
+    for image_id in image_ids:
+        assert coco.imgs[image_id].items() <= expected.imgs[image_id].items()
+        ours, theirs = (
+            [[one[field] for field in fields] for one in index.imgToAnns[image_id]] for index in (coco, expected)
+        )
+        assert ours == theirs
+
+
+def test_what_is_scored_is_what_pycocotools_reads(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(mixed()))
+    annotations = read_annotations(path, parts=["masks"])
+    assert annotations.image_ids.tolist() == [-3, 5, 70, 2**63 - 1]
+    same_as_pycocotools(path, annotations.coco(), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
+    same_as_pycocotools(path, annotations.coco([70, -3]), [-3, 70], (*FIELDS, "segmentation"))
+    assert len(read_annotations(path).coco([5]).anns) < 50
+
+
+def test_real_coco_is_what_pycocotools_reads(coco_cc):
+    for split in ("train2017", "val2017"):
+        path = coco_cc / "annotations" / f"instances_{split}.json"
+        annotations = read_annotations(path, parts=["masks"])
+        same_as_pycocotools(path, annotations.coco(), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
+
+
+def test_annotations_lie_by_image_and_keep_their_order(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(mixed()))
+    annotations = read_annotations(path)
+    for index, image_id in enumerate(annotations.image_ids.tolist()):
+        expected = [one["id"] for one in mixed()["annotations"] if one["image_id"] == image_id]
+        assert annotations.ids[annotations.of(index)].tolist() == expected
+        assert annotations.image(index)["file_name"] == f"{image_id} ä.png"
+    assert annotations.find([5, 6, 70]).tolist() == [1, -1, 2]
+
+
+def test_an_area_that_is_missing_is_that_of_the_box(tmp_path):
+    data = copy.deepcopy(VALID)
+    data["annotations"][1]["bbox"] = [5, 5, -20, 10]
+    annotations = read_annotations(write(tmp_path, data))
+    assert annotations.areas.tolist() == [50, 0, 600]
+
+
+def test_a_data_set_takes_a_hundred_bytes_an_object(tmp_path):
+    """As it is sent to a worker that is spawned; dicts and lists take a kilobyte."""
+    count = 20_000
+    data = copy.deepcopy(VALID)
+    data["annotations"] = [{**VALID["annotations"][1], "id": n, "bbox": [n / count, 5, 20, 10]} for n in range(count)]
+    path = write(tmp_path, data)
+    assert len(pickle.dumps(CocoDetection(tmp_path / "images", path))) < 100 * count
+
+
+def test_workers_are_sent_what_they_read(tmp_path):
+    path = write(tmp_path)
+    data = CocoDetection(tmp_path / "images", path)
+    received = pickle.loads(pickle.dumps(data))
+    for index in range(len(data)):
+        image, target = data[index]
+        other, same = received[index]
+        assert (other == image).all()
+        assert all((same[name] == target[name]).all() for name in target)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_json_has_not(tmp_path, constant):
+    """Python writes them. They matter where they are read."""
+    path = write(tmp_path, changed("annotations", 0, "area", value="here"))
+    text = path.read_text().replace('"b.png"', '"b, NaN.png"')
+    path.write_text(text.replace('"here"', constant))
+    with pytest.raises(DataError, match=rf"annotations\[0\] \(id 1\) has area '{constant}'"):
+        read_annotations(path)
+    path.write_text(text.replace('"here"', f'5, "score": [{constant} , {constant}]'))
+    annotations = read_annotations(path)
+    assert annotations.areas[0] == 5
+    assert annotations.file_names() == ["a.png", "b, NaN.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b" \n", "empty"),
+        (gzip.compress(b"{}"), "gzip"),
+        (b"PK\x03\x04", "ZIP"),
+        (json.dumps(VALID).encode("utf-16"), "UTF-8"),
+        (json.dumps(VALID).encode("utf-16-le"), "UTF-8"),
+        (json.dumps(VALID).encode("utf-32"), "UTF-8"),
+        (json.dumps(VALID, indent=1).encode()[:-30], "line 61"),
+        (b'{"images": [],\n"annotations": [}', "line 2, column 17"),
+    ],
+)
+def test_files_that_are_no_json_say_what_they_are(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.json: .*{words}"):
+        read_annotations(path)
+
+
+def test_the_last_of_a_field_that_is_there_twice_counts(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace('"area": 50', '"area": "wide", "area": 51'))
+    assert read_annotations(path).areas[0] == 51
+
+
+def test_one_wrong_entry_of_many_is_named(tmp_path):
+    data = copy.deepcopy(VALID)
+    data["annotations"] = [{**VALID["annotations"][1], "id": n, "area": n} for n in range(5000)]
+    data["annotations"][-1]["image_id"] = 4.0
+    with pytest.raises(DataError, match=r"annotations\[4999\] \(id 4999\) has image_id 4\.0, must be an integer"):
+        read_annotations(write(tmp_path, data))
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path):
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"cat"', b'"c\xe4t"'))
+    with pytest.raises(DataError, match=r"categories\[0\] \(id 7\) has name 'c.t', must be a string in UTF-8"):
+        read_annotations(path)
