@@ -172,12 +172,14 @@ def report(findings: Findings, *, examples: int = 3) -> str:
 
 def _anchor_problems(file: CocoFile, anchor_advice: AnchorAdvice) -> Iterator[Problem]:
     """Say whether the anchors fit the objects of a file, which has no errors."""
-    sizes = np.stack([file.images["width"], file.images["height"]], axis=1)[file.image_places]
-    rows = np.concatenate([file.annotations["bbox"], sizes], axis=1)[~file.annotations["iscrowd"]]
-    upper, shapes, images = torch.from_numpy(rows).split(2, dim=1)
-    shapes = (upper + shapes).minimum(images) - upper.clamp(min=0)  # as training clips them
-    kept = (shapes > 0).all(dim=1)
-    advice = anchor_advice(shapes[kept], images[kept])
+    objects = ~file.annotations["iscrowd"]
+    boxes = file.annotations["bbox"][objects]
+    sizes = np.stack([file.images["width"], file.images["height"]], axis=1, dtype=np.float64)
+    images = sizes[file.image_places[objects]]
+    lower = np.minimum(boxes[:, :2] + boxes[:, 2:], images)  # as training clips them
+    shapes = np.subtract(lower, boxes[:, :2].clip(min=0), out=lower)
+    kept = (shapes > 0).all(axis=1)
+    advice = anchor_advice(torch.from_numpy(shapes[kept]), torch.from_numpy(images[kept]))
     if advice is not None:
         yield Problem("anchors that most objects lie outside of", "note", f"{file.path}: {advice}")
 

@@ -41,7 +41,7 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
 
 
 def is_empty(segmentation: Any) -> bool:
-    """Whether there is none: ``None``, no polygon, or only polygons without a point, as some tools write."""
+    """Whether a segmentation, or a list of key points, is none: some tools write polygons without a point."""
     return not segmentation or (isinstance(segmentation, list) and all(part == [] for part in segmentation))
 
 
@@ -160,9 +160,6 @@ def mask_box(rle: Rle) -> list[float]:
 def _as_text(rle: Mapping[str, Any]) -> Rle:
     """An RLE that JSON takes: pycocotools has bytes."""
     return {"size": [int(side) for side in rle["size"]], "counts": bytes(rle["counts"]).decode("ascii")}
-
-
-# What is wrong with a segmentation
 
 
 class _Rle(msgspec.Struct):

@@ -1,7 +1,7 @@
 """What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -25,15 +25,10 @@ MISSING: dict[Part, str] = {
 UNLABELLED = "has key points that are all unlabelled (visibility 0): its box is learned, key points are not"
 
 
-def lacks(value: Any, part: Part) -> bool:
-    """Whether the value of an object's field is that of one without a mask, or without key points."""
-    return is_empty(value) if part == "masks" else not value
-
-
 def has_part(file: CocoFile, part: Part) -> bool:
     """Whether any object has a mask, or key points; crowds do not count, from which nothing is learned."""
     objects = file.annotations[FIELD[part]][~file.annotations["iscrowd"]]
-    return any(not lacks(value_of(raw), part) for raw in filter(bytes, objects))
+    return any(not is_empty(value_of(raw)) for raw in filter(bytes, objects))
 
 
 def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -71,7 +66,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     flaws: list[tuple[str, int, str]] = []
     for position in np.flatnonzero(wrong | no_area | (part == "keypoints")).tolist():
         value, is_object = value_of(annotations[field][position]), objects[position]
-        if lacks(value, part):
+        if is_empty(value):
             if is_object and has_points[position]:
                 kind = "objects without a segmentation" if part == "masks" else "objects without key points"
                 flaws.append((kind, position, MISSING[part]))

@@ -84,11 +84,11 @@ def _entry_problems(entries: Entries) -> Iterator[Problem]:
 
 
 def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Problem]:
-    values, has = entries[field].tolist(), entries.has(field).tolist()
-    if len(set(values)) == len(values):
+    values, has = entries[field], entries.has(field)
+    if len(set(values) if values.dtype == object else np.unique(values)) == len(values):
         return
     first: dict[Any, int] = {}
-    for position, value in enumerate(values):
+    for position, value in enumerate(values.tolist()):
         if has[position] and first.setdefault(value, position) != position:
             what = f"{field} {shown(value)} is used twice, first by {entries.name}[{first[value]}]"
             yield Problem(f"{entries.name} with the same {field}", level, f"{entries.where(position)}: {what}")
@@ -113,7 +113,7 @@ def _box_problems(annotations: Entries, places: np.ndarray, images: Entries) -> 
     sizes = np.stack([np.where(images.has(side), images[side], np.nan) for side in ("width", "height")], axis=1)
     sizes = np.append(sizes, [[np.nan, np.nan]], axis=0)[places]
     x, y, w, h, width, height = boxes = np.append(annotations["bbox"], sizes, axis=1).T
-    yield from _misread_boxes(annotations.path, boxes[:, ~np.isnan(boxes).any(axis=0)])
+    yield from _misread_boxes(annotations.path, boxes)
     right, lower = x + w, y + h
     empty = (w <= 0) | (h <= 0)
     sized = ~empty & ~np.isnan(sizes).any(axis=1)
@@ -157,7 +157,7 @@ def _equal_boxes(annotations: Entries) -> Iterator[tuple[int, int]]:
 def _misread_boxes(path: Any, boxes: np.ndarray) -> Iterator[Problem]:
     """Say if boxes, [6, L] with their images' sizes, would lie within these if their numbers meant something else."""
     x, y, w, h, width, height = boxes
-    count, numbers = boxes.shape[1], boxes[:4]
+    count, numbers = (~np.isnan(boxes).any(axis=0)).sum(), boxes[:4]
     right, lower = width + ROUNDING, height + ROUNDING
     outside = ((x + w > right) | (y + h > lower)).sum()
     # Whole numbers are place-holders, perhaps; in pixels, such a box lies in its image's very corner.
