@@ -29,8 +29,9 @@ class Packed:
 
     def __init__(self, pieces: Sequence[Any] | np.ndarray, order: np.ndarray) -> None:
         self._block = b"".join(pieces)
-        ends = np.cumsum([0, *map(len, map(bytes, pieces))])
-        self._starts, self._ends = ends[:-1][order], ends[1:][order]
+        lengths = np.fromiter(map(len, map(bytes, pieces)), np.int64, len(pieces))
+        self._ends = np.cumsum(lengths)[order]
+        self._starts = self._ends - lengths[order]
 
     def __getitem__(self, number: int) -> str:
         return self._block[self._starts[number] : self._ends[number]].decode()

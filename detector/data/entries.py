@@ -167,9 +167,17 @@ class CocoFile:
     @cached_property
     def image_places(self) -> np.ndarray:
         """The position of each annotation's image, [L]; -1 where there is no such image."""
-        known = np.flatnonzero(self.images.has("id"))
-        places = find(self.images["id"][known], self.annotations["image_id"])
-        return np.where(self.annotations.has("image_id") & (places >= 0), np.append(known, -1)[places], -1)
+        return self._places(self.images, "image_id")
+
+    @cached_property
+    def category_places(self) -> np.ndarray:
+        """The position of each annotation's category, [L]; -1 where there is no such category."""
+        return self._places(self.categories, "category_id")
+
+    def _places(self, entries: Entries, field: str) -> np.ndarray:
+        known = np.flatnonzero(entries.has("id"))
+        places = find(entries["id"][known], self.annotations[field])
+        return np.where(self.annotations.has(field) & (places >= 0), np.append(known, -1)[places], -1)
 
 
 def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ Level = Literal["error", "flaw", "note"]
 ROUNDING = 1.0  # pixels by which a box may reach outside its image: those of COCO's own files do, by less
 NORMALISED = "annotation file whose boxes look normalised (0..1)"
 CORNERS = "annotation file whose boxes look like corners (x1, y1, x2, y2)"
+REACHING = "boxes that reach outside their image"
 CENTRES = "annotation file whose boxes look like centres (cx, cy, width, height)"
 
 
@@ -46,13 +47,14 @@ def annotation_problems(file: CocoFile) -> Iterator[Problem]:
         yield from _repeated(entries, "id", "error")
     yield from _repeated(images, "file_name", "flaw")
     yield from _repeated(categories, "name", "flaw")
-    for one, others in (("image", images), ("category", categories)):
-        if others.name not in file.missing:
-            yield from _unknown(annotations, one, others)
+    if "images" not in file.missing:
+        yield from _unknown(annotations, file.image_places, "image_id")
+    if "categories" not in file.missing:
+        yield from _unknown(annotations, file.category_places, "category_id")
     yield from _box_problems(annotations, file.image_places, images)
     if "annotations" not in file.missing:
-        yield from _unused(categories, annotations["category_id"], "name", "categories never used")
-        yield from _unused(images, annotations["image_id"], "file_name", "images without annotations")
+        yield from _unused(categories, file.category_places, "name", "categories never used")
+        yield from _unused(images, file.image_places, "file_name", "images without annotations")
 
 
 def result_problems(entries: Entries, image_ids: np.ndarray, category_ids: np.ndarray) -> Iterator[Problem]:
@@ -94,15 +96,16 @@ def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Problem]:
             yield Problem(f"{entries.name} with the same {field}", level, f"{entries.where(position)}: {what}")
 
 
-def _unknown(annotations: Entries, one: str, others: Entries) -> Iterator[Problem]:
-    field, known = f"{one}_id", others["id"][others.has("id")]
-    for position in np.flatnonzero(annotations.has(field) & ~np.isin(annotations[field], known)).tolist():
+def _unknown(annotations: Entries, places: np.ndarray, field: str) -> Iterator[Problem]:
+    one = field.removesuffix("_id")
+    for position in np.flatnonzero(annotations.has(field) & (places < 0)).tolist():
         what = f"has {field} {annotations[field][position]}, and there is no such {one}"
         yield Problem(f"annotations of an unknown {one}", "error", f"{annotations.where(position)} {what}")
 
 
-def _unused(entries: Entries, used: np.ndarray, name: str, kind: str) -> Iterator[Problem]:
-    for position in np.flatnonzero(entries.has("id") & ~np.isin(entries["id"], used)).tolist():
+def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Iterator[Problem]:
+    used = np.bincount(places[places >= 0], minlength=len(entries)) > 0
+    for position in np.flatnonzero(entries.has("id") & ~used).tolist():
         message = f"{entries.where(position)}, {shown(entries[name][position])}, has no annotation"
         yield Problem(kind, "note", message)
 
@@ -122,28 +125,23 @@ def _box_problems(annotations: Entries, places: np.ndarray, images: Entries) -> 
     reaching &= sized & ~outside
     for kind, which, what in (
         ("empty boxes", empty, "without width or height: left out in training"),
-        ("boxes outside their image", outside, "outside its image of {}x{} pixels: left out in training"),
-        (
-            "boxes that reach outside their image",
-            reaching,
-            "reaching outside its image of {}x{} pixels: clipped in training",
-        ),
+        ("boxes outside their image", outside, "outside its image of {:.0f}x{:.0f} pixels: left out in training"),
+        (REACHING, reaching, "reaching outside its image of {:.0f}x{:.0f} pixels: clipped in training"),
     ):
         for position in np.flatnonzero(which).tolist():
-            value = shown(annotations.entry(position)["bbox"])
-            size = (images[side][places[position]] for side in ("width", "height"))
-            yield Problem(kind, "flaw", f"{annotations.where(position)} has bbox {value}, {what.format(*size)}")
-    for position, same in _equal_boxes(annotations):
+            value = f"{shown(annotations.entry(position)['bbox'])}, {what.format(*sizes[position])}"
+            yield Problem(kind, "flaw", f"{annotations.where(position)} has bbox {value}")
+    for position, same in _equal_boxes(annotations, places):
         value = shown(annotations.entry(position)["bbox"])
         what = f"has the image, category and bbox of annotations[{same}], {value}: one object counts twice in "
         yield Problem("duplicate boxes", "flaw", f"{annotations.where(position)} {what}training and scoring")
 
 
-def _equal_boxes(annotations: Entries) -> Iterator[tuple[int, int]]:
+def _equal_boxes(annotations: Entries, places: np.ndarray) -> Iterator[tuple[int, int]]:
     """The positions of objects of the same image, category and box as one before them, and of the first of these."""
-    has = annotations.has("bbox") & annotations.has("image_id") & annotations.has("category_id")
+    has = annotations.has("bbox") & annotations.has("category_id") & (places >= 0)
     objects = np.flatnonzero(has & ~annotations["iscrowd"])
-    columns = [*annotations["bbox"].T, annotations["category_id"], annotations["image_id"]]
+    columns = [*annotations["bbox"].T, annotations["category_id"], places]
     # Equal boxes have equal sums; few others do.
     sums = sum(column[objects] * factor for column, factor in zip(columns, (1.1, 2.3, 3.7, 5.9, 7.1, 11.3)))
     _, numbers, counts = np.unique(sums, return_inverse=True, return_counts=True)
