@@ -86,11 +86,11 @@ def _entry_problems(entries: Entries) -> Iterator[Problem]:
 
 
 def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Problem]:
-    values, has = entries[field], entries.has(field)
-    if len(set(values) if values.dtype == object else np.unique(values)) == len(values):
+    values, has = entries[field].tolist(), entries.has(field)
+    if len(set(values)) == len(values):
         return
     first: dict[Any, int] = {}
-    for position, value in enumerate(values.tolist()):
+    for position, value in enumerate(values):
         if has[position] and first.setdefault(value, position) != position:
             what = f"{field} {shown(value)} is used twice, first by {entries.name}[{first[value]}]"
             yield Problem(f"{entries.name} with the same {field}", level, f"{entries.where(position)}: {what}")
@@ -115,7 +115,7 @@ def _box_problems(annotations: Entries, places: np.ndarray, images: Entries) -> 
     # NaN where the box, or the image's size, is not known: no comparison with it is true.
     sizes = np.stack([np.where(images.has(side), images[side], np.nan) for side in ("width", "height")], axis=1)
     sizes = np.append(sizes, [[np.nan, np.nan]], axis=0)[places]
-    x, y, w, h, width, height = boxes = np.append(annotations["bbox"], sizes, axis=1).T
+    x, y, w, h, width, height = boxes = np.vstack([annotations["bbox"].T, sizes.T])
     yield from _misread_boxes(annotations.path, boxes)
     right, lower = x + w, y + h
     empty = (w <= 0) | (h <= 0)
