@@ -23,7 +23,10 @@ NO_UTF8_JSON = {
         "the text is UTF-16 or UTF-32; save it as UTF-8",
     ),
 }
-NOT_NUMBERS = (b"NaN", b"-Infinity", b"Infinity")
+# Python writes these although JSON does not allow them: words for numbers, and halves of surrogate pairs.
+NUMBERS = {b"-Infinity": b"-1e998", b"Infinity": b"1e998", b"NaN": b"1e999"}  # no type takes such a number
+HALVES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")  # in the group
+CUT_OFF = "Input data was truncated"  # msgspec's words
 
 
 def read_json(path: str | Path) -> Any:
@@ -36,21 +39,51 @@ def read_json(path: str | Path) -> Any:
 
 
 def decode_json(path: str | Path, kind: Any) -> Any:
-    """Read a large JSON file as values of a type of msgspec's; what the type does not name is not built.
+    """Read a large JSON file as values of one of msgspec's types; what the type does not name is not built.
 
-    NaN and Infinity, which Python writes though JSON has none, are strings then.
+    NaN and Infinity, which Python writes although JSON does not allow them, are read as numbers that no type takes, and
+    halves of surrogate pairs as U+FFFD.
 
     Raises:
         DataError: as :func:`read_json`.
     """
     content = _content(path)
     try:
-        return _decode(content, kind)
-    except (msgspec.DecodeError, RecursionError) as error:
-        place = _place(error)
-        end = len(content) if place is None else place
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.DecodeError as error:
+            place, before = _place(error), content
+            is_word = place is not None and content.startswith((b"N", b"I"), place)
+            content = _without_words(content) if is_word else _without_halves(content)
+            if content == before:
+                raise
+        return msgspec.json.decode(content, type=kind)
+    except RecursionError:
+        raise DataError(f"{path}: not valid JSON: lists or dicts lie too deep in each other") from None
+    except msgspec.DecodeError as error:
+        if CUT_OFF in str(error):
+            raise DataError(f"{path}: not valid JSON: the file is cut off") from None
+        end = _place(error) or 0
         line, column = content.count(b"\n", 0, end) + 1, end - content.rfind(b"\n", 0, end)
-        raise DataError(f"{path}: not valid JSON (cut off?): line {line}, column {column}: {error}") from None
+        raise DataError(f"{path}: not valid JSON at line {line}, column {column}: {error}") from None
+
+
+def _without_halves(content: bytes) -> bytes:
+    if rb"\ud" not in content.lower():
+        return content
+    return HALVES.sub(lambda found: rb"\ufffd" if found[1] else found[0], content)
+
+
+def _without_words(content: bytes) -> bytes:
+    """JSON with numbers in place of the words for them; words in strings, after an odd number of quotes, stay."""
+    for word, number in NUMBERS.items():
+        first, *others = content.split(word)
+        pieces, in_string = [first], False
+        for before, after in zip([first, *others], others):
+            in_string ^= before.replace(rb"\\", b"").replace(rb"\"", b"").count(b'"') % 2 == 1
+            pieces += [word if in_string else number, after]
+        content = b"".join(pieces)
+    return content
 
 
 def _content(path: str | Path) -> bytes:
@@ -66,19 +99,6 @@ def _content(path: str | Path) -> bytes:
         if content.startswith(start):
             raise DataError(f"{path}: not valid JSON: {what}")
     return content
-
-
-def _decode(content: bytes, kind: Any) -> Any:
-    try:
-        return msgspec.json.decode(content, type=kind)
-    except msgspec.DecodeError as error:
-        place = _place(error)
-        if place is None or not content.startswith((b"N", b"I"), place):
-            raise
-    for word in NOT_NUMBERS:
-        if word in content:
-            content = re.sub(word + rb"(?=\s*[,\]}])", b'"' + word + b'"', content)
-    return msgspec.json.decode(content, type=kind)
 
 
 def _place(error: Exception) -> int | None:

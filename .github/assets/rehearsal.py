@@ -2,7 +2,7 @@
 
     python .github/assets/coco_sized.py FOLDER && python .github/assets/rehearsal.py FOLDER --output WORK
 
-Reading, loader workers, check.py, browse.py, train.py (killed, gone on with, and in two ranks), eval.py and predict.py
+Reading, loader workers, check.py, browse.py, train.py (killed, resumed, and as two ranks), eval.py and predict.py
 on the 5,000 images of val2017, refine.py: with a tiny detector, on a CPU, in about half an hour. Needs Linux: memory is
 read from /proc, five times a second. Resident memory counts what processes share, once in each of them; "own" is what a
 process has written to and shares with none (Private_Dirty).
@@ -55,8 +55,9 @@ def field(path: str, name: str) -> float:
 def processes(pid: int, role: str = "main") -> Iterator[tuple[int, str]]:
     """A process and all below it, with what they are: ranks are started by main, workers by either."""
     yield pid, role
-    with contextlib.suppress(OSError):
-        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    for child in map(int, children.read_text().split() if children.exists() else ()):
+        with contextlib.suppress(OSError):  # it has ended
             is_rank = role == "main" and b"\0LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()
             yield from processes(child, "rank 1" if is_rank else f"{role}'s worker")
 
@@ -132,10 +133,10 @@ def owned(what: str, root: Path, images: int) -> None:
     from detector.data.folder import DataFolder
 
     data = DataFolder(root).dataset("train2017", parts=("masks",) if what == "masks" else ())
-    read = Owned(Pixels(data.files()[:images]) if what == "pixels" else data, images)
+    watched = Owned(Pixels(data.files()[:images]) if what == "pixels" else data, images)
     if what == "pixels":
         del data
-    print(json.dumps(max(DataLoader(read, batch_size=None, num_workers=1, multiprocessing_context="fork"))))
+    print(json.dumps(max(DataLoader(watched, batch_size=None, num_workers=1, multiprocessing_context="fork"))))
 
 
 def results_of(*arguments: str) -> float | dict[str, float]:
@@ -190,7 +191,7 @@ def tools(root: Path, work: Path) -> None:
     steps = ("--trainer.max_steps=400", "--save_every=50")
     last = run / "checkpoints" / "last.ckpt"
     measured("train.py, killed after a checkpoint", *train, *steps, until=last.exists, log=log)
-    measured("train.py goes on, to step 400", *train, *steps, "--ckpt_path=last", log=log)
+    measured("train.py resumes, to step 400", *train, *steps, "--ckpt_path=last", log=log)
     ranks = ("--trainer.max_steps=100", "--trainer.devices=2", "--trainer.strategy=ddp")
     measured("train.py, two ranks (gloo), 100 steps", *train[:-1], f"--run_dir={work / 'ranks'}", *ranks, log=log)
     checkpoint = ("--checkpoint", str(run))

@@ -191,11 +191,11 @@ def _shared_images(
     by their names.
     """
     try:
-        file = CocoFile(other)
+        file = CocoFile(other, parts=())
     except DataError as error:
         yield Problem("unreadable annotation file", "error", str(error))
         return
-    if "images" in file.missing or "" in file.missing:
+    if {"images", "file"} & file.missing.keys():
         yield Problem("not in COCO's format", "error", f"{other}: must hold a dict with images, a list")
         return
     if other_images is None:

@@ -20,7 +20,7 @@ from detector.errors import DataError, MissingPartError
 
 
 class Packed:
-    """Texts in one block: forked workers share it, where they would copy Python's own strings.
+    """Many strings in one block that forked workers share: strings of Python's own would be copied as they are counted.
 
     Args:
         pieces: in UTF-8.
@@ -37,7 +37,7 @@ class Packed:
         return self._block[self._starts[number] : self._ends[number]].decode()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Annotations:
     """An annotation file without errors, as arrays: images in the order of their ids, and annotations by image."""
 
@@ -89,6 +89,7 @@ class Annotations:
     def coco(self, image_ids: Iterable[int] | None = None) -> COCO:
         """Make pycocotools' index of some images, by default of all, to score with."""
         chosen = np.arange(len(self)) if image_ids is None else np.unique(self.find(image_ids))
+        chosen = chosen[chosen >= 0]
         rows = np.flatnonzero(np.isin(self.image_of, chosen))
         # pycocotools takes the id 0 for none; nothing else reads the ids.
         ids = np.arange(1, len(self.ids) + 1) if (self.ids == 0).any() else self.ids
@@ -99,7 +100,8 @@ class Annotations:
             for annotation, row in zip(annotations, rows.tolist()):
                 annotation[FIELD[part]] = self.value(part, row)
         images = [self.image(index) for index in chosen.tolist()]
-        return index_coco({"images": images, "annotations": annotations, "categories": self.categories})
+        content = {"images": images, "annotations": annotations, "categories": self.categories}
+        return index_coco(content | {"layout": self.keypoint_layout()})  # which some images alone may not show
 
 
 def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: bool = True) -> Annotations:
@@ -110,7 +112,7 @@ def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: 
     Args:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
         parts: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
-        needed: without it those of ``parts`` that no object has are left out, which else are an error.
+        needed: if false, parts that no object has are left out; else they are an error.
 
     Raises:
         DataError: the file cannot be read; or the first "error" of
@@ -120,8 +122,8 @@ def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: 
     file = CocoFile(path, parts=[FIELD[part] for part in parts])
     flaws = refuse(annotation_problems(file), f"{path}")
     found = [part for part in parts if has_part(file, part)]
-    for part in set(parts) - set(found):
-        if needed:
+    for part in parts:
+        if part not in found and needed:
             what = "polygons or an RLE" if part == "masks" else "COCO has them in person_keypoints_*.json"
             raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}: {what})")
     for part in found:

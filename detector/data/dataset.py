@@ -40,9 +40,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     Labels are 1 to the number of categories, in the order of the category ids, which may have gaps; 0 is background.
     Label ``n`` is category ``category_ids[n - 1]``; :meth:`relabel` gives other labels.
 
-    Crowds and boxes without a size in the image are not in the targets, but in :attr:`annotations`, which is scored
-    with. Masks and key points are decoded with their image: an object without a mask has an empty one, one without key
-    points has none that is labelled, as in torchvision's references.
+    Crowds and boxes without a size in the image are left out of the targets, but kept in :attr:`annotations`, which
+    scoring uses. Masks and key points are decoded with their image. An object without a mask has an empty one, and one
+    without key points has none that are labelled, as in torchvision's references.
 
     Args:
         images: the folder that ``file_name`` is relative to.
@@ -72,6 +72,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.parts = tuple(parts)
         if not isinstance(annotations, Annotations):
             annotations = read_annotations(annotations, parts=self.parts)
+        assert annotations.parts.keys() >= set(self.parts), "read the annotations with these parts"
         self.annotations = annotations
         self._images = np.arange(len(annotations))  # those of the annotations that are here
         self._boxes = _corners(annotations)  # of all annotations, [L, 4] float32
@@ -152,7 +153,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return other
 
     def leave_out(self, broken: Mapping[int, str]) -> str:
-        """Go on without some images, which :attr:`annotations` alone has then. Returns a sentence that says so.
+        """Leave out images that cannot be read; :attr:`annotations` keeps them. Returns a sentence that says so.
 
         Args:
             broken: why each cannot be read, by the image's id.
@@ -297,4 +298,7 @@ def _axes(size: tuple[int, int]) -> Tensor:
 
 def _turn(axes: Tensor) -> float:
     """Below 0 if the two axes of :func:`_axes` have changed sides, 0 if they are no longer there."""
-    return float(torch.linalg.det((axes[1:] - axes[0]).double())) if len(axes) == 3 else 0.0
+    if len(axes) != 3:
+        return 0.0
+    right, down = (axes[1:] - axes[0]).double()
+    return float(right[0] * down[1] - right[1] * down[0])

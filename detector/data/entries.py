@@ -1,4 +1,4 @@
-"""The lists of COCO's files as columns: each entry is decoded by type, and the fields that do not fit are set aside."""
+"""The lists of COCO's files as columns: entries are decoded by type, and fields of a wrong type are recorded."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -15,13 +15,13 @@ from detector.errors import shown
 from detector.files import decode_json
 
 MOST_AREA = 1e10  # square pixels: COCO's metric passes over objects of a larger area, or of one below 0
-LEAST = 1e-100  # of a coordinate that is not 0: areas of smaller ones vanish, those of larger ones than 1e9 overflow
+LEAST = 1e-100  # size of a coordinate that is not 0: areas of smaller ones underflow, of ones above 1e9 overflow
 Coordinate = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Length = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class Field(NamedTuple):
-    """A field of an entry: its type for msgspec, in words, and in numpy, and what stands for it if it is not there."""
+    """A field of an entry: its type for msgspec, in messages and for numpy, and its value where it is missing."""
 
     kind: Any
     meant: str
@@ -60,7 +60,7 @@ class Entries:
         without: fields that are not read.
 
     Attributes:
-        wrong: the fields that are missing or wrong, by the position of their entry; none of an entry that is no dict.
+        wrong: the fields that are missing or wrong, by the position of their entry; [] for an entry that is not a dict.
     """
 
     def __init__(self, path: str | Path, name: str, raws: list[Raw], *, without: Collection[str] = ()) -> None:
@@ -143,7 +143,8 @@ class CocoFile:
         parts: those of :data:`PARTS` that are read.
 
     Attributes:
-        missing: what is there in place of a list, in a sentence, by its name; of a file that holds no dict, by "".
+        missing: for each list that is not there, or is not a list, a sentence that says so, by the list's name. A file
+            that does not hold a dict has one sentence, by "file".
 
     Raises:
         DataError: the file cannot be read, or is not JSON.
@@ -155,7 +156,7 @@ class CocoFile:
         self.missing: dict[str, str] = {}
         if not isinstance(content, _Lists):
             what = f"must hold a dict with images, annotations and categories, not a {kind_of(content)}"
-            self.missing[""], content = what, _Lists([], [], [])
+            self.missing["file"], content = what, _Lists([], [], [])
         lists: list[Entries] = []
         for name in LISTS:
             raws = getattr(content, name)
@@ -190,16 +191,19 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def value_of(raw: Raw | bytes) -> Any:
-    """The plain value of some JSON; ``None`` of none at all. Letters that are not UTF-8 are replaced."""
+    """The plain value of some JSON; ``None`` of none at all. Bytes that are not UTF-8 are replaced."""
     text = bytes(raw)
     try:
         return msgspec.json.decode(text) if text else None
-    except msgspec.DecodeError:  # such letters, and numbers that are no floats
+    except msgspec.DecodeError:  # such bytes, and numbers that are too large
         return _LENIENT.decode(text.decode(errors="replace"))
 
 
-# Python reads no integers of more than some thousand digits.
-_LENIENT = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 400 else digits)
+# NaN is 1e999 here, see decode_json. Python reads no integers of more than some thousand digits.
+_LENIENT = json.JSONDecoder(
+    parse_float=lambda number: nan if number == "1e999" else float(number),
+    parse_int=lambda digits: int(digits) if len(digits) < 400 else digits,
+)
 
 
 def kind_of(value: Any) -> str:

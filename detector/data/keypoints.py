@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from detector.data.entries import Coordinate
+from detector.data.entries import LEAST, Coordinate
 from detector.errors import DataError, shown
 from detector.text import listed, short
 
@@ -140,6 +140,8 @@ def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = Tru
         return f"not a list of finite numbers: {error}"
     if len(value) != 3 * count:
         return f"{len(value)} numbers: {count} key points are {3 * count}, x, y and visibility of each"
+    if not all(number == 0 or abs(number) >= LEAST for number in value):
+        return f"numbers that are not 0, but smaller than {LEAST}"
     if visibility and not {0, 1, 2}.issuperset(value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None

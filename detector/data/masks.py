@@ -41,7 +41,7 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
 
 
 def is_empty(segmentation: Any) -> bool:
-    """Whether a segmentation, or a list of key points, is none: some tools write polygons without a point."""
+    """Whether there is none: ``None``, no polygon, or only polygons without a point, as some tools write."""
     return not segmentation or (isinstance(segmentation, list) and all(part == [] for part in segmentation))
 
 
@@ -188,7 +188,7 @@ def segmentation_problem(segmentation: bytes | msgspec.Raw, width: int, height: 
     """Say what is wrong with the JSON of a segmentation, which is not empty, in an image of that size.
 
     pycocotools reads what it is given without looking: an RLE that is too long writes beyond its mask, and four numbers
-    are a box to it. Most polygons are found right in two microseconds: COCO has 860,000.
+    are a box to it. COCO has 860,000 polygons, so most pass one decoder call of two microseconds.
     """
     if width * height > MOST_PIXELS:
         return f"in an image of {width}x{height} pixels: masks are read in images of {MOST_PIXELS:,} at most"

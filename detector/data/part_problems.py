@@ -1,7 +1,7 @@
 """What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,8 +15,8 @@ Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
 NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
 NO_AREA: dict[Part, str] = {
-    "masks": "has no area: by that of its box its mask is scored as a small or a large one",
-    "keypoints": "has no area: by that of its box, which is larger, its key points are scored as near enough or not",
+    "masks": "has no area: its box's area decides whether its mask is scored as small or large",
+    "keypoints": "has no area: its box's, which is larger, is used, so that its key points are matched too easily",
 }
 MISSING: dict[Part, str] = {
     "masks": "has no segmentation: its mask is trained as an empty one, and scored as missed",
@@ -28,7 +28,11 @@ UNLABELLED = "has key points that are all unlabelled (visibility 0): its box is 
 def has_part(file: CocoFile, part: Part) -> bool:
     """Whether any object has a mask, or key points; crowds do not count, from which nothing is learned."""
     objects = file.annotations[FIELD[part]][~file.annotations["iscrowd"]]
-    return any(not is_empty(value_of(raw)) for raw in filter(bytes, objects))
+    return any(not _is_empty(value_of(raw), part) for raw in filter(bytes, objects))
+
+
+def _is_empty(value: Any, part: Part) -> bool:
+    return is_empty(value) if part == "masks" else not value
 
 
 def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -66,7 +70,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     flaws: list[tuple[str, int, str]] = []
     for position in np.flatnonzero(wrong | no_area | (part == "keypoints")).tolist():
         value, is_object = value_of(annotations[field][position]), objects[position]
-        if is_empty(value):
+        if _is_empty(value, part):
             if is_object and has_points[position]:
                 kind = "objects without a segmentation" if part == "masks" else "objects without key points"
                 flaws.append((kind, position, MISSING[part]))

@@ -104,8 +104,8 @@ def _unknown(annotations: Entries, places: np.ndarray, field: str) -> Iterator[P
 
 
 def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Iterator[Problem]:
-    used = np.bincount(places[places >= 0], minlength=len(entries)) > 0
-    for position in np.flatnonzero(entries.has("id") & ~used).tolist():
+    used = entries["id"][np.bincount(places[places >= 0], minlength=len(entries)) > 0]
+    for position in np.flatnonzero(entries.has("id") & ~np.isin(entries["id"], used)).tolist():
         message = f"{entries.where(position)}, {shown(entries[name][position])}, has no annotation"
         yield Problem(kind, "note", message)
 

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert
 from detector.data.annotations import Annotations, refuse
 from detector.data.entries import RESULTS, Entries, kind_of, value_of
 from detector.data.keypoints import keypoints_problem
-from detector.data.masks import as_rle, encode_masks, mask_box, segmentation_problem
+from detector.data.masks import MOST_PIXELS, as_rle, encode_masks, mask_box, segmentation_problem
 from detector.data.part_problems import FIELD, Part
 from detector.data.problems import Problem, result_problems
 from detector.errors import DataError, shown
@@ -98,10 +98,11 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
         around = "masks" if "segmentation" in parts else "key points"
         notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
-    for number, (width, height) in enumerate(sizes):
-        result = {name: entries[name][number].tolist() for name in ("image_id", "category_id", "score", "bbox")}
-        result |= {part: value_of(entries[part][number]) for part in parts}
+    names = ("image_id", "category_id", "score", "bbox")
+    for number, row in enumerate(zip(*(entries[name].tolist() for name in names))):
+        result = dict(zip(names, row)) | {part: value_of(entries[part][number]) for part in parts}
         if "segmentation" in parts:
+            width, height = sizes[number]
             result["segmentation"] = as_rle(result["segmentation"], height, width)
         if "bbox" not in fields and "segmentation" in parts:
             result["bbox"] = mask_box(result["segmentation"])
@@ -122,8 +123,9 @@ def _field_problems(
     for number, (raw, size) in enumerate(zip(entries[field], sizes)):
         what = None
         if not (has_box[number] if field == "bbox" else bytes(raw)):
-            what = f"no {field}" + (", which others have" if has_box.any() or field != "bbox" else "")
-        elif field == "segmentation" and values[number] != []:  # which is a mask without a pixel
+            others = has_box.any() or field != "bbox"
+            what = f"no {field}, which others have" if others else "no bbox, segmentation or keypoints: one is needed"
+        elif field == "segmentation" and (values[number] != [] or size[0] * size[1] > MOST_PIXELS):  # []: no pixel
             what = segmentation_problem(raw, *size)
         elif field == "keypoints":
             what = keypoints_problem(raw, max(most, 1), visibility=False)

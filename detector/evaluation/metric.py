@@ -179,7 +179,7 @@ def _prepared(truth: COCO, iou_type: IouType) -> COCO:
 def _set_keypoints(settings: Any, truth: COCO) -> None:
     """Compare the key points of the classes that have any, with a tolerance for each."""
     points = (annotation["keypoints"] for annotation in truth.anns.values())
-    layout = layout_of("the annotations", truth.cats.values(), points)
+    layout = truth.dataset.get("layout") or layout_of("the annotations", truth.cats.values(), points)
     if layout is None:
         raise DataError("the annotations have no key points to score with")
     nothing = [0] * (3 * len(layout))

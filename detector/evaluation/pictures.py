@@ -170,7 +170,8 @@ def _corners(shown: Mapping[str, Any], size: tuple[int, int], factor: float) -> 
 def _pair(split: CocoDetection, results: list[Result], index: int) -> tuple[Image.Image, Image.Image]:
     """One image with its ground truth, and with its detections."""
     image, target = split[index]
-    found = _as_target(split, [result for result in results if result["image_id"] == split.image_ids[index]])
+    image_id = split.image_ids[index]
+    found = _as_target(split, [result for result in results if result["image_id"] == image_id])
     left, right = (draw(image, one, split.category_names, layout=split.keypoints) for one in (target, found))
     return left, right
 

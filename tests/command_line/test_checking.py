@@ -80,8 +80,8 @@ CASES = [
     (changed("images", 0, "height", value=2**63), "images with a wrong height", "error", "height 9223372036854775808"),
     (changed("categories", 0, "name", value=[]), "categories with a wrong name", "error", "name [], must be a string"),
     (boxed(1, 2, 3), "annotations with a wrong bbox", "error", "annotations[1] (id 2) has bbox [1, 2, 3], must be 4"),
-    (boxed(1, 2, 3, float("nan")), "annotations with a wrong bbox", "error", "'NaN'"),
-    (boxed(1, 2, 3, float("inf")), "annotations with a wrong bbox", "error", "'Infinity'"),
+    (boxed(1, 2, 3, float("nan")), "annotations with a wrong bbox", "error", "nan"),
+    (boxed(1, 2, 3, float("inf")), "annotations with a wrong bbox", "error", "inf"),
     (boxed(1, 2, 3, 10**400), "annotations with a wrong bbox", "error", "finite"),
     (boxed(1, 2, 3, "4"), "annotations with a wrong bbox", "error", "'4'"),
     (boxed(1, 2, 3, True), "annotations with a wrong bbox", "error", "True"),
@@ -411,7 +411,7 @@ def test_files_that_are_no_json_are_one_problem(tmp_path):
         assert str(path) in findings.problems[0].message
         assert report(findings).endswith("\n1 error")
     path.write_text(text[:-20])
-    assert f"line 1, column {len(text) - 19}" in check_dataset(path).problems[0].message
+    assert "cut off" in check_dataset(path).problems[0].message
     assert kinds(check_dataset(tmp_path / "none.json")) == [("error", "unreadable annotation file")]
     assert kinds(check_dataset(tmp_path)) == [("error", "unreadable annotation file")]
 

@@ -111,6 +111,7 @@ def problem(points, **options):
         ([1, float("nan"), 2, 3, 4, 2], "not a list of finite numbers"),
         ([1, 2, 2, 2e9, 4, 2], "1000000000"),
         ([1, 2, 2, 10**400, 4, 2], "out of range"),
+        ([1, 2, 2, 1e-200, 4, 2], "1e-100"),
         ([1, 2, 3, 3, 4, 2], "a visibility that is not 0"),
         ([1, 2, 1.5, 3, 4, 2], "a visibility"),
     ],

@@ -566,7 +566,7 @@ class TestResultsFile:
             ({"category_id": 6}, r"results\[1\] has category_id 6, which the annotations do not have"),
             ({"image_id": "1"}, r"results\[1\] has image_id '1', must be an integer"),
             ({"image_id": True}, "must be an integer"),
-            ({"score": float("nan")}, r"results\[1\] has score 'NaN', must be a finite number"),
+            ({"score": float("nan")}, r"results\[1\] has score nan, must be a finite number"),
             ({"score": "0.5"}, "must be a finite number"),
             ({"score": None}, "must be a finite number"),
             ({"bbox": [1, 2, 3]}, r"results\[1\] has bbox \[1, 2, 3\], must be 4 finite numbers"),
