@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from detector.command_line.training import parse
+from detector.data.dataset import as_float
 
 STEPS, WARM_UP, ROUNDS = 20, 3, 3
 
@@ -26,7 +27,7 @@ def seconds(cli: Any, batches: Iterable[Any]) -> float:
     for number, (images, targets) in enumerate(itertools.islice(batches, STEPS + WARM_UP)):
         if number == WARM_UP:
             began = time.perf_counter()
-        images = [image.to(device) for image in images]
+        images = [as_float(image.to(device)) for image in images]
         targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
         loss = torch.stack(list(model(images, targets).values())).sum()
         optimizer.zero_grad()

@@ -37,14 +37,15 @@ class Reference(Dataset[Any]):
         augment = [v2.RandomShortestSize([800], 1333), v2.RandomHorizontalFlip()]
         end = [v2.ToDtype(torch.float32, scale=True), v2.SanitizeBoundingBoxes(), v2.ToPureTensor()]
         self.transform = v2.Compose([*first, *augment, *last, *end])
-        self.files, self.stored = data.files(), data
+        self.files = data.files()
+        self.targets = [(target["boxes"], target["labels"]) for _, target in (data[i] for i in range(len(data)))]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
         image = Image.open(self.files[index]).convert("RGB")
-        boxes, labels = self.stored.boxes_of(index)
+        boxes, labels = self.targets[index]
         boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width))
         return self.transform(image, {"boxes": boxes, "labels": labels})
 
@@ -74,13 +75,14 @@ def main() -> None:
     root = parser.parse_args().root
     torch.set_num_threads(1)
     flip, resize = v2.RandomHorizontalFlip(), v2.RandomShortestSize([800], 1333, antialias=False)
-    data = DataFolder(root).dataset("train2017", transform=v2.Compose([flip, resize]))
+    data = DataFolder(root).dataset("train2017")
     data.keep(data.image_ids[:IMAGES])
-    compact = data.in_bytes()
+    references = {name: Reference(data, tensors=name == "tensors") for name in ("Pillow", "tensors")}
+    data.transform = v2.Compose([flip, resize])
+    compact = data.as_bytes()
     files = data.files()
     pixels = [tv_tensors.Image(read_image(file)) for file in files[:32]]
     resized = [resize(one) for one in pixels]
-    references = {name: Reference(data, tensors=name == "tensors") for name in ("Pillow", "tensors")}
     stages = {
         "decode": lambda: each(read_image, files),
         "flip": lambda: each(flip, pixels),

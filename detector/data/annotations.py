@@ -124,8 +124,8 @@ def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: 
     found = [part for part in parts if has_part(file, part)]
     for part in parts:
         if part not in found and needed:
-            what = "polygons or an RLE" if part == "masks" else "COCO has them in person_keypoints_*.json"
-            raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}: {what})")
+            what = "polygons or an RLE are needed" if part == "masks" else "COCO has them in person_keypoints_*.json"
+            raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}): {what}")
     for part in found:
         flaws += refuse(part_problems(file, part), f"{path}")
     images, annotations = file.images, file.annotations

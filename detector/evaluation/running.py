@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from detector.data.annotations import Annotations
 from detector.data.batches import ScoringBatches
-from detector.data.dataset import CocoDetection, Target, collate
+from detector.data.dataset import CocoDetection, Target, as_float, collate
 from detector.data.results import Result, to_results
 from detector.errors import DataError, sentence
 from detector.evaluation.losses import detect_with_losses
@@ -80,8 +80,8 @@ def predict(
 
     Args:
         model: a torchvision detector; put in eval mode for the run.
-        batches: images [3, H, W] in 0..1 at their annotated size, and targets of which ``image_id`` is used, and all
-            for losses.
+        batches: images [3, H, W], float in 0..1 or uint8, at their annotated size, and targets of which ``image_id``
+            is used, and all for losses.
         category_ids: the category id of each of the model's labels, from label 1 on.
         device: where the model is.
         labels: [n + 1], the model's label for each of the targets', from 0 on, by which the losses are computed;
@@ -103,7 +103,7 @@ def predict(
             for images, targets in batches:
                 image_ids = [int(target["image_id"]) for target in targets]
                 sizes = sizes_of(images)
-                images = [image.to(device) for image in images]
+                images = [as_float(image.to(device)) for image in images]
                 if labels is None:
                     detections = detect(model, images)
                 else:
@@ -164,7 +164,8 @@ def run_detector(
         DataError: an image cannot be read.
     """
     images = len(split) if limit is None else min(limit, len(split))
-    split = split.boxes_alone() if labels is None else split.with_layers()  # without losses nothing else is looked at
+    # Without losses nothing but boxes is looked at.
+    split = (split.boxes_alone() if labels is None else split.with_layers()).as_bytes()
     loader: DataLoader[Any] = DataLoader(
         _Readable(split) if skip_broken else split,
         batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),

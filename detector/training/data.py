@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from detector.data.batches import ScoringBatches, TrainingBatches
 from detector.data.categories import label_as
-from detector.data.dataset import CocoDetection, Target, collate
+from detector.data.dataset import CocoDetection, Target, as_float, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
 from detector.data.image_files import open_images
@@ -260,6 +260,10 @@ class CocoDataModule(lightning.LightningDataModule):
         batches = ScoringBatches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
         return self._loader(self.val_set.with_layers(), batches)
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        images, targets = batch
+        return [as_float(image) for image in images], targets
+
     def on_exception(self, exception: BaseException) -> None:
         if self.trainer is not None:  # Lightning ends the workers of that loop alone in which it happened
             self.trainer.fit_loop.teardown()
@@ -320,7 +324,7 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def _loader(self, dataset: CocoDetection, batches: Sampler[Any]) -> DataLoader[Batch]:
         return DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset.as_bytes(),  # type: ignore[arg-type]
             batch_sampler=batches,
             num_workers=self.workers,
             collate_fn=collate,

@@ -138,7 +138,7 @@ def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words
     path = write(tmp_path)
     with pytest.raises(MissingPartError, match=words) as error:
         read_annotations(path, parts=[part])
-    assert str(error.value).startswith(f"{path}: no object has {NAME[part]} ({FIELD[part]}: ")
+    assert str(error.value).startswith(f"{path}: no object has {NAME[part]} ({FIELD[part]}): ")
 
 
 def test_categories_that_name_other_points(tmp_path):

@@ -48,6 +48,9 @@ class Data(CocoDataModule):
     def setup(self, stage=None):
         self.train_set, self.val_set = Indices(IMAGES), Indices(3)
 
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
     def _loader(self, dataset, batches):
         return DataLoader(dataset, batch_sampler=batches, collate_fn=list)
 
