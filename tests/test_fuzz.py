@@ -41,6 +41,7 @@ from detector.data.images import read_image
 from detector.errors import DataError, ModelError
 from detector.evaluation.metric import evaluate, match
 from detector.evaluation.report import as_text, make_report
+from detector.evaluation.truth import coco_of
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, load_torchvision_detector
@@ -451,7 +452,7 @@ def test_annotation_files(tmp_path, amount):
     def check(content):
         path.write_bytes(content)
         try:
-            coco = read_annotations(path).coco()
+            coco = coco_of(read_annotations(path))
         except DataError as error:
             in_a_sentence(error, path)
             return False
@@ -509,7 +510,7 @@ def parts(draw, base):
 
 def learned(loaded):
     """The annotations of each image's target."""
-    coco = loaded.annotations.coco()
+    coco = coco_of(loaded.annotations)
     for image_id in loaded.image_ids:
         info, objects = coco.imgs[image_id], [a for a in coco.imgToAnns[image_id] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
@@ -521,7 +522,7 @@ def learned(loaded):
 def right_parts(path, folder):
     """Masks are pycocotools' own, and the truth fed back is perfect, but for what it has no mask or key point of."""
     loaded = CocoDetection(folder, path, parts=["masks"])
-    coco = loaded.annotations.coco()
+    coco = coco_of(loaded.annotations)
     for index, objects in enumerate(learned(loaded)):
         image, target = loaded[index]
         assert target["masks"].shape == (len(objects), *image.shape[1:])
@@ -554,7 +555,7 @@ def test_annotation_files_with_masks_and_key_points(tmp_path, amount):
             loaded = CocoDetection(tmp_path / "images", path, parts=["keypoints", "masks"])
             samples = [loaded[index] for index in range(len(loaded))]
             right_parts(path, tmp_path / "images")
-            evaluate(loaded.annotations.coco(), [], iou_type="keypoints")
+            evaluate(coco_of(loaded.annotations), [], iou_type="keypoints")
         except DataError as error:
             in_a_sentence(error, tmp_path)
             return False
@@ -601,7 +602,7 @@ def test_results_files(tmp_path, amount):
             in_a_sentence(error, path)
             return False
         assert len(results) == len(json.loads(content))
-        right_report(truth.coco(), VALID, results)
+        right_report(coco_of(truth), VALID, results)
         return True
 
     others = st.sampled_from([("another file", json.dumps(VALID).encode())])
@@ -625,7 +626,7 @@ def test_results_files_of_masks_and_key_points(tmp_path, amount):
             results = read(path, truth)
             for kind, field in {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}.items():
                 if results and field in results[0]:
-                    scores, _ = evaluate(truth.coco(), results, iou_type=kind)
+                    scores, _ = evaluate(coco_of(truth), results, iou_type=kind)
                     assert all(score == -1 or 0 <= score <= 1 for score in scores.values())
         except DataError as error:  # the metric knows no files
             in_a_sentence(error, path if str(path) in str(error) else "key points")
@@ -641,7 +642,7 @@ def test_results_files_of_masks_and_key_points(tmp_path, amount):
 def test_ten_thousand_results_of_an_image(tmp_path):
     truth, path = read_annotations(write(tmp_path)), tmp_path / "found.json"
     path.write_text(json.dumps([{**RESULTS[n % 4], "score": n % 7 / 7} for n in range(10_000)]))
-    right_report(truth.coco(), VALID, read(path, truth))
+    right_report(coco_of(truth), VALID, read(path, truth))
 
 
 # Images

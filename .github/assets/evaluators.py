@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from detector.data.annotations import index_coco
 from detector.evaluation.metric import SUMMARY, evaluate, evaluator_version
+from detector.evaluation.truth import index_coco
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--images", type=int, default=5000)

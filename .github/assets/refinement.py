@@ -24,6 +24,7 @@ from detector.data.categories import match_categories
 from detector.data.folder import DataFolder
 from detector.data.results import to_results
 from detector.evaluation import evaluate
+from detector.evaluation.truth import coco_of
 from detector.overriding import overridden
 from detector.pretrained import load_detector
 from detector.refinement.refining import refine
@@ -120,6 +121,6 @@ with torch.no_grad():
 print("| boxes | AP | AP50 | AP75 | AP90 | ms an image |\n|---|---|---|---|---|---|")
 for name, found in results.items():
     with contextlib.redirect_stdout(io.StringIO()):
-        scores = evaluate(data.annotations.coco(), found)[0]
+        scores = evaluate(coco_of(data.annotations), found)[0]
     row = [f"{scores[key]:.3f}" for key in ("AP", "AP50", "AP75", "AP90")]
     print(f"| {name} | {' | '.join(row)} | {1000 * spent[name] / len(data):.0f} |")

@@ -1,7 +1,5 @@
-"""The annotations of a split as a few arrays, checked, and pycocotools' index of those that are scored."""
+"""The annotations of a split as a few arrays, checked."""
 
-import contextlib
-import io
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from pycocotools.coco import COCO
 
 from detector.data.entries import MOST_AREA, CocoFile, find
 from detector.data.keypoints import KeypointLayout, layout_of
@@ -86,23 +83,6 @@ class Annotations:
         points = (self.value("keypoints", row) for row in range(len(self.ids)))
         return layout_of(self.path, self.categories, points) if "keypoints" in self.parts else None
 
-    def coco(self, image_ids: Iterable[int] | None = None) -> COCO:
-        """Make pycocotools' index of some images, by default of all, to score with."""
-        chosen = np.arange(len(self)) if image_ids is None else np.unique(self.find(image_ids))
-        chosen = chosen[chosen >= 0]
-        rows = np.flatnonzero(np.isin(self.image_of, chosen))
-        # pycocotools takes the id 0 for none; nothing else reads the ids.
-        ids = np.arange(1, len(self.ids) + 1) if (self.ids == 0).any() else self.ids
-        fields = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-        columns = (ids, self.image_ids[self.image_of], self.category_ids, self.boxes, self.areas, self.crowds * 1)
-        annotations = [dict(zip(fields, row)) for row in zip(*(column[rows].tolist() for column in columns))]
-        for part in self.parts:
-            for annotation, row in zip(annotations, rows.tolist()):
-                annotation[FIELD[part]] = self.value(part, row)
-        images = [self.image(index) for index in chosen.tolist()]
-        content = {"images": images, "annotations": annotations, "categories": self.categories}
-        return index_coco(content | {"layout": self.keypoint_layout()})  # which some images alone may not show
-
 
 def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: bool = True) -> Annotations:
     """Read an annotation file of COCO's instances format.
@@ -151,15 +131,6 @@ def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: 
         parts={part: Packed(annotations[FIELD[part]], rows) for part in found},
         flaws=flaws,
     )
-
-
-def index_coco(data: dict[str, Any]) -> COCO:
-    """Return pycocotools' index of a dict in COCO's format, without what its constructor prints."""
-    coco = COCO()
-    coco.dataset = data
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[str]:

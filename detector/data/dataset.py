@@ -147,20 +147,19 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
     def with_layers(self) -> "CocoDetection":
         """The same, with masks as :class:`~detector.data.masks.MaskLayers`, for images that are resized afterwards."""
-        other = copy(self)
-        other.layered = True
-        return other
+        return self._with(layered=True)
 
     def as_bytes(self) -> "CocoDetection":
         """The same, with images as uint8 where the transform gives uint8: a fourth of what a worker has to send."""
-        other = copy(self)
-        other.in_bytes = True
-        return other
+        return self._with(in_bytes=True)
 
     def boxes_alone(self) -> "CocoDetection":
         """The same images and boxes, read without masks and key points."""
+        return self._with(parts=(), keypoints=None)
+
+    def _with(self, **attributes: Any) -> "CocoDetection":
         other = copy(self)
-        other.parts, other.keypoints = (), None
+        vars(other).update(attributes)
         return other
 
     def leave_out(self, broken: Mapping[int, str]) -> str:
@@ -183,10 +182,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             index: the image, or (epoch, image): the same pair gives the same augmentation.
 
         Returns:
-            The image, [3, H, W] float32 in 0..1, and a dict of ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in
-            pixels, ``labels`` [L] int64 and ``image_id`` [] int64; and, if they are read, ``masks`` [L, H, W] uint8,
-            0 or 1, and ``keypoints`` [L, K, 3] float32: x and y in pixels, and whether the point is labelled, and in
-            the image.
+            The image, [3, H, W] float32 in 0..1, and a dict: ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in pixels,
+            ``labels`` [L] int64, ``image_id`` [] int64, and, if they are read, ``masks`` [L, H, W] uint8, 0 or 1, and
+            ``keypoints`` [L, K, 3] float32: x and y in pixels, and whether the point is labelled and in the image.
         """
         epoch, index = index if isinstance(index, tuple) else (0, index)
         known = int(self._images[index])

@@ -41,8 +41,7 @@ class DataFolder:
 def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:
     """Find the folder of a data set, by its path, or by its name in the folder that DETECTOR_DATA names.
 
-    Raises:
-        DataError: neither is told.
+    Raises DataError if neither is given.
     """
     if root is not None:
         return Path(root)

@@ -22,9 +22,8 @@ class Problem:
     """One thing that is wrong, or worth knowing.
 
     Args:
-        kind: a short heading, the same for all problems of the kind, such as "missing image files".
-        level: "error": training or scoring cannot use the file. "flaw": they can, but something is clipped, left
-            out or counted wrong. "note": nothing is wrong.
+        kind: a short heading, such as "missing image files".
+        level: "error": the file cannot be used; "flaw": something is clipped, left out or counted wrong; "note".
         message: one sentence that names the file, the entry (its place in the list, and its id), field and value.
     """
 

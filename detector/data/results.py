@@ -34,8 +34,8 @@ def to_results(
         category_ids: the category id of each label, from label 1 on; ``None`` for one to leave out.
 
     Returns:
-        One dict per detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height) and ``score``, of masks
-        also ``segmentation`` (RLE), of key points ``keypoints`` (x, y and 1 of each, in one list).
+        One dict per detection: ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``score``, and perhaps
+        ``segmentation`` (RLE) and ``keypoints`` (x, y and 1 of each, in one list).
     """
     results = []
     for detection, image_id in zip(detections, image_ids, strict=True):

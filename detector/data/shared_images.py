@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-MIDDLE = 4096  # bytes
-
 
 def equal_files(first: Iterable[Path], second: Iterable[Path]) -> dict[Path, Path]:
     """Find the files of one list that are, byte for byte, also in another.
@@ -49,8 +47,8 @@ def _size(path: Path) -> int:
 def _middle(path: Path) -> bytes:
     """Read a little of a file: enough to tell bitmaps apart, which are all of one size, and begin alike."""
     with open(path, "rb") as file:
-        file.seek(max(os.fstat(file.fileno()).st_size // 2 - MIDDLE // 2, 0))
-        return file.read(MIDDLE)
+        file.seek(max(os.fstat(file.fileno()).st_size // 2 - 2048, 0))
+        return file.read(4096)
 
 
 def _digest(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from detector.data.dataset import CocoDetection, collate
 from detector.data.results import Result, to_results
 from detector.errors import ModelError
 from detector.evaluation.metric import evaluate
+from detector.evaluation.truth import coco_of
 from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
 from detector.refinement.config import RefinementConfig
@@ -97,7 +98,7 @@ def score_refinements(
                 detections = model.transform.postprocess(detections, batch.image_sizes, sizes)
                 into += to_results(detections, image_ids, category_ids)
             bar.update(len(images))
-    truth = data.annotations.coco(data.image_ids)
+    truth = coco_of(data.annotations, data.image_ids)
     return [evaluate(truth, one)[0] for one in results]
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from detector.data.annotations import index_coco
 from detector.data.keypoints import PERSON, layout_of
 from detector.data.masks import as_rle, mask_area
 from detector.data.part_problems import Part
 from detector.data.results import Result
 from detector.errors import DataError, ModelError
+from detector.evaluation.truth import index_coco
 
 IouType = Literal["bbox", "segm", "keypoints"]  # pycocotools' word for what is compared
 # pycocotools' 12 summary numbers, in its order. AP is averaged over IoU 0.50 to 0.95, AR is at that many detections.

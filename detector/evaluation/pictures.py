@@ -20,6 +20,7 @@ from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import BoxOutcome, Kind, match_boxes
 from detector.evaluation.page import MARKS, SIDE, Picture
+from detector.evaluation.truth import coco_of
 from detector.text import short
 
 EXAMPLES = 4
@@ -67,7 +68,7 @@ def worst_and_best(
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
     ids = {one["id"] for _, one in chosen}
     matched = match_boxes(
-        split.annotations.coco(ids),
+        coco_of(split.annotations, ids),
         [result for result in results if result["image_id"] in ids],
         ids,
         min_score=report["confusion"]["min_score"],

@@ -16,6 +16,7 @@ from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best
 from detector.evaluation.report import as_text, make_report
 from detector.evaluation.running import Predictions
+from detector.evaluation.truth import coco_of
 from detector.files import write_atomically, write_json
 from detector.pretrained.detector import PretrainedDetector
 from detector.refinement.attach import refinement_of
@@ -88,7 +89,7 @@ def write_evaluation(
         "keypoints/AP" and so on.
     """
     how: dict[str, Any] = {"parts": parts, "evaluator": options.evaluator}
-    coco = truth.coco(found.image_ids)
+    coco = coco_of(truth, found.image_ids)
     scorer, *others = scorers = match_parts(coco, found.results, found.image_ids, **how)
     before = [] if unrefined is None else match_parts(coco, unrefined.results, unrefined.image_ids, **how)
     report, tables = make_report(

@@ -18,6 +18,7 @@ from detector.data.results import Result, to_results
 from detector.evaluation import Predictions, detect_with_losses
 from detector.evaluation.metric import evaluate_parts
 from detector.evaluation.ranks import gathered
+from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
@@ -150,7 +151,7 @@ class DetectionTask(lightning.LightningModule):
         self.results = [] if found is None else found.results
         scores = None
         if found is not None:
-            truth = val_set.annotations.coco(val_set.image_ids)
+            truth = coco_of(val_set.annotations, val_set.image_ids)
             scores = evaluate_parts(truth, self.results, val_set.image_ids, parts=self.parts)
         scores = self.trainer.strategy.broadcast(scores)
         assert scores is not None

@@ -34,6 +34,7 @@ from detector.evaluation.pictures import worst_and_best
 from detector.evaluation.running import run_detector
 from detector.evaluation.scoring import score_split
 from detector.evaluation.timing import STAGES, measure_stages
+from detector.evaluation.truth import coco_of
 from detector.models.published import published_names
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.loading import load_detector
@@ -375,7 +376,7 @@ def test_pictures_show_what_was_counted(scored, data, split, monkeypatch):
     found = json.loads((scored / "detections.json").read_text())
     report = json.loads((scored / "report.json").read_text())
     report["confusion"]["min_score"] = least = float(np.median([one["score"] for one in found]))
-    _, report["images"] = confusion(split.annotations.coco(), found, split.image_ids, min_score=least)
+    _, report["images"] = confusion(coco_of(split.annotations), found, split.image_ids, min_score=least)
     seen = []
     before = []
 

@@ -33,6 +33,7 @@ from detector.data.drawing import draw
 from detector.data.results import read_results, results_file
 from detector.errors import DataError
 from detector.evaluation import evaluate
+from detector.evaluation.truth import coco_of
 from detector.pretrained import predict_files as predict_module
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.loading import load_checkpoint
@@ -526,7 +527,7 @@ def test_results_have_the_ids_of_the_annotations_and_can_be_scored(photos, home,
     assert {image["file_name"]: image["id"] for image in found["images"]} == ids
     assert {one["image_id"] for one in results} == set(ids.values())
     truth = read_annotations(path)
-    scores, _ = evaluate(truth.coco(), read_results(results_file("out/detections.json"), truth))
+    scores, _ = evaluate(coco_of(truth), read_results(results_file("out/detections.json"), truth))
     assert scores["AR100"] >= 0
 
 

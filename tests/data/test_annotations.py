@@ -6,15 +6,21 @@ import gzip
 import io
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from support.annotation_files import VALID, changed, write
 
+from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
+from detector.data.entries import Entries
 from detector.errors import DataError
+from detector.evaluation.truth import coco_of
 
 FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
@@ -55,17 +61,17 @@ def test_what_is_scored_is_what_pycocotools_reads(tmp_path):
     path.write_text(json.dumps(mixed()))
     annotations = read_annotations(path, parts=["masks"])
     assert annotations.image_ids.tolist() == [-3, 5, 70, 2**63 - 1]
-    same_as_pycocotools(path, annotations.coco(), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
-    same_as_pycocotools(path, annotations.coco([70, -3]), [-3, 70], (*FIELDS, "segmentation"))
+    same_as_pycocotools(path, coco_of(annotations), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
+    same_as_pycocotools(path, coco_of(annotations, [70, -3]), [-3, 70], (*FIELDS, "segmentation"))
     expected = {one["id"] for one in mixed()["annotations"] if one["image_id"] == 5}
-    assert read_annotations(path).coco([5, 6]).anns.keys() == expected
+    assert coco_of(read_annotations(path), [5, 6]).anns.keys() == expected
 
 
 def test_real_coco_is_what_pycocotools_reads(coco_cc):
     for split in ("train2017", "val2017"):
         path = coco_cc / "annotations" / f"instances_{split}.json"
         annotations = read_annotations(path, parts=["masks"])
-        same_as_pycocotools(path, annotations.coco(), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
+        same_as_pycocotools(path, coco_of(annotations), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
 
 
 def test_annotations_lie_by_image_and_keep_their_order(tmp_path):
@@ -177,3 +183,51 @@ def test_text_that_is_not_utf_8_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"cat"', b'"c\xe4t"'))
     with pytest.raises(DataError, match=r"categories\[0\] \(id 7\) has name 'c.t', must be a string in UTF-8"):
         read_annotations(path)
+
+
+def test_right_files_are_not_read_entry_by_entry(tmp_path, monkeypatch):
+    def never(self):
+        raise AssertionError("read one by one")
+
+    monkeypatch.setattr(Entries, "_one_by_one", never)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(mixed()))
+    assert len(read_annotations(path, parts=["masks"]).ids) == 50
+
+
+def test_lists_without_entries(tmp_path):
+    nothing = {"images": [], "annotations": [], "categories": []}
+    assert len(read_annotations(write(tmp_path, nothing))) == 0
+    assert coco_of(read_annotations(write(tmp_path, nothing))).anns == {}
+    assert read_annotations(write(tmp_path, {**VALID, "annotations": []})).boxes.shape == (0, 4)
+    for images in ([], None):
+        lost = {**VALID, "images": images, "annotations": [{**VALID["annotations"][0], "bbox": [0, 0, 0, 0]}]}
+        with pytest.raises(DataError, match=r"a\.json: (annotations\[0\]|'images' must be a list)"):
+            read_annotations(write(tmp_path, lost))
+
+
+def test_annotations_that_are_given_hold_the_parts(tmp_path):
+    annotation = VALID["annotations"][0] | {"segmentation": [[1, 1, 9, 1, 9, 9]]}
+    path = write(tmp_path, {**VALID, "annotations": [annotation]})
+    with_masks = read_annotations(path, parts=["masks"])
+    assert CocoDetection(tmp_path / "images", with_masks, parts=["masks"])[0][1]["masks"].any()
+    assert set(CocoDetection(tmp_path / "images", with_masks)[0][1]) == {"boxes", "labels", "image_id"}
+    with pytest.raises(AssertionError, match="parts"):
+        CocoDetection(tmp_path / "images", read_annotations(path), parts=["masks"])
+
+
+@pytest.mark.slow
+def test_a_data_set_of_cocos_size_is_right_at_any_size(tmp_path):
+    """What the rehearsal runs on, in small."""
+    scripts = Path(__file__).parents[2] / ".github" / "assets"
+    pytest.importorskip("sklearn")
+    folder = tmp_path / "coco"
+    made = [sys.executable, scripts / "coco_sized.py", folder, "--images", "40", "--val_images", "5"]
+    subprocess.run(made, check=True, capture_output=True)
+    findings = check_dataset(folder / "annotations" / "instances_train2017.json", folder / "train2017")
+    assert {problem.level for problem in findings.problems} <= {"note"}
+    data = CocoDetection(folder / "train2017", folder / "annotations" / "instances_train2017.json", parts=["masks"])
+    assert len(data) == 40
+    assert data.counts().sum() > 200
+    read = [sys.executable, scripts / "rehearsal.py", folder, "--read", "masks"]
+    assert json.loads(subprocess.run(read, check=True, capture_output=True).stdout)["pickled"] > 0

@@ -17,6 +17,7 @@ from detector.data.part_drawing import LEFT, MIDDLE, RIGHT, draw_keypoints, draw
 from detector.evaluation.confusion import BoxOutcome
 from detector.evaluation.page import MARKS
 from detector.evaluation.pictures import draw_examples, draw_outcomes
+from detector.evaluation.truth import coco_of
 
 BLUE = COLORS[0]
 TRIO = KeypointLayout(("nose", "left_eye", "right_eye"), ((0, 1), (1, 2)))
@@ -282,7 +283,7 @@ class TestBrowsing:
 
 class TestOutcomes:
     def outcome(self, kind, split, **detected):
-        truth = split.annotations.coco().anns[1]
+        truth = coco_of(split.annotations).anns[1]
         found = {"image_id": 1, "category_id": 3, "bbox": truth["bbox"], "score": 0.9} | detected
         return BoxOutcome(kind, None if kind == "false" else truth, None if kind == "missed" else found)
 
@@ -309,7 +310,7 @@ class TestOutcomes:
 
     def test_a_crowd_has_its_mask_and_an_object_may_have_nothing(self, split_of):
         split = split_of("masks", "keypoints")
-        crowd, dog = split.annotations.coco().anns[3], split.annotations.coco().anns[2]
+        crowd, dog = coco_of(split.annotations).anns[3], coco_of(split.annotations).anns[2]
         picture = self.drawn(split, BoxOutcome("crowd", crowd, None), BoxOutcome("missed", dog, None))
         assert (pixels_of(picture)[240, 860] - over(MARKS["crowd"].color)).abs().max() <= 1
         assert not changed(picture)[100:, :760].any()

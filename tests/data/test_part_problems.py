@@ -36,6 +36,7 @@ BROKEN = [
     ("masks", [[1, 2, 3, math.nan, 5, 6]], "broken segmentations", "at `$[0][3]`"),
     ("keypoints", [1, 2, 2], "broken key points", "3 numbers: 2 key points are 6"),
     ("keypoints", [1, 2, 2, 3, 4, 7], "broken key points", "a visibility"),
+    ("keypoints", [[]], "broken key points", "at `$[0]`"),
     ("keypoints", "points", "broken key points", "got `str`"),
 ]
 

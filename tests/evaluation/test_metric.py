@@ -15,6 +15,7 @@ from detector.data.annotations import read_annotations
 from detector.data.masks import MaskLayers, encode_masks
 from detector.errors import DataError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict, to_results
+from detector.evaluation.truth import coco_of
 from detector.rcnn.draws import draw_by_image
 from detector.rcnn.swap import swap_crop_head
 
@@ -98,7 +99,7 @@ def test_predict_restores_the_mode_and_reports_progress():
 def test_real_coco_against_load_res(coco_cc, tmp_path):
     """The truth, jittered, as detections: all 12 numbers as pycocotools' documented way in gives them."""
     path = coco_cc / "annotations" / "instances_val2017.json"
-    coco = read_annotations(path).coco()
+    coco = coco_of(read_annotations(path))
     found = []
     for annotation in coco.anns.values():
         x, y, w, h = annotation["bbox"]

@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval, Params
 from support.scored import annotations_of, read
 from support.tiny_models import batch, tiny_rcnn
 
-from detector.data.annotations import index_coco, read_annotations
+from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.masks import as_rle, decode_masks
@@ -23,6 +23,7 @@ from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_parts, match, scores_of
 from detector.evaluation.scoring import evaluate_results, scored_parts
+from detector.evaluation.truth import coco_of, index_coco
 from detector.evaluation.writing import EvaluationOptions
 from detector.models.detecting import detect
 
@@ -156,7 +157,7 @@ def test_the_truth_fed_back_is_perfect_and_stays_as_it_is(kind):
 def test_real_polygons_and_crowds_fed_back(coco_cc):
     data = CocoDetection(coco_cc / "val2017", coco_cc / "annotations" / "instances_val2017.json", parts=("masks",))
     results = []
-    coco = data.annotations.coco()
+    coco = coco_of(data.annotations)
     for annotation in coco.anns.values():
         image = coco.imgs[annotation["image_id"]]
         rle = as_rle(annotation["segmentation"], image["height"], image["width"])
@@ -399,3 +400,19 @@ def test_the_tolerance_of_other_points_is_the_mean_of_cocos():
     # sigmas of COCO's evaluation page, times 1000
     coco = [26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]
     assert pytest.approx(sum(coco) / 17 / 1000) == SIGMA
+
+
+def test_images_without_key_points_are_scored_as_part_of_a_set_that_has_them(tmp_path):
+    """As with --limit, or after Ctrl-C, where no category names the points."""
+    content = truth(5)
+    first = content["images"][0]["id"]
+    for category in content["categories"]:
+        category.pop("keypoints", None)
+    for annotation in content["annotations"]:
+        if annotation["image_id"] == first:
+            annotation.pop("keypoints", None)
+    annotations, results = write(tmp_path / "a.json", content), write(tmp_path / "r.json", detections(truth(5)))
+    evaluate_results(str(results), annotations, tmp_path / "e", EvaluationOptions(pictures=0, limit=1))
+    scores = json.loads((tmp_path / "e" / "scores.json").read_text())
+    assert scores["keypoints/AP"] == -1
+    assert scores["AP"] > 0

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from support.scored import annotations_of, read, result, truth
 from support.tiny_models import SIZE, batch, copies, tiny_rcnn
 
-from detector.data.annotations import index_coco, read_annotations
+from detector.data.annotations import read_annotations
 from detector.data.results import results_file
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict
@@ -22,6 +22,7 @@ from detector.evaluation.metric import match
 from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import COUNTS, Hit, ProposalRecorder, recall
 from detector.evaluation.report import as_text, make_report, newest_report, text_table
+from detector.evaluation.truth import coco_of, index_coco
 from detector.rcnn.swap import swap_crop_head
 
 
@@ -50,7 +51,7 @@ def jittered(coco, seed=0, spread=0.05):
 
 @pytest.fixture(scope="module")
 def coco(coco_cc):
-    return read_annotations(coco_cc / "annotations" / "instances_val2017.json").coco()
+    return coco_of(read_annotations(coco_cc / "annotations" / "instances_val2017.json"))
 
 
 def official(coco, found, categories):
@@ -659,7 +660,7 @@ def test_annotation_id_0_is_an_object_like_any_other(tmp_path):
         annotation["id"] = number
     (tmp_path / "truth.json").write_text(json.dumps(data))
     found = [result(1, [0, 0, 20, 20]), result(2, [0, 0, 20, 20])]
-    assert evaluate(read_annotations(tmp_path / "truth.json").coco(), found)[0]["AP"] == pytest.approx(1)
+    assert evaluate(coco_of(read_annotations(tmp_path / "truth.json")), found)[0]["AP"] == pytest.approx(1)
 
 
 def test_a_box_of_a_negative_size_is_an_object_that_nobody_finds(tmp_path):
@@ -667,7 +668,7 @@ def test_a_box_of_a_negative_size_is_an_object_that_nobody_finds(tmp_path):
     for annotation in data["annotations"]:
         del annotation["area"]
     (tmp_path / "truth.json").write_text(json.dumps(data))
-    coco, found = read_annotations(tmp_path / "truth.json").coco(), [result(1, [0, 0, 20, 20])]
+    coco, found = coco_of(read_annotations(tmp_path / "truth.json")), [result(1, [0, 0, 20, 20])]
     report, _ = make_report(match(coco, found), found, about={})
     assert report["scores"]["AR100"] == pytest.approx(1 / 3)
     assert report["about"]["objects"] == sum(report["confusion"]["matrix"][0]) == 3

@@ -4,8 +4,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from detector.data.annotations import index_coco, read_annotations
+from detector.data.annotations import read_annotations
 from detector.data.results import read_results, results_file
+from detector.evaluation.truth import index_coco
 
 
 def annotations_of(content, *, parts=()):

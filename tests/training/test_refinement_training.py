@@ -31,6 +31,7 @@ from detector.errors import ModelError
 from detector.evaluation import evaluate
 from detector.evaluation.choosing import best_refinement, score_refinements
 from detector.evaluation.running import run_detector
+from detector.evaluation.truth import coco_of
 from detector.models.build import build_detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
@@ -201,7 +202,7 @@ def test_candidates_score_as_the_detector_does_with_their_settings(refined, digi
         detector.refinement.configure(candidate)
         ids = match_categories(detector, data)
         results = run_detector(detector.model, data, ids, workers=0).results
-        assert found == evaluate(data.annotations.coco(), results, data.image_ids)[0]
+        assert found == evaluate(coco_of(data.annotations), results, data.image_ids)[0]
 
 
 @pytest.mark.parametrize(

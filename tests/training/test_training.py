@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.transforms import v2
 
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
@@ -34,6 +35,7 @@ from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses
 from detector.evaluation.metric import evaluate_parts
 from detector.evaluation.running import run_detector
+from detector.evaluation.truth import coco_of
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_published
@@ -448,6 +450,24 @@ def logged(folder, name):
     return [event.value for event in log.Scalars(name)]
 
 
+def test_images_are_sent_as_bytes_and_trained_on_as_floats(digits):
+    """A worker sends a fourth; the values are those of the data set."""
+    data = CocoDataModule(str(digits), train_split="train", val_split="val", workers=0, batch_size=2)
+    data.setup("fit")
+    for loader, split in ((data.train_dataloader(), data.train_set), (data.val_dataloader(), data.val_set)):
+        sent, targets = next(iter(loader))
+        assert {image.dtype for image in sent} == {torch.uint8}
+        received, _ = data.on_after_batch_transfer((sent, targets), 0)
+        for image, target in zip(received, targets, strict=True):
+            expected, _ = split[0, split.image_ids.index(int(target["image_id"]))]
+            assert torch.equal(image, expected)
+    normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    data = CocoDataModule(str(digits), train_split="train", val_split="val", augmentation=normalised, workers=0)
+    data.setup("fit")
+    sent, targets = next(iter(data.train_dataloader()))
+    assert data.on_after_batch_transfer((sent, targets), 0)[0][0].min() < 0  # floats of a transform stay
+
+
 def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path, caplog):
     root = tmp_path / "digits"
     shutil.copytree(digits, root)
@@ -460,7 +480,7 @@ def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path,
     data = CocoDataModule(str(root), train_split="train", val_split="val")
     with caplog.at_level("INFO"):
         data.setup("fit")
-    nines = [a for a in data.val_set.annotations.coco().anns.values() if a["category_id"] not in known]
+    nines = [a for a in coco_of(data.val_set.annotations).anns.values() if a["category_id"] not in known]
     assert f"val: objects of classes that are not trained on (9) count as missed: {len(nines)}" in caplog.text
     assert len(nines) > 0
     assert len(data.val_set.category_ids) == 9
