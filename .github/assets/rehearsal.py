@@ -46,9 +46,9 @@ TINY = [
 
 
 def field(path: str, name: str) -> float:
-    """A line of a file in /proc, in MB."""
+    """A line of a file in /proc, in MiB."""
     with contextlib.suppress(OSError), open(path) as lines:
-        return next((int(line.split()[1]) / 1000 for line in lines if line.startswith(name)), 0.0)
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(name)), 0.0)
     return 0.0
 
 
@@ -85,7 +85,7 @@ def measured(name: str, *command: str, until: Callable[[], bool] | None = None, 
 
 
 def read(what: str, root: Path) -> None:
-    """Read train2017 in this process, and print seconds, MB that stay, and MB pickled."""
+    """Read train2017 in this process, and print seconds, MiB that stay, and MiB pickled."""
     from pycocotools.coco import COCO
 
     from detector.data.folder import DataFolder
@@ -97,8 +97,8 @@ def read(what: str, root: Path) -> None:
     else:
         data = DataFolder(root).dataset("train2017", parts=("masks",) if what == "masks" else ())
     seconds, stays = time.perf_counter() - start, field("/proc/self/status", "VmRSS") - before
-    pickled = 0 if what == "pycocotools" else len(pickle.dumps(data)) / 1e6
-    print(json.dumps({"s": seconds, "MB": stays, "pickled": pickled}))
+    pickled = 0 if what == "pycocotools" else len(pickle.dumps(data)) / 2**20
+    print(json.dumps({"s": seconds, "MiB": stays, "pickled": pickled}))
 
 
 class Pixels(Dataset):
@@ -114,7 +114,7 @@ class Pixels(Dataset):
 
 
 class Owned(Dataset):
-    """Gives what the worker that reads an image owns by then, in MB."""
+    """Gives what the worker that reads an image owns by then, in MiB."""
 
     def __init__(self, data: Dataset, images: int) -> None:
         self.data, self.images = data, images
@@ -157,11 +157,11 @@ def reading(root: Path, rounds: int, images: int) -> None:
         times = sorted(one[what]["s"] for one in done)
         middle = f"{ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         seconds = f"{times[len(times) // 2]:.1f} s ({times[0]:.1f} to {times[-1]:.1f})"
-        memory = " | ".join(f"{max(one[what][name] for one in done):,.0f} MB" for name in ("MB", "pickled"))
+        memory = " | ".join(f"{max(one[what][name] for one in done):,.0f} MiB" for name in ("MiB", "pickled"))
         print(f"| {what} | {seconds if what == 'pycocotools' else middle} | {memory} |")
     print(f"\n| a worker's own memory after {images:,} images | |\n|---|---|")
     for what in ("pixels", "boxes", "masks"):
-        print(f"| {what} | {results_of(str(root), '--owned', what, '--images', str(images)):,.0f} MB |")
+        print(f"| {what} | {results_of(str(root), '--owned', what, '--images', str(images)):,.0f} MiB |")
 
 
 def tools(root: Path, work: Path) -> None:
@@ -182,7 +182,7 @@ def tools(root: Path, work: Path) -> None:
             (small / "annotations" / file.name).symlink_to(file.resolve())
     train = [python, "tools/train.py", *TINY, f"--data.root={small}", "--data.val_split=small", f"--run_dir={run}"]
     annotations = str(root / "annotations" / "instances_train2017.json")
-    print("\n| run | time | MB resident at most, and own, by process |\n|---|---|---|")
+    print("\n| run | time | MiB resident at most, and own, by process |\n|---|---|---|")
     measured("check.py, the file alone", python, "tools/check.py", annotations, log=log)
     images = ("--images", str(root / "train2017"), "--quick")
     measured("check.py with the images' names", python, "tools/check.py", annotations, *images, log=log)
