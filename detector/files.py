@@ -24,8 +24,10 @@ NO_UTF8_JSON = {
     ),
 }
 # Python writes these although JSON does not allow them: words for numbers, and halves of surrogate pairs.
-NUMBERS = {b"-Infinity": b"-1e998", b"Infinity": b"1e998", b"NaN": b"1e999"}  # no type takes such a number
-HALVES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")  # in the group
+NUMBERS = {b"-Infinity": b"-1e998", b"Infinity": b"1e998", b"NaN": b"1e999"}  # too large for a float, so refused
+HALVES = re.compile(  # group 1: a half without the other
+    rb"\\(?:\\|u[dD](?:[89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|([89a-fA-F][\da-fA-F]{2})))"
+)
 CUT_OFF = "Input data was truncated"  # msgspec's words
 
 
@@ -52,31 +54,42 @@ def decode_json(path: str | Path, kind: Any) -> Any:
         try:
             return msgspec.json.decode(content, type=kind)
         except msgspec.DecodeError as error:
-            place, before = _place(error), content
-            is_word = place is not None and content.startswith((b"N", b"I"), place)
-            content = _without_words(content) if is_word else _without_halves(content)
-            if content == before:
-                raise
-        return msgspec.json.decode(content, type=kind)
+            first = error
+        mended = _without_halves(_without_words(content))
+        if mended == content:
+            raise first
+        try:
+            return msgspec.json.decode(mended, type=kind)
+        except msgspec.DecodeError as error:  # its place is one in other bytes
+            raise DataError(f"{path}: not valid JSON: {str(error).partition(' (byte')[0]}") from None
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: lists or dicts lie too deep in each other") from None
     except msgspec.DecodeError as error:
-        if CUT_OFF in str(error):
-            raise DataError(f"{path}: not valid JSON: the file is cut off") from None
-        end = _place(error) or 0
-        line, column = content.count(b"\n", 0, end) + 1, end - content.rfind(b"\n", 0, end)
-        raise DataError(f"{path}: not valid JSON at line {line}, column {column}: {error}") from None
+        raise DataError(f"{path}: not valid JSON: {_with_place(error, content)}") from None
+
+
+def _with_place(error: msgspec.DecodeError, content: bytes) -> str:
+    """What msgspec says of a text, with line and column where it names a byte."""
+    if CUT_OFF in str(error):
+        return "the file is cut off"
+    found = re.search(r"\(byte (\d+)\)", str(error))
+    if not found:
+        return str(error)
+    end = int(found[1])
+    line, column = content.count(b"\n", 0, end) + 1, end - content.rfind(b"\n", 0, end)
+    return f"line {line}, column {column}: {error}"
 
 
 def _without_halves(content: bytes) -> bytes:
-    if rb"\ud" not in content.lower():
-        return content
+    """JSON with U+FFFD in place of each half of a surrogate pair."""
     return HALVES.sub(lambda found: rb"\ufffd" if found[1] else found[0], content)
 
 
 def _without_words(content: bytes) -> bytes:
-    """JSON with numbers in place of the words for them; words in strings, after an odd number of quotes, stay."""
+    """JSON with numbers in place of NaN and Infinity. After an odd number of quotes a word is in a string: it stays."""
     for word, number in NUMBERS.items():
+        if word not in content:
+            continue
         first, *others = content.split(word)
         pieces, in_string = [first], False
         for before, after in zip([first, *others], others):
@@ -99,12 +112,6 @@ def _content(path: str | Path) -> bytes:
         if content.startswith(start):
             raise DataError(f"{path}: not valid JSON: {what}")
     return content
-
-
-def _place(error: Exception) -> int | None:
-    """The byte at which a text is no longer JSON; ``None`` if msgspec names none, as at the end."""
-    place = re.search(r"\(byte (\d+)\)", str(error))
-    return int(place[1]) if place else None
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

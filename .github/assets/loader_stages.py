@@ -1,6 +1,6 @@
 """Images a second of one reading process, from JPEGs of COCO's sizes to what training takes, stage by stage.
 
-    python .github/assets/coco_sized.py FOLDER --images 800 --val_images 8
+    python .github/assets/coco_sized.py FOLDER --images 400 --val_images 8
     python .github/assets/loader_stages.py FOLDER
 
 Each image is flipped at random and resized to 800 pixels, 1333 at most. Beside it, in turns in the same run: the
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detector.data.dataset import CocoDetection, collate
+from detector.data.dataset import CocoDetection, as_float, collate
 from detector.data.folder import DataFolder
 from detector.data.images import read_image
 
@@ -87,7 +87,7 @@ def main() -> None:
         "decode": lambda: each(read_image, files),
         "flip": lambda: each(flip, pixels),
         "resize": lambda: each(resize, pixels),
-        "to float": lambda: each(lambda one: v2.functional.to_dtype(one, torch.float32, scale=True), resized),
+        "to float": lambda: each(as_float, resized),
         "an item, float": lambda: each(data.__getitem__, range(IMAGES)),
         "an item, bytes": lambda: each(compact.__getitem__, range(IMAGES)),
         "one worker, float": lambda: loaded(data),

@@ -3,7 +3,7 @@
     python .github/assets/coco_sized.py FOLDER && python .github/assets/rehearsal.py FOLDER --output WORK
 
 Reading, loader workers, check.py, browse.py, train.py (killed, resumed, and as two ranks), eval.py and predict.py
-on the 5,000 images of val2017, refine.py: with a tiny detector, on a CPU, in about half an hour. Needs Linux: memory is
+on the 5,000 images of val2017, refine.py: with a tiny detector, on a CPU, in about 16 minutes. Needs Linux: memory is
 read from /proc, five times a second. Resident memory counts what processes share, once in each of them; "own" is what a
 process has written to and shares with none (Private_Dirty).
 """

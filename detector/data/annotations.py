@@ -17,7 +17,7 @@ from detector.errors import DataError, MissingPartError
 
 
 class Packed:
-    """Many strings in one block that forked workers share: strings of Python's own would be copied as they are counted.
+    """Many strings in one block that forked workers share; Python's would be copied as their reference counts change.
 
     Args:
         pieces: in UTF-8.

@@ -35,7 +35,7 @@ def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Targ
 
 
 def as_float(image: Tensor) -> Tensor:
-    """An image as float32 in 0..1, on its device; one in floats stays as it is."""
+    """Convert an image to float32, on its device. Integers are scaled to 0..1, floats are only cast."""
     return v2.functional.to_dtype(image, torch.float32, scale=True)
 
 
@@ -77,7 +77,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.parts = tuple(parts)
         if not isinstance(annotations, Annotations):
             annotations = read_annotations(annotations, parts=self.parts)
-        assert annotations.parts.keys() >= set(self.parts), "read the annotations with these parts"
+        if set(self.parts) - annotations.parts.keys():
+            raise ValueError(f"the annotations must be read with parts={self.parts}, got {tuple(annotations.parts)}")
         self.annotations = annotations
         self._images = np.arange(len(annotations))  # those of the annotations that are here
         self._boxes = _corners(annotations)  # of all annotations, [L, 4] float32
@@ -150,7 +151,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return self._with(layered=True)
 
     def as_bytes(self) -> "CocoDetection":
-        """The same, with images as uint8 where the transform gives uint8: a fourth of what a worker has to send."""
+        """The same, but images that the transform leaves as uint8 stay so: a quarter of the bytes to send."""
         return self._with(in_bytes=True)
 
     def boxes_alone(self) -> "CocoDetection":
@@ -216,6 +217,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
                     reason += f": {LEAVE_OUT}"
                 raise DataError(f"{path}: the augmentation fails on this image: {reason}") from error
         image = (image if self.in_bytes else as_float(image)).as_subclass(Tensor)
+        if image.untyped_storage().nbytes() > image.nbytes:  # a crop, which would be sent with all of its image
+            image = image.clone()
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}

@@ -130,8 +130,6 @@ class Entries:
 
 LISTS = ("images", "categories", "annotations")
 LIST = list[Raw] | str | int | float | bool | None  # the entries, or what is there in their place
-
-
 _Lists: Any = msgspec.defstruct("_Lists", [(name, LIST | dict, None) for name in LISTS])
 
 

@@ -39,7 +39,7 @@ class DataFolder:
 
 
 def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:
-    """Find the folder of a data set by its path, or its name in the folder that DETECTOR_DATA names; or a DataError."""
+    """Find the folder of a data set by its path, or its name in the folder that DETECTOR_DATA names."""
     if root is not None:
         return Path(root)
     where = f"where is the data? Give its folder with {flag} FOLDER"

@@ -141,7 +141,7 @@ def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = Tru
     if len(value) != 3 * count:
         return f"{len(value)} numbers: {count} key points are {3 * count}, x, y and visibility of each"
     if not all(number == 0 or abs(number) >= LEAST for number in value):
-        return f"numbers that are not 0, but smaller than {LEAST}"
+        return f"a number that is not 0, but below {LEAST} in size"
     if visibility and not {0, 1, 2}.issuperset(value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None

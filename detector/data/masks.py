@@ -188,7 +188,7 @@ def segmentation_problem(segmentation: bytes | msgspec.Raw, width: int, height: 
     """Say what is wrong with the JSON of a segmentation, which is not empty, in an image of that size.
 
     pycocotools reads what it is given without looking: an RLE that is too long writes beyond its mask, and four numbers
-    are a box to it. COCO has 860,000 polygons, so most pass one decoder call of two microseconds.
+    are a box to it. COCO has 860,000 polygons, so the usual case is a single decoder call, of two microseconds.
     """
     if width * height > MOST_PIXELS:
         return f"in an image of {width}x{height} pixels: masks are read in images of {MOST_PIXELS:,} at most"

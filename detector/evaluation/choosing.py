@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from detector.data.batches import ScoringBatches
 from detector.data.categories import match_categories
-from detector.data.dataset import CocoDetection, collate
+from detector.data.dataset import CocoDetection, as_float, collate
 from detector.data.results import Result, to_results
 from detector.errors import ModelError
 from detector.evaluation.metric import evaluate
@@ -59,7 +59,7 @@ def score_refinements(
         raise ModelError("the detector has no refinement whose settings could be told")
     category_ids = match_categories(detector, data)
     loader: DataLoader[Any] = DataLoader(
-        data,
+        data.as_bytes(),
         batch_sampler=ScoringBatches(len(data), batch_size),
         num_workers=workers,
         collate_fn=collate,
@@ -72,7 +72,7 @@ def score_refinements(
         for images, targets in loader:
             sizes = [(image.shape[-2], image.shape[-1]) for image in images]
             image_ids = [int(target["image_id"]) for target in targets]
-            batch, _ = model.transform([image.to(device) for image in images])
+            batch, _ = model.transform([as_float(image.to(device)) for image in images])
             features: dict[str, Tensor] | Tensor = model.backbone(batch.tensors)
             if isinstance(features, Tensor):
                 features = OrderedDict([("0", features)])

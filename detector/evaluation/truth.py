@@ -15,7 +15,7 @@ from detector.data.part_problems import FIELD
 def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) -> COCO:
     """Make pycocotools' index of the annotations of some images, by default of all.
 
-    Its ``dataset`` has one key more, ``layout``: what the key points are, which some images alone may not show.
+    Its ``dataset`` has an extra key, ``layout``: that of the key points, which a few images may not tell.
     """
     chosen = np.arange(len(annotations)) if image_ids is None else np.unique(annotations.find(image_ids))
     chosen = chosen[chosen >= 0]

@@ -261,8 +261,10 @@ class CocoDataModule(lightning.LightningDataModule):
         return self._loader(self.val_set.with_layers(), batches)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        images, targets = batch
-        return [as_float(image) for image in images], targets
+        images, targets = [as_float(image) for image in batch[0]], batch[1]
+        if self.trainer is not None:  # Lightning casts floats before they are sent, and these were bytes
+            images = self.trainer.precision_plugin.convert_input(images)
+        return images, targets
 
     def on_exception(self, exception: BaseException) -> None:
         if self.trainer is not None:  # Lightning ends the workers of that loop alone in which it happened

@@ -131,6 +131,17 @@ def test_numbers_that_json_has_not(tmp_path, constant, shown):
     assert annotations.file_names() == ["a.png", name]
 
 
+def test_words_and_halves_in_one_file(tmp_path):
+    path = write(tmp_path)
+    for unread in ('[NaN, "\\ud800"]', '["\\ud800", NaN]', '["\\\\ud800 \\udce4", -Infinity]'):
+        path.write_text(path.read_text().replace("{", f'{{"info": {unread}, ', 1))
+        assert len(read_annotations(path).ids) == 3
+    for broken in ('"\\ud8zz"', '"\\ud8"', "NaNs"):
+        path.write_text(f'{{"info": {broken}, "images": [], "annotations": [], "categories": []}}')
+        with pytest.raises(DataError, match=r"a\.json: not valid JSON"):
+            read_annotations(path)
+
+
 def test_halves_of_surrogate_pairs(tmp_path):
     """Python writes them for file names that are not UTF-8."""
     path = write(tmp_path)
@@ -212,7 +223,7 @@ def test_annotations_that_are_given_hold_the_parts(tmp_path):
     with_masks = read_annotations(path, parts=["masks"])
     assert CocoDetection(tmp_path / "images", with_masks, parts=["masks"])[0][1]["masks"].any()
     assert set(CocoDetection(tmp_path / "images", with_masks)[0][1]) == {"boxes", "labels", "image_id"}
-    with pytest.raises(AssertionError, match="parts"):
+    with pytest.raises(ValueError, match="parts"):
         CocoDetection(tmp_path / "images", read_annotations(path), parts=["masks"])
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import torch
 import torchvision
@@ -448,6 +449,16 @@ def logged(folder, name):
     log = EventAccumulator(str(folder))
     log.Reload()
     return [event.value for event in log.Scalars(name)]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_images_have_the_precision_of_the_model(digits, precision):
+    data = CocoDataModule(str(digits), train_split="train", val_split="val", workers=0)
+    data.trainer = lightning.Trainer(accelerator="cpu", precision=precision, logger=False)
+    data.setup("fit")
+    sent = next(iter(data.train_dataloader()))
+    images, _ = data.on_after_batch_transfer(sent, 0)
+    assert {image.dtype for image in images} == {torch.float64 if precision == "64-true" else torch.bfloat16}
 
 
 def test_images_are_sent_as_bytes_and_trained_on_as_floats(digits):
