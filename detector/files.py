@@ -51,24 +51,20 @@ def decode_json(path: str | Path, kind: Any) -> Any:
     """
     content = _content(path)
     try:
-        try:
-            return msgspec.json.decode(content, type=kind)
-        except msgspec.DecodeError as error:
-            first = error
-        mended = _without_halves(_without_words(content))
-        if mended == content:
-            raise first
-        try:
-            return msgspec.json.decode(mended, type=kind)
-        except msgspec.DecodeError as error:  # its place is one in other bytes
-            raise DataError(f"{path}: not valid JSON: {str(error).partition(' (byte')[0]}") from None
+        return msgspec.json.decode(content, type=kind)
     except RecursionError:
         raise DataError(f"{path}: not valid JSON: lists or dicts lie too deep in each other") from None
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: not valid JSON: {_with_place(error, content)}") from None
+    except ValueError as error:  # msgspec's own, and of a text that is not UTF-8
+        mended = _without_halves(_without_words(content))
+        if mended == content:
+            raise DataError(f"{path}: not valid JSON: {_with_place(error, content)}") from None
+    try:
+        return msgspec.json.decode(mended, type=kind)
+    except ValueError as error:  # its place is one in other bytes
+        raise DataError(f"{path}: not valid JSON: {str(error).partition(' (byte')[0]}") from None
 
 
-def _with_place(error: msgspec.DecodeError, content: bytes) -> str:
+def _with_place(error: ValueError, content: bytes) -> str:
     """What msgspec says of a text, with line and column where it names a byte."""
     if CUT_OFF in str(error):
         return "the file is cut off"

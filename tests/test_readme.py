@@ -41,7 +41,7 @@ EXAMPLES = [
 ]
 TOOLS = sorted({*re.findall(r"python tools/(\w+)\.py", "".join(DOCUMENTS.values()))})
 # Of other programs than ours: pip, torchrun, ruff, and scripts beside the documents.
-OTHERS = {"--no-deps", "--wheel-dir", "--nproc-per-node", "--help", "--size", "--batch"}
+OTHERS = {"--no-deps", "--wheel-dir", "--nproc-per-node", "--help", "--size", "--batch", "--val_images"}
 # The README's commands run in a second each with these.
 SMALL = {
     "train": [

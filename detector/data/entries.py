@@ -72,7 +72,7 @@ class Entries:
         columns = np.dtype([(field, of.column) for field, of in self.fields.items()])
         try:
             self._rows = np.fromiter(map(msgspec.structs.astuple, map(self._decode, raws)), columns, len(raws))
-        except msgspec.DecodeError:
+        except ValueError:
             self._rows = np.fromiter(self._one_by_one(), columns, len(raws))
         if "bbox" in self.fields:
             size = np.abs(self["bbox"])
@@ -107,21 +107,21 @@ class Entries:
         for position, raw in enumerate(self.raws):
             try:
                 yield msgspec.structs.astuple(self._decode(raw))
-            except msgspec.DecodeError:
+            except ValueError:
                 yield self._by_field(position, raw)
 
     def _by_field(self, position: int, raw: Raw) -> tuple[Any, ...]:
         """The row of an entry of which not all is right."""
         try:
             given = msgspec.json.decode(raw, type=dict[str, Raw])
-        except msgspec.DecodeError:
+        except ValueError:
             self.wrong[position] = []
             return tuple(of.blank for of in self.fields.values())
         row = []
         for field, of in self.fields.items():
             try:
                 row.append(msgspec.json.decode(given[field], type=of.kind))
-            except (KeyError, msgspec.DecodeError):
+            except (KeyError, ValueError):
                 row.append(of.blank)
                 if field in given or not of.optional:
                     self.wrong.setdefault(position, []).append(field)
@@ -193,7 +193,7 @@ def value_of(raw: Raw | bytes) -> Any:
     text = bytes(raw)
     try:
         return msgspec.json.decode(text) if text else None
-    except msgspec.DecodeError:  # such bytes, and numbers that are too large
+    except ValueError:  # such bytes, and numbers that are too large
         return _LENIENT.decode(text.decode(errors="replace"))
 
 

@@ -136,7 +136,7 @@ def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = Tru
     """Say what is wrong with the JSON of an object's key points; of detections the third number is anything."""
     try:
         value = NUMBERS.decode(points)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         return f"not a list of finite numbers: {error}"
     if len(value) != 3 * count:
         return f"{len(value)} numbers: {count} key points are {3 * count}, x, y and visibility of each"

@@ -198,11 +198,11 @@ def segmentation_problem(segmentation: bytes | msgspec.Raw, width: int, height: 
             numbers += len(polygon) if len(polygon) % 2 == 0 else MOST_OUTLINE
         if 1.5 * side * numbers <= MOST_OUTLINE:  # a step of an outline is at most 3 sides long
             return None
-    except msgspec.DecodeError:
+    except ValueError:
         pass
     try:
         value = _any.decode(segmentation)
-    except msgspec.DecodeError as error:
+    except ValueError as error:
         return f"neither polygons, each of 3 points or more, nor an RLE: {error}"
     if isinstance(value, _Rle):
         return _rle_problem(value, width, height)
