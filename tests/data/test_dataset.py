@@ -14,7 +14,7 @@ from support.coco_folders import dataset, load
 from torchvision.transforms import v2
 
 from detector.data.annotations import read_annotations
-from detector.data.dataset import CocoDetection
+from detector.data.dataset import CocoDetection, as_float
 from detector.data.images import read_image
 from detector.errors import DataError
 
@@ -350,3 +350,15 @@ def test_real_coco(coco_cc):
         image, target = data[index]
         info = data.annotations.image(*data.annotations.find([int(target["image_id"])]))
         assert image.shape == (3, info["height"], info["width"])
+
+
+def test_images_in_bytes_are_those_in_floats(tmp_path):
+    dataset(tmp_path)
+    crop = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8)])
+    data = load(tmp_path, transform=crop)
+    for index in range(2):
+        (floats, target), (sent, same) = data[3, index], data.as_bytes()[3, index]
+        assert sent.dtype == torch.uint8
+        assert torch.equal(as_float(sent), floats)
+        assert all(torch.equal(target[name], same[name]) for name in target)
+        assert sent.untyped_storage().nbytes() == sent.nbytes  # not that of the whole image
