@@ -39,13 +39,12 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     """Say what is wrong with the masks, or the key points, of annotations that are right otherwise.
 
     Args:
-        file: in which :func:`~detector.data.problems.annotation_problems` found no error. Of one in which no object has
-            the part nothing is said.
+        file: one without errors, see :func:`~detector.data.problems.annotation_problems`.
         part: which of them.
         broken: the level of those that cannot be read: an "error" where they are needed.
 
     Yields:
-        The problems. Objects without any are a flaw.
+        The problems; none where no object has the part. Objects without it are a flaw where others have it.
     """
     field, annotations, categories = FIELD[part], file.annotations, file.categories["id"]
     without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"

@@ -122,7 +122,8 @@ def _field_problems(
     most = max(lengths, key=lambda length: lengths[length], default=1)  # key points of an object
     for number, (raw, size) in enumerate(zip(entries[field], sizes)):
         what = None
-        if not (has_box[number] if field == "bbox" else bytes(raw)):
+        missing = not (has_box[number] if field == "bbox" else bytes(raw))
+        if missing:
             others = has_box.any() or field != "bbox"
             what = f"no {field}, which others have" if others else "no bbox, segmentation or keypoints: one is needed"
         elif field == "segmentation" and (values[number] != [] or size[0] * size[1] > MOST_PIXELS):  # []: no pixel
@@ -130,6 +131,6 @@ def _field_problems(
         elif field == "keypoints":
             what = keypoints_problem(raw, max(most, 1), visibility=False)
         if what is not None:
-            what = what if what.startswith("no ") else f"{field} {shown(values[number])}, {what}"
+            what = what if missing else f"{field} {shown(values[number])}, {what}"
             message = f"{entries.path}: {RESULTS}[{number}] has {what}"
             yield Problem(f"results with a wrong {field}", "error", message)
