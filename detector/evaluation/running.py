@@ -104,6 +104,7 @@ def predict(
                 image_ids = [int(target["image_id"]) for target in targets]
                 sizes = sizes_of(images)
                 images = [as_float(image.to(device)) for image in images]
+                losses: dict[str, Tensor] = {}
                 if labels is None:
                     detections = detect(model, images)
                 else:
@@ -112,13 +113,14 @@ def predict(
                     if isinstance(model, GeneralizedRCNN):  # the same in each run, and by any number of processes
                         draw_by_image(model, [seed_of(0, 0, image_id) for image_id in image_ids])
                     detections, losses = detect_with_losses(model, images, on_device)
-                    done.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})
-                if proposals_of is not None:
-                    assert done.proposals is not None
-                    done.proposals += recorder.hits(proposals_of, image_ids, sizes)
+                hits = [] if proposals_of is None else recorder.hits(proposals_of, image_ids, sizes)
                 results = to_results(detections, image_ids, category_ids)
+                # All at the end, and the ids first: what was found before Ctrl-C is scored by the images that have ids.
                 done.image_ids += image_ids
                 done.results += results
+                done.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})
+                if done.proposals is not None:
+                    done.proposals += hits
                 on_batch(len(images))
     finally:
         if labels is not None and isinstance(model, GeneralizedRCNN):
