@@ -140,7 +140,7 @@ def owned(what: str, root: Path, images: int) -> None:
 
 
 def results_of(*arguments: str) -> float | dict[str, float]:
-    """What this script prints with these arguments, in a process of its own."""
+    """Run this script with other arguments in a new process, and return what it prints."""
     done = subprocess.run([sys.executable, __file__, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

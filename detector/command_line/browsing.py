@@ -1,4 +1,4 @@
-"""What ``tools/browse.py`` does: a sheet of training images as the model sees them."""
+"""What ``tools/browse.py`` does: draw a sheet of training images as the model sees them."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What ``tools/check.py`` does: all that is wrong with a data set at once, as a report."""
+"""What ``tools/check.py`` does: report all that is wrong with a data set at once."""
 
 import argparse
 import io
@@ -98,7 +98,7 @@ def check_dataset(
 ) -> Findings:
     """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
 
-    Broken masks and key points are flaws, and looked for where nothing else is an error.
+    Broken masks and key points are flaws. They are checked only if nothing else is an error.
 
     Args:
         annotations: the annotation file, see :func:`~detector.data.annotations.read_annotations`.
@@ -147,7 +147,7 @@ def check_dataset(
 
 
 def report(findings: Findings, *, examples: int = 3) -> str:
-    """Say the problems as text: errors, flaws, then notes, so many examples of each kind, and a summary in a line."""
+    """Format the problems: errors, flaws, then notes, up to ``examples`` of each kind, and a one-line summary."""
     lines: list[str] = []
     counts: list[str] = []
     level: Level

@@ -50,7 +50,7 @@ class Annotations:
     boxes: np.ndarray  # x, y, width and height in pixels, as in the file, [L, 4] float64
     areas: np.ndarray  # square pixels, the box's where the file has none, [L] float64
     crowds: np.ndarray  # [L] bool
-    parts: dict[Part, Packed]  # the JSON of each annotation's mask or key points, so far as they are read
+    parts: dict[Part, Packed]  # the JSON of each annotation's mask or key points, for the parts that are read
     flaws: Counter[str]  # how many boxes and parts are left out or clipped, by kind
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Annotations:
         return msgspec.json.decode(raw) if raw else None
 
     def keypoint_layout(self) -> KeypointLayout | None:
-        """What the key points are, if they are read; see :func:`~detector.data.keypoints.layout_of`."""
+        """The layout of the key points, see :func:`~detector.data.keypoints.layout_of`; ``None`` if none are read."""
         points = (self.value("keypoints", row) for row in range(len(self.ids)))
         return layout_of(self.path, self.categories, points) if "keypoints" in self.parts else None
 

@@ -84,7 +84,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self._boxes = _corners(annotations)  # of all annotations, [L, 4] float32
         ids = np.array([category["id"] for category in annotations.categories])
         empty = ~(self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
-        # Of all annotations, [L]; 0: in no target.
+        # The label of each annotation, [L]; 0 for those that are in no target.
         self._labels = np.where(annotations.crowds | empty, 0, find(ids, annotations.category_ids) + 1)
         self.dropped_boxes = int((empty & ~annotations.crowds).sum())
         self.keypoints = annotations.keypoint_layout() if "keypoints" in self.parts else None
@@ -249,7 +249,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return [int((self._keypoints(self._rows_of(index))[..., 2] > 0).sum()) for index in self._images.tolist()]
 
     def _keypoints(self, rows: Iterable[int]) -> Tensor:
-        """The key points of some annotations, [L, K, 3]: x, y and visibility; zeros where there are none."""
+        """The key points of some annotations, [L, K, 3]: x, y and visibility, or zeros."""
         assert self.keypoints is not None
         count = len(self.keypoints)
         points = [self.annotations.value("keypoints", row) or [0.0] * (3 * count) for row in rows]

@@ -205,5 +205,5 @@ _LENIENT = json.JSONDecoder(
 
 
 def kind_of(value: Any) -> str:
-    """What a value of a JSON file is, in a word."""
+    """The type of a JSON value, for messages."""
     return "nothing" if value is None else type(value).__name__

@@ -133,7 +133,7 @@ def layout_of(
 
 
 def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
-    """Say what is wrong with the JSON of an object's key points; of detections the third number is anything."""
+    """Say what is wrong with the JSON of an object's key points. A detection's third number may be anything."""
     try:
         value = NUMBERS.decode(points)
     except ValueError as error:

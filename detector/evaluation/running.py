@@ -115,7 +115,7 @@ def predict(
                     detections, losses = detect_with_losses(model, images, on_device)
                 hits = [] if proposals_of is None else recorder.hits(proposals_of, image_ids, sizes)
                 results = to_results(detections, image_ids, category_ids)
-                # All at the end, and the ids first: what was found before Ctrl-C is scored by the images that have ids.
+                # The ids first: Ctrl-C may come in between, and what has an image without an id cannot be scored.
                 done.image_ids += image_ids
                 done.results += results
                 done.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})

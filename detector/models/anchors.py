@@ -33,7 +33,7 @@ def overlaps(shapes: Tensor, settings: DetectorConfig) -> Tensor:
     cells = torch.cat(list(settings.anchor_generator().cell_anchors)).to(shapes)  # [15, 4]
     width, height = (cells[:, 2:] - cells[:, :2]).unbind(1)
     best = []
-    for some in shapes.split(2**14):  # of COCO's 860,000 at once the IoUs would take gigabytes
+    for some in shapes.split(2**14):  # COCO's 860,000 at once would take 100 MB a tensor
         common = some[:, :1].minimum(width) * some[:, 1:].minimum(height)  # [L, 15]
         best.append((common / (some.prod(1, keepdim=True) + width * height - common)).amax(1))
     return torch.cat(best)
