@@ -92,22 +92,29 @@ def hat_weights(edges: Tensor, size: Tensor, taps: int) -> tuple[Tensor, Tensor,
 def _surface(at: Tensor, number: Tensor, last: Tensor) -> Tensor:
     """What a pixel weighs in the surface at a place: its hat, replicated one pixel beyond the border, then 0."""
     on_map = torch.minimum(at.clamp(min=0), last)
-    return (1 - (on_map - number).abs()).clamp(min=0) * ((at >= -1) & (at <= last + 1))
+    return (1 - (on_map - number).abs()).clamp(min=0) * ((at >= -1) & (at < last + 1))
 
 
 def _integral(to: Tensor, number: Tensor, last: Tensor) -> Tensor:
     """The integral of :func:`_surface` from -1 to a place."""
-    to = torch.minimum(to.clamp(min=-1), last + 1)
-    on_map = torch.minimum(to.clamp(min=0), last)
-    before = torch.where(number == 0, to.clamp(max=0) + 1, 0)
-    after = torch.where(number == last, to - on_map.maximum(last), 0).clamp(min=0)
-    return before + _hat_integral(on_map - number) - _hat_integral(-number) + after
+    before = torch.where(number == 0, _within(to, -1, 0) + 1, 0)
+    after = torch.where(number == last, _within(to, last, last + 1) - last, 0)
+    return before + _hat_integral(_within(to, 0, last) - number) - _hat_integral(-number) + after
 
 
 def _hat_integral(to: Tensor) -> Tensor:
     """The integral of the hat ``max(1 - |t|, 0)`` from its beginning."""
-    to = to.clamp(-1, 1)
+    to = _within(to, -1, 1)
     return torch.where(to < 0, (1 + to) ** 2 / 2, 1 - (1 - to) ** 2 / 2)
+
+
+def _within(at: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """``at.clamp(low, high)``, whose slope is 1 from ``low`` on and 0 from ``high`` on.
+
+    At both ends that is the slope to the right. Where two pieces meet one of them counts: of clamps both would, and of
+    ``minimum`` a half.
+    """
+    return torch.where(at < low, low, torch.where(at < high, at, high))
 
 
 def crop_by_matrices(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
