@@ -13,7 +13,7 @@ from detector.crop.exact import crop_by_matrices, exact_samples
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.positions import adaptive_samples, fixed_samples, makes_graph, roi_axes
+from detector.crop.positions import adaptive_samples, fixed_samples, is_vmapped, makes_graph, roi_axes
 
 Sampler = Literal["auto", "grid_sample", "gather"]
 Sampling = Literal["points", "exact"]
@@ -43,8 +43,9 @@ def affine_crop(
         input: [N, C, H, W], float64, float32, bfloat16 or float16, contiguous or channels_last.
         boxes: (x1, y1, x2, y2) in pixels of the image. Either a sequence with one [L, 4] tensor per image of the
             batch, or one [K, 5] tensor whose first column is the image's index. Coordinates are used in float32 or
-            better. For ``grid_sample`` the sequence is the better form under ``torch.compile`` (where the tensor form
-            samples every RoI in each image) and on a GPU (where the tensor's indices must be read back, once).
+            better. For ``grid_sample`` the sequence is the better form under ``torch.compile`` and ``torch.vmap``
+            (where the tensor form samples every RoI in each image) and on a GPU (where the tensor's indices must be
+            read back, once).
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per pixel in which ``boxes`` are given.
         sampling_ratio: samples per bin and axis; 0 or less takes ``ceil(box size / output_size)`` of them, each
@@ -62,7 +63,7 @@ def affine_crop(
               the backward, and on CUDA all maps are if there are several levels. First derivatives are the same to
               the last bit from run to run; the mode ``use_deterministic_algorithms``, which fills new memory, makes
               it 6 to 15 % slower on a CPU with its backward, and up to 31 % without. ``torch.compile`` runs it as it
-              is, outside of the graph. Second derivatives, ``torch.func`` and ``vmap`` over maps go through
+              is, outside of the graph. Second derivatives, ``torch.func`` and ``torch.vmap`` go through
               ``grid_sample``; batched gradients (``is_grads_batched``) fail.
             * ``"auto"`` takes what was measured fastest on a CPU: ``"gather"``, but ``"grid_sample"`` for maps of
               fewer than 32 channels, of which a gather reads too little at a time, and where maps would have to be
@@ -73,8 +74,8 @@ def affine_crop(
         sampling: ``"points"``: a bin is the mean of its samples. ``"exact"``: the mean of the bilinear surface over the
             bin, in closed form (Jiang et al. 2018; see ``detector.crop.exact``), to which the mean of samples tends as
             they become more; ``sampling_ratio`` is not used. Its box gradient has no kinks at pixel centres. It reads
-            all pixels of a bin: large RoIs take longer. It is for eager mode alone; there ``"grid_sample"`` stands for
-            a product of matrices, which is slow.
+            all pixels of a bin: large RoIs take longer. It is for eager mode alone, and not for ``torch.vmap`` over
+            boxes; ``"grid_sample"`` stands for a product of matrices, which is slow.
 
     Returns:
         [K, C, output height, output width] in ``input``'s dtype, the RoIs in the order in which they came.
@@ -82,14 +83,17 @@ def affine_crop(
     Raises:
         TypeError: ``input`` or ``boxes`` are of the wrong type, not floating point, or on different devices.
         ValueError: a shape does not fit, a size is below 1, ``spatial_scale`` is not positive, ``sampler`` is none
-            of the three, or a crop of ``sampling_ratio <= 0`` is traced; in eager mode on a CPU also an image index
-            that is not one, and a coordinate that is NaN or infinite. Where a look at the values would cost a
-            synchronisation (on a GPU, under ``torch.compile``) such an RoI comes back as NaN.
+            of the three, or a crop of ``sampling_ratio <= 0`` is traced, or vmapped over boxes; in eager mode on a CPU
+            also an image index that is not one, and a coordinate that is NaN or infinite. Where a look at the values
+            would cost a synchronisation (on a GPU, under ``torch.compile``) or cannot be had (under ``torch.vmap`` over
+            boxes) such an RoI comes back as NaN.
 
     Inverted and empty boxes give what ``roi_align`` gives. Second derivatives work, and the reverse mode of
     ``torch.func`` (``grad``, ``vjp``, ``jacrev``; the Hessian is ``jacrev`` of ``jacrev``). PyTorch's ``grid_sample``
     has no forward mode, and so neither sampler has: of ``jvp`` and ``hessian``, those of ``torch.autograd.functional``
-    work and those of ``torch.func`` do not. ``torch.jit.trace`` takes ``sampling_ratio > 0`` alone.
+    work and those of ``torch.func`` do not. ``torch.vmap`` goes over maps, and with ``sampling_ratio > 0`` over boxes
+    as well: ``vmap(grad(f))`` is one gradient for each. (It fails over a ``jacrev`` of another derivative, as over that
+    of PyTorch's ``grid_sample``.) ``torch.jit.trace`` takes ``sampling_ratio > 0`` alone.
 
     Example:
         >>> image = torch.rand(1, 3, 240, 320)
@@ -146,11 +150,17 @@ def crop_levels(
             given = [(list(m.shape), str(m.device)) for m in maps]
             raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
     index, corners, counts = _split_boxes(maps[0], boxes)
+    vmapped = is_vmapped(corners)
+    if vmapped and (sampling == "exact" or sampling_ratio <= 0):
+        raise ValueError(
+            f"sampling={sampling!r} with sampling_ratio={sampling_ratio} cannot be vmapped over boxes, as the work "
+            "goes with the box; take 'points' with a sampling_ratio above 0, or crop all boxes in one call"
+        )
     images = maps[0].shape[0]
     known = (index >= 0) & (index < images)  # false for NaN
     if index.is_floating_point():
         known = known & (index == index.floor())
-    look = _may_look(corners)
+    look = not vmapped and _may_look(corners)
     if look:
         _check_values(index, known, corners, images)
     image = torch.where(known, index, 0).long()
@@ -169,8 +179,8 @@ def crop_levels(
         samples = [fixed_samples(y, x, level, image, sampling_ratio)]
     else:
         samples, counts = adaptive_samples(y, x, level, image), None
-    if torch.jit.is_tracing():
-        sampler = "grid_sample"  # of the gather no graph can be traced
+    if torch.jit.is_tracing() or vmapped or any(is_vmapped(source) for source in maps):
+        sampler = "grid_sample"  # which torch knows how to trace, and to vmap
     elif maps[0].is_meta:
         sampler = "gather"  # which reads no value
     elif sampler == "auto" and sampling == "exact":

@@ -36,7 +36,7 @@ def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor
 
     The sums are in float32, or float64 where a map is. Maps in another layout than channels_last are copied, one at a
     time, and again in the backward rather than kept; on a GPU maps of several levels are, together. Second
-    derivatives, all derivatives of ``torch.func`` and ``torch.vmap`` are taken through ``crop_by_grid``.
+    derivatives and all derivatives of ``torch.func`` are taken through ``crop_by_grid``; ``torch.vmap`` fails.
     """
     if not maps[0].shape[1]:  # embedding_bag takes no such table
         return crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples)
@@ -92,10 +92,9 @@ class _Gather(torch.autograd.Function):
         return None, None, *map_grads, *(position_grads if boxes_need_it else [None] * len(position_grads))
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], samples: list[Samples], maps: int, *tensors: Tensor
-    ) -> tuple[Tensor, int]:
-        return torch.vmap(partial(_by_grid, samples, maps), in_dims[2:])(*tensors), 0
+    def vmap(*args: Any) -> tuple[Tensor, int]:
+        """Never called: over maps or boxes ``crop_by_grid`` is taken. A vmap over other things asks for one to be."""
+        raise NotImplementedError
 
 
 def _by_grid(samples: list[Samples], maps: int, *tensors: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from detector.crop.positions import OUTSIDE, Samples, makes_graph
+from detector.crop.positions import OUTSIDE, Samples, is_vmapped, makes_graph
 
 # The most elements that one call of grid_sample may return (float32: 256 MiB). More are taken in chunks.
 MAX_SAMPLED_ELEMENTS = 2**26
@@ -35,7 +35,7 @@ def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: lis
 def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
     if torch.jit.is_tracing():
         crops = _average_selected(maps, group)
-    elif torch.compiler.is_compiling() and (counts is None or len(maps) > 1):
+    elif (torch.compiler.is_compiling() or is_vmapped(group.y)) and (counts is None or len(maps) > 1):
         of_levels = [_average_masked(source, group, level) for level, source in enumerate(maps)]
         crops = torch.stack(of_levels).sum(dim=0)
     elif len(maps) == 1:
@@ -89,7 +89,8 @@ def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor
             order = group.image.argsort(stable=True)
             group = replace(group, y=group.y[order], x=group.x[order])
     y, x = group.y.split(counts), group.x.split(counts)
-    if makes_graph() or images * max(counts) > 2 * rois:  # padding would cost more than it saves
+    # Where padding would cost more than it saves; and it has no batching rule.
+    if makes_graph() or images * max(counts) > 2 * rois or is_vmapped(group.y):
         of_images = [
             _average_batched(source[i : i + 1], y_image[None], x_image[None], divisor)[0]
             for i, (y_image, x_image) in enumerate(zip(y, x))

@@ -29,6 +29,22 @@ def makes_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # which the export to ONNX does
 
 
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether ``torch.vmap`` goes over a tensor: it then stands for many, and its values may decide nothing.
+
+    The tensor is asked, not whether a transform runs: under ``torch.func.grad``, or a vmap over other things, its
+    values can be looked at. Under ``torch.compile``, where nothing looks at any value, it is false.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    # PyTorch has no public function for this. By these torch.vmap itself, torch.cond and the printing of tensors know.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # by grad, with perhaps a vmap around it
+    return False
+
+
 @dataclass(frozen=True)
 class Axis:
     """One axis (x or y) of K RoIs.

@@ -19,8 +19,9 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
     An RoI is cropped from the level that its size maps to (Lin et al., "Feature Pyramid Networks", 2017,
     equation 1). The level is piecewise constant in the box, so no gradient passes through its choice. Under
-    ``torch.compile`` and ``torch.export`` each RoI is sampled in every level and image, and all but one of these read
-    nothing; in ONNX (:func:`~detector.pretrained.onnx_export.export_onnx`) only where it is.
+    ``torch.compile`` and ``torch.export``, and under ``torch.vmap`` over boxes, each RoI is sampled in every level and
+    image, and all but one of these read nothing; in ONNX (:func:`~detector.pretrained.onnx_export.export_onnx`) only
+    where it is.
 
     Args:
         featmap_names: the feature maps to crop from; others are ignored.
