@@ -16,13 +16,14 @@ from detector.errors import DataError
 
 # How files begin that are not JSON in UTF-8. A letter and a zero byte are UTF-16 without a mark.
 NO_UTF8_JSON = {
-    b"\x1f\x8b": "the file is compressed (gzip); unpack it",
-    b"PK\x03\x04": "the file is a ZIP archive; unpack it",
+    b"\x1f\x8b": "not valid JSON: the file is compressed (gzip); unpack it",
+    b"PK\x03\x04": "not valid JSON: the file is a ZIP archive; unpack it",
     **dict.fromkeys(
         (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"{\0", b"[\0", b"\0"),
-        "the text is UTF-16 or UTF-32; save it as UTF-8",
+        "not UTF-8, but UTF-16 or UTF-32: save it as UTF-8",
     ),
 }
+AT_ONCE = 2**24  # bytes that are decoded at a time, only to see whether they can be
 # Python writes these although JSON does not allow them: words for numbers, and halves of surrogate pairs.
 NUMBERS = {b"-Infinity": b"-1e998", b"Infinity": b"1e998", b"NaN": b"1e999"}  # too large for a float, so refused
 HALVES = re.compile(  # group 1: a half without the other
@@ -32,7 +33,11 @@ CUT_OFF = "Input data was truncated"  # msgspec's words
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises :class:`DataError` if it is missing, unreadable, empty, cut off or no JSON."""
+    """Read a JSON file.
+
+    Raises:
+        DataError: it is missing, unreadable, empty, cut off, not UTF-8, or not JSON.
+    """
     content = _content(path)
     try:
         return json.loads(content)
@@ -71,9 +76,12 @@ def _with_place(error: ValueError, content: bytes) -> str:
     found = re.search(r"\(byte (\d+)\)", str(error))
     if not found:
         return str(error)
-    end = int(found[1])
-    line, column = content.count(b"\n", 0, end) + 1, end - content.rfind(b"\n", 0, end)
-    return f"line {line}, column {column}: {error}"
+    return f"{_place(content, int(found[1]))}: {error}"
+
+
+def _place(content: bytes, byte: int) -> str:
+    line, column = content.count(b"\n", 0, byte) + 1, byte - content.rfind(b"\n", 0, byte)
+    return f"line {line}, column {column}"
 
 
 def _without_halves(content: bytes) -> bytes:
@@ -106,8 +114,26 @@ def _content(path: str | Path) -> bytes:
         raise DataError(f"{path}: not valid JSON: the file is empty")
     for start, what in NO_UTF8_JSON.items():
         if content.startswith(start):
-            raise DataError(f"{path}: not valid JSON: {what}")
+            raise DataError(f"{path}: {what}")
+    byte = _first_not_utf8(content)
+    if byte is not None:
+        where = f"{_place(content, byte)}: byte 0x{content[byte]:02x}"
+        raise DataError(f"{path}: not UTF-8 ({where}), but cp1252 or the like: save it as UTF-8")
     return content
+
+
+def _first_not_utf8(content: bytes) -> int | None:
+    """The number of the first byte that is not UTF-8."""
+    if content.isascii():
+        return None
+    start = 0
+    while start < len(content):
+        piece = memoryview(content)[start : start + AT_ONCE]
+        try:
+            start += codecs.utf_8_decode(piece, "strict", start + AT_ONCE >= len(content))[1]
+        except UnicodeDecodeError as error:
+            return start + error.start
+    return None
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -4,6 +4,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote
 
 
 def clean(text: str) -> str:
@@ -22,6 +23,16 @@ def short(text: str, longest: int = 60) -> str:
     """Return :func:`clean` text, cut to a number of characters."""
     text = clean(text)
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "\u2026"
+
+
+def alike(name: str) -> str:
+    """Return what is left of a name without blanks, case and Unicode form: the same for names easily mixed up."""
+    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def alike_file(name: str) -> str:
+    """Return :func:`alike` of the last part of a file's name, whatever stands between the parts, without %20 and co."""
+    return alike(unquote(name).replace("\\", "/").rpartition("/")[2])
 
 
 def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:

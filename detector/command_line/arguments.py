@@ -195,6 +195,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         "annotations/instances_{split}.json",
     )
     add("--images", default="{split}", metavar="FOLDER", help="images of a split, relative to root; default: {split}")
+    add_orientation(add)
+
+
+def add_orientation(add: Callable[..., Any]) -> None:
+    """Whether photographs are turned upright."""
+    add(
+        "--orientation",
+        choices=("upright", "stored"),
+        default="upright",
+        help="whether images are turned upright by their EXIF orientation, as viewers and label tools do, or taken as "
+        "stored; where annotations give a size that only one of the two has, it is that one; default: upright",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser, *, default: int, least: int = 0) -> None:

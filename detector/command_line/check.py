@@ -7,18 +7,20 @@ python tools/check.py val.json --images val --other train.json --other_images tr
 python tools/check.py train.json --config configs/bccd.yaml     # whether the anchors of a training fit the boxes
 
 Errors are what training or scoring refuses: fields, ids, references, boxes in 0..1 instead of pixels, images that are
-missing, broken or of another size. Flaws are what it leaves out, clips or counts wrong: empty boxes, boxes that reach
-outside their image by more than a pixel (and whether they look like corners or centres), boxes given twice, names used
-twice, images that another split has, too; masks and key points that are broken, which boxes can be trained without, or
-that some objects lack. Notes are worth knowing: images without annotations, categories never used, anchors that most
-objects lie outside of, and which would fit.
+missing, broken or of another size, files without a box to train on, masks or key points that have nothing to do with
+their boxes. Flaws are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image by
+more than a pixel (and whether they look like corners or centres), boxes given twice, areas far from the boxes', names
+used twice or that are almost the same, images that another split has, too; single masks and key points that are broken,
+which boxes can be trained without, or that some objects lack. Notes are worth knowing: images without annotations,
+categories never used, images whose EXIF orientation matters, annotations with ignore 1, anchors that most objects lie
+outside of, and which would fit.
 
 exit code: 0 nothing is wrong (but for notes), 1 flaws, 2 errors (or a mistake in the command line), 130 interrupted
 """
 
 from collections.abc import Sequence
 
-from detector.command_line.arguments import ToolParser, add_workers, at_least
+from detector.command_line.arguments import ToolParser, add_orientation, add_workers, at_least
 
 
 def make_parser() -> ToolParser:
@@ -29,6 +31,7 @@ def make_parser() -> ToolParser:
     add("--images", metavar="DIR", help="the folder that file_name is relative to; default: no image is looked at")
     add("--quick", action="store_true", help="look whether the images are there, but open none")
     add_workers(parser, default=4, least=1)
+    add_orientation(add)
     add("--examples", type=at_least(0), default=3, metavar="N", help="problems to show of each kind; default: 3")
     add("--other", metavar="OTHER.json", help="the annotation file of another split: say which images are in both")
     add("--other_images", metavar="DIR", help="its folder of images; default: only file names are compared")

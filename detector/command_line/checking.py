@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from detector.command_line.arguments import read_yaml
+from detector.data.categories import difference, names_alike, no_shared_name
 from detector.data.entries import CocoFile, Entries
 from detector.data.image_files import file_problems, open_images
+from detector.data.images import Orientation
 from detector.data.part_problems import Part, part_problems
-from detector.data.problems import CENTRES, CORNERS, Level, Problem, annotation_problems
+from detector.data.problems import CENTRES, CORNERS, Level, Problem, annotation_problems, no_box
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, UsageError, UserError, in_a_sentence, sentence, shown
 from detector.models.anchors import anchor_advice
@@ -57,6 +59,7 @@ def _report_on(options: argparse.Namespace, settings: DetectorConfig) -> int:
         options.annotations,
         options.images,
         decode=not options.quick,
+        orientation=options.orientation,
         workers=options.workers,
         other=options.other,
         other_images=options.other_images,
@@ -91,6 +94,7 @@ def check_dataset(
     images: str | Path | None = None,
     *,
     decode: bool = True,
+    orientation: Orientation = "upright",
     workers: int = 4,
     other: str | Path | None = None,
     other_images: str | Path | None = None,
@@ -98,15 +102,17 @@ def check_dataset(
 ) -> Findings:
     """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
 
-    Broken masks and key points are flaws. They are checked only if nothing else is an error.
+    What training refuses is an error. Single masks and key points that are broken are flaws, for boxes can be trained
+    without them; they are checked only if nothing else is an error.
 
     Args:
         annotations: the annotation file, see :func:`~detector.data.annotations.read_annotations`.
         images: the folder that ``file_name`` is relative to; ``None``: only the annotation file is checked.
         decode: also open every image whose entry is right and whose file is there.
+        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
         workers: threads that open images, 1 or more.
-        other: the annotation file of another split, which must not have the same images; nothing else about it is
-            checked.
+        other: the annotation file of another split, which must not have the same images, and whose categories should be
+            called the same; nothing else about it is checked.
         other_images: the folder of its images, to compare files by content. Without it, or ``images``, or ``decode``,
             only names are.
         anchor_advice: says whether a detector's anchors fit the objects, see
@@ -121,26 +127,35 @@ def check_dataset(
     except DataError as error:
         return Findings([Problem("unreadable annotation file", "error", str(error))])
     problems = list(annotation_problems(file))
+    problems += _alike_categories(file)
     if not any(problem.level == "error" for problem in problems):
+        shapes, images_of = _objects(file)
+        if not len(shapes):
+            problems.append(no_box(file.path))
+        elif anchor_advice is not None and not any(problem.kind in (CORNERS, CENTRES) for problem in problems):
+            advice = anchor_advice(shapes, images_of)
+            if advice is not None:
+                problems.append(Problem("anchors that most objects lie outside of", "note", f"{file.path}: {advice}"))
         for part in get_args(Part):  # flaws: boxes can be trained without either
             problems += part_problems(file, part, broken="flaw")
-    if anchor_advice is not None and not any(p.level == "error" or p.kind in (CORNERS, CENTRES) for p in problems):
-        problems += _anchor_problems(file, anchor_advice)
     entries = file.images
     names = entries["file_name"].tolist()
     files = [] if images is None else list(file_problems(names, images, entries.where))
     problems += [problem for _, problem in files]
     unusable = {position for position, _ in files}
     if other is not None:
-        if images is None or other_images is None or not decode:
-            problems += _shared_images(_places(entries), other)
-        else:
-            problems += _shared_images(_places(entries, images, unusable), other, other_images)
+        by_content = images is not None and other_images is not None and decode
+        ours = _places(entries, images or "", unusable) if by_content else _places(entries)
+        try:
+            problems += _compared(file, ours, CocoFile(other, parts=()), other_images if by_content else None)
+        except DataError as error:
+            problems.append(Problem("unreadable annotation file", "error", str(error)))
     if images is not None and decode and None not in unusable:
         usable = [i for i in range(len(entries)) if i not in unusable and i not in entries.wrong]
         fields = ("file_name", "width", "height")
         described = [{field: entries[field][i] for field in fields} for i in usable]
-        problems += [problem for problem in open_images(images, described, workers=workers) if problem is not None]
+        opened = open_images(images, described, orientation=orientation, workers=workers)
+        problems += [problem for problem in opened if problem is not None]
     counts = (_count(len(one), one.name.removesuffix("s")) for one in (entries, file.annotations))
     many = len(file.categories)
     return Findings(problems, "{} with {} of {}".format(*counts, _count(many, "category")))
@@ -170,8 +185,8 @@ def report(findings: Findings, *, examples: int = 3) -> str:
     return "\n".join(lines)
 
 
-def _anchor_problems(file: CocoFile, anchor_advice: AnchorAdvice) -> Iterator[Problem]:
-    """Say whether the anchors fit the objects of a file, which has no errors."""
+def _objects(file: CocoFile) -> tuple[Tensor, Tensor]:
+    """Width and height of the boxes that are trained on, [L, 2], and of the image of each, [L, 2], in pixels."""
     objects = ~file.annotations["iscrowd"]
     boxes = file.annotations["bbox"][objects]
     upper, shapes = boxes[:, :2], boxes[:, 2:]
@@ -181,36 +196,44 @@ def _anchor_problems(file: CocoFile, anchor_advice: AnchorAdvice) -> Iterator[Pr
     np.minimum(shapes, images, out=shapes)  # as training clips them
     shapes -= upper.clip(min=0, out=upper)
     kept = (shapes > 0).all(axis=1)
-    advice = anchor_advice(torch.from_numpy(shapes[kept]), torch.from_numpy(images[kept]))
-    if advice is not None:
-        yield Problem("anchors that most objects lie outside of", "note", f"{file.path}: {advice}")
+    return torch.from_numpy(shapes[kept]), torch.from_numpy(images[kept])
 
 
-def _shared_images(
-    ours: dict[Path, str], other: str | Path, other_images: str | Path | None = None
-) -> Iterator[Problem]:
-    """Find those of our images, see :func:`_places`, that another split has too: byte for byte, or without a folder
-    by their names.
+def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator[Problem]:
+    """Say which categories have names that are easily mixed up, within a file or with those of another."""
+    names = [name for name in file.categories["name"].tolist() if name is not None]
+    if other is None:
+        pairs = [pair for number, name in enumerate(names) for pair in names_alike(names[:number], [name])]
+        where = f"{file.path}: the categories"
+    else:
+        theirs = [name for name in other.categories["name"].tolist() if name is not None]
+        pairs = names_alike(names, theirs)
+        where = f"{file.path} and {other.path}: the categories"
+        if names and theirs and not set(names) & set(theirs):
+            yield Problem("no category of the other split", "error", f"{file.path}: {no_shared_name(names, theirs)}")
+    for pair in pairs:
+        yield Problem("category names that are almost the same", "flaw", f"{where} {difference(*pair)}")
+
+
+def _compared(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str | Path | None) -> Iterator[Problem]:
+    """Compare a file, and its images, see :func:`_places`, with another split: byte for byte, or without a folder of
+    images by their names.
     """
-    try:
-        file = CocoFile(other, parts=())
-    except DataError as error:
-        yield Problem("unreadable annotation file", "error", str(error))
+    if {"images", "file"} & other.missing.keys():
+        yield Problem("not in COCO's format", "error", f"{other.path}: must hold a dict with images, a list")
         return
-    if {"images", "file"} & file.missing.keys():
-        yield Problem("not in COCO's format", "error", f"{other}: must hold a dict with images, a list")
-        return
-    if other_images is None:
-        theirs = _places(file.images)
+    yield from _alike_categories(file, other)
+    if images is None:
+        theirs = _places(other.images)
         for name in [name for name in ours if name in theirs]:
             message = f"{ours[name]}, is called like {theirs[name]}"
             what = "whether they are one image shows with both folders of images"
             yield Problem("file names that the other split has, too", "note", f"{message}: {what}")
         return
-    unusable = dict(file_problems(file.images["file_name"].tolist(), other_images, file.images.where))
+    unusable = dict(file_problems(other.images["file_name"].tolist(), images, other.images.where))
     if None in unusable:
         yield unusable[None]
-    theirs = _places(file.images, other_images, unusable)
+    theirs = _places(other.images, images, unusable)
     for path, same in equal_files(ours, theirs).items():
         message = f"{ours[path]}, is byte for byte {theirs[same]}"
         what = "trained on one, a detector scores too high on the other"

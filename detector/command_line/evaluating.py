@@ -36,7 +36,7 @@ def score(flags: argparse.Namespace) -> int:
 
 def _data_folder(flags: argparse.Namespace) -> DataFolder:
     root = find_root(flags.root, flags.dataset, flag="--root")
-    return DataFolder(root, flags.annotations or DataFolder.annotations, flags.images)
+    return DataFolder(root, flags.annotations or DataFolder.annotations, flags.images, flags.orientation)
 
 
 def _score_results(flags: argparse.Namespace, options: EvaluationOptions) -> int:
@@ -58,6 +58,7 @@ def _score_results(flags: argparse.Namespace, options: EvaluationOptions) -> int
         target,
         options,
         images=None if alone else folder.image_folder(flags.split),
+        orientation=flags.orientation,
         split=None if alone else flags.split,
     )
     return 0

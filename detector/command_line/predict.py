@@ -29,6 +29,7 @@ from detector.command_line.arguments import (
     add_detector,
     add_device,
     add_min_score,
+    add_orientation,
     add_output,
     add_refine,
     add_workers,
@@ -58,6 +59,7 @@ def make_parser() -> ToolParser:
         kind=score_or_auto,
     )
     add("--annotations", metavar="FILE.json", help="COCO annotations that give the images' ids, by file name")
+    add_orientation(add)
     add("--no_pictures", action="store_true", help="the numbers alone")
     add_batch_size(parser, default=8, note="of one size each, and at most so many")
     add_workers(parser, default=2)

@@ -10,14 +10,15 @@ from tqdm import tqdm
 
 from detector.command_line.source import load_source, pick_device, switch_refinement
 from detector.data.annotations import Annotations, read_annotations
-from detector.data.categories import match_ids
+from detector.data.categories import match_ids, mixed_up, quoted
+from detector.data.images import Orientation
 from detector.errors import DataError, ModelError, in_a_sentence
 from detector.evaluation.report import newest_report
 from detector.pretrained.description import Crop
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.predict_files import by_suffix, find_images, predict_files
 from detector.run_folders import run_folder, unused_folder
-from detector.text import clean, listed
+from detector.text import clean
 
 
 def predict(
@@ -31,6 +32,7 @@ def predict(
     output: str | None = None,
     min_score: float | Literal["auto"] = 0.5,
     annotations: str | None = None,
+    orientation: Orientation = "upright",
     pictures: bool = True,
     batch_size: int = 8,
     workers: int = 2,
@@ -40,7 +42,7 @@ def predict(
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
     with in_a_sentence():
         left_out: set[Path] = set()
-        known = None if annotations is None else read_annotations(annotations)
+        known = None if annotations is None else read_annotations(annotations, labelled=False)
         files = find_images(images, known, left_out=left_out)
         detector, called = load_source(checkpoint, model, weights, crop)
         switch_refinement(detector, refine)
@@ -64,6 +66,7 @@ def predict(
                 pictures=pictures,
                 batch_size=batch_size,
                 workers=workers,
+                orientation=orientation,
                 max_pixels=max_pixels,
                 category_ids=category_ids,
                 about={
@@ -139,5 +142,10 @@ def _ids_in(annotations: Annotations, detector: PretrainedDetector) -> Sequence[
         return None
     pairs = zip(detector.category_ids, detector.category_names, ids, strict=True)
     if left := [name for own, name, found in pairs if own is not None and found is None]:
-        print(f"Note: the annotations have no {listed(left)}: of those detections.json has none.", file=sys.stderr)
+        why = mixed_up(left, [category["name"] for category in annotations.categories])
+        print(
+            f"Note: the annotations have no {quoted(left)}: of those detections.json has none"
+            f"{f' ({why})' if why else ''}.",
+            file=sys.stderr,
+        )
     return ids

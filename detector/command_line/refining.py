@@ -39,6 +39,7 @@ def refine(flags: argparse.Namespace) -> int:
             find_root(flags.root, flags.dataset, flag="--root"),
             flags.annotations or DataFolder.annotations,
             flags.images,
+            flags.orientation,
         )
         detector, called = load_source(flags.checkpoint, flags.model, flags.weights, flags.crop)
         score_on = split_for(detector, folder, flags.split)
@@ -65,6 +66,7 @@ def refine(flags: argparse.Namespace) -> int:
             train_split=flags.train_split,
             annotations=folder.annotations,
             images=folder.images,
+            orientation=folder.orientation,
             steps=flags.max_steps,
             epochs=flags.epochs,
             flip=flags.flip,

@@ -12,7 +12,7 @@ import numpy as np
 from detector.data.entries import MOST_AREA, CocoFile, find
 from detector.data.keypoints import KeypointLayout, layout_of
 from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
-from detector.data.problems import Problem, annotation_problems
+from detector.data.problems import IGNORED, Problem, annotation_problems
 from detector.errors import DataError, MissingPartError
 
 
@@ -51,7 +51,7 @@ class Annotations:
     areas: np.ndarray  # square pixels, the box's where the file has none, [L] float64
     crowds: np.ndarray  # [L] bool
     parts: dict[Part, Packed]  # the JSON of each annotation's mask or key points, for the parts that are read
-    flaws: Counter[str]  # how many boxes and parts are left out or clipped, by kind
+    flaws: Counter[str]  # how many boxes and parts are left out, clipped or counted wrong, by kind
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -84,7 +84,9 @@ class Annotations:
         return layout_of(self.path, self.categories, points) if "keypoints" in self.parts else None
 
 
-def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: bool = True) -> Annotations:
+def read_annotations(
+    path: str | Path, *, parts: Collection[Part] = (), needed: bool = True, labelled: bool = True
+) -> Annotations:
     """Read an annotation file of COCO's instances format.
 
     ``iscrowd`` may be missing (0 is meant), and ``area`` (the box's is taken; COCO's own is the mask's).
@@ -93,13 +95,14 @@ def read_annotations(path: str | Path, *, parts: Collection[Part] = (), needed: 
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
         parts: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
         needed: if false, parts that no object has are left out; else they are an error.
+        labelled: if false, a file without ``annotations`` is taken as well, such as COCO's ``image_info_test-dev2017``.
 
     Raises:
         DataError: the file cannot be read; or the first "error" of
             :func:`~detector.data.problems.annotation_problems` or of ``part_problems``, and how many more there are.
         MissingPartError: no object has one of ``parts``.
     """
-    file = CocoFile(path, parts=[FIELD[part] for part in parts])
+    file = CocoFile(path, parts=[FIELD[part] for part in parts], labelled=labelled)
     flaws = refuse(annotation_problems(file), f"{path}")
     found = [part for part in parts if has_part(file, part)]
     for part in parts:
@@ -140,7 +143,7 @@ def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[s
     for problem in problems:
         if problem.level == "error":
             first, more = first or problem.message, more + 1
-        elif problem.level == "flaw":
+        elif problem.level == "flaw" or problem.kind == IGNORED:
             flaws[problem.kind] += 1
     if first is not None:
         lists = "" if checked is None else f": tools/check.py {checked} lists them"

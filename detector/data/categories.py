@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from detector.data.dataset import CocoDetection
-from detector.errors import DataError, ModelError
-from detector.text import listed, short
+from detector.errors import DataError, ModelError, shown
+from detector.text import alike, listed
 
 Category = tuple[int | None, str]  # id and name
 
@@ -43,7 +43,7 @@ def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> lis
         if ids[number] is None and name in names:
             if (category, name) not in theirs:
                 raise DataError(
-                    f"several categories are called {short(name)!r}, and the one with id {category} has no other with "
+                    f"several categories are called {shown(name)}, and the one with id {category} has no other with "
                     "that id and name: it cannot be told which is which"
                 )
             ids[number] = category
@@ -75,9 +75,10 @@ def match_ids(detector: Labelled, categories: Sequence[Category]) -> Sequence[in
     found = dict(zip(ours, same_categories(ours, categories), strict=True))
     ids = [found.get(category) for category in _categories(detector)]
     if not any(category is not None for category in ids):
+        names, theirs = [name for _, name in ours], [name for _, name in categories]
         raise ModelError(
-            f"no class of the detector ({listed([name for _, name in ours])}) has the name of a category of the data "
-            f"({listed([name for _, name in categories])}): not the same set of classes"
+            f"no class of the detector ({quoted(names)}) has the name of a category of the data ({quoted(theirs)}): "
+            f"{mixed_up(names, theirs) or 'not the same set of classes'}"
         )
     return ids
 
@@ -95,16 +96,17 @@ def label_as(data: CocoDetection, other: CocoDetection) -> list[str]:
     """
     ids = same_categories(_categories(other), _categories(data))
     if not any(category is not None for category in ids):
-        raise DataError(
-            f"no category ({listed(data.category_names)}) has the name of one to train on "
-            f"({listed(other.category_names)})"
-        )
+        raise DataError(no_shared_name(data.category_names, other.category_names))
     notes = []
     if moved := _moved(other, ids):
-        notes.append(f"categories are matched by name: {listed(moved)} have other ids than in training")
+        notes.append(f"categories are matched by name: {quoted(moved)} have other ids than in training")
     if unknown := _unknown(ids, data):
-        names = listed(list(unknown))
-        notes.append(f"objects of classes that are not trained on ({names}) count as missed: {unknown.total():,}")
+        names = quoted(list(unknown))
+        why = mixed_up(list(unknown), other.category_names)
+        notes.append(
+            f"objects of classes that are not trained on ({names}) count as missed: {unknown.total():,}"
+            + (f" ({why})" if why else "")
+        )
     data.relabel(ids, other.category_names)
     return notes
 
@@ -113,19 +115,54 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
     """Say how :func:`match_categories` matched a detector's labels, the most important first."""
     notes = []
     if unknown := _unknown(category_ids, data):
+        why = mixed_up(detector.category_names, list(unknown))
         notes.append(
-            f"Of classes that the detector does not know ({listed(list(unknown))}) it finds none: their objects "
-            f"({unknown.total():,}) count as missed."
+            f"Of classes that the detector does not know ({quoted(list(unknown))}) it finds none: their objects "
+            f"({unknown.total():,}) count as missed{f': {why}' if why else ''}."
         )
     if moved := _moved(detector, category_ids):
-        notes.append(f"Classes are matched by name: {listed(moved)} have other ids in the data than in the detector.")
+        notes.append(f"Classes are matched by name: {quoted(moved)} have other ids in the data than in the detector.")
     known = [(name, found) for (i, name), found in zip(_categories(detector), category_ids) if i is not None]
     if left := [name for name, found in known if found is None]:
         notes.append(
             f"The data has {len(known) - len(left):,} of the detector's {len(known):,} classes: what is detected of "
-            f"the others ({listed(left)}) is left out."
+            f"the others ({quoted(left)}) is left out."
         )
     return notes
+
+
+def quoted(names: Sequence[str]) -> str:
+    """List the first of some names in quotes, by which blanks at their ends are seen."""
+    return listed([shown(name) for name in names])
+
+
+def no_shared_name(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Say that no category has the name of one to train on, and why, if it can be told."""
+    why = mixed_up(ours, theirs)
+    return f"no category ({quoted(ours)}) has the name of one to train on ({quoted(theirs)}){f': {why}' if why else ''}"
+
+
+def names_alike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
+    """Find pairs of names that differ only by blanks, by case or by their Unicode form."""
+    by_key = {alike(name): name for name in theirs if name not in ours}
+    pairs = [(name, by_key.get(alike(name))) for name in ours if name not in theirs]
+    return [(name, other) for name, other in pairs if other is not None]
+
+
+def difference(name: str, other: str) -> str:
+    """Say by what two names differ that are alike."""
+    if name.casefold() == other.casefold():
+        what = "case"
+    else:
+        what = "blanks" if "".join(name.split()) == "".join(other.split()) else "the way they are written"
+    return f"{shown(name)} and {shown(other)} differ only by {what}"
+
+
+def mixed_up(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
+    """Name the first pair of :func:`names_alike`, and how many more there are; ``None`` if there is none."""
+    pairs = names_alike(ours, theirs)
+    more = f", and {len(pairs) - 1:,} more" if len(pairs) > 1 else ""
+    return f"{difference(*pairs[0])}{more}" if pairs else None
 
 
 def _categories(labelled: Labelled) -> list[Category]:

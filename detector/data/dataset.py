@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from detector.data.annotations import Annotations, read_annotations, refuse
 from detector.data.entries import find
 from detector.data.image_files import file_problems
-from detector.data.images import read_image
+from detector.data.images import Orientation, read_image
 from detector.data.masks import MaskLayers
 from detector.data.part_problems import Part
 from detector.errors import DataError
@@ -58,6 +58,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             masks are read it is told to fill them with 0, whatever it fills images with.
         seed: with the epoch and the index, all that the transform's random choices depend on.
         skip_missing: take images whose file is missing as well; reading one fails.
+        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
 
     Raises:
         DataError: as :func:`read_annotations`, or an image file is missing.
@@ -72,6 +73,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         transform: Transform | None = None,
         seed: int = 0,
         skip_missing: bool = False,
+        orientation: Orientation = "upright",
     ) -> None:
         self.folder = Path(images)
         self.parts = tuple(parts)
@@ -93,6 +95,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if "masks" in self.parts:
             _paint_no_masks(transform)
         self.seed = seed
+        self.orientation = orientation
         self.category_ids: list[int | None] = [category["id"] for category in self.annotations.categories]
         self.category_names: list[str] = [category["name"] for category in self.annotations.categories]
         problems = [problem for _, problem in file_problems(annotations.file_names(), self.folder, self._where)]
@@ -191,7 +194,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         known = int(self._images[index])
         info, rows = self.annotations.image(known), self._rows_of(known)
         path, size = self.folder / info["file_name"], (info["height"], info["width"])
-        image: Tensor = tv_tensors.Image(read_image(path, width=info["width"], height=info["height"]))
+        pixels = read_image(path, width=info["width"], height=info["height"], orientation=self.orientation)
+        image: Tensor = tv_tensors.Image(pixels)
         boxes, labels = torch.from_numpy(self._boxes[rows]), torch.from_numpy(self._labels[rows])
         target: Target = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),

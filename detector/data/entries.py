@@ -34,18 +34,21 @@ FOUR = "4 finite numbers, x, y, width and height, each 0 or from 1e-100 to 1e9 i
 NOT_NEGATIVE = f"{FOUR}, the latter two not negative"
 ID = Field(Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], "an integer of 64 bits", "i8")
 SIZE = Field(Annotated[int, Meta(ge=1, le=2**63 - 1)], "an integer of at least 1", "i8")
-TEXT = Field(str, "a string in UTF-8", "O", None)
+TEXT = Field(str, "a string", "O", None)
 BOX = Field(tuple[Coordinate, Coordinate, Coordinate, Coordinate], FOUR, "4f8", (nan,) * 4)
 FOUND_BOX = Field(tuple[Coordinate, Coordinate, Length, Length], NOT_NEGATIVE, "4f8", (nan,) * 4, optional=True)
 AREA = Field(Annotated[float, Meta(ge=0, le=MOST_AREA)], "a number from 0 to 1e10", "f8", nan, optional=True)
 FLAG = Field(bool | Annotated[float, Meta(ge=0, le=1, multiple_of=1)], "0 or 1", "?", optional=True)
+ANY = Field(Any, "", "O", None, optional=True)
 SCORE = Field(float, "a finite number", "f8")
 PARTS = dict.fromkeys(("segmentation", "keypoints"), Field(Raw, "", "O", Raw(), optional=True))  # decoded when used
 RESULTS = "results"  # the list of a results file
 FIELDS: dict[str, dict[str, Field]] = {
     "images": {"id": ID, "file_name": TEXT, "width": SIZE, "height": SIZE},
     "categories": {"id": ID, "name": TEXT},
-    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG} | PARTS,
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG}
+    | {"ignore": ANY}
+    | PARTS,
     RESULTS: {"image_id": ID, "category_id": ID, "score": SCORE, "bbox": FOUND_BOX} | PARTS,
 }
 
@@ -139,6 +142,7 @@ class CocoFile:
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or one like them.
         parts: those of :data:`PARTS` that are read.
+        labelled: whether annotations must be there. COCO's test files have none.
 
     Attributes:
         missing: for each list that is not there, or is not a list, a sentence that says so, by the list's name. A file
@@ -148,7 +152,7 @@ class CocoFile:
         DataError: the file cannot be read, or is not JSON.
     """
 
-    def __init__(self, path: str | Path, *, parts: Collection[str] = tuple(PARTS)) -> None:
+    def __init__(self, path: str | Path, *, parts: Collection[str] = tuple(PARTS), labelled: bool = True) -> None:
         content = decode_json(path, _Lists | LIST)
         self.path = path
         self.missing: dict[str, str] = {}
@@ -158,6 +162,8 @@ class CocoFile:
         lists: list[Entries] = []
         for name in LISTS:
             raws = getattr(content, name)
+            if raws is None and name == "annotations" and not labelled:
+                raws = []
             if not isinstance(raws, list):
                 self.missing[name], raws = f"{name!r} must be a list, got {kind_of(raws)}", []
             lists.append(Entries(path, name, raws, without=PARTS.keys() - set(parts)))
@@ -189,12 +195,12 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def value_of(raw: Raw | bytes) -> Any:
-    """The plain value of some JSON; ``None`` of none at all. Bytes that are not UTF-8 are replaced."""
+    """The plain value of some JSON; ``None`` of none at all."""
     text = bytes(raw)
     try:
         return msgspec.json.decode(text) if text else None
-    except ValueError:  # such bytes, and numbers that are too large
-        return _LENIENT.decode(text.decode(errors="replace"))
+    except ValueError:  # a number that is too large
+        return _LENIENT.decode(text.decode())
 
 
 # NaN is 1e999 here, see decode_json. Python reads no integers of more than some thousand digits.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detector.data.dataset import CocoDetection
+from detector.data.images import Orientation
 from detector.errors import DataError
 
 ROOT_VARIABLE = "DETECTOR_DATA"
@@ -19,11 +20,13 @@ class DataFolder:
         root: the folder.
         annotations: the annotation file of a split, relative to ``root``.
         images: the image folder of a split, relative to ``root``.
+        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
     """
 
     root: Path
     annotations: str = "annotations/instances_{split}.json"
     images: str = "{split}"
+    orientation: Orientation = "upright"
 
     def annotation_file(self, split: str) -> Path:
         """Return the annotation file of a split."""
@@ -35,7 +38,8 @@ class DataFolder:
 
     def dataset(self, split: str, **options: Any) -> CocoDetection:
         """Read a split as a data set, with the options of :class:`~detector.data.dataset.CocoDetection`."""
-        return CocoDetection(self.image_folder(split), self.annotation_file(split), **options)
+        images, annotations = self.image_folder(split), self.annotation_file(split)
+        return CocoDetection(images, annotations, orientation=self.orientation, **options)
 
 
 def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:

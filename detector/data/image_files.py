@@ -7,12 +7,16 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from tqdm import tqdm
 
-from detector.data.images import read_image, without_pillows_warnings
+from detector.data.images import DOUBTFUL, Orientation, read_image, without_pillows_warnings
 from detector.data.problems import Problem
 from detector.errors import DataError, SizeError, shown
+from detector.text import alike_file
+
+ORIENTED = "images whose EXIF orientation matters"
 
 
 def file_problems(
@@ -29,44 +33,64 @@ def file_problems(
         Problems, all of level "error", each with the place of its image; ``None`` for the folder's.
     """
     try:
-        present = set(os.listdir(folder))  # one look, not one a file: COCO has 118,000
+        present = os.listdir(folder)  # one look, not one a file: COCO has 118,000
     except OSError as error:
         message = f"{folder}: no such image folder, or it cannot be read: {error.strerror}"
         yield None, Problem("missing image folder", "error", message)
         return
-    root = Path(folder).resolve()
+    root, known = Path(folder).resolve(), set(present)
+    by_key: dict[str, list[str]] = {}
     for position, name in enumerate(names):
-        if name is None or name in present:
+        if name is None or name in known:
             continue
         inside, there = True, False
         with suppress(OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
             file = (root / name).resolve()
             inside, there = file.is_relative_to(root), file.is_file()
-        message = f"{where(position)} has file_name {shown(name)}"
-        if not inside:
-            yield position, Problem("image files outside their folder", "error", f"{message}, outside {folder}")
-        elif not there:
-            yield position, Problem("missing image files", "error", f"{message}, not in {folder}")
+        if inside and there:
+            continue
+        for one in () if by_key else present:
+            by_key.setdefault(alike_file(one), []).append(one)
+        message = f"{where(position)} has file_name {shown(name)}, {'not in' if inside else 'outside'} {folder}"
+        if fitting := _fitting(name, root, by_key):
+            message += f"; there is {shown(fitting)}, which may be meant"
+        kind = "missing image files" if inside else "image files outside their folder"
+        yield position, Problem(kind, "error", message)
 
 
-def image_problem(folder: str | Path, image: Mapping[str, Any]) -> Problem | None:
-    """Say what keeps an image, an entry of ``images``, from being read. It is decoded whole, as for training."""
+def _fitting(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> str | None:
+    """The name by which a file is in its folder that is called otherwise in the annotations."""
+    path = unquote(name).replace("\\", "/")
+    with suppress(OSError, ValueError):
+        if not path.startswith("/") and (root / path).resolve().is_relative_to(root) and (root / path).is_file():
+            return path
+    fitting = by_key.get(alike_file(name), ())
+    return fitting[0] if len(fitting) == 1 and (root / fitting[0]).is_file() else None
+
+
+def image_problem(folder: str | Path, image: Mapping[str, Any], orientation: Orientation = "upright") -> Problem | None:
+    """Say what keeps an image, an entry of ``images``, from being read, or a note if it may be labelled otherwise.
+
+    The image is decoded whole, as for training.
+    """
+    path, remarks = Path(folder) / image["file_name"], list[str]()
     try:
-        read_image(Path(folder) / image["file_name"], width=image["width"], height=image["height"])
+        read_image(path, width=image["width"], height=image["height"], orientation=orientation, remarks=remarks)
     except DataError as error:
         kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
         return Problem(kind, "error", " ".join(str(error).split()))
-    return None
+    doubts = [remark for remark in remarks if remark.startswith(DOUBTFUL)]
+    return Problem(ORIENTED, "note", f"{path}: {doubts[0]}") if doubts else None
 
 
 def open_images(
-    folder: str | Path, images: Sequence[Mapping[str, Any]], *, workers: int = 4
+    folder: str | Path, images: Sequence[Mapping[str, Any]], *, orientation: Orientation = "upright", workers: int = 4
 ) -> Iterator[Problem | None]:
     """Open images, in threads and with a progress bar, and yield :func:`image_problem` of each, in order."""
     # Also around all threads: what each of them sets and takes back is all threads' own.
     with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
         try:
-            opened = executor.map(partial(image_problem, folder), images)
+            opened = executor.map(partial(image_problem, folder, orientation=orientation), images)
             yield from tqdm(opened, "opening images", len(images), unit="image", leave=False, delay=1, disable=None)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the images in the queue

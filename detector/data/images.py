@@ -8,9 +8,10 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -18,6 +19,18 @@ from detector.errors import DataError, ImageError, SizeError
 
 # What a file may be, whatever it is called. Pillow knows more, and runs Ghostscript on a file that says it is an EPS.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+Orientation = Literal["upright", "stored"]
+UPRIGHT = {  # what turns the stored pixels upright, by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+STORED = UPRIGHT | {6: UPRIGHT[8], 8: UPRIGHT[6]}  # and what turns it back
+DOUBTFUL = "EXIF orientation"  # how a remark begins on an image that may be labelled upright or as stored
 TOO_LARGE = (
     "a small file may say that, and fill the memory; one that is meant is let through by --max_pixels of "
     "tools/predict.py, max_pixels of detect, and takes about 40 bytes of memory a pixel"
@@ -31,6 +44,7 @@ def read_image(
     *,
     width: int | None = None,
     height: int | None = None,
+    orientation: Orientation = "upright",
     max_pixels: int | None = None,
     remarks: list[str] | None = None,
 ) -> Tensor:
@@ -39,16 +53,18 @@ def read_image(
     Integers of more than 8 bits and floats are scaled as :func:`as_rgb` says. Of several frames or pages the first is
     taken.
 
-    Photographs may carry an EXIF orientation, which a viewer applies and an annotation tool may have applied or
-    not. The annotation's size decides: the pixels as stored if they fit it, else the pixels turned upright.
+    A photograph may carry an EXIF orientation, by which viewers and most label tools turn it upright. It is turned
+    upright here as well, unless the annotation's size fits the pixels as they are stored alone.
 
     Args:
         path: one of :data:`FORMATS`, so far as this Pillow reads them.
-        width: the annotation's width, in pixels; ``None``: turn upright, as a viewer does.
+        width: the annotation's width, in pixels, if there is one.
         height: the annotation's height.
+        orientation: "stored": take the pixels as they are stored, unless the annotation's size fits those that are
+            turned upright alone.
         max_pixels: the most that it may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
         remarks: gets a phrase for each thing that a user may want to know: that the values were scaled, that there
-            are more frames.
+            are more frames, that the annotation's size does not confirm the orientation (:data:`DOUBTFUL`).
 
     Returns:
         [3, H, W], uint8.
@@ -70,13 +86,14 @@ def read_image(
                     f"read: {TOO_LARGE}"
                 )
             deep = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))  # Pillow drops the lower 8
-            upright = ImageOps.exif_transpose(image) if width is None or image.size != (width, height) else image
-            if width is not None and upright.size != (width, height):
+            size = image.size
+            turned = oriented(image, None if width is None or height is None else (width, height), orientation, remarks)
+            if width is not None and turned.size != (width, height):
                 raise SizeError(
-                    f"{path}: the image has {image.size[0]}x{image.size[1]} pixels, its annotation says "
+                    f"{path}: the image has {size[0]}x{size[1]} pixels, its annotation says "
                     f"{width}x{height} (width x height)"
                 )
-            pixels = v2.functional.pil_to_tensor(as_rgb(upright, remarks))
+            pixels = v2.functional.pil_to_tensor(as_rgb(turned, remarks))
             if remarks is not None:
                 if deep and 0 < int(pixels.max()) < 64:
                     remarks.append("dark colours of 16 bits, of which only the upper 8 are read; save them with 8")
@@ -123,6 +140,34 @@ def without_pillows_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
+
+
+def oriented(
+    image: Image.Image,
+    size: tuple[int, int] | None = None,
+    orientation: Orientation = "upright",
+    remarks: list[str] | None = None,
+) -> Image.Image:
+    """Turn a PIL image upright, or leave it as it is stored, see :func:`read_image`."""
+    is_tiff = image.format == "TIFF"  # which Pillow turns upright by itself as it loads it
+    if not is_tiff:
+        image.load()  # the EXIF data of a PNG may come after its pixels
+    try:
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of EXIF data that are broken, decoders raise what they like
+        turn = 1
+    if turn not in UPRIGHT:
+        return image
+    image.load()
+    ways = {"upright": None if is_tiff else UPRIGHT[turn], "stored": STORED[turn] if is_tiff else None}
+    sizes = {way: image.size if method is None or turn < 5 else image.size[::-1] for way, method in ways.items()}
+    other = "stored" if orientation == "upright" else "upright"
+    chosen = other if size is not None and sizes[orientation] != size == sizes[other] else orientation
+    if remarks is not None and size is not None and (chosen == other or len(set(sizes.values())) == 1):
+        how = "as its annotation's size says" if chosen == other else "though its labels may be of the other pixels"
+        remarks.append(f"{DOUBTFUL} {turn}, {'turned upright' if chosen == 'upright' else 'taken as stored'}, {how}")
+    method = ways[chosen]
+    return image if method is None else image.transpose(method)
 
 
 def as_rgb(image: Image.Image, remarks: list[str] | None = None) -> Image.Image:

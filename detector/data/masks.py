@@ -1,11 +1,9 @@
 """Masks of objects: COCO's segmentations (polygons, RLE) as tensors, and back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
@@ -15,9 +13,6 @@ from torchvision.models.detection.roi_heads import expand_boxes, expand_masks, p
 
 Rle = dict[str, Any]  # compressed, as in COCO's files: "size" [height, width] and "counts", a string
 MASK = 0.5  # probability above which a pixel is of the object, as in torchvision's references
-# Of an image with masks, and of an object's outlines. pycocotools counts fifths of a pixel in 32 bits, writes runs of
-# more than 24 bits beyond its buffer, and takes 100 bytes a pixel of an outline.
-MOST_PIXELS, MOST_OUTLINE = 2**26, 2_000_000
 
 
 def as_rle(segmentation: Any, height: int, width: int) -> Rle:
@@ -35,7 +30,7 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
         if isinstance(rle["counts"], list):
             rle = _as_text(coco_mask.frPyObjects(rle, height, width))
         # pycocotools takes a run without pixels for the end where it compares masks.
-        has_empty_runs = 0 in (_runs(rle["counts"]) or [])[1:]
+        has_empty_runs = 0 in (run_lengths(rle["counts"]) or [])[1:]
         return _as_text(coco_mask.encode(coco_mask.decode(rle))) if has_empty_runs else rle
     return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
 
@@ -162,75 +157,7 @@ def _as_text(rle: Mapping[str, Any]) -> Rle:
     return {"size": [int(side) for side in rle["size"]], "counts": bytes(rle["counts"]).decode("ascii")}
 
 
-class _Rle(msgspec.Struct):
-    size: tuple[int, int]
-    counts: list[Annotated[int, msgspec.Meta(ge=0)]] | str
-
-
-def _polygons(least: float, most: float) -> Any:
-    """The type of polygons, each of 3 points or more with coordinates from the one to the other."""
-    coordinate = Annotated[float, msgspec.Meta(ge=least, le=most)]
-    polygon = Annotated[list[coordinate], msgspec.Meta(min_length=6)]
-    return Annotated[list[polygon], msgspec.Meta(min_length=1)]
-
-
-_any = msgspec.json.Decoder(_polygons(-1e9, 1e9) | _Rle)
-
-
-@cache
-def _near(side: int) -> Callable[[bytes | msgspec.Raw], list[list[float]]]:
-    """Decode polygons that are near any image whose shorter side is this one."""
-    decoder: msgspec.json.Decoder[list[list[float]]] = msgspec.json.Decoder(_polygons(-side, 2 * side))
-    return decoder.decode
-
-
-def segmentation_problem(segmentation: bytes | msgspec.Raw, width: int, height: int) -> str | None:
-    """Say what is wrong with the JSON of a segmentation, which is not empty, in an image of that size.
-
-    pycocotools reads what it is given without looking: an RLE that is too long writes beyond its mask, and four numbers
-    are a box to it. COCO has 860,000 polygons, so the usual case is a single decoder call, of two microseconds.
-    """
-    if width * height > MOST_PIXELS:
-        return f"in an image of {width}x{height} pixels: masks are read in images of {MOST_PIXELS:,} at most"
-    side, numbers = min(width, height), 0
-    try:
-        for polygon in _near(side)(segmentation):
-            numbers += len(polygon) if len(polygon) % 2 == 0 else MOST_OUTLINE
-        if 1.5 * side * numbers <= MOST_OUTLINE:  # a step of an outline is at most 3 sides long
-            return None
-    except ValueError:
-        pass
-    try:
-        value = _any.decode(segmentation)
-    except ValueError as error:
-        return f"neither polygons, each of 3 points or more, nor an RLE: {error}"
-    if isinstance(value, _Rle):
-        return _rle_problem(value, width, height)
-    outline = 0.0
-    for number, polygon in enumerate(value):
-        if len(polygon) % 2:
-            return f"polygon {number} of {len(polygon)} numbers: x and y of each point are needed"
-        x, y = np.array(polygon[::2]), np.array(polygon[1::2])
-        if x.min() < -width or x.max() > 2 * width or y.min() < -height or y.max() > 2 * height:
-            return f"polygon {number} that reaches far outside the image of {width}x{height} pixels"
-        outline += np.maximum(abs(x - np.roll(x, 1)), abs(y - np.roll(y, 1))).sum()
-    if outline > MOST_OUTLINE:  # a few lines to and fro would fill the memory
-        return f"polygons whose outlines are {outline:,.0f} pixels long: {MOST_OUTLINE:,} at most are read"
-    return None
-
-
-def _rle_problem(rle: _Rle, width: int, height: int) -> str | None:
-    if rle.size != (height, width):
-        return f"an RLE of size {list(rle.size)}, [height, width], in an image of {width}x{height} pixels"
-    runs = _runs(rle.counts) if isinstance(rle.counts, str) else rle.counts
-    if runs is None:
-        return "an RLE whose counts are broken"
-    if sum(runs) != width * height:
-        return f"an RLE whose counts add up to {sum(runs)} pixels, not to the {width * height} of the image"
-    return None
-
-
-def _runs(counts: str) -> list[int] | None:
+def run_lengths(counts: str) -> list[int] | None:
     """The lengths of the runs in a compressed RLE, ``None`` if it is broken.
 
     Each is written as digits of 5 bits, the lowest first, in characters from "0" on, with a sixth bit where more

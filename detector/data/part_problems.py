@@ -1,28 +1,62 @@
 """What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from detector.data.entries import CocoFile, value_of
+from detector.data.entries import CocoFile, Entries, value_of
 from detector.data.keypoints import keypoints_problem, layout_of
-from detector.data.masks import is_empty, segmentation_problem
-from detector.data.problems import Level, Problem
+from detector.data.masks import is_empty
+from detector.data.placement import misplaced
+from detector.data.problems import ROUNDING, Level, Problem, far_from_boxes, sizes_of_images
+from detector.data.segmentations import measure_masks, read_segmentation
 from detector.errors import DataError, shown
 
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
 FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
 NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
-NO_AREA: dict[Part, str] = {
-    "masks": "has no area: its box's area decides whether its mask is scored as small or large",
-    "keypoints": "has no area: its box's, which is larger, is used, so that its key points are matched too easily",
+MISSING: dict[Part, tuple[str, str]] = {
+    "masks": (
+        "objects without a segmentation",
+        "has no segmentation: its mask is trained as an empty one, and scored as missed",
+    ),
+    "keypoints": ("objects without key points", "has no key points: its box is learned, key points are not"),
 }
-MISSING: dict[Part, str] = {
-    "masks": "has no segmentation: its mask is trained as an empty one, and scored as missed",
-    "keypoints": "has no key points: its box is learned, key points are not",
+EMPTY: dict[Part, tuple[str, str]] = {
+    "masks": (
+        "masks without a pixel",
+        "has a segmentation without a pixel in its image: it is trained as an empty mask, and scored as missed",
+    ),
+    "keypoints": (
+        "objects whose key points are all unlabelled",
+        "has key points that are all unlabelled (visibility 0): its box is learned, key points are not",
+    ),
 }
-UNLABELLED = "has key points that are all unlabelled (visibility 0): its box is learned, key points are not"
+NO_AREA: dict[Part, tuple[str, str]] = {
+    "masks": (
+        "masks without an area",
+        "has no area: its box's area decides whether its mask is scored as small or large",
+    ),
+    "keypoints": (
+        "key points without an area",
+        "has no area: its box's, which is larger, is used, so that its key points are matched too easily",
+    ),
+}
+OUTSIDE_BOX: dict[Part, tuple[str, str]] = {
+    "masks": ("masks outside their boxes", "has a segmentation that lies outside its bbox"),
+    "keypoints": ("key points outside their boxes", "has key points most of which lie outside its bbox"),
+}
+OUTSIDE_IMAGE = (
+    "key points outside their image",
+    "has labelled key points outside its image: training takes them as not labelled",
+)
+FAR_FROM_MASK = (
+    "areas that are far from their masks'",
+    "has an area far from that of its mask, which decides whether it is scored as small or large",
+)
+AT_ONCE = 10_000  # segmentations that are decoded at a time: COCO's would take gigabytes
 
 
 def has_part(file: CocoFile, part: Part) -> bool:
@@ -35,6 +69,17 @@ def _is_empty(value: Any, part: Part) -> bool:
     return is_empty(value) if part == "masks" else not value
 
 
+@dataclass(frozen=True)
+class _Read:
+    """The masks, or the key points, of a file, [L] of each."""
+
+    wrong: list[str | None]  # what is wrong with it; something, where there is none
+    points: np.ndarray  # [L, P, 2], x and y in pixels: of a mask two corners of the box around it
+    labelled: np.ndarray  # [L, P], bool: which of them are there
+    is_empty: np.ndarray  # without a pixel, or a labelled point; false where it is wrong
+    areas: np.ndarray  # of masks, in pixels; NaN of key points
+
+
 def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
     """Say what is wrong with the masks, or the key points, of annotations that are right otherwise.
 
@@ -44,42 +89,104 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         broken: the level of those that cannot be read: an "error" where they are needed.
 
     Yields:
-        The problems; none where no object has the part. Objects without it are a flaw where others have it.
+        The problems; none where no object has the part. Objects without it are a flaw where others have it. It is an
+        error if most have nothing to do with their boxes, or if no mask has a pixel.
     """
-    field, annotations, categories = FIELD[part], file.annotations, file.categories["id"]
+    field, annotations = FIELD[part], file.annotations
     without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
-    objects, no_area = ~annotations["iscrowd"], np.isnan(annotations["area"])
+    objects = ~annotations["iscrowd"]
     has_points = np.ones(len(annotations), dtype=bool)
     if not has_part(file, part):
         return
     if part == "masks":
-        sides = (file.images[side][file.image_places].tolist() for side in ("width", "height"))
-        found = list(map(segmentation_problem, annotations[field], *sides))
+        read = _read_masks(file)
     else:
-        entries = [file.categories.entry(position) for position in range(len(categories))]
+        entries = [file.categories.entry(position) for position in range(len(file.categories))]
         try:
             layout = layout_of(file.path, entries, map(value_of, annotations[field]))
         except DataError as error:
             yield Problem("categories with key points that do not fit", broken, f"{error}{without}")
             return
-        found = [keypoints_problem(raw, len(layout) if layout else 1) for raw in annotations[field]]
+        read = _read_keypoints(file, len(layout) if layout else 1)
         if any(having := [bool(entry.get("keypoints")) for entry in entries]):
-            has_points = np.isin(annotations["category_id"], categories[having])
-    wrong = np.array([what is not None for what in found], dtype=bool)
-    flaws: list[tuple[str, int, str]] = []
-    for position in np.flatnonzero(wrong | no_area | (part == "keypoints")).tolist():
-        value, is_object = value_of(annotations[field][position]), objects[position]
-        if _is_empty(value, part):
-            if is_object and has_points[position]:
-                kind = "objects without a segmentation" if part == "masks" else "objects without key points"
-                flaws.append((kind, position, MISSING[part]))
-            continue
-        if no_area[position] and is_object:
-            flaws.append((f"{NAME[part]} without an area", position, NO_AREA[part]))
-        if found[position] is not None:
-            kind = "broken segmentations" if part == "masks" else "broken key points"
-            message = f"{annotations.where(position)} has {field} {shown(value)}, {found[position]}{without}"
-            yield Problem(kind, broken, message)
-        elif part == "keypoints" and is_object and not any(value[2::3]):
-            flaws.append(("objects whose key points are all unlabelled", position, UNLABELLED))
-    yield from (Problem(kind, "flaw", f"{annotations.where(at)} {what}") for kind, at, what in flaws)
+            has_points = np.isin(annotations["category_id"], file.categories["id"][having])
+    missing = np.zeros(len(annotations), dtype=bool)
+    for position in [at for at, what in enumerate(read.wrong) if what is not None]:
+        value = value_of(annotations[field][position])
+        missing[position] = _is_empty(value, part)
+        if not missing[position]:
+            message = f"{annotations.where(position)} has {field} {shown(value)}, {read.wrong[position]}{without}"
+            yield Problem(f"broken {'segmentations' if part == 'masks' else 'key points'}", broken, message)
+    outside, whole = _outside_boxes(file, part, read, objects)
+    if whole is not None:
+        yield whole
+        return
+    if part == "masks" and (objects & read.is_empty).any() and not (objects & (read.areas > 0)).any():
+        message = f"{file.path}: no segmentation has a pixel in its image: there is no mask to learn or to score"
+        yield Problem("annotation file whose masks have no pixel", "error", message)
+    flaws = [
+        (MISSING[part], missing & has_points),
+        (EMPTY[part], read.is_empty),
+        (NO_AREA[part], np.isnan(annotations["area"]) & ~missing),
+        (OUTSIDE_BOX[part], outside & ~read.is_empty),
+        (OUTSIDE_IMAGE, _outside_image(file, read) if part == "keypoints" else np.zeros_like(outside)),
+        (FAR_FROM_MASK, _far_from_masks(annotations, read.areas)),
+    ]
+    for (kind, what), which in flaws:
+        for position in np.flatnonzero(objects & which).tolist():
+            yield Problem(kind, "flaw", f"{annotations.where(position)} {what}")
+
+
+def _read_masks(file: CocoFile) -> _Read:
+    """Read all masks, some at a time: as lists those of COCO would take gigabytes."""
+    raws, sizes = file.annotations["segmentation"], sizes_of_images(file).astype(int).tolist()
+    wrong: list[str | None] = []
+    measured = [(np.empty((0, 4)), np.empty(0))]
+    for start in range(0, len(raws), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        values, problems = zip(*(read_segmentation(raw, *size) for raw, size in zip(raws[some], sizes[some])))
+        wrong += problems
+        measured.append(measure_masks(values, sizes[some]))
+    boxes, areas = map(np.concatenate, zip(*measured))
+    return _Read(wrong, boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2]), areas == 0, areas)
+
+
+def _read_keypoints(file: CocoFile, count: int) -> _Read:
+    raws = file.annotations["keypoints"]
+    wrong = [keypoints_problem(raw, count) for raw in raws]
+    nothing = [0] * (3 * count)
+    values = [nothing if what is not None else value_of(raw) for raw, what in zip(raws, wrong)]
+    points = np.array(values, dtype=np.float64).reshape(-1, count, 3)
+    labelled = points[..., 2] > 0
+    right = np.array([what is None for what in wrong], dtype=bool)
+    return _Read(wrong, points[..., :2], labelled, right & ~labelled.any(axis=1), np.full(len(raws), np.nan))
+
+
+def _outside_boxes(file: CocoFile, part: Part, read: _Read, which: np.ndarray) -> tuple[np.ndarray, Problem | None]:
+    """Find those that lie outside their boxes, [L]; where these are most, there is a problem of the whole file."""
+    boxes = file.annotations["bbox"].copy()
+    rows = np.flatnonzero(which & read.labelled.any(axis=1) & (boxes[:, 2:] > 0).all(axis=1))
+    boxes[:, 2:] += boxes[:, :2]
+    off, looks = misplaced(read.points[rows], read.labelled[rows], boxes[rows], sizes_of_images(file)[rows])
+    outside = np.zeros(len(boxes), dtype=bool)
+    outside[rows[off]] = True
+    if not 2 * off.sum() > len(rows):
+        return outside, None
+    begin = f"{file.path}: {NAME[part]} of {off.sum():,} of {len(rows):,} objects lie outside their boxes"
+    message = f"{begin}; they look {looks}" if looks else f"{begin}: they are in other pixels, or of other objects"
+    return outside, Problem(f"annotation file whose {NAME[part]} lie outside boxes", "error", message)
+
+
+def _outside_image(file: CocoFile, read: _Read) -> np.ndarray:
+    """Which objects have labelled points outside their image, [L]."""
+    sizes = sizes_of_images(file)[:, None]
+    beyond = np.any((read.points < -ROUNDING) | (read.points > sizes + ROUNDING), axis=2)
+    return np.any(beyond & read.labelled, axis=1)
+
+
+def _far_from_masks(annotations: Entries, of_masks: np.ndarray) -> np.ndarray:
+    """Which areas are neither like that of their mask nor between it and their box's, [L]."""
+    areas, boxes = annotations["area"], annotations["bbox"]
+    most = 3 * np.maximum(of_masks, boxes[:, 2:].prod(axis=1)) + 20
+    far: np.ndarray = (areas < of_masks / 3 - 10) | (areas > most)
+    return far & (of_masks > 0) & ~far_from_boxes(areas, boxes)

@@ -15,6 +15,9 @@ NORMALISED = "annotation file whose boxes look normalised (0..1)"
 CORNERS = "annotation file whose boxes look like corners (x1, y1, x2, y2)"
 REACHING = "boxes that reach outside their image"
 CENTRES = "annotation file whose boxes look like centres (cx, cy, width, height)"
+FAR_FROM_BOX = "areas that are far from their boxes'"
+IGNORED = "annotations with ignore 1"
+NO_BOX = "no box to train on"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ def annotation_problems(file: CocoFile) -> Iterator[Problem]:
         yield from _unknown(annotations, file.image_places, "image_id")
     if "categories" not in file.missing:
         yield from _unknown(annotations, file.category_places, "category_id")
-    yield from _box_problems(annotations, file.image_places, images)
+    yield from _box_problems(file)
+    yield from _ignored(annotations)
     if "annotations" not in file.missing:
         yield from _unused(categories, file.category_places, "name", "categories never used")
         yield from _unused(images, file.image_places, "file_name", "images without annotations")
@@ -109,12 +113,40 @@ def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Itera
         yield Problem(kind, "note", message)
 
 
-def _box_problems(annotations: Entries, places: np.ndarray, images: Entries) -> Iterator[Problem]:
-    """Say what is wrong with boxes, in their images, which are at these places."""
-    # NaN where the box, or the image's size, is not known: no comparison with it is true.
+def _ignored(annotations: Entries) -> Iterator[Problem]:
+    for position in np.flatnonzero(annotations["ignore"] == 1).tolist():
+        message = f"{annotations.where(position)} has ignore 1: it is trained on and scored as any other"
+        yield Problem(IGNORED, "note", f"{message}; iscrowd 1 takes it out of both")
+
+
+def no_box(path: Any) -> Problem:
+    """What training says of a file without a box that it could learn."""
+    return Problem(NO_BOX, "error", f"{path}: no box to train on: each is missing, a crowd, empty or outside its image")
+
+
+def sizes_of_images(file: CocoFile) -> np.ndarray:
+    """Width and height of each annotation's image, [L, 2] float64; NaN where they are not known."""
+    images = file.images
     sizes = np.stack([np.where(images.has(side), images[side], np.nan) for side in ("width", "height")], axis=1)
-    sizes = np.append(sizes, [[np.nan, np.nan]], axis=0)[places]
-    x, y, w, h, width, height = boxes = np.vstack([annotations["bbox"].T, sizes.T])
+    return np.append(sizes, [[np.nan, np.nan]], axis=0)[file.image_places]
+
+
+def far_from_boxes(areas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Which areas can be of no object in their box, [L]: 0 and 1 are placeholders of some exporters.
+
+    Args:
+        areas: [L], in square pixels; NaN where there is none.
+        boxes: [L, 4], x, y, width and height in pixels.
+    """
+    of_boxes = boxes[:, 2:].prod(axis=1)
+    small = (areas < of_boxes / 100) | ((areas <= 1) & (of_boxes >= 4))
+    return (small | (areas > 3 * of_boxes + 20)) & (boxes[:, 2:] > 0).all(axis=1)
+
+
+def _box_problems(file: CocoFile) -> Iterator[Problem]:
+    """Say what is wrong with boxes, in their images."""
+    annotations, sizes = file.annotations, sizes_of_images(file)
+    x, y, w, h, width, height = boxes = np.vstack([annotations["bbox"].T, sizes.T])  # no comparison with NaN is true
     yield from _misread_boxes(annotations.path, boxes)
     right, lower = x + w, y + h
     empty = (w <= 0) | (h <= 0)
@@ -130,7 +162,12 @@ def _box_problems(annotations: Entries, places: np.ndarray, images: Entries) -> 
         for position in np.flatnonzero(which).tolist():
             value = f"{shown(annotations.entry(position)['bbox'])}, {what.format(*sizes[position])}"
             yield Problem(kind, "flaw", f"{annotations.where(position)} has bbox {value}")
-    for position, same in _equal_boxes(annotations, places):
+    far = far_from_boxes(annotations["area"], annotations["bbox"]) & ~annotations["iscrowd"]
+    for position in np.flatnonzero(far).tolist():
+        area, of_box = annotations["area"][position], boxes[2:4, position].prod()
+        what = f"has area {area:.4g}, its box's is {of_box:.4g}: the area tells small objects from large ones in scores"
+        yield Problem(FAR_FROM_BOX, "flaw", f"{annotations.where(position)} {what}, and scales key points' errors")
+    for position, same in _equal_boxes(annotations, file.image_places):
         value = shown(annotations.entry(position)["bbox"])
         what = f"has the image, category and bbox of annotations[{same}], {value}: one object counts twice in "
         yield Problem("duplicate boxes", "flaw", f"{annotations.where(position)} {what}training and scoring")

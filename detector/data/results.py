@@ -10,11 +10,14 @@ from msgspec import Raw
 from torchvision.ops import box_convert
 
 from detector.data.annotations import Annotations, refuse
+from detector.data.conventions import boxes_look_like
 from detector.data.entries import RESULTS, Entries, kind_of, value_of
 from detector.data.keypoints import keypoints_problem
-from detector.data.masks import MOST_PIXELS, as_rle, encode_masks, mask_box, segmentation_problem
+from detector.data.masks import as_rle, encode_masks, mask_box
 from detector.data.part_problems import FIELD, Part
+from detector.data.placement import misplaced
 from detector.data.problems import Problem, result_problems
+from detector.data.segmentations import MOST_PIXELS, read_segmentation
 from detector.errors import DataError, shown
 from detector.files import decode_json
 
@@ -80,8 +83,8 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
 
     The file is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox``
     (x, y, width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have what one of them
-    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points, and
-    ``notes`` gets a sentence.
+    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points. ``notes``
+    gets a sentence on that, and on numbers that look like those of another convention.
 
     Raises:
         DataError: an entry has a wrong field, or is for an image or a category that the annotations do not have: the
@@ -110,7 +113,31 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
             x, y = result["keypoints"][0::3], result["keypoints"][1::3]
             result["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
         results.append(result)
+    if notes is not None:
+        notes += _misread(results, truth)
     return results
+
+
+def _misread(results: Sequence[Result], truth: Annotations) -> Iterator[str]:
+    """Say if boxes, masks or key points look like something else than COCO's."""
+    if not results:
+        return
+    boxes, image_ids = np.array([one["bbox"] for one in results]), np.array([one["image_id"] for one in results])
+    looks = boxes_look_like(boxes, np.array([one["score"] for one in results]), image_ids, truth)
+    if looks is not None:
+        yield f"The boxes look like {looks}. COCO's bbox is x, y, width and height in pixels of the image."
+    if "segmentation" in results[0]:
+        empty = sum(mask_box(one["segmentation"])[2] == 0 for one in results)
+        if 2 * empty > len(results):
+            yield f"{empty:,} of {len(results):,} masks have no pixel in their image."
+    if "keypoints" in results[0] and looks is None:
+        points = np.array([one["keypoints"] for one in results]).reshape(len(results), -1, 3)[..., :2]
+        sizes = truth.sizes[truth.find(image_ids)]
+        boxes[:, 2:] += boxes[:, :2]
+        off, meant = misplaced(points, np.ones(points.shape[:2], dtype=bool), boxes, sizes)
+        if 2 * off.sum() > len(results):
+            what = f": they look {meant}" if meant else ""
+            yield f"The key points of {off.sum():,} of {len(results):,} results lie outside their boxes{what}."
 
 
 def _field_problems(
@@ -127,7 +154,7 @@ def _field_problems(
             others = has_box.any() or field != "bbox"
             what = f"no {field}, which others have" if others else "no bbox, segmentation or keypoints: one is needed"
         elif field == "segmentation" and (values[number] != [] or size[0] * size[1] > MOST_PIXELS):  # []: no pixel
-            what = segmentation_problem(raw, *size)
+            _, what = read_segmentation(raw, *size)
         elif field == "keypoints":
             what = keypoints_problem(raw, max(most, 1), visibility=False)
         if what is not None:

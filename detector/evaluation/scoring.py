@@ -16,8 +16,10 @@ from tqdm import tqdm
 from detector.data.annotations import read_annotations
 from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
+from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import NAME, Part
+from detector.data.part_problems import EMPTY, FAR_FROM_MASK, NAME, OUTSIDE_BOX, OUTSIDE_IMAGE, Part
+from detector.data.problems import FAR_FROM_BOX, IGNORED
 from detector.data.results import Result, parts_in, read_results, results_file
 from detector.errors import DataError, UserError, sentence, shown
 from detector.evaluation.metric import IOU_TYPES
@@ -29,13 +31,22 @@ from detector.models.detecting import parts_found_by
 from detector.overriding import overridden
 from detector.pretrained.detector import PretrainedDetector
 
-# What a flaw of :mod:`~detector.data.part_problems` does to the scores.
+# What a flaw of the annotations does to the scores.
+COUNTED_WRONG = {
+    FAR_FROM_BOX: "By them scores tell small objects from large ones, and scale the errors of key points.",
+    IGNORED: "They are scored as any other.",
+}
 LACKING: dict[Part, dict[str, str]] = {
     "masks": {
+        EMPTY["masks"][0]: "In segm scores they count as missed.",
+        OUTSIDE_BOX["masks"][0]: "In segm scores the objects in the boxes count as missed.",
+        FAR_FROM_MASK[0]: "By them segm scores tell small objects from large ones.",
         "objects without a segmentation": "In segm scores they count as missed.",
         "masks without an area": "The boxes' are taken, by which segm scores tell small objects from large ones.",
     },
     "keypoints": {
+        OUTSIDE_BOX["keypoints"][0]: "In keypoints scores they are compared as they are.",
+        OUTSIDE_IMAGE[0]: "In keypoints scores they are compared as they are; training leaves them out.",
         "objects without key points": "In keypoints scores they count as neither found nor missed.",
         "objects whose key points are all unlabelled": "In keypoints scores they count as neither found nor missed.",
         "key points without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",
@@ -191,6 +202,7 @@ def evaluate_results(
     options: EvaluationOptions,
     *,
     images: Path | None = None,
+    orientation: Orientation = "upright",
     split: str | None = None,
 ) -> None:
     """Score a results file.
@@ -201,6 +213,7 @@ def evaluate_results(
         folder: see :func:`~detector.evaluation.writing.write_evaluation`.
         options: how; those of running a detector have no effect.
         images: the folder of the images, which are looked at only to draw them, and may be missing.
+        orientation: whether EXIF orientations are applied there, see :func:`~detector.data.images.read_image`.
         split: the split's name, for the report.
     """
     notes: list[str] = []
@@ -214,7 +227,7 @@ def evaluate_results(
     data = None
     if images is not None:
         try:
-            data = CocoDetection(images, truth, parts=parts)
+            data = CocoDetection(images, truth, parts=parts, orientation=orientation)
         except DataError as error:
             notes.append(f"No pictures: {error}")
     image_ids = truth.image_ids[: options.limit].tolist()
@@ -263,7 +276,7 @@ def _scored(
 ) -> tuple[list[Part], list[str]]:
     """See :func:`scored_parts`; what is given is what the annotations have, and the flaws are theirs by kind."""
     parts: list[Part] = []
-    notes = []
+    notes = _counted(flaws, COUNTED_WRONG)
     for part in found:
         if part not in given:
             notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}.")
@@ -279,12 +292,12 @@ def _scored(
             )
         else:
             parts.append(part)
-            notes += [
-                f"{kind[0].upper()}{kind[1:]}: {flaws[kind]:,}. {what}"
-                for kind, what in LACKING[part].items()
-                if kind in flaws
-            ]
+            notes += _counted(flaws, LACKING[part])
     return parts, notes
+
+
+def _counted(flaws: Mapping[str, int], effects: Mapping[str, str]) -> list[str]:
+    return [f"{kind[0].upper()}{kind[1:]}: {flaws[kind]:,}. {what}" for kind, what in effects.items() if kind in flaws]
 
 
 def _labels_for_losses(

@@ -110,6 +110,7 @@ def write_evaluation(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "detections.json", found.results)
         write_json(folder / "scores.json", scores)
+        noted = list(report["notes"])
         write_json(folder / "report.json", report, indent=1)  # before the drawing, which may fail
         drawn = (
             ()
@@ -119,6 +120,8 @@ def write_evaluation(
             )
         )
         write_atomically(folder / "report.html", render_page(report, drawn).encode())
+        if report["notes"] != noted:  # of the drawing
+            write_json(folder / "report.json", report, indent=1)
         if of_training and split is not None:
             draw_examples(split, found.results, folder / "examples.png")
     finally:  # after all is written, as nobody may read it; but on a full disk as well

@@ -15,6 +15,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from detector.data.keypoints import PERSON
 from detector.errors import ModelError, sentence
 from detector.models.config import BUILDERS, DetectorConfig
+from detector.models.narrow_images import take_narrow_images
 from detector.models.published import fetching, starts_from_own_weights, torchvision_detectors
 from detector.models.timm_pyramid import TimmPyramid
 
@@ -44,6 +45,7 @@ def build_detector(
         model = _build_timm(config, num_categories, num_keypoints, pretrained)
     else:
         model = _build_torchvision(config, num_categories, num_keypoints, pretrained)
+    take_narrow_images(model)
     # Convolutions hand on maps in this layout by themselves; the crop reads them three times faster.
     return model.to(memory_format=torch.channels_last)
 

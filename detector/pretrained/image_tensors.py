@@ -6,11 +6,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from detector.data.images import as_rgb, read_image
+from detector.data.images import as_rgb, oriented, read_image
 from detector.errors import DataError
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -38,7 +38,8 @@ def image_tensor(image: ImageLike, *, max_pixels: int | None = None) -> Tensor:
         return read_image(image, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         try:
-            upright = ImageOps.exif_transpose(image)
+            image.load()
+            upright = oriented(image)
         except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is read only now
             raise DataError(f"the PIL image cannot be read (broken or cut off): {error}") from None
         pixels = v2.functional.pil_to_tensor(as_rgb(upright))

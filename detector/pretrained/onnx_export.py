@@ -30,6 +30,7 @@ from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.errors import UserError
 from detector.files import write_atomically
 from detector.models.detecting import parts_found_by
+from detector.models.narrow_images import NarrowTransform
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 
@@ -216,7 +217,7 @@ class _TracedTransform(GeneralizedRCNNTransform):
             # traced as a product with the reciprocal, which rounds once more.
             shortest, longest = (sides.new_full((1,), n) for n in (self.min_size[-1], self.max_size))
             scale = torch.minimum(shortest / sides.amin(0, keepdim=True), longest / sides.amax(0, keepdim=True))
-            size = list((sides * scale).floor().long().unbind(0))
+            size = list((sides * scale).floor().clamp(min=1).long().unbind(0))
         return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0], None
 
 
@@ -233,7 +234,7 @@ class _Traced(nn.Module):
         if (refinement := refinement_of(model)) is not None:
             heads._modules = dict(heads._modules)
             heads.refinement = self.refinement = copy.copy(refinement)
-        if type(model.transform) is GeneralizedRCNNTransform:
+        if type(model.transform) in (GeneralizedRCNNTransform, NarrowTransform):
             self.detector.transform = copy.copy(model.transform)
             self.detector.transform.__class__ = _TracedTransform
         self.fields = fields_of(model)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detector.data.annotations import Annotations
 from detector.data.drawing import draw
-from detector.data.images import FORMATS, read_image
+from detector.data.images import FORMATS, Orientation, read_image
 from detector.data.results import Result, to_results
 from detector.errors import DataError
 from detector.files import read_json, write_json
@@ -24,6 +24,7 @@ from detector.pretrained.detections import parts_as_values
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
 from detector.signals import ignoring_signals
+from detector.text import alike_file
 
 JPEG_SIDE = 65500  # pixels, the format's limit
 # Of images that are not read, in folders; the first ones only where this Pillow cannot.
@@ -42,8 +43,7 @@ class ImageFile:
         path: of the file.
         name: what it is called in the results: as it was given, within a folder relative to it.
         id: the id that its detections get.
-        size: (width, height) that it must have, in pixels, if annotations say so; ``None``: turned upright by its EXIF
-            orientation.
+        size: (width, height) that it must have, in pixels, if annotations say so.
     """
 
     path: Path
@@ -117,9 +117,11 @@ def find_images(
     files: dict[str, ImageFile] = {}
     for path, name in found.values():
         if name not in known:
+            alike = [other for other in known if alike_file(other) == alike_file(name)]
             raise DataError(
                 f"{path}: the annotations have no image {name!r} (a file goes by its name, a file in a folder by its "
-                "path from there); without annotations images are numbered"
+                f"path from there){f'; they have {alike[0]!r}' if alike else ''}; without annotations images are "
+                "numbered"
             )
         if name in files:
             raise DataError(f"{path} and {files[name].path} are both {name!r} of the annotations; give one of them")
@@ -143,6 +145,7 @@ def predict_files(
     pictures: bool = True,
     batch_size: int = 8,
     workers: int = 2,
+    orientation: Orientation = "upright",
     max_pixels: int | None = None,
     category_ids: Sequence[int | None] | None = None,
     about: dict[str, Any] | None = None,
@@ -162,6 +165,7 @@ def predict_files(
         batch_size: at most so many images at a time, fewer of large ones. Only images of one size go together, of
             those that follow one another, so nothing is padded and the results do not depend on it.
         workers: processes that read images.
+        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
         max_pixels: the most that an image may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
         category_ids: of each label, ``None`` for one that is no result; the detector's own by default.
         about: more for the head of ``predictions.json``.
@@ -192,7 +196,7 @@ def predict_files(
     ]
     head = {**(about or {}), "min_score": min(by_label, default=0), "categories": categories}
     loader: DataLoader[Any] = DataLoader(
-        _Files(files, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=ignoring_signals()
+        _Files(files, orientation, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=ignoring_signals()
     )
     done = Predicted()
     (folder / PICTURES if pictures else folder).mkdir(parents=True, exist_ok=True)
@@ -270,8 +274,8 @@ class _Read:
 
 
 class _Files(Dataset[_Read]):
-    def __init__(self, files: Sequence[ImageFile], max_pixels: int | None) -> None:
-        self.files, self.max_pixels = files, max_pixels
+    def __init__(self, files: Sequence[ImageFile], orientation: Orientation, max_pixels: int | None) -> None:
+        self.files, self.orientation, self.max_pixels = files, orientation, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -281,7 +285,14 @@ class _Files(Dataset[_Read]):
         width, height = file.size or (None, None)
         remarks: list[str] = []
         try:
-            pixels = read_image(file.path, width=width, height=height, max_pixels=self.max_pixels, remarks=remarks)
+            pixels = read_image(
+                file.path,
+                width=width,
+                height=height,
+                orientation=self.orientation,
+                max_pixels=self.max_pixels,
+                remarks=remarks,
+            )
         except DataError as error:
             return _Read(index, torch.zeros(3, 0, 0, dtype=torch.uint8), broken=str(error))
         return _Read(index, pixels, remarks)

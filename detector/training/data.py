@@ -19,10 +19,13 @@ from detector.data.dataset import CocoDetection, Target, as_float, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
 from detector.data.image_files import open_images
+from detector.data.images import Orientation
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.part_problems import Part
+from detector.data.problems import no_box
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingPartError, shown
+from detector.models.narrow_images import NarrowShortestSize
 from detector.signals import ignoring_signals
 from detector.text import listed
 from detector.training.failures import TRAIN, TrainingError
@@ -41,11 +44,16 @@ def _flips(transform: Any) -> bool:
     return isinstance(transform, flips) or any(_flips(one) for one in getattr(transform, "transforms", ()))
 
 
-def _broken_images(data: CocoDetection) -> dict[int, str]:
-    """Say why each image that cannot be read cannot, by its id."""
+def _opened(data: CocoDetection) -> tuple[dict[int, str], list[str]]:
+    """Why each image that cannot be read cannot, by its id; and what is said of those that may be labelled turned."""
     images = [data.annotations.image(index) for index in data.annotations.find(data.image_ids)]
-    problems = open_images(data.folder, images)
-    return {image["id"]: problem.message for image, problem in zip(images, problems) if problem is not None}
+    broken, doubtful = {}, []
+    for image, problem in zip(images, open_images(data.folder, images, orientation=data.orientation)):
+        if problem is not None and problem.level == "error":
+            broken[image["id"]] = problem.message
+        elif problem is not None:
+            doubtful.append(problem.message)
+    return broken, doubtful
 
 
 class CocoDataModule(lightning.LightningDataModule):
@@ -59,6 +67,8 @@ class CocoDataModule(lightning.LightningDataModule):
         val_split: the split to score on.
         annotations: annotation file of a split, relative to root; {split} stands for the split.
         images: image folder of a split, relative to root.
+        orientation: "upright": images are turned upright by their EXIF orientation, as viewers and label tools do;
+            "stored": they are not. Where only one of the two has the size that the annotations give, it is that one.
         augmentation: transforms of torchvision.transforms.v2 for training images and their boxes, in order, each by
             its name, or with settings as {class_path: RandomHorizontalFlip, init_args: {p: 0.25}}. Default: a
             horizontal flip of every second image. tools/browse.py shows what comes out.
@@ -86,6 +96,7 @@ class CocoDataModule(lightning.LightningDataModule):
         val_split: str = "val2017",
         annotations: str = "annotations/instances_{split}.json",
         images: str = "{split}",
+        orientation: Orientation = "upright",
         augmentation: list[v2.Transform] | None = None,
         min_size: int | list[int] | None = 800,
         max_size: int = 1333,
@@ -103,7 +114,7 @@ class CocoDataModule(lightning.LightningDataModule):
             if value < lowest:
                 raise DataError(f"--data.{name} is {value}: it must be {lowest} or more")
         self.root = find_root(root, dataset)
-        self.folder = DataFolder(self.root, annotations, images)
+        self.folder = DataFolder(self.root, annotations, images, orientation)
         self.train_split, self.val_split = train_split, val_split
         self.annotations, self.images = annotations, images
         self.group_by_shape, self.workers = group_by_shape, workers
@@ -116,7 +127,7 @@ class CocoDataModule(lightning.LightningDataModule):
         if min_size is not None:
             # The detector resizes test images by itself, without antialiasing; training images must look the same.
             sizes = [min_size] if isinstance(min_size, int) else list(min_size)
-            transforms.append(v2.RandomShortestSize(sizes, max_size, antialias=False))
+            transforms.append(NarrowShortestSize(sizes, max_size, antialias=False))
         self.train_transform = v2.Compose(transforms) if transforms else None
         self.notes: list[str] = []  # on what the splits lack, for the report
         self._position: dict[str, int] = {}  # where a checkpoint was written
@@ -140,7 +151,7 @@ class CocoDataModule(lightning.LightningDataModule):
         for note in self.notes:
             rank_zero_info(note)
         if not self.train_set.counts().any():
-            raise DataError(f"{self.root}: no box in {self.train_split} to train on")
+            raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
         self._say_what_is_shared()
 
     def split(self, name: str, *, train: bool = False, parts: Collection[Part] | None = None) -> CocoDetection:
@@ -224,10 +235,14 @@ class CocoDataModule(lightning.LightningDataModule):
             )
             return
         ranks, rank = self._ranks()
-        found = [_broken_images(data) for _, data in splits] if rank == 0 else []
+        found = [_opened(data) for _, data in splits] if rank == 0 else []
         if ranks > 1 and self.trainer is not None:  # one looks, all do the same
             found = self.trainer.strategy.broadcast(found)
-        broken = [(name, data, reasons) for (name, data), reasons in zip(splits, found, strict=True) if reasons]
+        for (name, _), (_, doubtful) in zip(splits, found, strict=True):
+            if doubtful:
+                what = f"the EXIF orientation of {len(doubtful):,} images matters, such as {doubtful[0]}"
+                self.notes.append(f"{name}: {what} (data.orientation is {self.folder.orientation})")
+        broken = [(name, data, reasons) for (name, data), (reasons, _) in zip(splits, found, strict=True) if reasons]
         if broken and not self.skip_broken:
             first, *others = (reason for _, _, reasons in broken for reason in reasons.values())
             more = f" (and {len(others):,} more image{'s' * (len(others) > 1)})" if others else ""

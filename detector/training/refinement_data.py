@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from detector.data.batches import Item, TrainingBatches
 from detector.data.dataset import CocoDetection
+from detector.data.problems import no_box
 from detector.errors import DataError
 from detector.seeds import seed_of
 from detector.training.data import CocoDataModule
@@ -60,10 +61,12 @@ class RefinementData(CocoDataModule):
             return
         self.train_set, self.apart = self.split(self.train_split, train=True), None
         self._open_images()
+        for note in self.notes:
+            rank_zero_info(note)
         train_set = self.train_set
         ids = [i for i, count in zip(train_set.image_ids, train_set.counts().tolist(), strict=True) if count]
         if not ids:
-            raise DataError(f"{self.root}: no box in {self.train_split} to learn from")
+            raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
         apart = held_apart(ids, self.seed) if self.hold_apart else []
         if apart:
             self.apart = self.folder.dataset(self.train_split, skip_missing=self.skip_broken)

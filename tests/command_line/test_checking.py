@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import time
+import unicodedata
 from functools import partial
 
 import numpy as np
@@ -398,7 +399,7 @@ def test_only_images_whose_entry_and_file_are_right_are_opened(tmp_path, monkeyp
 def test_interrupting_leaves_the_queue(tmp_path, monkeypatch):
     opened = []
 
-    def slow(folder, image):
+    def slow(folder, image, orientation):
         time.sleep(0.002)
         opened.append(image)
 
@@ -603,7 +604,7 @@ def test_a_byte_order_mark(tmp_path, encoding):
     findings = check_dataset(path)
     if encoding == "utf-16":
         assert kinds(findings) == [("error", "unreadable annotation file")]
-        assert "not valid JSON" in findings.problems[0].message
+        assert "save it as UTF-8" in findings.problems[0].message
     else:
         assert findings.problems == []
         assert len(read_annotations(path).ids) == 3
@@ -660,7 +661,7 @@ def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
         (coco_box, [("note", "anchors that most objects lie outside of")]),
         (corners, [("flaw", "annotation file whose boxes look like corners (x1, y1, x2, y2)")]),
         (normalised(coco_box), [("error", "annotation file whose boxes look normalised (0..1)")]),
-        (lambda *_: (1, 2, 0, 5), [("flaw", "empty boxes")]),
+        (lambda *_: (1, 2, 0, 5), [("flaw", "empty boxes"), ("error", "no box to train on")]),
     ):
         path.write_text(json.dumps(scattered(wrong)))
         found = kinds(check_dataset(path, anchor_advice=partial(anchor_advice, settings=settings)))
@@ -682,3 +683,99 @@ def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
     ]
     assert note.message == f"{path}: {advice}"
     assert " of 20 objects " in advice
+
+
+@pytest.mark.parametrize(
+    ("named", "there"),
+    [
+        ("photos\\a.png", "a.png"),
+        ("C:\\photos\\a.png", "a.png"),
+        ("photos/a.png", "a.png"),
+        ("/data/photos/a.png", "a.png"),
+        ("../photos/a.png", "a.png"),
+        ("sub\\b.png", "sub/b.png"),
+        ("my%20photo.png", "my photo.png"),
+        ("my photo%232.png", "my photo#2.png"),
+        ("a%20b.png", "a%20B.png"),
+        ("A.PNG", "a.png"),
+        ("a .png", "a.png"),
+        (unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")),
+        (unicodedata.normalize("NFC", "café.png"), unicodedata.normalize("NFD", "café.png")),
+    ],
+)
+def test_the_name_that_would_fit_is_said(tmp_path, named, there):
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).touch()
+    ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
+    assert problem.message.endswith(f"; there is {there!r}, which may be meant")
+
+
+def test_no_name_is_said_where_several_would_fit_or_none(tmp_path):
+    for name in ("A.png", "a.PNG"):
+        (tmp_path / name).touch()
+    (tmp_path / "b.png").mkdir()
+    for named in ("a.png", "B.png", "c.png"):
+        ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
+        assert "may be meant" not in problem.message
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "how"),
+    [
+        ("red cell", "Red cell", "by case"),
+        ("red cell", "red cell ", "by blanks"),
+        ("red cell", "red  cell", "by blanks"),
+        ("red cell", "red\u00a0cell", "by blanks"),
+        ("red cell", "redcell", "by blanks"),
+        ("café", "cafe\u0301", "by the way they are written"),
+        ("red cell", "REDCELL", "by the way they are written"),
+    ],
+)
+def test_category_names_that_are_almost_the_same(tmp_path, ours, theirs, how):
+    def named(*names):
+        return {**VALID, "categories": [{"id": i, "name": name} for i, name in zip((7, 3, 8), names)]}
+
+    path = write(tmp_path, named(ours, "dog", theirs))
+    (flaw,) = [p for p in check_dataset(path).problems if p.level == "flaw"]
+    assert flaw.kind == "category names that are almost the same"
+    assert flaw.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(named(theirs, "dog")))
+    path = write(tmp_path, named(ours, "dog"))
+    (flaw,) = [p for p in check_dataset(path, other=other).problems if p.level == "flaw"]
+    assert flaw.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
+    other.write_text(json.dumps(named(theirs, "cat")))
+    (error,) = [p for p in check_dataset(path, other=other).problems if p.level == "error"]
+    assert error.kind == "no category of the other split"
+    assert error.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
+    other.write_text(json.dumps(named(ours, "dog")))
+    assert not any("almost" in p.kind for p in check_dataset(path, other=other).problems)
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        [],
+        [{**VALID["annotations"][0], "bbox": [1, 2, -10, 5]}],
+        [{**VALID["annotations"][0], "bbox": [1, 2, 0, 5]}, {**VALID["annotations"][1], "bbox": [40, 2, 5, 5]}],
+        [VALID["annotations"][2]],  # a crowd
+    ],
+)
+def test_what_training_refuses_is_an_error(tmp_path, annotations):
+    path = write(tmp_path, {**VALID, "annotations": annotations})
+    (error,) = [p for p in check_dataset(path).problems if p.level == "error"]
+    assert error.kind == "no box to train on"
+    assert not CocoDetection(tmp_path / "images", path).counts().any()  # by which training goes
+
+
+def test_ignore_is_a_note_that_is_counted(tmp_path):
+    data = copy.deepcopy(VALID)
+    for annotation, value in zip(data["annotations"], (1, True, 0)):
+        annotation["ignore"] = value
+    path = write(tmp_path, data)
+    notes = [p for p in check_dataset(path).problems if "ignore" in p.kind]
+    assert [p.level for p in notes] == ["note", "note"]
+    assert "annotations[0] (id 1)" in notes[0].message
+    assert read_annotations(path).flaws == {"annotations with ignore 1": 2}
+    data["annotations"][0]["ignore"], data["annotations"][1]["ignore"] = "no", {"a": [1]}  # whatever it means
+    assert read_annotations(write(tmp_path, data)).flaws == {}

@@ -557,7 +557,7 @@ def test_objects_of_classes_that_a_checkpoint_does_not_know_are_missed(data, tmp
     monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
     score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    note = "Of classes that the detector does not know (<b>8</b>) it finds none: their objects (2) count as missed."
+    note = "Of classes that the detector does not know ('<b>8</b>') it finds none: their objects (2) count as missed."
     assert report["notes"] == [note, "No losses: of some classes the detector has no label."]
     assert note in capsys.readouterr().err  # before the run
     assert report["by_class"][2]["name"] == "<b>8</b>"
@@ -586,8 +586,8 @@ def test_classes_are_matched_by_name(checkpoint, data, scored, tmp_path):
     one, two = (json.loads((folder / "report.json").read_text()) for folder in (scored, tmp_path / "out"))
     assert two["scores"] == one["scores"]
     assert two["losses"] == one["losses"]
-    moved = "Classes are matched by name: <b>3</b>, <b>5</b>, <b>8</b> have other ids in the data than in the detector."
-    assert two["notes"] == [moved]
+    names = "'<b>3</b>', '<b>5</b>', '<b>8</b>'"
+    assert two["notes"] == [f"Classes are matched by name: {names} have other ids in the data than in the detector."]
     found, wanted = (json.loads((f / "detections.json").read_text()) for f in (tmp_path / "out", scored))
     assert found == [r | {"category_id": {3: 2, 5: 0, 8: 1}[r["category_id"]]} for r in wanted]
 
@@ -606,14 +606,14 @@ def test_what_is_detected_of_classes_that_the_data_lacks_is_left_out(checkpoint,
     assert found == [r for r in wanted if r["category_id"] != 5]
     (note,) = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
     assert note.startswith(
-        "The data has 2 of the detector's 3 classes: what is detected of the others (<b>5</b>) is left"
+        "The data has 2 of the detector's 3 classes: what is detected of the others ('<b>5</b>') is left"
     )
 
 
 def test_nothing_in_common_or_names_that_do_not_tell_are_refused(checkpoint, data, tmp_path):
     options = {"checkpoint": str(checkpoint), "split": "val", "workers": 0, "output": "out"}
     root = renamed(data, tmp_path / "a", (3, 5, 8), ("x", "y", "z"))
-    with pytest.raises(SystemExit, match=r"no class of the detector \(<b>3</b>, .*\) has the name of .* \(x, y, z\)"):
+    with pytest.raises(SystemExit, match=r"\('<b>3</b>', .*\) has the name of .* \('x', 'y', 'z'\)"):
         score(root=str(root), **options)
     root = renamed(data, tmp_path / "b", (1, 2, 8), ("<b>3</b>", "<b>3</b>", "<b>8</b>"))
     with pytest.raises(
@@ -703,7 +703,7 @@ def test_published_classes_may_be_others_than_the_datas(data, tmp_path, monkeypa
     score(model="some", weights="w.pth", root=str(root), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None
-    assert "(<b>5</b>, <b>8</b>) it finds none" in report["notes"][0]
+    assert "('<b>5</b>', '<b>8</b>') it finds none" in report["notes"][0]
     assert {r["category_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} <= {1}
 
 

@@ -544,7 +544,7 @@ def test_results_have_the_category_ids_of_the_annotations(photos, home, checkpoi
     Path(path).write_text(json.dumps(content))
     capsys.readouterr()
     predict([str(photos / "a.png")], checkpoint=checkpoint, output="out", annotations=path)
-    assert f"the annotations have no {NAMES[1]}: of those detections.json has none" in capsys.readouterr().err
+    assert f"the annotations have no {NAMES[1]!r}: of those detections.json has none" in capsys.readouterr().err
     found, results = read("out")
     _, wanted = read("own")
     new = {IDS[0]: 100, IDS[2]: 99}
@@ -591,6 +591,53 @@ def test_images_that_the_annotations_do_not_know(photos, home, checkpoint):
     with pytest.raises(SystemExit, match=r"i\.json: 'categories' must be a list, got nothing"):
         predict([str(photos)], checkpoint=checkpoint, annotations=path)
     assert not Path("runs").exists()
+
+
+def test_a_file_of_images_without_annotations_is_enough_for_a_submission(photos, home, checkpoint, capsys):
+    """As COCO's own image_info_test-dev2017.json: images and categories alone."""
+    path = write_annotations(home / "i.json", [{"id": 581929, "file_name": "a.png", "width": 64, "height": 48}])
+    content = json.loads((home / "i.json").read_text())
+    del content["annotations"]
+    (home / "i.json").write_text(json.dumps(content | {"info": {}, "licenses": []}))
+    assert predict([str(photos / "a.png")], checkpoint=checkpoint, output="out", annotations=path) == 0
+    _, results = read("out")
+    assert results
+    assert {result["image_id"] for result in results} == {581929}
+    assert {result["category_id"] for result in results} <= set(IDS)
+    (home / "i.json").write_text(json.dumps(content | {"annotations": 5}))
+    with pytest.raises(SystemExit, match="'annotations' must be a list, got int"):
+        predict([str(photos / "a.png")], checkpoint=checkpoint, output="out", annotations=path)
+
+
+def test_the_name_that_the_annotations_have_is_said(photos, home, checkpoint):
+    path = write_annotations(home / "i.json", [{"id": 1, "file_name": "val2017\\A.png", "width": 64, "height": 48}])
+    with pytest.raises(SystemExit, match=r"they have 'val2017\\\\A\.png'"):
+        predict([str(photos / "a.png")], checkpoint=checkpoint, annotations=path)
+
+
+@pytest.mark.parametrize("setting", ["upright", "stored"])
+def test_images_whose_size_does_not_tell_how_they_are_turned(home, checkpoint, capsys, setting):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    write_image(home / "a.png", exif=exif)
+    path = write_annotations(home / "i.json", [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}])
+    Image.open(home / "a.png").rotate(180 if setting == "upright" else 0).save(home / "b.png")
+    main(["a.png", f"--checkpoint={checkpoint}", "--output=a", f"--annotations={path}", f"--orientation={setting}"])
+    assert "EXIF orientation 3" in capsys.readouterr().err
+    main(["a.png", f"--checkpoint={checkpoint}", "--output=c", f"--orientation={setting}"])
+    main(["b.png", f"--checkpoint={checkpoint}", "--output=b"])
+    (with_file, _), (without, _), (turned, _) = (read(name) for name in "acb")
+    boxes = [[one["box"] for one in found["images"][0]["detections"]] for found in (with_file, without, turned)]
+    assert boxes[0] == boxes[1] == boxes[2] != []
+
+
+def test_a_very_narrow_image_is_one_as_any_other(home, checkpoint):
+    write_image(home / "photos" / "a.png", 3000, 2)
+    write_image(home / "photos" / "b.png")
+    write_image(home / "photos" / "c.png", 1, 2000)
+    assert predict(["photos"], checkpoint=checkpoint, output="out") == 0
+    found, _ = read("out")
+    assert [image["file_name"] for image in found["images"]] == ["a.png", "b.png", "c.png"]
 
 
 # ---- what is broken
@@ -939,6 +986,7 @@ def test_the_tool_hands_everything_on(monkeypatch):
         "pictures": True,
         "batch_size": 8,
         "workers": 2,
+        "orientation": "upright",
         "max_pixels": None,
         "device": None,
     }

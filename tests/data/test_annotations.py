@@ -15,12 +15,14 @@ import pytest
 from pycocotools.coco import COCO
 from support.annotation_files import VALID, changed, write
 
+from detector import files
 from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.entries import Entries
 from detector.errors import DataError
 from detector.evaluation.truth import coco_of
+from detector.files import read_json
 
 FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
@@ -189,11 +191,18 @@ def test_one_wrong_entry_of_many_is_named(tmp_path):
         read_annotations(write(tmp_path, data))
 
 
-def test_text_that_is_not_utf_8_is_named(tmp_path):
+@pytest.mark.parametrize("at_once", [2**24, 7])
+def test_text_that_is_not_utf_8_is_named(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(files, "AT_ONCE", at_once)  # pieces that end within letters, too
     path = write(tmp_path)
-    path.write_bytes(path.read_bytes().replace(b'"cat"', b'"c\xe4t"'))
-    with pytest.raises(DataError, match=r"categories\[0\] \(id 7\) has name 'c.t', must be a string in UTF-8"):
-        read_annotations(path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"dog"', '"dög, ägypten, ü"'.encode()))
+    assert read_annotations(path).categories[0]["name"] == "dög, ägypten, ü"
+    path.write_bytes(content.replace(b'"cat"', b'"c\xe4t"'))
+    column = content.index(b'"cat"') + 3
+    for read in (read_annotations, read_json):
+        with pytest.raises(DataError, match=rf"not UTF-8 \(line 1, column {column}: byte 0xe4\).*save it as UTF-8"):
+            read(path)
 
 
 def test_right_files_are_not_read_entry_by_entry(tmp_path, monkeypatch):

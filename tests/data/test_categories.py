@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.coco_folders import dataset, load
 
-from detector.data.categories import label_as, match_ids, same_categories, same_names
+from detector.data.categories import label_as, match_ids, match_notes, same_categories, same_names
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError
 from detector.models.published import published_names
@@ -41,7 +41,7 @@ def test_ids_of_a_detectors_labels():
     assert match_ids(detector([None] * 3, ["class 1", "class 2", "class 3"]), categories) == [0, 1, 2]
     with pytest.raises(ModelError, match="the weights have 2 classes, the data has 3"):
         match_ids(detector([None] * 2, ["class 1", "class 2"]), categories)
-    with pytest.raises(ModelError, match=r"no class of the detector \(dust\) .* of the data \(platelet, red, white\)"):
+    with pytest.raises(ModelError, match=r"\('dust'\) .* of the data \('platelet', 'red', 'white'\)"):
         match_ids(detector([1], ["dust"]), categories)
 
 
@@ -76,8 +76,8 @@ def test_one_data_set_has_the_labels_of_another(tmp_path):
     assert val[0][1]["labels"].tolist() == [1, 2, 3, 2]
     notes = label_as(val, train)
     assert notes == [
-        "categories are matched by name: cat, dog have other ids than in training",
-        "objects of classes that are not trained on (fish) count as missed: 1",
+        "categories are matched by name: 'cat', 'dog' have other ids than in training",
+        "objects of classes that are not trained on ('fish') count as missed: 1",
     ]
     assert val.category_names == ["bird", "cat", "dog"]
     assert val.category_ids == [None, 7, 3]
@@ -105,3 +105,24 @@ def test_images_that_are_left_out(tmp_path):
         data[1]
     with pytest.raises(DataError, match="no such image folder"):
         CocoDetection(tmp_path / "nowhere", tmp_path / "annotations.json", skip_missing=True)
+
+
+def test_names_that_differ_by_a_blank_or_by_case_are_told_apart(tmp_path):
+    with pytest.raises(ModelError, match=r"'red ' and 'red' differ only by blanks, and 1 more$"):
+        match_ids(detector([1, 2], ["red ", "White"]), [(0, "red"), (1, "white")])
+    for name, names in (("train", ["bird", "cat"]), ("val", ["bird", "Cat"])):
+        (tmp_path / name).mkdir()
+        dataset(
+            tmp_path / name, categories=[{"id": i, "name": called} for i, called in zip((3, 7), names, strict=True)]
+        )
+    train, val = load(tmp_path / "train"), load(tmp_path / "val")
+    notes = match_notes(detector([3, 7], ["bird", "cat"]), [3, None], load(tmp_path / "val"))
+    assert "('Cat')" in notes[0]
+    assert "'cat' and 'Cat' differ only by case" in notes[0]
+    (note,) = label_as(val, train)
+    assert "('Cat')" in note
+    assert "'Cat' and 'cat' differ only by case" in note
+    other = load(tmp_path / "train")
+    other.relabel([3], ["BIRD"])
+    with pytest.raises(DataError, match="'bird' and 'BIRD' differ only by case"):
+        label_as(load(tmp_path / "train"), other)

@@ -287,9 +287,7 @@ def test_a_file_that_is_no_photograph_is_not_given_to_other_programs(tmp_path):
 def test_exif_data_that_is_cut_off(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png((b"eXIf", b"MM\0*")))
-    assert read_image(path, width=8, height=6).shape == (3, 6, 8)  # nobody asked for it
-    with pytest.raises(DataError, match=r"image\.png: cannot be read as an image"):
-        read_image(path)
+    assert torch.equal(read_image(path, width=8, height=6), read_image(path))  # no orientation can be told
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")

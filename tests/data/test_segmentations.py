@@ -21,8 +21,8 @@ from detector.data.masks import (
     encode_masks,
     mask_area,
     mask_box,
-    segmentation_problem,
 )
+from detector.data.segmentations import read_segmentation
 
 WIDTH, HEIGHT = 30, 20
 SQUARE = [2, 3, 12, 3, 12, 13, 2, 13]
@@ -37,7 +37,7 @@ def filled(*polygons):
 
 
 def problem(segmentation, width, height):
-    return segmentation_problem(json.dumps(segmentation).encode(), width, height)
+    return read_segmentation(json.dumps(segmentation).encode(), width, height)[1]
 
 
 def runs_of(mask):

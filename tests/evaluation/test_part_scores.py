@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import html
 import json
 from types import SimpleNamespace
 
@@ -375,6 +376,60 @@ def test_objects_that_lack_something_are_counted_in_the_notes(tmp_path):
     split.parts, split.keypoints = ("masks",), None
     split.annotations = read_annotations(annotations, parts=("masks",))
     assert scored_parts(split, ["masks"]) == (["masks"], notes[:2])
+
+
+def test_what_is_counted_wrong_is_said_in_the_notes(tmp_path):
+    content = truth(5)
+    given = [one for one in content["annotations"] if not one["iscrowd"]]
+    results = detections(content)
+    for annotation in given:
+        annotation["area"] = 1
+    given[0]["ignore"] = 1
+    given[1]["segmentation"] = [[given[1]["bbox"][0], given[1]["bbox"][1]] * 3]
+    file, annotations = write(tmp_path / "r.json", results), write(tmp_path / "a.json", content)
+    evaluate_results(str(file), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    report = json.loads((tmp_path / "e" / "report.json").read_text())
+    assert [note.partition(".")[0] for note in report["notes"]] == [
+        f"Areas that are far from their boxes': {len(given)}",
+        "Annotations with ignore 1: 1",
+        "Masks without a pixel: 1",
+    ]
+    # Of boxes alone, too.
+    boxes = [{n: r[n] for n in ("image_id", "category_id", "bbox", "score")} for r in results]
+    evaluate_results(str(write(tmp_path / "r.json", boxes)), annotations, tmp_path / "b", EvaluationOptions(pictures=0))
+    notes = json.loads((tmp_path / "b" / "report.json").read_text())["notes"]
+    assert notes == report["notes"][:2]
+
+
+def test_results_of_another_convention_are_scored_and_remarked(tmp_path):
+    content = truth(5)
+    results = [{n: r[n] for n in ("image_id", "category_id", "bbox", "score")} for r in detections(content)]
+    right = write(tmp_path / "right.json", results)
+    for result in results:
+        x, y, w, h = result["bbox"]
+        result["bbox"] = [x, y, x + w, y + h]
+    corners = write(tmp_path / "corners.json", results)
+    annotations, options = write(tmp_path / "a.json", content), EvaluationOptions(pictures=0)
+    for file in (right, corners):
+        evaluate_results(str(file), annotations, tmp_path / file.stem, options)
+    noted = [json.loads((tmp_path / name / "report.json").read_text())["notes"] for name in ("right", "corners")]
+    assert noted[0] == []
+    (note,) = noted[1]
+    assert "corners (x1, y1, x2, y2)" in note
+    assert note in html.unescape((tmp_path / "corners" / "report.html").read_text())
+
+
+def test_notes_made_while_the_page_is_drawn_are_in_the_report_as_well(tmp_path):
+    content = truth(5)
+    annotations, file = write(tmp_path / "a.json", content), write(tmp_path / "r.json", detections(content))
+    (tmp_path / "images").mkdir()
+    for image in content["images"]:
+        (tmp_path / "images" / image["file_name"]).write_bytes(b"broken")
+    evaluate_results(str(file), annotations, tmp_path / "e", EvaluationOptions(), images=tmp_path / "images")
+    notes = json.loads((tmp_path / "e" / "report.json").read_text())["notes"]
+    assert any("No picture of image" in note for note in notes)
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert page.count("No picture of image") == len(notes)
 
 
 @pytest.mark.parametrize("names", [("b", "a"), ("a", "b", "c")])

@@ -1,0 +1,132 @@
+"""Results whose boxes are of another convention."""
+
+import json
+
+import numpy as np
+import pytest
+from support.scored import annotations_of, read
+
+SIZES = [(640, 480), (480, 640), (500, 500), (1280, 720)]
+
+
+def split(count=60, seed=0):
+    rng = np.random.default_rng(seed)
+    annotations = []
+    for number in range(1, count + 1):
+        width, height = SIZES[number % 4]
+        w, h = rng.uniform(20, 150, 2)
+        x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        annotations.append({"id": number, "image_id": number % 4, "category_id": 5, "bbox": [x, y, w, h]})
+    images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(SIZES)]
+    return {"images": images, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]}
+
+
+def notes_on(tmp_path, content, change, *, noise=2.0, false=20):
+    """The notes on results that are near the objects, and on some that are not, with their numbers changed."""
+    rng = np.random.default_rng(1)
+    results = []
+    for annotation in content["annotations"]:
+        box = np.array(annotation["bbox"]) + rng.normal(0, noise, 4)
+        found = {"image_id": annotation["image_id"], "category_id": 5, "score": float(rng.uniform(0.3, 1))}
+        results.append(found | {"bbox": [float(v) for v in change(*box, *SIZES[annotation["image_id"]])]})
+    for _ in range(false):
+        image = int(rng.integers(4))
+        box = [*rng.uniform(0, 300, 2), *rng.uniform(10, 100, 2)]
+        found = {"image_id": image, "category_id": 5, "score": float(rng.uniform(0, 0.5))}
+        results.append(found | {"bbox": [float(v) for v in change(*box, *SIZES[image])]})
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    notes = []
+    read(tmp_path / "results.json", annotations_of(content), notes=notes)
+    return notes
+
+
+def resized(x, y, w, h, width, height, scale):
+    return x * scale, y * scale, w * scale, h * scale
+
+
+READINGS = {
+    "corners (x1, y1": lambda x, y, w, h, width, height: (x, y, x + w, y + h),
+    "corners with y before x": lambda x, y, w, h, width, height: (y, x, y + h, x + w),
+    "centres (cx": lambda x, y, w, h, width, height: (x + w / 2, y + h / 2, w, h),
+    "x, y, width and height, normalised": lambda x, y, w, h, width, height: (
+        x / width,
+        y / height,
+        w / width,
+        h / height,
+    ),
+    "corners (x1, y1, x2, y2), normalised": lambda x, y, w, h, width, height: (
+        x / width,
+        y / height,
+        (x + w) / width,
+        (y + h) / height,
+    ),
+    "centres (cx, cy, width, height), normalised": lambda x, y, w, h, width, height: (
+        (x + w / 2) / width,
+        (y + h / 2) / height,
+        w / width,
+        h / height,
+    ),
+    "of images 0.5 times as large": lambda *box: resized(*box, 0.5),
+    "of images 2 times as large": lambda *box: resized(*box, 2),
+    "to a longer side of 32": lambda *box: resized(*box, 320 / max(box[4:])),
+    "to a shorter side of 80": lambda *box: resized(*box, 800 / min(box[4:])),
+    "resized to 41": lambda x, y, w, h, width, height: (
+        x / width * 416,
+        y / height * 416,
+        w / width * 416,
+        h / height * 416,
+    ),
+}
+
+ESTIMATED = list(READINGS)[6:]  # of boxes that are not exact, the number of pixels is another
+
+
+@pytest.mark.parametrize("looks", READINGS)
+@pytest.mark.parametrize("noise", [0, 2.0])
+def test_a_note_says_what_they_look_like(tmp_path, looks, noise):
+    (note,) = notes_on(tmp_path, split(), READINGS[looks], noise=noise)
+    assert ("of images" if noise and looks in ESTIMATED else looks) in note
+
+
+@pytest.mark.parametrize("noise", [0, 5, 20, 60])
+def test_right_boxes_are_not_remarked_however_poor(tmp_path, noise):
+    def same(x, y, w, h, width, height):
+        return x, y, abs(w), abs(h)
+
+    for seed in range(5):
+        assert notes_on(tmp_path, split(seed=seed), same, noise=noise) == []
+
+
+def test_few_boxes_or_none_are_not_remarked(tmp_path):
+    assert notes_on(tmp_path, split(2), READINGS["corners (x1, y1"], false=0) == []
+    assert notes_on(tmp_path, split(0), READINGS["corners (x1, y1"], false=0) == []
+    assert notes_on(tmp_path, split(0), READINGS["corners (x1, y1"], false=9) == []
+
+
+def test_key_points_and_masks_of_results(tmp_path):
+    content = split(8)
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation |= {"keypoints": [x, y, 2, x + w, y + h, 2], "segmentation": [[x, y, x + w, y, x + w, y + h]]}
+    truth = annotations_of(content, parts=["masks", "keypoints"])
+
+    def notes(change):
+        results = []
+        for annotation in content["annotations"]:
+            one = {name: annotation[name] for name in ("image_id", "category_id", "bbox", "keypoints", "segmentation")}
+            results.append(one | {"score": 0.5} | change(annotation, *SIZES[annotation["image_id"]]))
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        said = []
+        read(tmp_path / "results.json", truth, notes=said)
+        return said
+
+    def normalised(annotation, width, height):
+        x1, y1, _, x2, y2, _ = annotation["keypoints"]
+        return {"keypoints": [x1 / width, y1 / height, 1, x2 / width, y2 / height, 1]}
+
+    assert notes(lambda *_: {}) == []
+    (note,) = notes(normalised)
+    assert "key points" in note
+    assert "normalised" in note
+    (note,) = notes(lambda *_: {"segmentation": [[0.1, 0.1, 0.4, 0.1, 0.4, 0.4]]})
+    assert "8 of 8 masks" in note

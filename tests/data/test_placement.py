@@ -1,0 +1,212 @@
+"""Masks and key points that have nothing to do with their boxes, and areas that are placeholders."""
+
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from detector.command_line.checking import check_dataset
+from detector.data.annotations import read_annotations
+from detector.data.entries import CocoFile
+from detector.data.masks import as_rle, mask_area, mask_box
+from detector.data.part_problems import part_problems
+from detector.data.segmentations import measure_masks
+from detector.errors import DataError
+
+WIDTH, HEIGHT = 640, 480
+FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
+
+
+def objects(count=40, seed=0):
+    """Boxes in random places, an ellipse's outline in each, and five points."""
+    rng = np.random.default_rng(seed)
+    angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    for _ in range(count):
+        size = rng.uniform(30, 150, 2)
+        corner = rng.uniform(0, (WIDTH, HEIGHT) - size)
+        yield (
+            np.concatenate([corner, size]),
+            corner + (circle + 1) / 2 * size,
+            corner + rng.uniform(0, 1, (5, 2)) * size,
+        )
+
+
+def polygons(points):
+    return [points.reshape(-1).tolist()]
+
+
+def visible(points):
+    return np.hstack([points, np.full((len(points), 1), 2)]).reshape(-1).tolist()
+
+
+def file(root, part, change=lambda points, box: points, *, some=lambda number: True, area=None):
+    """A file of masks or key points, of which some are changed."""
+    annotations = []
+    for number, (box, outline, points) in enumerate(objects(), start=1):
+        given = outline if part == "masks" else points
+        value = change(given, box) if some(number) else given
+        if isinstance(value, np.ndarray):
+            value = polygons(value) if part == "masks" else visible(value)
+        annotations.append(
+            {
+                "id": number,
+                "image_id": number % 4,
+                "category_id": 1,
+                "bbox": box.tolist(),
+                "area": float(np.pi / 4 * box[2] * box[3]) if area is None else area(box),
+                FIELD[part]: value,
+            }
+        )
+    images = [{"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in range(4)]
+    path = root / "a.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]})
+    )
+    return path
+
+
+def found(path):
+    """What check.py finds, by level and kind; notes are left out."""
+    problems = check_dataset(path).problems
+    return {(problem.level, problem.kind) for problem in problems if problem.level != "note"}
+
+
+SIZE = np.array([WIDTH, HEIGHT])
+LOOKS = {
+    "normalised": lambda points, box: points / SIZE,
+    "y before x": lambda points, box: points[:, ::-1],
+    "corner of their box": lambda points, box: points - box[:2],
+    "in other pixels, or": lambda points, box: points / 2,
+    "or of other objects": lambda points, box: points + np.where(box[:2] < SIZE / 2, SIZE / 2, -SIZE / 2),
+}
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+@pytest.mark.parametrize("looks", LOOKS)
+@pytest.mark.parametrize("share", [1.0, 0.75])
+def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
+    path = file(tmp_path, part, LOOKS[looks], some=lambda number: number <= 40 * share)
+    (problem,) = [one for one in part_problems(CocoFile(path), part) if one.level == "error"]
+    assert looks in problem.message
+    assert problem in check_dataset(path).problems  # an error there, too
+    with pytest.raises(DataError, match=looks):
+        read_annotations(path, parts=[part])
+    read_annotations(path)  # boxes can be trained
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+def test_right_ones_are_right(tmp_path, part):
+    assert found(file(tmp_path, part)) == set()
+    loose = file(tmp_path, part, lambda points, box: (points + 0.2 * box[2:]).clip(0, SIZE))
+    assert found(loose) == set()
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+def test_a_few_outside_their_boxes_are_flaws(tmp_path, part):
+    path = file(tmp_path, part, LOOKS["y before x"], some=lambda number: number % 4 == 0)
+    kind = f"{'masks' if part == 'masks' else 'key points'} outside their boxes"
+    assert ("flaw", kind) in found(path)
+    assert not any(level == "error" for level, _ in found(path))
+    flaws = read_annotations(path, parts=[part]).flaws
+    assert 0 < flaws[kind] <= 10
+
+
+def rle(pixel):
+    mask = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    mask[:1, :1] = pixel
+    coded = coco_mask.encode(mask)
+    return {"size": coded["size"], "counts": coded["counts"].decode()}
+
+
+EMPTY = {
+    "a point three times": lambda points, box: polygons(np.repeat(points[:1], 3, axis=0)),
+    "a line": lambda points, box: [[*box[:2], *(box[:2] + box[2:]), *box[:2]]],
+    "a line with many points": lambda points, box: polygons(box[:2] + np.arange(8)[[0, 2, 4, 6, 7, 5, 3, 1], None]),
+    "an RLE": lambda points, box: rle(0),
+    "counts": lambda points, box: {"size": [HEIGHT, WIDTH], "counts": [WIDTH * HEIGHT]},
+}
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+def test_a_mask_without_a_pixel_counts_as_missing(tmp_path, empty):
+    path = file(tmp_path, "masks", EMPTY[empty], some=lambda number: number == 7)
+    segmentation = json.loads(path.read_text())["annotations"][6]["segmentation"]
+    assert mask_area(as_rle(segmentation, HEIGHT, WIDTH)) == 0  # by pycocotools
+    assert found(path) == {("flaw", "masks without a pixel")}
+    assert read_annotations(path, parts=["masks"]).flaws == {"masks without a pixel": 1}
+    with pytest.raises(DataError, match="pixel"):  # nobody has a mask
+        read_annotations(file(tmp_path, "masks", EMPTY[empty]), parts=["masks"])
+
+
+def test_masks_outside_their_image_are_outside_their_boxes(tmp_path):
+    path = file(tmp_path, "masks", lambda points, box: -points.clip(1, 470))
+    assert ("error", "annotation file whose masks lie outside boxes") in found(path)
+    one = file(tmp_path, "masks", lambda points, box: -points.clip(1, 470), some=lambda number: number == 7)
+    assert found(one) == {("flaw", "masks without a pixel")}
+
+
+def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
+    def moved(points, box):
+        return np.vstack([points[:4], [[WIDTH + 30.0, 10.0]]])
+
+    path = file(tmp_path, "keypoints", moved, some=lambda number: number < 4)
+    assert found(path) == {("flaw", "key points outside their image")}
+    assert read_annotations(path, parts=["keypoints"]).flaws == {"key points outside their image": 3}
+    unlabelled = file(tmp_path, "keypoints", lambda points, box: [*visible(points[:4]), WIDTH + 30.0, 10.0, 0])
+    assert found(unlabelled) == set()
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+@pytest.mark.parametrize(
+    "area",
+    [lambda box: 0, lambda box: 1, lambda box: box[2] * box[3] / WIDTH / HEIGHT, lambda box: 9 * box[2] * box[3]],
+)
+def test_areas_far_from_the_boxes_are_flaws(tmp_path, part, area):
+    path = file(tmp_path, part, area=area)
+    kind = "areas that are far from their boxes'"
+    assert found(path) == {("flaw", kind)}
+    assert read_annotations(path, parts=[part]).flaws == read_annotations(path).flaws == {kind: 40}
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0, 2.0])
+def test_areas_of_thin_objects_and_of_their_boxes_are_none(tmp_path, share):
+    path = file(tmp_path, "keypoints", area=lambda box: share * box[2] * box[3])
+    assert found(path) == set()
+
+
+def test_areas_far_from_the_masks_are_flaws(tmp_path):
+    kind = "areas that are far from their masks'"
+    scaled = file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])  # of an image of half the size
+    assert found(scaled) == {("flaw", kind)}
+    assert found(file(tmp_path, "masks", area=lambda box: box[2] * box[3])) == set()  # the box's, as many tools write
+
+
+def test_masks_are_measured_as_pycocotools_does():
+    rng = np.random.default_rng(0)
+    values, sizes = [], []
+    for number, (_, outline, _) in enumerate(objects(60)):
+        shifted = outline + rng.uniform(-400, 400, 2) * (number % 3 == 0)  # some reach out of the image
+        value = [shifted.reshape(-1).tolist()]
+        if number % 4 == 1:
+            value.append((outline[:5] + 100).reshape(-1).tolist())
+        values.append(as_rle(value, HEIGHT, WIDTH) if number % 5 == 0 else value)
+        sizes.append((WIDTH, HEIGHT))
+    values += [None, [[5, 5, 5, 5, 5, 5]]]
+    sizes += [(WIDTH, HEIGHT)] * 2
+    boxes, areas = measure_masks(values, sizes)
+    assert np.isnan(boxes[-2]).all()
+    assert np.isnan(areas[-2])
+    assert areas[-1] == 0
+    for value, box, area in zip(values[:-2], boxes, areas):
+        coded = as_rle(value, HEIGHT, WIDTH)
+        exact = mask_area(coded)
+        overlapping = isinstance(value, list) and len(value) > 1  # counted twice
+        assert area >= exact * 0.95 if overlapping else area == pytest.approx(exact, rel=0.05, abs=1)
+        if exact and not isinstance(value, list):
+            x, y, w, h = mask_box(coded)
+            assert box.tolist() == [x, y, x + w, y + h]
+        elif isinstance(value, list):
+            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in value])
+            assert box.tolist() == [*points.min(axis=0), *points.max(axis=0)]

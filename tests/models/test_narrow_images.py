@@ -1,0 +1,77 @@
+"""Images so narrow that torchvision's transform makes no pixel of them."""
+
+import pickle
+
+import pytest
+import torch
+from support.tiny_detector import SETTINGS
+from torchvision import tv_tensors
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from detector.models.build import build_detector
+from detector.models.narrow_images import NarrowShortestSize, NarrowTransform, take_narrow_images
+from detector.rcnn.swap import swap_crop_head
+
+STOCK = GeneralizedRCNNTransform(64, 128, [0.0] * 3, [1.0] * 3)
+
+
+def narrow(min_size=64, max_size=128):
+    transform = GeneralizedRCNNTransform(min_size, max_size, [0.0] * 3, [1.0] * 3).eval()
+    transform.__class__ = NarrowTransform
+    return transform
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 3000), (3000, 2), (1, 129), (1, 1000), (7, 7 * 128 + 1)])
+def test_an_image_keeps_a_pixel_of_its_shorter_side(height, width):
+    image = torch.rand(3, height, width)
+    with pytest.raises(RuntimeError):
+        STOCK.eval().resize(image)
+    target = {"boxes": torch.tensor([[0.0, 0, width, height]]), "masks": torch.ones(1, height, width).byte()}
+    transform = narrow()
+    resized, target = transform.resize(image, target)
+    assert resized.shape[1:] == ((1, 128) if width > height else (128, 1))
+    assert target["boxes"].tolist() == [[0, 0, *resized.shape[:0:-1]]]
+    assert target["masks"].shape[1:] == resized.shape[1:]
+    assert transform.fixed_size is None
+
+
+@pytest.mark.parametrize("size", [(48, 64), (64, 48), (1, 1), (2, 256), (1, 128), (3, 383), (500, 700), (1, 100)])
+def test_other_images_are_resized_as_torchvision_does(size):
+    image = torch.rand(3, *size)
+    stock, _ = STOCK.eval().resize(image)
+    ours, _ = narrow().resize(image)
+    assert torch.equal(ours, stock)
+
+
+def test_training_images_are_resized_likewise():
+    image = tv_tensors.Image(torch.rand(3, 2, 3000))
+    box = tv_tensors.BoundingBoxes(torch.tensor([[0.0, 0, 3000, 2]]), format="XYXY", canvas_size=(2, 3000))
+    resized, boxes = NarrowShortestSize([64], 128, antialias=False)(image, box)
+    assert resized.shape == (3, 1, 128)
+    assert boxes.tolist() == [[0, 0, 128, 1]]
+    usual = tv_tensors.Image(torch.rand(3, 40, 60))
+    torch.manual_seed(0)
+    expected = v2.RandomShortestSize([32, 64, 96], 128, antialias=False)(usual)
+    torch.manual_seed(0)
+    assert torch.equal(NarrowShortestSize([32, 64, 96], 128, antialias=False)(usual), expected)
+
+
+def test_detectors_take_them():
+    pytest.importorskip("timm")
+    stock = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    take_narrow_images(stock)
+    for model in (build_detector(SETTINGS, 2, pretrained=False), stock):
+        model = pickle.loads(pickle.dumps(swap_crop_head(model))).eval()
+        images = [torch.rand(3, 2, 3000), torch.rand(3, 64, 48), torch.rand(3, 3000, 1)]
+        with torch.no_grad():
+            found = model(images)
+        for image, one in zip(images, found, strict=True):
+            assert one["boxes"].isfinite().all()
+            limit = torch.tensor([*image.shape[:0:-1]] * 2)
+            assert (one["boxes"] <= limit).all()
+        losses = model.train()(
+            images[:2], [{"boxes": torch.tensor([[0.0, 0, 30, 2]]), "labels": torch.tensor([1])}] * 2
+        )
+        assert all(loss.isfinite() for loss in losses.values())
