@@ -1,8 +1,8 @@
 """Masks and key points scored: against pycocotools' own reading of results, on synthetic truth and on real polygons."""
 
 import contextlib
-import io
 import html
+import io
 import json
 from types import SimpleNamespace
 
