@@ -1,10 +1,11 @@
 """Checkpoints: when they are written, and in atomic writes."""
 
 import io
+import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,7 +14,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.loops.loop import _Loop
 
 from detector.errors import ModelError
@@ -30,7 +31,8 @@ class Checkpoints(Checkpoint):
 
     ``last.ckpt`` is written every so many steps, at the end of each epoch, and a step before each scoring. Never
     right before one: Lightning would take it as done when going on. Ctrl-C and SIGTERM end the step under way, write
-    it and stop.
+    it and stop. Where a callback, such as EarlyStopping, or a time limit ends the run, ``last.ckpt`` says so: a run
+    that goes on from it trains no further, unless it has a longer time limit.
 
     Args:
         folder: where to.
@@ -43,6 +45,8 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self.written = 0
         self.signal: int | None = None  # that asked the run to stop
+        # By which time limit, in seconds, the run ended; infinity: by a callback. Epochs and steps Lightning counts.
+        self.ended: float | None = None
         self._speaks = self._listens = False
         self._last_step: int | None = None  # of last.ckpt
 
@@ -52,11 +56,12 @@ class Checkpoints(Checkpoint):
         return self.folder / LAST
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "ended": self.ended}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if (self.folder / BEST).exists():
             self.best = state_dict["best"]
+        self.ended = state_dict.get("ended")  # which earlier versions did not say
 
     @contextmanager
     def stopping_on_signals(self, *, speaks: bool) -> Iterator[None]:
@@ -76,6 +81,13 @@ class Checkpoints(Checkpoint):
             self._listens = False
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        limit = _time_limit(trainer.callbacks)  # type: ignore[attr-defined]
+        if self.ended is not None and self.ended < limit:  # there is more time now
+            self.ended = None
+        if self.ended is not None:
+            trainer.should_stop = True  # set here, it keeps Lightning from training at all
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._listens:  # Lightning put its own in its place, which may wait for other ranks, and saves nothing
@@ -97,7 +109,7 @@ class Checkpoints(Checkpoint):
         stop = self._stop(trainer)
         following = min(done + trainer.accumulate_grad_batches, int(trainer.num_training_batches))
         due = trainer.global_step % self.every == 0 or self._scoring_follows(trainer, following)
-        if stop or due or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        if stop or due or _ends(trainer) or trainer.global_step == trainer.max_steps:
             self._save(trainer, LAST)
         if stop:
             raise KeyboardInterrupt
@@ -124,8 +136,20 @@ class Checkpoints(Checkpoint):
                 link_atomically(self.folder / BEST, self.last)
         elif self._last_step != trainer.global_step:
             self._save(trainer, LAST)
-        if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches:
+        if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches and not _ends(trainer):
             raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # Only now it is certain, whichever callback asked for it, and when. All else in the file stays: where in the
+        # epoch it was written decides how a run with a longer time limit goes on.
+        if not _ends(trainer):
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self.ended = _time_limit(callback for callback in callbacks if _is_up(callback))
+        if trainer.is_global_zero and self.last.exists():
+            checkpoint = read_weights(self.last)
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+            AtomicCheckpointIO().save_checkpoint(checkpoint, self.last)
 
     def _is_best(self, trainer: lightning.Trainer) -> bool:
         """Whether these weights were scored just now, and better than any before."""
@@ -171,6 +195,22 @@ class Checkpoints(Checkpoint):
         self.signal = number
         if self._speaks:
             print("\nStopping after this step. Once more: at once, without saving.", file=sys.stderr, flush=True)
+
+
+def _ends(trainer: lightning.Trainer) -> bool:
+    """Whether a callback ends the run now: it asked for that, and there were enough epochs and steps."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def _time_limit(callbacks: Iterable[Callback]) -> float:
+    """The least of the callbacks' time limits, in seconds; infinity if they have none."""
+    limits = [c._duration for c in callbacks if isinstance(c, Timer) and c._duration is not None]
+    return min(limits, default=math.inf)
+
+
+def _is_up(callback: Callback) -> bool:
+    left = callback.time_remaining() if isinstance(callback, Timer) else None
+    return left is not None and left <= 0
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

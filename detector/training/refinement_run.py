@@ -168,8 +168,9 @@ class RefinementRun(Run):
             best = self._best(detector, apart, candidates, workers)
         refinement.configure(best)
         checkpoint = read_weights(self.checkpoints.last)
-        checkpoint[CHECKPOINT_KEY]["refinement"] = asdict(best)
-        AtomicCheckpointIO().save_checkpoint(checkpoint, self.checkpoints.last)
+        if RefinementConfig.from_dict(checkpoint[CHECKPOINT_KEY]["refinement"]) != best:
+            checkpoint[CHECKPOINT_KEY]["refinement"] = asdict(best)
+            AtomicCheckpointIO().save_checkpoint(checkpoint, self.checkpoints.last)
 
     def _best(
         self, detector: PretrainedDetector, apart: CocoDetection, candidates: Sequence[RefinementConfig], workers: int

@@ -1,6 +1,7 @@
 """A training run from its start, or from where it stopped, to its score, in a folder of its own."""
 
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from detector.errors import DataError, ImageError, ModelError, sentence
 from detector.evaluation.running import Predictions, run_detector
@@ -141,6 +142,8 @@ class Run:
             with sigterm_as_ctrl_c(), self._nothing_left_of_nothing(trainer):
                 with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
                     trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
+                if self.checkpoint is not None and self.checkpoints.written == 0:
+                    self._say_that_it_had_ended(task)
                 return self._finish(trainer, task, data) if trainer.is_global_zero else None
         except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
             raise self._interrupted() from None
@@ -167,11 +170,18 @@ class Run:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
+    def _say_that_it_had_ended(self, task: DetectionTask) -> None:
+        limit = self.checkpoints.ended
+        longer = "give a longer --trainer.max_time" if limit is not None and limit < math.inf else ""
+        more = (longer + task.advice.anew).removeprefix(", or ")
+        rank_zero_info(f"{self.checkpoint}: the run had ended, and is only scored now. To train further, {more}")
+
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
         """Score the val split with the weights as they are, write it all, and say where everything lies."""
         device = trainer.strategy.root_device
         last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
-        assert last is not None  # a run of no steps goes on from one
+        if last is None:
+            raise TrainingError("the run ended before its first step: there is nothing to score")
         detector = load_checkpoint(last)  # with averaged weights, if there are any
         if task.scored_step == trainer.global_step:
             found = Predictions(data.val_set.image_ids, task.results)

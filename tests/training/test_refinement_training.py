@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import lightning
 import pytest
 import torch
 
@@ -144,10 +145,13 @@ def test_the_settings_are_told_on_a_part_of_train(refined):
 def test_what_is_chosen_goes_into_the_checkpoint_and_does_not_hinder_going_on(base, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(refinement_run, "best_refinement", lambda candidates, scores, default: candidates[-1])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    written = []
     for more in ({}, {"ckpt_path": "last"}):
         assert refine(base, digits, run_dir=tmp_path / "run", max_steps=1, **more) == 0
         config = load_checkpoint(last).refinement.config
         assert (config.looks, config.climbs) == (3, 3)
+        written.append(last.stat().st_mtime_ns)
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("number", [0, -1])
@@ -174,6 +178,21 @@ def test_a_run_that_goes_on_from_its_end_has_a_checkpoint_of_its_own(base, digit
     fit(base, digits, tmp_path / "other", steps=2, ckpt_path=mine)
     assert mine.read_bytes() == before
     assert_equal(weights_of(tmp_path / "other" / "checkpoints" / "last.ckpt"), weights_of(mine))
+
+
+class StopAfterTwo(lightning.Callback):
+    def on_train_batch_end(self, trainer, *arguments):
+        trainer.should_stop = trainer.global_step == 2
+
+
+def test_a_run_that_a_callback_ended_is_not_trained_further(base, digits, tmp_path):
+    folder = tmp_path / "run"
+    first = fit(base, digits, folder, steps=9, callbacks=[StopAfterTwo()])
+    last = folder / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    assert fit(base, digits, folder, steps=9, ckpt_path="last") == first
+    assert last.read_bytes() == before
 
 
 def test_settings_that_cannot_be_told_for_the_classes_are_others_stay_as_they_are(base, digits, tmp_path, capsys):

@@ -4,6 +4,7 @@ The checkpoints, the order of the batches and the trainer are real; the network 
 """
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -88,10 +89,10 @@ class Number(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def run(folder, *, every=1, kill_after=None, ema=False, patience=None, **options):
+def run(folder, *, every=1, kill_after=None, ema=False, patience=None, others=(), **options):
     """A run that goes on from the folder's last checkpoint, if there is one."""
     model, checkpoints = Number(kill_after), Checkpoints(folder, every=every)
-    callbacks = [checkpoints]
+    callbacks = [checkpoints, *others]
     if ema:
         callbacks.append(WeightEMA(0.9))
     if patience is not None:
@@ -179,6 +180,101 @@ def test_a_finished_run_is_not_trained_further(tmp_path):
     second = run(tmp_path, max_epochs=2)
     assert second.seen == []
     assert second.weight.item() == first.weight.item()
+
+
+class Stop(lightning.Callback):
+    """Asks the run to stop when one of its hooks is called for the so-manieth time."""
+
+    def __init__(self, hook, calls, do=None):
+        def called(trainer, *arguments):
+            self.left -= 1
+            if self.left == 0:
+                trainer.should_stop = True
+                if do is not None:
+                    do(trainer)
+
+        self.left = calls
+        setattr(self, hook, called)
+
+
+ENDS = {
+    "early stopping": {"patience": 1},
+    "early stopping at its best": {"stop": ("on_train_epoch_end", 2)},
+    "early stopping within an epoch": {"patience": 1, "val_check_interval": 4, "every": 100},
+    "early stopping, no scoring every epoch": {"patience": 1, "check_val_every_n_epoch": 2},
+    "early stopping, averaging": {"patience": 1, "ema": True},
+    "within an epoch": {"stop": ("on_train_batch_end", 9)},
+    "within an epoch, no scoring": {"stop": ("on_train_batch_end", 9), "limit_val_batches": 0},
+    "within a step": {"stop": ("on_train_batch_end", 9), "accumulate_grad_batches": 2},
+    "before an epoch": {"stop": ("on_train_epoch_start", 3)},
+    "after a scoring within an epoch": {"stop": ("on_validation_end", 2), "val_check_interval": 4},
+    "not before the least epochs": {"stop": ("on_train_batch_end", 3), "min_epochs": 2},
+    "not before the least steps": {"stop": ("on_train_batch_end", 3), "min_steps": 8},
+    "epochs": {"max_epochs": 3},
+    "steps": {"max_steps": 9},
+}
+
+
+@pytest.mark.parametrize("way", ENDS.values(), ids=ENDS.keys())
+def test_a_run_that_ended_is_not_trained_further(way, tmp_path):
+    options = {"max_epochs": 30} | {name: value for name, value in way.items() if name != "stop"}
+    first = run(tmp_path, others=[Stop(*way["stop"])] if "stop" in way else (), **options)
+    assert 4 <= first.trainer.global_step <= 40
+    files = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.ckpt")}
+    before = {path.name: content(tmp_path, path.name) for path in files}
+    assert before["last.ckpt"][0] == first.trainer.global_step
+    for _ in range(2):
+        again = run(tmp_path, **options)
+        assert again.seen == again.scored == []
+        assert again.trainer.global_step == first.trainer.global_step
+        assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("*.ckpt")} == files
+
+
+def test_a_run_that_ended_by_its_epochs_goes_on_with_more(tmp_path):
+    run(tmp_path / "whole", max_epochs=3)
+    run(tmp_path / "run", max_epochs=2)
+    assert len(run(tmp_path / "run", max_epochs=3).seen) == 6
+    assert content(tmp_path / "run", "last.ckpt") == content(tmp_path / "whole", "last.ckpt")
+
+
+@pytest.mark.parametrize(("limit", "accumulate"), [(8, 1), (9, 2)])
+def test_a_run_whose_time_was_up_goes_on_with_more_time_alone(limit, accumulate, tmp_path, monkeypatch):
+    """A batch takes a second, by a clock of the test's."""
+    now = [0.0]
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: now[0]))
+    step = Number.training_step
+
+    def tick(model, *arguments):
+        now[0] += 1
+        return step(model, *arguments)
+
+    monkeypatch.setattr(Number, "training_step", tick)
+    options = {"max_epochs": 3, "accumulate_grad_batches": accumulate}
+    first = run(tmp_path / "run", max_time={"seconds": limit}, **options)
+    assert len(first.seen) == limit
+    last = (tmp_path / "run" / "last.ckpt").read_bytes()
+    for _ in range(2):
+        assert run(tmp_path / "run", max_time={"seconds": limit}, **options).seen == []
+        assert (tmp_path / "run" / "last.ckpt").read_bytes() == last
+    assert run(tmp_path / "run", max_time={"seconds": 100}, **options).seen[-1] == run(tmp_path, **options).seen[-1]
+    assert content(tmp_path / "run", "last.ckpt") == content(tmp_path, "last.ckpt")
+
+
+def test_a_signal_does_not_undo_the_end_of_a_run(tmp_path):
+    """It comes after the last step, as a callback ends the run."""
+    stop = Stop("on_train_epoch_end", 2, lambda trainer: setattr(trainer.checkpoint_callback, "signal", 15))
+    first = run(tmp_path, max_epochs=30, others=[stop])
+    assert len(first.seen) == 12
+    assert run(tmp_path, max_epochs=30).seen == []
+
+
+def test_a_checkpoint_of_before_the_end_was_told_goes_on(tmp_path):
+    run(tmp_path, max_epochs=30, patience=1)
+    last = tmp_path / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["callbacks"]["Checkpoints"]["ended"]
+    torch.save(checkpoint, last)
+    assert len(run(tmp_path, max_epochs=30, patience=1).seen) == 6
 
 
 def test_other_data_or_batches_are_refused(tmp_path, monkeypatch):

@@ -274,6 +274,29 @@ def test_going_on_from_a_finished_run_scores_the_same_weights(digits, tmp_path):
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_going_on_from_a_run_that_was_stopped_early_scores_the_same_weights(digits, tmp_path, capsys, caplog):
+    folder = tmp_path / "run"
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={folder}", "--trainer.max_epochs=9"]
+    flags += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/AP"]
+    flags += ["--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1"]
+    train(flags)
+    names = ("scores.json", "detections.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
+    before = [(folder / name).read_bytes() for name in names]
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] < 8
+    with caplog.at_level("INFO"):
+        train([*flags, "--ckpt_path=last"])
+    assert "--model.detector.weights" in caplog.text
+    assert [(folder / name).read_bytes() for name in names] == before
+
+
+def test_a_run_without_a_step_is_refused(digits, tmp_path):
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_time=00:00:00:00"]
+    with pytest.raises(SystemExit, match=r"error: .*before its first step"):
+        train([*flags, "--trainer.max_epochs=1"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_checkpoints_that_are_none_are_refused(trained, digits, tmp_path):
     arguments = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}"]
     path = tmp_path / "other.ckpt"
