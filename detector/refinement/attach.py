@@ -13,7 +13,7 @@ from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.rcnn.swap import parts_of
 from detector.refinement.config import RefinementConfig
 from detector.refinement.head import Refinement
-from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
+from detector.refinement.losses import boxes_to_learn_from, check_truth, unrolled_losses
 from detector.refinement.roi_heads import RefinedRoIHeads
 from detector.refinement.seen import FeatureCache, batched, look_at
 
@@ -101,11 +101,14 @@ def refinement_losses(
         ``loss_refinement_box`` and ``loss_refinement_fit``.
 
     Raises:
-        TypeError: the model has no refinement.
+        TypeError: the model has no refinement, or boxes are no floats.
+        ValueError: there is not a target for each image, or not [L, 4] boxes in each; or a box is not finite, has no
+            width or height, or lies outside its image. One that reaches outside is clipped.
     """
     refinement = refinement_of(model)
     if refinement is None:
         raise TypeError(f"{type(model).__name__} has no refinement: call add_refinement first")
+    check_truth(images, targets)
     with _frozen(model, refinement):
         seen = [look_at(model, image) if cache is None else cache(model, image) for image in images]
     sizes = [one.size for one in seen]

@@ -1,6 +1,7 @@
 """What the refinement learns from: true boxes, jittered, and the detector's own, looked at again and again."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,61 @@ from detector.refinement.head import CODER, Refinement
 from detector.refinement.looking import decoded, paired_iou
 
 BETA = 1 / 9  # below, the box loss is quadratic, as in torchvision's own
+NO_COORDINATES = {torch.bool, torch.bfloat16}  # types of no box: bfloat16 is off by whole pixels
 STAGE_IOU = 0.1  # by so much more must boxes overlap the truth for each further set of weights
+
+
+def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse true boxes that nothing can be learned from: what torchvision refuses in training, and what it overlooks.
+
+    Args:
+        images: [3, H, W] each.
+        targets: of each image ``boxes``, [L, 4] (x1, y1, x2, y2) in pixels.
+
+    Raises:
+        TypeError, ValueError: names the image, the field and the value.
+    """
+    if len(images) == 0 or len(targets) != len(images):
+        raise ValueError(
+            f"images has {len(images)} entries, targets {len(targets)}: give an image or more, and a target for each"
+        )
+    usable = []
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        if image.dim() != 3:
+            raise ValueError(f"images[{number}] must be [3, H, W], got {list(image.shape)}")
+        field = f"targets[{number}]['boxes']"
+        if "boxes" not in target:
+            raise ValueError(f"{field} is missing: where there is no object it is torch.zeros(0, 4)")
+        boxes = target["boxes"]
+        if not isinstance(boxes, Tensor):
+            raise TypeError(f"{field} must be a tensor of floats, got {type(boxes).__name__}")
+        if boxes.is_complex() or boxes.dtype in NO_COORDINATES:
+            raise TypeError(f"{field} must be a tensor of floats, got {boxes.dtype}")
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"{field} must be [L, 4], got {list(boxes.shape)}")
+        usable.append(_is_usable(boxes, *image.shape[-2:]))
+    if not torch.cat(usable).all():  # the one wait for the device
+        number = next(n for n, of_image in enumerate(usable) if not of_image.all())
+        row = int((~usable[number]).nonzero()[0])
+        box, (height, width) = targets[number]["boxes"][row].tolist(), images[number].shape[-2:]
+        raise ValueError(f"targets[{number}]['boxes'][{row}] is {box}: {_fault(box, height, width)}")
+
+
+def _is_usable(boxes: Tensor, height: int, width: int) -> Tensor:
+    """[L]: whether boxes [L, 4] are finite, have a width and a height, and overlap the image."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    within = (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
+    return boxes.isfinite().all(dim=1) & (x1 < x2) & (y1 < y2) & within
+
+
+def _fault(box: list[float], height: int, width: int) -> str:
+    """What is wrong with a box that is not usable."""
+    x1, y1, x2, y2 = box
+    if not all(map(math.isfinite, box)):
+        return "it must be finite"
+    if x1 >= x2 or y1 >= y2:
+        return "it has no width or no height; boxes are (x1, y1, x2, y2), not (x, y, width, height)"
+    return f"it lies outside its image, which is {width} pixels wide and {height} high"
 
 
 def unrolled_losses(

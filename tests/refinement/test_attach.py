@@ -416,12 +416,71 @@ def test_the_detector_learns_nothing_from_the_losses_of_the_refinement(swap):
         assert (parameter.grad is not None) == ("refinement" in name), name
     assert model.roi_heads.refinement.enabled
     # After a mistake, too.
-    with pytest.raises(KeyError):
-        refinement_losses(model, images, [{}, {}])
-    with pytest.raises(ValueError, match=r"images is expected to be a list of 3d tensors"):
-        refinement_losses(model, [images[0][0]], only_boxes(targets))
+    with pytest.raises(TypeError, match="floating type"):
+        refinement_losses(model, [(255 * image).byte() for image in images], only_boxes(targets))
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.roi_heads.refinement.enabled
+
+
+@pytest.mark.parametrize(
+    ("boxes", "error", "field"),
+    [
+        ([[30.0, 20.0, 10.0, 15.0]], ValueError, r"\['boxes'\]\[0\]"),  # x, y, width and height
+        ([[3.0, 2.0, 10.0, 15.0], [3.0, 2.0, 3.0, 15.0]], ValueError, r"\['boxes'\]\[1\]"),
+        ([[3.0, 2.0, float("nan"), 15.0]], ValueError, r"\['boxes'\]\[0\]"),
+        ([[3.0, 2.0, float("inf"), 15.0]], ValueError, r"\['boxes'\]\[0\]"),
+        ([[64.0, 2.0, 70.0, 15.0]], ValueError, r"\['boxes'\]\[0\]"),
+        ([[3.0, -9.0, 7.0, 0.0]], ValueError, r"\['boxes'\]\[0\]"),
+        (torch.zeros(0), ValueError, r"\['boxes'\]"),
+        (torch.ones(2, 5), ValueError, r"\['boxes'\]"),
+        (torch.zeros(0, 4, dtype=torch.bool), TypeError, r"\['boxes'\]"),
+        (torch.zeros(0, 4, dtype=torch.bfloat16), TypeError, r"\['boxes'\]"),
+        (((1, 2, 3, 4),), TypeError, r"\['boxes'\]"),
+        (None, TypeError, r"\['boxes'\]"),
+    ],
+)
+def test_true_boxes_of_which_nothing_can_be_learned_are_refused(boxes, error, field):
+    model = refined(tiny_rcnn())
+    images, targets = batch()
+    targets[1]["boxes"] = torch.tensor(boxes) if isinstance(boxes, list) else boxes
+    with pytest.raises(error, match=rf"^targets\[1\]{field}"):
+        refinement_losses(model, images, targets)
+
+
+def test_targets_that_are_not_there_are_refused():
+    model = refined(tiny_rcnn())
+    images, targets = batch()
+    with pytest.raises(ValueError, match=r"targets\[1\]\['boxes'\]"):
+        refinement_losses(model, images, [targets[0], {}])
+    for some, of_them in ((images, targets[:1]), (images[:1], targets), ([], [])):
+        with pytest.raises(ValueError, match=rf"images has {len(some)} .* targets {len(of_them)}"):
+            refinement_losses(model, some, of_them)
+    with pytest.raises(ValueError, match=r"images\[1\]"):
+        refinement_losses(model, [images[0], images[1][0]], targets)
+
+
+def test_true_boxes_that_reach_outside_and_whole_numbers_are_taken():
+    """As in torchvision's own training, to which such boxes are no mistake."""
+    images, targets = batch()
+    targets[1]["boxes"] = torch.tensor([[-5, -3, 30, 20], [40, 30, 90, 80], [63, 55, 64, 56]])
+    targets[1]["labels"] = torch.ones(3, dtype=torch.int64)
+    model = refined(tiny_rcnn().train())
+    assert all(loss.isfinite() for loss in model(images, copies(targets)).values())
+    found = []
+    for whole in (True, False):
+        torch.manual_seed(0)
+        of_type = [{"boxes": t["boxes"] if whole else t["boxes"].float()} for t in targets]
+        found.append(refinement_losses(model, images, of_type))
+    assert found[0] == found[1]
+    assert found[0]["loss_refinement_box"] > 0
+
+
+def test_beside_the_detector_torchvision_refuses_boxes_without_a_size():
+    model = refined(tiny_rcnn().train())
+    images, targets = batch()
+    targets[1]["boxes"] = targets[1]["boxes"][:, [2, 3, 0, 1]]
+    with pytest.raises(AssertionError, match="positive height and width"):
+        model(images, targets)
 
 
 def test_the_losses_are_those_at_the_detectors_boxes_without_the_refinement():
