@@ -141,6 +141,7 @@ class PretrainedDetector(
 
         Raises:
             DataError: an image cannot be read or used; says why, and which of a list.
+            ModelError: the weights are not float32. For speed, call this under ``torch.autocast`` instead.
         """
         several = isinstance(image, list | tuple)
         images: list[Tensor] = []
@@ -172,7 +173,11 @@ class PretrainedDetector(
             For each, on the CPU: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] and ``scores`` [L]; of a
             Mask R-CNN ``segmentations``, L RLE, of a Keypoint R-CNN ``keypoints`` [L, K, 3], in pixels, and
             ``keypoints_scores`` [L, K].
+
+        Raises:
+            ModelError: the weights are not float32. For speed, call this under ``torch.autocast`` instead.
         """
+        self._refuse_other_floats()
         device = next(self.parameters()).device
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
@@ -184,6 +189,17 @@ class PretrainedDetector(
         # One-stage detectors have an output for label 0 as well, which is the background.
         found = [kept({name: one[name] for name in FIELDS if name in one}, one["labels"] > 0) for one in found]
         return [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
+
+    def _refuse_other_floats(self) -> None:
+        """Images and boxes are float32. Boxes of 16 bits would be off by whole pixels."""
+        for name, value in self.model.named_parameters():
+            if value.is_floating_point() and value.dtype != torch.float32:
+                kind = str(value.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"the detector's weights are {kind} ({name}), and it detects in float32 alone: call "
+                    f'detector.float() first; for speed, detect within torch.autocast("{value.device.type}", '
+                    "dtype=torch.bfloat16)"
+                )
 
     def digest(self) -> str:
         """A hash of all weights, by which a report of scores knows them again."""

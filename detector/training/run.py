@@ -37,6 +37,10 @@ from detector.training.task import DetectionTask
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in str(record.msg))
 
 
+# Precisions of Lightning whose weights have 16 bits.
+HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+
+
 def fit(
     task: DetectionTask,
     data: CocoDataModule,
@@ -103,7 +107,12 @@ class Run:
         self.divergence = Divergence()
 
     def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The options of ``lightning.Trainer``: those given, and what a run needs besides."""
+        """The options of ``lightning.Trainer``: those given, and what a run needs besides.
+
+        Raises:
+            TrainingError: detectors cannot be trained in the precision.
+        """
+        _refuse_half_precision(given.get("precision"))
         callbacks: list[Callback] = [
             self.checkpoints,
             self.divergence,
@@ -136,6 +145,7 @@ class Run:
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
         """Train, or go on, then score; see :func:`fit`."""
+        _refuse_half_precision(trainer.precision)  # which a plugin may have set
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
             warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position
         try:
@@ -298,6 +308,15 @@ class StepTimes(Callback):
         if self._steps and trainer.is_global_zero:
             step, wait = self._stepped / self._steps, self._waited / self._steps
             print(f"{step:.3f} s a step, of which {wait:.3f} s were spent waiting for data")
+
+
+def _refuse_half_precision(precision: Any) -> None:
+    """Boxes and their targets would have 16 bits, too: bfloat16 has steps of 4 pixels above 512."""
+    if precision in HALF:
+        raise TrainingError(
+            f"--trainer.precision is {precision}: weights of 16 bits lose small steps, and boxes of 16 bits whole "
+            "pixels; take bf16-mixed, which keeps both in 32 bits"
+        )
 
 
 def _as_list(value: Any) -> list[Any]:

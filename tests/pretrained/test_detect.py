@@ -1,5 +1,6 @@
 """One image in, named detections out."""
 
+import copy
 import io
 
 import numpy as np
@@ -14,7 +15,7 @@ pytest.importorskip("timm")
 from support.tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
 
 from detector import BoxGradient, swap_crop_head
-from detector.errors import DataError
+from detector.errors import DataError, ModelError
 from detector.models.build import build_detector
 from detector.pretrained.detections import Detections
 from detector.pretrained.detector import PretrainedDetector
@@ -29,6 +30,20 @@ def detector(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.ckpt"
     torch.save(tiny_checkpoint(), path)
     return load_checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("part", ["backbone", "roi_heads"])
+def test_a_detector_in_another_precision_is_refused(dtype, part, detector):
+    """And detects again in float32, and under autocast."""
+    cast = copy.deepcopy(detector)
+    cast.model.get_submodule(part).to(dtype)
+    for call in (lambda: cast.detect(scene()), lambda: cast.detect_batch([scene()])):
+        with pytest.raises(ModelError, match=rf"{str(dtype)[6:]} \({part}\..*\.float\(\).*torch\.autocast"):
+            call()
+    assert cast.float().detect(scene(), min_score=0).boxes.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cast.detect(scene(), min_score=0).boxes.dtype == torch.float32
 
 
 def as_pil(pixels):

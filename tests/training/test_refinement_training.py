@@ -180,6 +180,12 @@ def test_a_run_that_goes_on_from_its_end_has_a_checkpoint_of_its_own(base, digit
     assert_equal(weights_of(tmp_path / "other" / "checkpoints" / "last.ckpt"), weights_of(mine))
 
 
+def test_weights_of_16_bits_are_refused(base, digits, tmp_path):
+    with pytest.raises(TrainingError, match=r"precision is bf16-true: .*bf16-mixed"):
+        fit(base, digits, tmp_path / "run", precision="bf16-true")
+    assert not (tmp_path / "run").exists()
+
+
 class StopAfterTwo(lightning.Callback):
     def on_train_batch_end(self, trainer, *arguments):
         trainer.should_stop = trainer.global_step == 2

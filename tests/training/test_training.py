@@ -16,6 +16,7 @@ import lightning
 import pytest
 import torch
 import torchvision
+from lightning.pytorch.plugins import HalfPrecision
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -482,6 +483,40 @@ def test_images_have_the_precision_of_the_model(digits, precision):
     sent = next(iter(data.train_dataloader()))
     images, _ = data.on_after_batch_transfer(sent, 0)
     assert {image.dtype for image in images} == {torch.float64 if precision == "64-true" else torch.bfloat16}
+
+
+HALF = ["16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"]
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_weights_of_16_bits_are_refused_before_anything_is_read(precision, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(CocoDataModule, "setup", lambda *arguments: pytest.fail("it reads"))
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", f"--trainer.precision={precision}"]
+    with pytest.raises(SystemExit, match=rf"^error: --trainer\.precision is {precision}: .*bf16-mixed"):
+        train(flags)
+    data = CocoDataModule(str(digits), train_split="train", val_split="val")
+    with pytest.raises(TrainingError, match="bf16-mixed"):
+        fit(DetectionTask(), data, run_dir=tmp_path / "run", precision=precision)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", HALF[:2])
+def test_weights_of_16_bits_by_a_plugin_are_refused(precision, digits, tmp_path):
+    data = CocoDataModule(str(digits), train_split="train", val_split="val")
+    options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "plugins": [HalfPrecision(precision)]}
+    with pytest.raises(TrainingError, match=rf"{precision}.*bf16-mixed"):
+        fit(DetectionTask(), data, run_dir=tmp_path / "run", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["64-true", "32-true", "16-mixed", "bf16-mixed"])
+def test_other_precisions_are_trained_in_and_gone_on_with(precision, digits, tmp_path):
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", f"--trainer.precision={precision}"]
+    flags += ["--data.batch_size=2", "--trainer.max_steps=3", "--trainer.max_epochs=null"]
+    train(flags)
+    scores = (tmp_path / "run" / "scores.json").read_text()
+    train([*flags, "--ckpt_path=last"])
+    assert (tmp_path / "run" / "scores.json").read_text() == scores
 
 
 def test_images_are_sent_as_bytes_and_trained_on_as_floats(digits):
