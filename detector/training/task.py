@@ -161,13 +161,18 @@ class DetectionTask(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         trainer, settings = self.trainer, self.optimizer
-        images = self.images_per_step
+        images, asked = self.images_per_step, self._images_asked_for
         steps, steps_per_epoch = self._steps()
         lr = settings.rate(images)
         self._check_resumed(images, steps)
+        made_of = (
+            f"devices {trainer.world_size} x batch {self.data.batch_size} x accumulated "
+            f"{trainer.accumulate_grad_batches}"
+        )
+        if images < asked:
+            made_of = f"all that an epoch of {self.data.train_split} has; {made_of} would be {asked}"
         rank_zero_info(
-            f"{images} images a step (devices {trainer.world_size} x batch {self.data.batch_size} x accumulated "
-            f"{trainer.accumulate_grad_batches}): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
+            f"{images} images a step ({made_of}): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
             f"{settings.lr_batch} images, {settings.lr_rule}), {settings.name}, {settings.schedule}; {steps} steps, "
             f"{steps_per_epoch} an epoch"
         )
@@ -177,7 +182,17 @@ class DetectionTask(lightning.LightningModule):
 
     @property
     def images_per_step(self) -> int:
-        """The images that one step of the optimizer sees, over all devices and accumulated batches."""
+        """The images that one step of the optimizer sees, over all devices and accumulated batches.
+
+        No more than an epoch has: a split smaller than a batch is one batch, and Lightning steps at an epoch's end.
+        """
+        trainer = self.trainer
+        trainer.fit_loop.setup_data()  # which counts the batches
+        batches = int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
+        return min(trainer.world_size * self.data.batch_size, len(self.data.train_set)) * batches
+
+    @property
+    def _images_asked_for(self) -> int:
         return self.trainer.world_size * self.data.batch_size * self.trainer.accumulate_grad_batches
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -254,7 +269,8 @@ class DetectionTask(lightning.LightningModule):
                     f"same{self.advice.anew}"
                 )
         before = self._resumed["images_per_step"]
-        if before != images:
+        # Earlier versions wrote, and went by, those asked for; the rate in their checkpoint stays.
+        if before not in (images, self._images_asked_for):
             raise TrainingError(
                 f"the checkpoint was trained on {before} images a step, this run has {images}: go on with the same "
                 f"devices x {self.advice.images}{self.advice.anew}"

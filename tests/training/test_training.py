@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ from support.tiny_training import REPOSITORY, TINY
 from detector.command_line.browsing import browse_training_images
 from detector.command_line.training import parse, train
 from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.data.batches import TrainingBatches
 from detector.data.categories import match_categories
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
@@ -870,6 +872,52 @@ def test_scores_of_the_run_include_the_losses(trained):
     assert {"val/AP", "val/loss", "val/loss_box_reg", "train/loss", "lr-AdamW/pg1", "lr-AdamW/pg2"} <= names
     assert {"box_gradient/ratio", "box_gradient/passed", "box_gradient/iou"} <= names
     assert len(log.Scalars("val/loss")) == 2
+
+
+def trained_by(images, batch_size, ranks, accumulate, wide=()):
+    """A task that is about to train on so many images, and the images of each of its steps in an epoch."""
+    orders = [
+        TrainingBatches([i in wide for i in range(images)], batch_size, ranks=ranks, rank=rank).batches(0)
+        for rank in range(ranks)
+    ]
+    together = [{image for batch in batches for image in batch} for batches in zip(*orders, strict=True)]
+    steps = [set().union(*together[i : i + accumulate]) for i in range(0, len(together), accumulate)]
+    task, data = DetectionTask(), SimpleNamespace(batch_size=batch_size, train_set=range(images))
+    task.trainer = SimpleNamespace(
+        world_size=ranks,
+        accumulate_grad_batches=accumulate,
+        num_training_batches=len(together),
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
+        datamodule=data,
+    )
+    return task, steps
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
+@pytest.mark.parametrize("images", [1, 6, 9])
+def test_the_images_a_step_are_those_that_it_sees(images, batch_size, ranks, accumulate):
+    task, steps = trained_by(images, batch_size, ranks, accumulate, wide=(0, 3, 4))
+    assert task.images_per_step == max(map(len, steps)) <= images
+
+
+def test_a_run_goes_on_with_the_images_a_step_that_it_saw_or_in_earlier_versions_asked_for():
+    task, _ = trained_by(6, 64, 1, 1)
+    for before, goes_on in ((6, True), (64, True), (32, False)):
+        task._resumed = {"optimizer": asdict(task.optimizer), "images_per_step": before, "steps": 10}
+        with nullcontext() if goes_on else pytest.raises(TrainingError, match="32 images a step, this run has 6"):
+            task._check_resumed(task.images_per_step, 10)
+
+
+def test_the_learning_rate_is_that_of_the_images_there_are(digits, tmp_path, caplog):
+    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
+    with caplog.at_level("INFO"):
+        train([*flags, "--data.batch_size=64", "--model.optimizer.lr=0.004", "--model.optimizer.lr_batch=16"])
+    assert re.search(r"8 images a step .*train.*64.*peak learning rate 0\.002 ", caplog.text)
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last[CHECKPOINT_KEY]["images_per_step"] == 8
+    assert {group["max_lr"] for group in last["optimizer_states"][0]["param_groups"]} == {0.002}
 
 
 def test_the_warm_up_counts_the_steps_of_the_run(monkeypatch):
