@@ -11,7 +11,7 @@ from detector.data.keypoints import keypoints_problem, layout_of
 from detector.data.masks import is_empty
 from detector.data.placement import misplaced
 from detector.data.problems import ROUNDING, Level, Problem, far_from_boxes, sizes_of_images
-from detector.data.segmentations import measure_masks, read_segmentation
+from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
 from detector.errors import DataError, shown
 
 Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
@@ -56,8 +56,8 @@ FAR_FROM_MASK = (
     "areas that are far from their masks'",
     "has an area far from that of its mask, which decides whether it is scored as small or large",
 )
-MOST_MEASURED = 50_000  # of more masks a few points are looked at, and those measured of which these do not say enough
-AT_ONCE = 256  # segmentations that are decoded at a time: of more lists Python's garbage collection takes longer
+MOST_MEASURED = 50_000  # masks, all of them
+AT_ONCE = 256  # that are measured together: of more lists Python's garbage collection takes longer
 
 
 def has_part(file: CocoFile, part: Part) -> bool:
@@ -139,23 +139,34 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
 
 
 def _read_masks(file: CocoFile) -> _Read:
-    """Read all masks, some at a time: as lists those of COCO would take gigabytes as well."""
+    """Read all masks. As lists those of COCO would take gigabytes: each goes before the next, or few after it."""
     raws, sizes = file.annotations["segmentation"], sizes_of_images(file)
-    x, y, w, h = file.annotations["bbox"].T
-    limits = np.stack([x.clip(min=0), y.clip(min=0), np.minimum(x + w, sizes[:, 0]), np.minimum(y + h, sizes[:, 1])], 1)
-    if len(raws) <= MOST_MEASURED:
-        limits[:] = np.nan
-    limits[file.annotations["area"] < 0.3 * w * h] = np.nan  # it may be far from the mask's
+    limits = _limits(file.annotations, sizes)
+    boxes, areas = limits.copy(), np.full(len(raws), np.nan)
     wrong: list[str | None] = []
-    measured = [(np.empty((0, 4)), np.empty(0))]
-    for start in range(0, len(raws), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        of_images = sizes[some].astype(int).tolist()
-        values, problems = zip(*(read_segmentation(raw, *size) for raw, size in zip(raws[some], of_images)))
-        wrong += problems
-        measured.append(measure_masks(values, of_images, limits[some].tolist()))
-    boxes, areas = map(np.concatenate, zip(*measured))
+    doubtful: dict[int, Any] = {}
+    for row, (raw, width, height, *limit) in enumerate(zip(raws, *sizes.astype(int).T.tolist(), *limits.T.tolist())):
+        value, problem = read_segmentation(raw, width, height)
+        wrong.append(problem)
+        if problem is not None or not spans_a_pixel(value, *limit):
+            doubtful[row] = value
+        if len(doubtful) == AT_ONCE or row == len(raws) - 1:
+            rows = list(doubtful)
+            boxes[rows], areas[rows] = measure_masks(list(doubtful.values()), sizes[rows].astype(int).tolist())
+            doubtful.clear()
     return _Read(wrong, boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2]), areas == 0, areas)
+
+
+def _limits(annotations: Entries, sizes: np.ndarray) -> np.ndarray:
+    """Where three points of a mask are enough to see that it is right, [L, 4] (x1, y1, x2, y2); NaN: nowhere.
+
+    It is measured then, which takes ten times as long; of a few masks, all are.
+    """
+    x, y, w, h = annotations["bbox"].T
+    limits = np.stack([x.clip(min=0), y.clip(min=0), np.minimum(x + w, sizes[:, 0]), np.minimum(y + h, sizes[:, 1])], 1)
+    far = annotations["area"] < 0.3 * w * h  # perhaps from the mask's
+    limits[far | (len(annotations) <= MOST_MEASURED)] = np.nan
+    return limits
 
 
 def _read_keypoints(file: CocoFile, count: int) -> _Read:
