@@ -48,10 +48,13 @@ OUTSIDE_BOX: dict[Part, tuple[str, str]] = {
     "masks": ("masks outside their boxes", "has a segmentation that lies outside its bbox"),
     "keypoints": ("key points outside their boxes", "has key points most of which lie outside its bbox"),
 }
-OUTSIDE_IMAGE = (
-    "key points outside their image",
-    "has labelled key points outside its image: training takes them as not labelled",
-)
+OUTSIDE_IMAGE: dict[Part, tuple[str, str]] = {
+    "masks": ("masks that reach outside their image", "has a segmentation that reaches outside its image: clipped"),
+    "keypoints": (
+        "key points outside their image",
+        "has labelled key points outside its image: training takes them as not labelled",
+    ),
+}
 FAR_FROM_MASK = (
     "areas that are far from their masks'",
     "has an area far from that of its mask, which decides whether it is scored as small or large",
@@ -130,7 +133,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         (EMPTY[part], read.is_empty),
         (NO_AREA[part], np.isnan(annotations["area"]) & ~missing),
         (OUTSIDE_BOX[part], outside & ~read.is_empty),
-        (OUTSIDE_IMAGE, _outside_image(file, read) if part == "keypoints" else np.zeros_like(outside)),
+        (OUTSIDE_IMAGE[part], _outside_image(file, read) & ~read.is_empty),
         (FAR_FROM_MASK, _far_from_masks(annotations, read.areas)),
     ]
     for (kind, what), which in flaws:

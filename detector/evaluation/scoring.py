@@ -46,7 +46,7 @@ LACKING: dict[Part, dict[str, str]] = {
     },
     "keypoints": {
         OUTSIDE_BOX["keypoints"][0]: "In keypoints scores they are compared as they are.",
-        OUTSIDE_IMAGE[0]: "In keypoints scores they are compared as they are; training leaves them out.",
+        OUTSIDE_IMAGE["keypoints"][0]: "In keypoints scores they are compared as they are; training leaves them out.",
         "objects without key points": "In keypoints scores they count as neither found nor missed.",
         "objects whose key points are all unlabelled": "In keypoints scores they count as neither found nor missed.",
         "key points without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",

@@ -19,6 +19,7 @@ from detector.errors import DataError, ModelError
 from detector.files import read_json, write_atomically, write_json
 from detector.models.config import DetectorConfig
 from detector.models.detecting import Found, detect, kept
+from detector.models.narrow_images import take_narrow_images
 from detector.models.published import batch_norm_eps
 from detector.models.weights import refusing
 from detector.pretrained.description import Crop, DetectorDescription
@@ -66,6 +67,7 @@ class PretrainedDetector(
         keypoints: KeypointLayout | None = None,
     ) -> None:
         super().__init__()
+        take_narrow_images(model)
         self.model = model
         self.category_ids, self.category_names = list(category_ids), list(category_names)
         self.settings = settings

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN
 
-from detector.data.categories import same_names
+from detector.data.categories import mixed_up, quoted, same_names
 from detector.data.keypoints import KeypointLayout
 from detector.errors import ModelError
 from detector.models.config import DetectorConfig
@@ -22,7 +22,7 @@ from detector.models.weights import check_tensors, differences, read_weights, re
 from detector.pretrained.detector import PretrainedDetector
 from detector.pretrained.hub import is_hub_name
 from detector.pretrained.loading import CHECKPOINT_KEY, checkpoint_of, detector_of, load_detector
-from detector.text import listed, short
+from detector.text import listed
 
 PREDICTOR = "roi_heads.box_predictor."
 MASKS = "roi_heads.mask_predictor.mask_fcn_logits."  # the layer of the mask predictor that has rows of classes
@@ -210,8 +210,10 @@ def _rows(
         places = same_names(category_names, source.names)
         kept = {label: place + 1 for label, place in enumerate(places, start=1) if place is not None}
         if kept or theirs != ours or source.detector is not None:  # else the number alone suggested COCO's names
-            names = [f"'{short(category_names[label - 1])}'" for label in kept]
-            what = f"kept by name: {listed(names)}" if kept else "none has the name of one of the data's"
+            names = [category_names[label - 1] for label in kept]
+            what = f"kept by name: {quoted(names)}" if kept else "none has the name of one of the data's"
+            if why := mixed_up(category_names, source.names):
+                what = f"{what}; {why}"
             begins = "is put in the data's order" if len(kept) == ours == theirs else f"begins anew for {ours}"
             return f"the predictor of its {theirs} classes {begins} ({what})", {0: 0} | kept
     if theirs == ours:

@@ -7,7 +7,6 @@ from torchvision.models.detection import FasterRCNN
 
 from detector.errors import ModelError
 from detector.models.config import BUILDERS
-from detector.models.narrow_images import take_narrow_images
 from detector.models.published import (
     load_torchvision_detector,
     number_of_classes,
@@ -82,7 +81,6 @@ def load_published(name: str, weights: str) -> PretrainedDetector:
         ModelError: the name is not known, or the weights cannot be had or are another model's.
     """
     model = load_torchvision_detector(name, weights)
-    take_narrow_images(model)
     classes = number_of_classes(name, model.state_dict())
     buildable = isinstance(model, FasterRCNN) and name.partition("_")[0] in BUILDERS
     settings = settings_of(name, model) if buildable else None

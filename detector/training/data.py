@@ -231,7 +231,7 @@ class CocoDataModule(lightning.LightningDataModule):
             also = f"; {skip} also leaves broken ones out" if skip else ""
             rank_zero_info(
                 f"The images are not opened before training ({pixels / 1e9:,.0f} gigapixels), which takes a while: "
-                f"{' and '.join(check.values())} do that{also}"
+                f"{' and '.join(check.values())} do that, and say where an EXIF orientation matters{also}"
             )
             return
         ranks, rank = self._ranks()

@@ -147,6 +147,13 @@ def test_masks_outside_their_image_are_outside_their_boxes(tmp_path):
     assert found(one) == {("flaw", "masks without a pixel")}
 
 
+def test_masks_that_reach_outside_their_image_are_a_flaw(tmp_path):
+    path = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-5, box[1]]]]), some=lambda n: n < 4)
+    assert ("flaw", "masks that reach outside their image") in found(path)
+    rounded = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-0.4, box[1]]]]), some=lambda n: n < 4)
+    assert "masks that reach outside their image" not in {kind for _, kind in found(rounded)}
+
+
 def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
     def moved(points, box):
         return np.vstack([points[:4], [[WIDTH + 30.0, 10.0]]])

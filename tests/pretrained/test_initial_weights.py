@@ -145,7 +145,7 @@ def test_the_backbones_own_weights_are_not_fetched(checkpoint, small, tmp_path, 
         (["white cell"], "begins anew for 1 (kept by name: 'white cell')"),
         (["a", "b", "c"], "begins anew for 3 (none has the name of one of the data's)"),
         (["red cell", "platelet", "platelet"], "begins anew for 3 (kept by name: 'red cell')"),  # which one is it?
-        (["Red cell", "platelet"], "(kept by name: 'platelet')"),
+        (["Red cell", "platelet"], "(kept by name: 'platelet'; 'Red cell' and 'red cell' differ only by case)"),
     ],
 )
 def test_of_the_predictor_the_rows_of_the_same_names_are_kept(names, said, checkpoint, weights):
