@@ -82,6 +82,7 @@ class _Read:
     labelled: np.ndarray  # [L, P], bool: which of them are there
     is_empty: np.ndarray  # without a pixel, or a labelled point; false where it is wrong
     areas: np.ndarray  # of masks, in pixels; NaN of key points
+    expected: np.ndarray  # whether objects of its category have them
 
 
 def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -96,31 +97,23 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         The problems; none where no object has the part. Objects without it are a flaw where others have it. It is an
         error if most have nothing to do with their boxes, or if no mask has a pixel.
     """
-    field, annotations = FIELD[part], file.annotations
-    without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
-    objects = ~annotations["iscrowd"]
-    has_points = np.ones(len(annotations), dtype=bool)
     if not has_part(file, part):
         return
-    if part == "masks":
-        read = _read_masks(file)
-    else:
-        entries = [file.categories.entry(position) for position in range(len(file.categories))]
-        try:
-            layout = layout_of(file.path, entries, map(value_of, annotations[field]))
-        except DataError as error:
-            yield Problem("categories with key points that do not fit", broken, f"{error}{without}")
-            return
-        read = _read_keypoints(file, len(layout) if layout else 1)
-        if any(having := [bool(entry.get("keypoints")) for entry in entries]):
-            has_points = np.isin(annotations["category_id"], file.categories["id"][having])
+    annotations, objects = file.annotations, ~file.annotations["iscrowd"]
+    without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
+    try:
+        read = _read_masks(file) if part == "masks" else _read_keypoints(file)
+    except DataError as error:
+        yield Problem("categories with key points that do not fit", broken, f"{error}{without}")
+        return
     missing = np.zeros(len(annotations), dtype=bool)
     for position in [at for at, what in enumerate(read.wrong) if what is not None]:
-        value = value_of(annotations[field][position])
+        value = value_of(annotations[FIELD[part]][position])
         missing[position] = _is_empty(value, part)
         if not missing[position]:
-            message = f"{annotations.where(position)} has {field} {shown(value)}, {read.wrong[position]}{without}"
-            yield Problem(f"broken {'segmentations' if part == 'masks' else 'key points'}", broken, message)
+            what = f"has {FIELD[part]} {shown(value)}, {read.wrong[position]}{without}"
+            kind = f"broken {'segmentations' if part == 'masks' else 'key points'}"
+            yield Problem(kind, broken, f"{annotations.where(position)} {what}")
     outside, whole = _outside_boxes(file, part, read, objects)
     if whole is not None:
         yield whole
@@ -129,7 +122,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         message = f"{file.path}: no segmentation has a pixel in its image: there is no mask to learn or to score"
         yield Problem("annotation file whose masks have no pixel", "error", message)
     flaws = [
-        (MISSING[part], missing & has_points),
+        (MISSING[part], missing & read.expected),
         (EMPTY[part], read.is_empty),
         (NO_AREA[part], np.isnan(annotations["area"]) & ~missing),
         (OUTSIDE_BOX[part], outside & ~read.is_empty),
@@ -157,7 +150,8 @@ def _read_masks(file: CocoFile) -> _Read:
             rows = list(doubtful)
             boxes[rows], areas[rows] = measure_masks(list(doubtful.values()), sizes[rows].astype(int).tolist())
             doubtful.clear()
-    return _Read(wrong, boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2]), areas == 0, areas)
+    expected = np.ones(len(raws), dtype=bool)
+    return _Read(wrong, boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2]), areas == 0, areas, expected)
 
 
 def _limits(annotations: Entries, sizes: np.ndarray) -> np.ndarray:
@@ -172,15 +166,23 @@ def _limits(annotations: Entries, sizes: np.ndarray) -> np.ndarray:
     return limits
 
 
-def _read_keypoints(file: CocoFile, count: int) -> _Read:
+def _read_keypoints(file: CocoFile) -> _Read:
+    """Read all key points. Raises :class:`DataError` if the categories name different ones."""
     raws = file.annotations["keypoints"]
+    categories = [file.categories.entry(position) for position in range(len(file.categories))]
+    layout = layout_of(file.path, categories, map(value_of, raws))
+    count = len(layout) if layout else 1
+    having = [bool(entry.get("keypoints")) for entry in categories]
+    having = having if any(having) else [True] * len(having)
+    expected = np.isin(file.annotations["category_id"], file.categories["id"][having])
     wrong = [keypoints_problem(raw, count) for raw in raws]
     nothing = [0] * (3 * count)
     values = [nothing if what is not None else value_of(raw) for raw, what in zip(raws, wrong)]
     points = np.array(values, dtype=np.float64).reshape(-1, count, 3)
     labelled = points[..., 2] > 0
     right = np.array([what is None for what in wrong], dtype=bool)
-    return _Read(wrong, points[..., :2], labelled, right & ~labelled.any(axis=1), np.full(len(raws), np.nan))
+    empty, areas = right & ~labelled.any(axis=1), np.full(len(raws), np.nan)
+    return _Read(wrong, points[..., :2], labelled, empty, areas, expected)
 
 
 def _outside_boxes(file: CocoFile, part: Part, read: _Read, which: np.ndarray) -> tuple[np.ndarray, Problem | None]:

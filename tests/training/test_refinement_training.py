@@ -208,7 +208,7 @@ def test_settings_that_cannot_be_told_for_the_classes_are_others_stay_as_they_ar
 
     root = with_annotations(digits, tmp_path / "data", change)
     assert refine(base, root, run_dir=tmp_path / "run", looks=1, climbs=1) == 0
-    words = r"Note: looks and climbs stay 1 and 1: .* held apart, for no class of the detector \(0.*of another kind"
+    words = r"Note: looks and climbs stay 1 and 1: .* held apart, for no class of the detector \('0'.*of another kind"
     assert re.search(words, capsys.readouterr().out)
     assert not (tmp_path / "run" / "chosen.json").exists()
     assert (tmp_path / "run" / "scores.json").exists()
@@ -395,7 +395,7 @@ def test_mistakes_are_said_in_a_sentence(base, digits, tmp_path):
 
     empty = with_annotations(digits, tmp_path / "empty", without_boxes)
     for words, code, flags in (
-        ("no box in train to learn from", 1, {"root": empty}),
+        ("instances_train.json: no box to train on", 1, {"root": empty}),
         (r"instances_nosuch\.json", 1, {"train_split": "nosuch"}),
         (r"instances_nosuch\.json", 1, {"split": "nosuch"}),
         ("not both", 2, {"model": "fasterrcnn_resnet50_fpn"}),

@@ -145,7 +145,7 @@ def test_labels_of_published_weights_are_cocos_category_ids(digits, tmp_path):
     detector = load_published(name, str(tmp_path / "weights.pth"))
     data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
     with pytest.raises(
-        ModelError, match=r"no class of the detector \(person, bicycle, .*\) has the name of a category"
+        ModelError, match=r"no class of the detector \('person', 'bicycle', .*\) has the name of a category"
     ):
         match_categories(detector, data)
     data.category_ids, data.category_names = [0, 1, 2, 3], ["person", "stop sign", "N/A", "train"]
@@ -254,7 +254,7 @@ def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch)
     (start,) = json.loads((trained / "environment.json").read_text())
     assert start["settings"]["seed"] == 0
     assert start["settings"]["detector"]["fpn_channels"] == 16
-    assert "RandomShortestSize" in start["settings"]["transform"]
+    assert "ShortestSize" in start["settings"]["transform"]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     if commit.returncode == 0:
@@ -352,12 +352,12 @@ def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):
     (other / "annotations" / "instances_val.json").write_text(json.dumps(content))
     (other / "annotations" / "instances_train.json").write_text(json.dumps({**content, "annotations": []}))
     splits = {"train_split": "train", "val_split": "val"}
-    with pytest.raises(DataError, match="no box in train"):
+    with pytest.raises(DataError, match="instances_train.json: no box to train on"):
         CocoDataModule(str(other), **splits).setup("fit")
     for number, category in enumerate(content["categories"]):
         category["name"] = f"number {number}"
     (other / "annotations" / "instances_train.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"val: no category \(0, 1, .* has the name of one to train on \(number 0,"):
+    with pytest.raises(DataError, match=r"val: no category \('0', '1', .* has the name of one to train on \('number 0',"):
         CocoDataModule(str(other), **splits).setup("fit")
 
 
@@ -369,7 +369,7 @@ def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
     (tmp_path / "val").symlink_to(digits / "val")
     checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    with pytest.raises(SystemExit, match=r"no class of the detector \(0, .* has the name of .* \(number 0, "):
+    with pytest.raises(SystemExit, match=r"no class of the detector \('0', .* has the name of .* \('number 0', "):
         score(checkpoint=checkpoint, root=str(tmp_path), split="val")
     with refused("give one of"):
         score(root=str(digits), split="val")
@@ -455,7 +455,7 @@ def test_val_categories_are_matched_by_name(trained, digits, tmp_path, caplog):
     path.write_text(json.dumps(content))
     with caplog.at_level("INFO"):
         train([*TINY, f"--data.root={root}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=2"])
-    note = "val: categories are matched by name: 0, 1, "
+    note = "val: categories are matched by name: '0', '1', "
     assert note in caplog.text
     ours, theirs = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (tmp_path / "run", trained))
     assert ours[CHECKPOINT_KEY]["categories"] == theirs[CHECKPOINT_KEY]["categories"]  # those of training
@@ -552,7 +552,7 @@ def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path,
     with caplog.at_level("INFO"):
         data.setup("fit")
     nines = [a for a in coco_of(data.val_set.annotations).anns.values() if a["category_id"] not in known]
-    assert f"val: objects of classes that are not trained on (9) count as missed: {len(nines)}" in caplog.text
+    assert f"val: objects of classes that are not trained on ('9') count as missed: {len(nines)}" in caplog.text
     assert len(nines) > 0
     assert len(data.val_set.category_ids) == 9
     assert data.val_set.counts().sum() == len(data.val_set.annotations.ids) - len(nines)
