@@ -1218,7 +1218,9 @@ def test_checkpoints_that_run_code_or_fill_the_memory(tmp_path, saved):
 def test_a_folder_whose_config_is_none(tmp_path, saved, content):
     (tmp_path / "model.safetensors").write_bytes((saved[2] / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ModelError, match=r"config\.json: (not of a detector.*must hold a dict|not valid JSON|not UTF-8)"):
+    with pytest.raises(
+        ModelError, match=r"config\.json: (not of a detector.*must hold a dict|not valid JSON|not UTF-8)"
+    ):
         load_detector(tmp_path)
 
 

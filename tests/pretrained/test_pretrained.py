@@ -522,7 +522,9 @@ def test_a_missing_file_is_named(saved, name):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "7", '"x"', "{}", "[" * 5000, "\x00", '{"detector": {}}'])
 def test_a_config_that_is_none(saved, content):
     (saved / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json: .*(not valid JSON|not UTF-8|not of a detector of this project)"):
+    with pytest.raises(
+        ModelError, match=r"config\.json: .*(not valid JSON|not UTF-8|not of a detector of this project)"
+    ):
         load_detector(saved)
 
 

@@ -357,7 +357,9 @@ def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):
     for number, category in enumerate(content["categories"]):
         category["name"] = f"number {number}"
     (other / "annotations" / "instances_train.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"val: no category \('0', '1', .* has the name of one to train on \('number 0',"):
+    with pytest.raises(
+        DataError, match=r"val: no category \('0', '1', .* has the name of one to train on \('number 0',"
+    ):
         CocoDataModule(str(other), **splits).setup("fit")
 
 
