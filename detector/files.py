@@ -116,23 +116,25 @@ def _content(path: str | Path) -> bytes:
         if content.startswith(start):
             raise DataError(f"{path}: {what}")
     byte = _first_not_utf8(content)
-    if byte is not None:
+    if byte is not None and content.lstrip()[:1] in b'{["':  # or it is no text at all
         where = f"{_place(content, byte)}: byte 0x{content[byte]:02x}"
         raise DataError(f"{path}: not UTF-8 ({where}), but cp1252 or the like: save it as UTF-8")
     return content
 
 
 def _first_not_utf8(content: bytes) -> int | None:
-    """The number of the first byte that is not UTF-8."""
+    """The number of the first byte that is not UTF-8; ``None`` if there is none, but for a letter that is cut off."""
     if content.isascii():
         return None
     start = 0
     while start < len(content):
-        piece = memoryview(content)[start : start + AT_ONCE]
         try:
-            start += codecs.utf_8_decode(piece, "strict", start + AT_ONCE >= len(content))[1]
+            done = codecs.utf_8_decode(memoryview(content)[start : start + AT_ONCE])[1]  # up to the last whole letter
         except UnicodeDecodeError as error:
             return start + error.start
+        if not done:
+            break
+        start += done
     return None
 
 

@@ -26,13 +26,14 @@ def short(text: str, longest: int = 60) -> str:
 
 
 def alike(name: str) -> str:
-    """Return what is left of a name without blanks, case and Unicode form: the same for names easily mixed up."""
-    return "".join(unicodedata.normalize("NFKC", name).casefold().split())
+    """Return what is left of a name without blanks, "_", "-", case and Unicode form: the same for names mixed up."""
+    plain = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(c for c in plain if not c.isspace() and c not in "_-" and unicodedata.category(c) != "Cf")
 
 
 def alike_file(name: str) -> str:
     """Return :func:`alike` of the last part of a file's name, whatever stands between the parts, without %20 and co."""
-    return alike(unquote(name).replace("\\", "/").rpartition("/")[2])
+    return alike(unquote(name).partition("?")[0].replace("\\", "/").rpartition("/")[2])
 
 
 def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -104,7 +104,9 @@ def _looks_local(name: str) -> bool:
 def read_yaml(path: str) -> Any:
     """What is in a file of settings."""
     try:
-        return yaml.safe_load(Path(path).read_bytes())
+        return yaml.safe_load(Path(path).read_bytes().decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start + 1}): save it as UTF-8") from None
     except (ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 

@@ -14,16 +14,26 @@ import torch
 from torch import Tensor
 
 from detector.command_line.arguments import read_yaml
-from detector.data.categories import difference, names_alike, no_shared_name
+from detector.data.categories import difference, names_alike, no_shared_name, same_categories
 from detector.data.entries import CocoFile, Entries
-from detector.data.image_files import file_problems, open_images
-from detector.data.images import Orientation
+from detector.data.image_files import ORIENTED, file_problems, open_images
+from detector.data.images import TOLD, Orientation
 from detector.data.part_problems import Part, part_problems
-from detector.data.problems import CENTRES, CORNERS, Level, Problem, annotation_problems, no_box
+from detector.data.problems import (
+    CENTRES,
+    CORNERS,
+    Level,
+    Problem,
+    annotation_problems,
+    corners_in_images,
+    no_box,
+    sizes_of_images,
+)
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, UsageError, UserError, in_a_sentence, sentence, shown
 from detector.models.anchors import anchor_advice
 from detector.models.config import DetectorConfig
+from detector.text import alike
 
 # Settings of a detector, by configuration and by flag.
 ANCHORS = ("min_size", "max_size", "anchor_sizes", "aspect_ratios")
@@ -155,7 +165,8 @@ def check_dataset(
         fields = ("file_name", "width", "height")
         described = [{field: entries[field][i] for field in fields} for i in usable]
         opened = open_images(images, described, orientation=orientation, workers=workers)
-        problems += [problem for problem in opened if problem is not None]
+        found = [problem for problem in opened if problem is not None]
+        problems += sorted(found, key=lambda problem: problem.kind == ORIENTED[TOLD])  # those that matter less last
     counts = (_count(len(one), one.name.removesuffix("s")) for one in (entries, file.annotations))
     many = len(file.categories)
     return Findings(problems, "{} with {} of {}".format(*counts, _count(many, "category")))
@@ -188,31 +199,38 @@ def report(findings: Findings, *, examples: int = 3) -> str:
 def _objects(file: CocoFile) -> tuple[Tensor, Tensor]:
     """Width and height of the boxes that are trained on, [L, 2], and of the image of each, [L, 2], in pixels."""
     objects = ~file.annotations["iscrowd"]
-    boxes = file.annotations["bbox"][objects]
-    upper, shapes = boxes[:, :2], boxes[:, 2:]
-    sizes = np.stack([file.images["width"], file.images["height"]], axis=1, dtype=np.float64)
-    images = sizes[file.image_places[objects]]
-    shapes += upper  # in place: COCO has 860,000
-    np.minimum(shapes, images, out=shapes)  # as training clips them
-    shapes -= upper.clip(min=0, out=upper)
+    sizes = sizes_of_images(file)[objects]
+    corners = corners_in_images(file.annotations["bbox"][objects], sizes)
+    shapes = corners[:, 2:] - corners[:, :2]
     kept = (shapes > 0).all(axis=1)
-    return torch.from_numpy(shapes[kept]), torch.from_numpy(images[kept])
+    return torch.from_numpy(shapes[kept]), torch.from_numpy(sizes[kept])
 
 
 def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator[Problem]:
     """Say which categories have names that are easily mixed up, within a file or with those of another."""
     names = [name for name in file.categories["name"].tolist() if name is not None]
     if other is None:
-        pairs = [pair for number, name in enumerate(names) for pair in names_alike(names[:number], [name])]
+        first: dict[str, str] = {}
+        pairs = [(earlier, name) for name in names if (earlier := first.setdefault(alike(name), name)) != name]
         where = f"{file.path}: the categories"
     else:
         theirs = [name for name in other.categories["name"].tolist() if name is not None]
         pairs = names_alike(names, theirs)
         where = f"{file.path} and {other.path}: the categories"
-        if names and theirs and not set(names) & set(theirs):
-            yield Problem("no category of the other split", "error", f"{file.path}: {no_shared_name(names, theirs)}")
+        if not set(names) & set(theirs):
+            what = no_shared_name(names, theirs, of=f"in {other.path}")
+            yield Problem("no category of the other split", "error", f"{file.path}: {what}")
+        try:
+            same_categories(*(_categories(one) for one in (file, other)))
+        except DataError as error:
+            yield Problem("categories that cannot be matched", "error", f"{file.path} and {other.path}: {error}")
     for pair in pairs:
         yield Problem("category names that are almost the same", "flaw", f"{where} {difference(*pair)}")
+
+
+def _categories(file: CocoFile) -> list[tuple[int, str]]:
+    known = np.flatnonzero(file.categories.has("id") & file.categories.has("name"))
+    return [(int(file.categories["id"][at]), file.categories["name"][at]) for at in known.tolist()]
 
 
 def _compared(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str | Path | None) -> Iterator[Problem]:

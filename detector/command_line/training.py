@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from detector.command_line.arguments import underscored
+from detector.command_line.arguments import read_yaml, underscored
 from detector.data.folder import find_root
 from detector.errors import UserError, in_a_sentence, sentence
 from detector.training.data import CocoDataModule
@@ -96,6 +97,9 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
         sys.argv[1:] = underscored(sys.argv[1:])  # which Lightning starts other processes with
     else:
         args = underscored(args)
+    for flag, value in pairwise(sys.argv[1:] if args is None else args):
+        if flag == "--config" and Path(value).is_file():
+            read_yaml(value)  # what is wrong with it ends in a sentence; jsonargparse's reading does not always
     return kind(
         DetectionTask,
         CocoDataModule,

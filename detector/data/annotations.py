@@ -95,7 +95,7 @@ def read_annotations(
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
         parts: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
         needed: if false, parts that no object has are left out; else they are an error.
-        labelled: if false, a file without ``annotations`` is taken as well, such as COCO's ``image_info_test-dev2017``.
+        labelled: if false, annotations are not read, and may be missing, as in COCO's ``image_info_test-dev2017``.
 
     Raises:
         DataError: the file cannot be read; or the first "error" of

@@ -136,25 +136,29 @@ def quoted(names: Sequence[str]) -> str:
     return listed([shown(name) for name in names])
 
 
-def no_shared_name(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    """Say that no category has the name of one to train on, and why, if it can be told."""
+def no_shared_name(ours: Sequence[str], theirs: Sequence[str], *, of: str = "to train on") -> str:
+    """Say that no category has the name of one of others, and why, if it can be told."""
     why = mixed_up(ours, theirs)
-    return f"no category ({quoted(ours)}) has the name of one to train on ({quoted(theirs)}){f': {why}' if why else ''}"
+    return f"no category ({quoted(ours)}) has the name of one {of} ({quoted(theirs)}){f': {why}' if why else ''}"
 
 
 def names_alike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
     """Find pairs of names that differ only by blanks, by case or by their Unicode form."""
-    by_key = {alike(name): name for name in theirs if name not in ours}
-    pairs = [(name, by_key.get(alike(name))) for name in ours if name not in theirs]
+    mine, others = set(ours), set(theirs)
+    by_key = {alike(name): name for name in theirs if name not in mine}
+    pairs = [(name, by_key.get(alike(name))) for name in ours if name not in others]
     return [(name, other) for name, other in pairs if other is not None]
 
 
 def difference(name: str, other: str) -> str:
     """Say by what two names differ that are alike."""
-    if name.casefold() == other.casefold():
+    one, two = ("".join(text.split()) for text in (name, other))
+    if name.lower() == other.lower():
         what = "case"
+    elif one == two:
+        what = "blanks"
     else:
-        what = "blanks" if "".join(name.split()) == "".join(other.split()) else "the way they are written"
+        what = "case and blanks" if one.lower() == two.lower() else "the way they are written"
     return f"{shown(name)} and {shown(other)} differ only by {what}"
 
 

@@ -9,7 +9,8 @@ from torchvision.ops import box_iou
 from detector.data.annotations import Annotations
 
 MOST_IMAGES = 1000  # whose results are compared with the ground truth: a second's work
-FEWEST = 3  # results that are compared
+FEWEST, FEWEST_IMAGES = 5, 5  # results that are compared, and images with some to estimate a scale from
+MEET, BETTER = 0.6, 0.3  # the share of the best results that must meet an object, and by how much it must be higher
 
 # How four numbers [L, 4] may be meant: as (x1, y1, x2, y2).
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -20,10 +21,10 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 # In images that were resized to N pixels: what of the image's width and height, [L, 2], was made N.
 RESIZED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "of images {:.3g} times as large": np.ones_like,
-    "of images resized to a longer side of {:.3g} pixels": lambda sizes: sizes.max(1, keepdims=True).repeat(2, 1),
-    "of images resized to a shorter side of {:.3g} pixels": lambda sizes: sizes.min(1, keepdims=True).repeat(2, 1),
-    "of images resized to {:.3g} x {:.3g} pixels": lambda sizes: sizes,
+    "of images {0:.3g} times as large": np.ones_like,
+    "of images resized to a longer side of {0:,.0f} pixels": lambda sizes: sizes.max(1, keepdims=True).repeat(2, 1),
+    "of images resized to a shorter side of {0:,.0f} pixels": lambda sizes: sizes.min(1, keepdims=True).repeat(2, 1),
+    "of images resized to {0:,.0f} x {1:,.0f} pixels": lambda sizes: sizes,
 }
 
 
@@ -49,20 +50,30 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
     of_image = np.repeat(np.arange(len(best)), [len(of) for of in best])
     sizes = truth.sizes[truth.find(image_ids[rows])].astype(float)
     counts: dict[str, int] = {}
-    for form, read in FORMS.items():
-        corners = read(boxes[rows])
-        counts.setdefault(form, _met(corners, of_image, objects))
+    read_as = {form: read(boxes[rows]) for form, read in FORMS.items()}
+    for form, corners in read_as.items():
+        counts[form] = _met(corners, of_image, objects)
+        counts[f"{form}, normalised (0..1)"] = _met(corners * np.tile(sizes, 2), of_image, objects)
+    for form, corners in read_as.items() if len(best) >= FEWEST_IMAGES else ():
         for resized, sides_of in RESIZED.items():
-            sides = sides_of(sizes)
-            pixels = _pixels(corners, of_image, objects, sides)
-            if pixels is not None:
-                met = _met(corners * np.tile(sides / pixels, 2), of_image, objects)
-                counts[_in_words(form, resized, pixels)] = met
+            pixels = _pixels(corners, of_image, objects, sides_of(sizes))
+            if (
+                pixels is not None
+                and not _is_one(sides_of(sizes) / pixels)
+                and ("{1" in resized or abs(pixels[0] - pixels[1]) < 0.05 * pixels[0])
+            ):
+                met = _met(corners * np.tile(sides_of(sizes) / pixels, 2), of_image, objects)
+                counts[f"{form}, {resized.format(*pixels)}"] = met
     as_they_are = counts[next(iter(FORMS))]
     looks = max(counts, key=lambda what: counts[what])  # of equals the first
-    if counts[looks] <= max(2 * as_they_are, as_they_are + 0.3 * len(rows)):
+    if counts[looks] < MEET * len(rows) or counts[looks] - as_they_are < BETTER * len(rows):
         return None
     return f"{looks}: read so, {counts[looks]:,} of the {len(rows):,} best meet an object, as they are {as_they_are:,}"
+
+
+def _is_one(scale: np.ndarray) -> bool:
+    """Whether scales differ from 1 by no more than boxes that are merely poor."""
+    return bool((abs(scale - 1) < 0.15).all())
 
 
 def _best_of_images(
@@ -91,16 +102,10 @@ def _met(corners: np.ndarray, of_image: np.ndarray, objects: Sequence[torch.Tens
 def _pixels(
     corners: np.ndarray, of_image: np.ndarray, objects: Sequence[torch.Tensor], sides: np.ndarray
 ) -> np.ndarray | None:
-    """To how many pixels, [2] or [1], sides were resized, if the boxes' furthest corners are those of the objects."""
+    """To how many pixels, [2], sides were resized, if the boxes' furthest corners are those of the objects."""
     starts = np.searchsorted(of_image, np.arange(len(objects)))
     furthest = np.maximum.reduceat(corners[:, 2:], starts)
     there = np.stack([boxes[:, 2:].amax(dim=0).numpy() for boxes in objects])
     with np.errstate(divide="ignore", invalid="ignore"):
         pixels = np.median(furthest / there * sides[starts], axis=0)
     return pixels if (np.isfinite(pixels) & (pixels > 0)).all() else None
-
-
-def _in_words(form: str, resized: str, pixels: np.ndarray) -> str:
-    if "x {" in resized and np.allclose(pixels, 1, atol=0.05):
-        return f"{form}, normalised (0..1)"
-    return f"{form}, {resized.format(*pixels)}"

@@ -18,6 +18,7 @@ from detector.data.image_files import file_problems
 from detector.data.images import Orientation, read_image
 from detector.data.masks import MaskLayers
 from detector.data.part_problems import Part
+from detector.data.problems import corners_in_images
 from detector.errors import DataError
 from detector.seeds import drawn_from, seed_of
 from detector.text import listed
@@ -83,7 +84,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             raise ValueError(f"the annotations must be read with parts={self.parts}, got {tuple(annotations.parts)}")
         self.annotations = annotations
         self._images = np.arange(len(annotations))  # those of the annotations that are here
-        self._boxes = _corners(annotations)  # of all annotations, [L, 4] float32
+        self._boxes = corners_in_images(annotations.boxes, annotations.sizes[annotations.image_of])  # of all, [L, 4]
         ids = np.array([category["id"] for category in annotations.categories])
         empty = ~(self._boxes[:, 2:] > self._boxes[:, :2]).all(axis=1)
         # The label of each annotation, [L]; 0 for those that are in no target.
@@ -288,14 +289,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         """Name an image of the annotations in a message."""
         known = self.annotations
         return f"{known.path}: images[{known.places[index]}] (id {known.image_ids[index]})"
-
-
-def _corners(annotations: Annotations) -> np.ndarray:
-    """All boxes as (x1, y1, x2, y2) within their images, in pixels, [L, 4] float32."""
-    boxes = annotations.boxes.astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
-    sizes = annotations.sizes.astype(np.float32)[annotations.image_of]
-    return np.minimum(boxes.clip(min=0), np.tile(sizes, 2))
 
 
 def _paint_no_masks(transform: Any) -> None:

@@ -142,7 +142,7 @@ class CocoFile:
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or one like them.
         parts: those of :data:`PARTS` that are read.
-        labelled: whether annotations must be there. COCO's test files have none.
+        labelled: whether annotations are read. COCO's test files have none.
 
     Attributes:
         missing: for each list that is not there, or is not a list, a sentence that says so, by the list's name. A file
@@ -162,7 +162,7 @@ class CocoFile:
         lists: list[Entries] = []
         for name in LISTS:
             raws = getattr(content, name)
-            if raws is None and name == "annotations" and not labelled:
+            if name == "annotations" and not labelled:
                 raws = []
             if not isinstance(raws, list):
                 self.missing[name], raws = f"{name!r} must be a list, got {kind_of(raws)}", []

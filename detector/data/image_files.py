@@ -11,12 +11,15 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
-from detector.data.images import DOUBTFUL, Orientation, read_image, without_pillows_warnings
+from detector.data.images import DOUBTFUL, TOLD, Orientation, read_image, without_pillows_warnings
 from detector.data.problems import Problem
 from detector.errors import DataError, SizeError, shown
 from detector.text import alike_file
 
-ORIENTED = "images whose EXIF orientation matters"
+ORIENTED = {  # the kinds of problems, by how the remarks on an image begin
+    DOUBTFUL: "images whose size does not tell if their EXIF orientation is applied in the labels",
+    TOLD: "images whose size is against their EXIF orientation",
+}
 
 
 def file_problems(
@@ -49,23 +52,33 @@ def file_problems(
             inside, there = file.is_relative_to(root), file.is_file()
         if inside and there:
             continue
-        for one in () if by_key else present:
-            by_key.setdefault(alike_file(one), []).append(one)
+        for one in () if by_key else _files_below(root):
+            by_key.setdefault(_key(one), []).append(one)
         message = f"{where(position)} has file_name {shown(name)}, {'not in' if inside else 'outside'} {folder}"
         if fitting := _fitting(name, root, by_key):
-            message += f"; there is {shown(fitting)}, which may be meant"
+            message += f"; there is {' and '.join(map(shown, fitting[:2]))}, which may be meant"
         kind = "missing image files" if inside else "image files outside their folder"
         yield position, Problem(kind, "error", message)
 
 
-def _fitting(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> str | None:
-    """The name by which a file is in its folder that is called otherwise in the annotations."""
+def _files_below(root: Path) -> Iterator[str]:
+    for folder, _, names in os.walk(root):
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in names)
+
+
+def _key(name: str) -> str:
+    """The same for names of files that are easily mixed up: without folders and suffix, see :func:`alike_file`."""
+    return alike_file(name).rpartition(".")[0] or alike_file(name)
+
+
+def _fitting(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The names by which a file may be in its folder that is called otherwise in the annotations."""
     path = unquote(name).replace("\\", "/")
     with suppress(OSError, ValueError):
         if not path.startswith("/") and (root / path).resolve().is_relative_to(root) and (root / path).is_file():
-            return path
-    fitting = by_key.get(alike_file(name), ())
-    return fitting[0] if len(fitting) == 1 and (root / fitting[0]).is_file() else None
+            return [path]
+    fitting = by_key.get(_key(name), ())
+    return [one for one in fitting if alike_file(one) == alike_file(name)] or fitting
 
 
 def image_problem(folder: str | Path, image: Mapping[str, Any], orientation: Orientation = "upright") -> Problem | None:
@@ -79,8 +92,8 @@ def image_problem(folder: str | Path, image: Mapping[str, Any], orientation: Ori
     except DataError as error:
         kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
         return Problem(kind, "error", " ".join(str(error).split()))
-    doubts = [remark for remark in remarks if remark.startswith(DOUBTFUL)]
-    return Problem(ORIENTED, "note", f"{path}: {doubts[0]}") if doubts else None
+    doubts = [(kind, remark) for start, kind in ORIENTED.items() for remark in remarks if remark.startswith(start)]
+    return next((Problem(kind, "note", f"{path}: {remark}") for kind, remark in doubts), None)
 
 
 def open_images(

@@ -30,7 +30,8 @@ UPRIGHT = {  # what turns the stored pixels upright, by the EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 STORED = UPRIGHT | {6: UPRIGHT[8], 8: UPRIGHT[6]}  # and what turns it back
-DOUBTFUL = "EXIF orientation"  # how a remark begins on an image that may be labelled upright or as stored
+# How remarks begin: on an image that may be labelled upright or as stored, and on one whose size says which.
+DOUBTFUL, TOLD = "its size does not tell whether its EXIF orientation", "its size tells that its EXIF orientation"
 TOO_LARGE = (
     "a small file may say that, and fill the memory; one that is meant is let through by --max_pixels of "
     "tools/predict.py, max_pixels of detect, and takes about 40 bytes of memory a pixel"
@@ -64,7 +65,8 @@ def read_image(
             turned upright alone.
         max_pixels: the most that it may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
         remarks: gets a phrase for each thing that a user may want to know: that the values were scaled, that there
-            are more frames, that the annotation's size does not confirm the orientation (:data:`DOUBTFUL`).
+            are more frames, that the annotation's size does not tell, or is against, the orientation
+            (:data:`DOUBTFUL`, :data:`TOLD`).
 
     Returns:
         [3, H, W], uint8.
@@ -164,8 +166,10 @@ def oriented(
     other = "stored" if orientation == "upright" else "upright"
     chosen = other if size is not None and sizes[orientation] != size == sizes[other] else orientation
     if remarks is not None and size is not None and (chosen == other or len(set(sizes.values())) == 1):
-        how = "as its annotation's size says" if chosen == other else "though its labels may be of the other pixels"
-        remarks.append(f"{DOUBTFUL} {turn}, {'turned upright' if chosen == 'upright' else 'taken as stored'}, {how}")
+        applied = "is" if chosen == "upright" else "is not"
+        taken = "turned upright" if chosen == "upright" else "taken as stored"
+        told = f"{TOLD} {turn} {applied} applied in its labels" if chosen == other else None
+        remarks.append(f"{told or f'{DOUBTFUL} {turn} is applied in its labels'}: {taken}")
     method = ways[chosen]
     return image if method is None else image.transpose(method)
 

@@ -9,7 +9,7 @@ import numpy as np
 from detector.data.entries import CocoFile, Entries, value_of
 from detector.data.keypoints import keypoints_problem, layout_of
 from detector.data.masks import is_empty
-from detector.data.placement import misplaced
+from detector.data.placement import keypoint_placement, mask_placement
 from detector.data.problems import ROUNDING, Level, Problem, far_from_boxes, sizes_of_images
 from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
 from detector.errors import DataError, shown
@@ -59,6 +59,10 @@ FAR_FROM_MASK = (
     "areas that are far from their masks'",
     "has an area far from that of its mask, which decides whether it is scored as small or large",
 )
+PLACEHOLDERS = (
+    "labelled key points at (0, 0) or (-1, -1)",
+    "has labelled key points at (0, 0) or (-1, -1), which are scored: placeholders have visibility 0",
+)
 MOST_MEASURED = 50_000  # masks, all of them
 AT_ONCE = 256  # that are measured together: of more lists Python's garbage collection takes longer
 
@@ -79,10 +83,11 @@ class _Read:
 
     wrong: list[str | None]  # what is wrong with it; something, where there is none
     points: np.ndarray  # [L, P, 2], x and y in pixels: of a mask two corners of the box around it
-    labelled: np.ndarray  # [L, P], bool: which of them are there
+    labelled: np.ndarray  # [L, P], bool: which of them are there; no placeholders beside others
     is_empty: np.ndarray  # without a pixel, or a labelled point; false where it is wrong
     areas: np.ndarray  # of masks, in pixels; NaN of key points
     expected: np.ndarray  # whether objects of its category have them
+    placeholders: np.ndarray  # with a labelled point at (0, 0), or (-1, -1)
 
 
 def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
@@ -118,7 +123,8 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     if whole is not None:
         yield whole
         return
-    if part == "masks" and (objects & read.is_empty).any() and not (objects & (read.areas > 0)).any():
+    there = objects & np.array([what is None for what in read.wrong], dtype=bool)
+    if part == "masks" and there.any() and read.is_empty[there].all():
         message = f"{file.path}: no segmentation has a pixel in its image: there is no mask to learn or to score"
         yield Problem("annotation file whose masks have no pixel", "error", message)
     flaws = [
@@ -127,6 +133,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         (NO_AREA[part], np.isnan(annotations["area"]) & ~missing),
         (OUTSIDE_BOX[part], outside & ~read.is_empty),
         (OUTSIDE_IMAGE[part], _outside_image(file, read) & ~read.is_empty),
+        (PLACEHOLDERS, read.placeholders),
         (FAR_FROM_MASK, _far_from_masks(annotations, read.areas)),
     ]
     for (kind, what), which in flaws:
@@ -151,7 +158,8 @@ def _read_masks(file: CocoFile) -> _Read:
             boxes[rows], areas[rows] = measure_masks(list(doubtful.values()), sizes[rows].astype(int).tolist())
             doubtful.clear()
     expected = np.ones(len(raws), dtype=bool)
-    return _Read(wrong, boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2]), areas == 0, areas, expected)
+    corners, there = boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2])
+    return _Read(wrong, corners, there, areas == 0, areas, expected, np.zeros(len(raws), dtype=bool))
 
 
 def _limits(annotations: Entries, sizes: np.ndarray) -> np.ndarray:
@@ -179,25 +187,31 @@ def _read_keypoints(file: CocoFile) -> _Read:
     nothing = [0] * (3 * count)
     values = [nothing if what is not None else value_of(raw) for raw, what in zip(raws, wrong)]
     points = np.array(values, dtype=np.float64).reshape(-1, count, 3)
-    labelled = points[..., 2] > 0
+    visible = points[..., 2] > 0
+    placeholders = visible & (points[..., :2] <= 0).all(axis=2)
+    others = visible & ~placeholders
+    judged = np.where(others.any(axis=1, keepdims=True), others, visible)
     right = np.array([what is None for what in wrong], dtype=bool)
-    empty, areas = right & ~labelled.any(axis=1), np.full(len(raws), np.nan)
-    return _Read(wrong, points[..., :2], labelled, empty, areas, expected)
+    empty, areas = right & ~visible.any(axis=1), np.full(len(raws), np.nan)
+    return _Read(wrong, points[..., :2], judged, empty, areas, expected, np.any(placeholders, axis=1))
 
 
 def _outside_boxes(file: CocoFile, part: Part, read: _Read, which: np.ndarray) -> tuple[np.ndarray, Problem | None]:
-    """Find those that lie outside their boxes, [L]; where these are most, there is a problem of the whole file."""
-    boxes = file.annotations["bbox"].copy()
+    """Find those that lie outside their boxes, [L]; where most numbers are wrong, that is a problem of the file."""
+    boxes, sizes = file.annotations["bbox"].copy(), sizes_of_images(file)
     rows = np.flatnonzero(which & read.labelled.any(axis=1) & (boxes[:, 2:] > 0).all(axis=1))
     boxes[:, 2:] += boxes[:, :2]
-    off, looks = misplaced(read.points[rows], read.labelled[rows], boxes[rows], sizes_of_images(file)[rows])
+    if part == "masks":
+        placed = mask_placement(read.points[rows], boxes[rows], sizes[rows])
+    else:
+        placed = keypoint_placement(read.points[rows], read.labelled[rows], boxes[rows], sizes[rows])
     outside = np.zeros(len(boxes), dtype=bool)
-    outside[rows[off]] = True
-    if not 2 * off.sum() > len(rows):
+    outside[rows[placed.outside]] = True
+    if not placed.wrong:
         return outside, None
-    begin = f"{file.path}: {NAME[part]} of {off.sum():,} of {len(rows):,} objects lie outside their boxes"
-    message = f"{begin}; they look {looks}" if looks else f"{begin}: they are in other pixels, or of other objects"
-    return outside, Problem(f"annotation file whose {NAME[part]} lie outside boxes", "error", message)
+    begin = f"{file.path}: the {NAME[part]} of {len(rows):,} objects do not lie in their boxes"
+    what = f"; they look {placed.looks}" if placed.looks else ": they are in other pixels, or of other objects"
+    return outside, Problem(f"annotation file whose {NAME[part]} lie outside boxes", "error", f"{begin}{what}")
 
 
 def _outside_image(file: CocoFile, read: _Read) -> np.ndarray:

@@ -1,48 +1,118 @@
 """Whether the masks and the key points of objects lie in their boxes, and what their numbers look like if not."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-MARGIN, PIXELS = 0.25, 2.0  # by which a point may lie outside its box: a share of the box's sides, and so many pixels
-ENOUGH = 0.9  # of what is misplaced must fit another reading
+FEWEST = 3  # objects that another reading must fit
+NOT_SCALED = 0.8, 1.25  # a factor in between is no other scale
 
+Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of points, labelled, boxes
 # How points [L, P, 2] may be meant, by their boxes (x1, y1, x2, y2) and by the width and height of their images.
-POINTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "normalised (0..1): multiply x by the image's width and y by its height": lambda p, boxes, sizes: (
         p * sizes[:, None]
+    ),
+    "normalised (0..1): multiply both by the image's longer side": lambda p, boxes, sizes: (
+        p * sizes.max(axis=1)[:, None, None]
+    ),
+    "normalised (0..1) in their box: multiply by its size, and add its corner": lambda p, boxes, sizes: (
+        p * (boxes[:, 2:] - boxes[:, :2])[:, None] + boxes[:, None, :2]
     ),
     "counted from the corner of their box: add its x and y": lambda p, boxes, sizes: p + boxes[:, None, :2],
     "y before x: exchange them": lambda p, boxes, sizes: p[..., ::-1],
 }
 
 
-def misplaced(
-    points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray
-) -> tuple[np.ndarray, str | None]:
-    """Find objects whose points have nothing to do with their boxes.
+@dataclass(frozen=True)
+class Placement:
+    """Which of L objects have masks, or key points, that do not lie in their box, and what most look like.
+
+    Args:
+        outside: [L], bool.
+        wrong: whether most numbers are wrong: they lie far outside, or are right when they are read otherwise.
+        looks: how they are probably meant, and what to do; ``None`` if nothing fits.
+    """
+
+    outside: np.ndarray
+    wrong: bool
+    looks: str | None = None
+
+
+def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
+    """Compare the boxes around masks with the objects' own, by their IoU.
+
+    Args:
+        corners: [L, 2, 2], the upper left and the lower right corner around each mask, in pixels.
+        boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
+        sizes: [L, 2], width and height of the images.
+    """
+    iou = _iou(corners, np.ones(corners.shape[:2], dtype=bool), boxes)
+    wrong, looks = _read(corners, np.ones(corners.shape[:2], dtype=bool), boxes, sizes, _iou, right=0.8, better=0.2)
+    return Placement(iou < 0.1, wrong or 2 * (iou < 0.05).sum() > len(iou), looks)
+
+
+def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
+    """Compare key points with the objects' boxes, by the share of them that lies inside.
 
     Args:
         points: [L, P, 2], x and y in pixels.
-        labelled: [L, P], bool: the points that count.
-        boxes: [L, 4] (x1, y1, x2, y2) in pixels.
+        labelled: [L, P], bool: the points that count, one or more of each object.
+        boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
         sizes: [L, 2], width and height of the images.
-
-    Returns:
-        Which objects have less than half of their points in their box, [L], bool; and, where these are more than half
-        of those with points, what most of them look like, if it can be told.
     """
-    off = ~_near(points, labelled, boxes)
-    if not off.sum() * 2 > labelled.any(axis=1).sum():
-        return off, None
-    points, labelled, boxes, sizes = points[off], labelled[off], boxes[off], sizes[off]
-    fits = (what for what, read in POINTS.items() if _near(read(points, boxes, sizes), labelled, boxes).mean() > ENOUGH)
-    return off, next(fits, None)
+    outside = _share(points, labelled, boxes, margin=0.25, pixels=2) < 0.5
+    far = _share(points, labelled, boxes, margin=1, pixels=10) < 0.5
+    wrong, looks = _read(points, labelled, boxes, sizes, _share, right=0.9, better=0.25)
+    return Placement(outside, wrong or 2 * far.sum() > len(far), looks)
 
 
-def _near(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Whether at least half of an object's labelled points lie in its box, or not far outside; true without any."""
-    margin = MARGIN * (boxes[:, 2:] - boxes[:, :2]) + PIXELS
-    low, high = (boxes[:, :2] - margin)[:, None], (boxes[:, 2:] + margin)[:, None]
+def _iou(corners: np.ndarray, labelled: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    low, high = np.maximum(corners[:, 0], boxes[:, :2]), np.minimum(corners[:, 1], boxes[:, 2:])
+    both = (high - low).clip(min=0).prod(axis=1)
+    areas = (corners[:, 1] - corners[:, 0]).clip(min=0).prod(axis=1) + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    return both / (areas - both)
+
+
+def _share(
+    points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, *, margin: float = 0.1, pixels: float = 1
+) -> np.ndarray:
+    """How many of an object's points are in its box, [L], 0 to 1; none where all are within 0..1 in a larger box."""
+    around = margin * (boxes[:, 2:] - boxes[:, :2]) + pixels
+    low, high = (boxes[:, :2] - around)[:, None], (boxes[:, 2:] + around)[:, None]
     inside = ((points >= low) & (points <= high)).all(axis=2) & labelled
-    return 2 * inside.sum(axis=1) >= labelled.sum(axis=1)
+    small = (((points >= 0) & (points <= 1.0001)).all(axis=2) | ~labelled).all(axis=1)
+    normalised = small & ((boxes[:, 2:] - boxes[:, :2]) > 4).all(axis=1)
+    return np.where(normalised, 0, inside.sum(axis=1) / labelled.sum(axis=1).clip(min=1))
+
+
+def _read(
+    points: np.ndarray,
+    labelled: np.ndarray,
+    boxes: np.ndarray,
+    sizes: np.ndarray,
+    fit: Fit,
+    *,
+    right: float,
+    better: float,
+) -> tuple[bool, str | None]:
+    """Whether a reading fits, by the mean over the objects, and better than the points as they are; and which.
+
+    Where the points of most objects do not fit their boxes, these objects alone are looked at.
+    """
+    if not len(points):
+        return False, None
+    misfits = fit(points, labelled, boxes) < 0.5
+    if 2 * misfits.sum() > len(points):
+        points, labelled, boxes, sizes = points[misfits], labelled[misfits], boxes[misfits], sizes[misfits]
+    as_they_are = fit(points, labelled, boxes).mean()
+    found = {words: fit(read(points, boxes, sizes), labelled, boxes).mean() for words, read in READINGS.items()}
+    middles = points.mean(axis=(1, 2), where=labelled[..., None])
+    scale = float(middles.sum() / boxes.mean(axis=1).sum())
+    if scale > 0 and not NOT_SCALED[0] < scale < NOT_SCALED[1]:
+        words = f"of images {scale:.3g} times as large: divide by that"
+        found[words] = fit(points / scale, labelled, boxes).mean()
+    looks = next(words for words, mean in found.items() if mean > max(found.values()) - 0.05)
+    fits = found[looks] >= right and found[looks] - as_they_are >= better
+    return fits and len(points) >= FEWEST, looks if fits else None

@@ -131,6 +131,18 @@ def sizes_of_images(file: CocoFile) -> np.ndarray:
     return np.append(sizes, [[np.nan, np.nan]], axis=0)[file.image_places]
 
 
+def corners_in_images(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes as training has them: (x1, y1, x2, y2) clipped to their images, in pixels, [L, 4] float32.
+
+    Args:
+        boxes: [L, 4], x, y, width and height.
+        sizes: [L, 2], width and height of the images.
+    """
+    corners = boxes.astype(np.float32)
+    corners[:, 2:] += corners[:, :2]
+    return np.minimum(corners.clip(min=0), np.tile(sizes.astype(np.float32), 2))
+
+
 def far_from_boxes(areas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Which areas can be of no object in their box, [L]: 0 and 1 are placeholders of some exporters.
 
@@ -139,7 +151,7 @@ def far_from_boxes(areas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
         boxes: [L, 4], x, y, width and height in pixels.
     """
     of_boxes = boxes[:, 2:].prod(axis=1)
-    small = (areas < of_boxes / 100) | ((areas <= 1) & (of_boxes >= 4))
+    small = (areas < of_boxes / 1000) | ((areas <= 1) & (of_boxes > 9))  # a thin diagonal has a thousandth
     return (small | (areas > 3 * of_boxes + 20)) & (boxes[:, 2:] > 0).all(axis=1)
 
 

@@ -15,9 +15,9 @@ from detector.data.entries import RESULTS, Entries, kind_of, value_of
 from detector.data.keypoints import keypoints_problem
 from detector.data.masks import as_rle, encode_masks, mask_box
 from detector.data.part_problems import FIELD, Part
-from detector.data.placement import misplaced
+from detector.data.placement import Placement, keypoint_placement, mask_placement
 from detector.data.problems import Problem, result_problems
-from detector.data.segmentations import MOST_PIXELS, read_segmentation
+from detector.data.segmentations import MOST_PIXELS, measure_masks, read_segmentation
 from detector.errors import DataError, shown
 from detector.files import decode_json
 
@@ -113,31 +113,35 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
             x, y = result["keypoints"][0::3], result["keypoints"][1::3]
             result["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
         results.append(result)
-    if notes is not None:
+    if notes is not None and results and "bbox" in fields:
         notes += _misread(results, truth)
     return results
 
 
 def _misread(results: Sequence[Result], truth: Annotations) -> Iterator[str]:
     """Say if boxes, masks or key points look like something else than COCO's."""
-    if not results:
-        return
     boxes, image_ids = np.array([one["bbox"] for one in results]), np.array([one["image_id"] for one in results])
     looks = boxes_look_like(boxes, np.array([one["score"] for one in results]), image_ids, truth)
     if looks is not None:
         yield f"The boxes look like {looks}. COCO's bbox is x, y, width and height in pixels of the image."
+        return
+    sizes, sized = truth.sizes[truth.find(image_ids)], (boxes[:, 2:] > 0).all(axis=1)
+    boxes[:, 2:] += boxes[:, :2]
     if "segmentation" in results[0]:
-        empty = sum(mask_box(one["segmentation"])[2] == 0 for one in results)
-        if 2 * empty > len(results):
-            yield f"{empty:,} of {len(results):,} masks have no pixel in their image."
-    if "keypoints" in results[0] and looks is None:
-        points = np.array([one["keypoints"] for one in results]).reshape(len(results), -1, 3)[..., :2]
-        sizes = truth.sizes[truth.find(image_ids)]
-        boxes[:, 2:] += boxes[:, :2]
-        off, meant = misplaced(points, np.ones(points.shape[:2], dtype=bool), boxes, sizes)
-        if 2 * off.sum() > len(results):
-            what = f": they look {meant}" if meant else ""
-            yield f"The key points of {off.sum():,} of {len(results):,} results lie outside their boxes{what}."
+        around, areas = measure_masks([one["segmentation"] for one in results], sizes.tolist())
+        if 2 * (areas == 0).sum() > len(results):
+            yield f"{(areas == 0).sum():,} of {len(results):,} masks have no pixel in their image."
+        rows = np.flatnonzero(sized & (areas > 0))
+        yield from _misplaced("masks", mask_placement(around[rows].reshape(-1, 2, 2), boxes[rows], sizes[rows]))
+    if "keypoints" in results[0]:
+        points = np.array([one["keypoints"] for one in results]).reshape(len(results), -1, 3)[sized, :, :2]
+        found = np.ones(points.shape[:2], dtype=bool)
+        yield from _misplaced("key points", keypoint_placement(points, found, boxes[sized], sizes[sized]))
+
+
+def _misplaced(name: str, placed: Placement) -> Iterator[str]:
+    if placed.wrong:
+        yield f"The {name} do not lie in their boxes{f': they look {placed.looks}' if placed.looks else ''}."
 
 
 def _field_problems(

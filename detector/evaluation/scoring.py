@@ -18,7 +18,7 @@ from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import EMPTY, FAR_FROM_MASK, NAME, OUTSIDE_BOX, OUTSIDE_IMAGE, Part
+from detector.data.part_problems import EMPTY, FAR_FROM_MASK, NAME, OUTSIDE_BOX, OUTSIDE_IMAGE, PLACEHOLDERS, Part
 from detector.data.problems import FAR_FROM_BOX, IGNORED
 from detector.data.results import Result, parts_in, read_results, results_file
 from detector.errors import DataError, UserError, sentence, shown
@@ -46,6 +46,7 @@ LACKING: dict[Part, dict[str, str]] = {
     },
     "keypoints": {
         OUTSIDE_BOX["keypoints"][0]: "In keypoints scores they are compared as they are.",
+        PLACEHOLDERS[0]: "In keypoints scores they are compared as they are.",
         OUTSIDE_IMAGE["keypoints"][0]: "In keypoints scores they are compared as they are; training leaves them out.",
         "objects without key points": "In keypoints scores they count as neither found nor missed.",
         "objects whose key points are all unlabelled": "In keypoints scores they count as neither found nor missed.",

@@ -1,5 +1,6 @@
 """Images so narrow that torchvision's detectors would resize them to no pixel."""
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,11 +20,9 @@ class NarrowTransform(GeneralizedRCNNTransform):
         height, width = image.shape[-2:]
         if self.fixed_size is not None or max(height, width) < self.max_size * min(height, width):
             return super().resize(image, target)
-        self.fixed_size = (self.max_size, 1) if width > height else (1, self.max_size)
-        try:
-            return super().resize(image, target)
-        finally:
-            self.fixed_size = None
+        fixed = copy.copy(self)  # not this one, which several threads may call at once
+        fixed.fixed_size = (self.max_size, 1) if width > height else (1, self.max_size)
+        return GeneralizedRCNNTransform.resize(fixed, image, target)
 
 
 class NarrowShortestSize(v2.RandomShortestSize):

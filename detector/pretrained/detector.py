@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
 from detector.errors import DataError, ModelError
 from detector.files import read_json, write_atomically, write_json
@@ -114,11 +115,23 @@ class PretrainedDetector(
         return self.model(images)
 
     @overload
-    def detect(self, image: ImageLike, *, min_score: float = 0.5, max_pixels: int | None = None) -> Detections: ...
+    def detect(
+        self,
+        image: ImageLike,
+        *,
+        min_score: float = 0.5,
+        orientation: Orientation = "upright",
+        max_pixels: int | None = None,
+    ) -> Detections: ...
 
     @overload
     def detect(
-        self, image: list[Any] | tuple[Any, ...], *, min_score: float = 0.5, max_pixels: int | None = None
+        self,
+        image: list[Any] | tuple[Any, ...],
+        *,
+        min_score: float = 0.5,
+        orientation: Orientation = "upright",
+        max_pixels: int | None = None,
     ) -> list[Detections]: ...
 
     def detect(
@@ -126,6 +139,7 @@ class PretrainedDetector(
         image: ImageLike | list[Any] | tuple[Any, ...],
         *,
         min_score: float = 0.5,
+        orientation: Orientation = "upright",
         max_pixels: int | None = None,
     ) -> Detections | list[Detections]:
         """Find the objects in an image, or in each of a list.
@@ -135,6 +149,8 @@ class PretrainedDetector(
                 float in 0..1; RGB. Or a list or tuple of these, of any kinds and sizes; neighbours of one size go
                 through the detector together.
             min_score: detections below it are left out, 0 to 1.
+            orientation: "stored": images at paths and PIL images are not turned upright by their EXIF orientation, for
+                a detector that was trained so.
             max_pixels: the most that an image at a path may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``,
                 about 89 million. A large image takes about 40 bytes a pixel.
 
@@ -143,13 +159,13 @@ class PretrainedDetector(
 
         Raises:
             DataError: an image cannot be read or used; says why, and which of a list.
-            ModelError: the weights are not float32. For speed, call this under ``torch.autocast`` instead.
+            ModelError: the weights are not float32.
         """
         several = isinstance(image, list | tuple)
         images: list[Tensor] = []
         for one in image if isinstance(image, list | tuple) else [image]:
             try:
-                images.append(image_tensor(one, max_pixels=max_pixels))
+                images.append(image_tensor(one, orientation=orientation, max_pixels=max_pixels))
             except DataError as error:
                 raise DataError(f"images[{len(images)}]: {error}" if several else str(error)) from None
         batches = batches_of_one_size(images, lambda pixels: pixels, BATCH_SIZE)
@@ -177,7 +193,7 @@ class PretrainedDetector(
             ``keypoints_scores`` [L, K].
 
         Raises:
-            ModelError: the weights are not float32. For speed, call this under ``torch.autocast`` instead.
+            ModelError: the weights are not float32.
         """
         self._refuse_other_floats()
         device = next(self.parameters()).device
@@ -199,8 +215,7 @@ class PretrainedDetector(
                 kind = str(value.dtype).removeprefix("torch.")
                 raise ModelError(
                     f"the detector's weights are {kind} ({name}), and it detects in float32 alone: call "
-                    f'detector.float() first; for speed, detect within torch.autocast("{value.device.type}", '
-                    "dtype=torch.bfloat16)"
+                    "detector.float() first"
                 )
 
     def digest(self) -> str:

@@ -43,7 +43,7 @@ def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]
         if not isinstance(boxes, Tensor):
             raise TypeError(f"{field} must be a tensor of floats, got {type(boxes).__name__}")
         if boxes.is_complex() or boxes.dtype in NO_COORDINATES:
-            raise TypeError(f"{field} must be a tensor of floats, got {boxes.dtype}")
+            raise TypeError(f"{field} must be a tensor of float32 or float64, got {boxes.dtype}")
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{field} must be [L, 4], got {list(boxes.shape)}")
         usable.append(_is_usable(boxes, *image.shape[-2:]))

@@ -18,11 +18,11 @@ from detector.data.categories import label_as
 from detector.data.dataset import CocoDetection, Target, as_float, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
-from detector.data.image_files import open_images
+from detector.data.image_files import ORIENTED, open_images
 from detector.data.images import Orientation
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.part_problems import Part
-from detector.data.problems import no_box
+from detector.data.problems import Problem, no_box
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingPartError, shown
 from detector.models.narrow_images import NarrowShortestSize
@@ -44,15 +44,15 @@ def _flips(transform: Any) -> bool:
     return isinstance(transform, flips) or any(_flips(one) for one in getattr(transform, "transforms", ()))
 
 
-def _opened(data: CocoDetection) -> tuple[dict[int, str], list[str]]:
-    """Why each image that cannot be read cannot, by its id; and what is said of those that may be labelled turned."""
+def _opened(data: CocoDetection) -> tuple[dict[int, str], list[Problem]]:
+    """Why each image that cannot be read cannot, by its id; and notes on those whose orientation is in doubt."""
     images = [data.annotations.image(index) for index in data.annotations.find(data.image_ids)]
     broken, doubtful = {}, []
     for image, problem in zip(images, open_images(data.folder, images, orientation=data.orientation)):
         if problem is not None and problem.level == "error":
             broken[image["id"]] = problem.message
         elif problem is not None:
-            doubtful.append(problem.message)
+            doubtful.append(problem)
     return broken, doubtful
 
 
@@ -239,9 +239,11 @@ class CocoDataModule(lightning.LightningDataModule):
         if ranks > 1 and self.trainer is not None:  # one looks, all do the same
             found = self.trainer.strategy.broadcast(found)
         for (name, _), (_, doubtful) in zip(splits, found, strict=True):
-            if doubtful:
-                what = f"the EXIF orientation of {len(doubtful):,} images matters, such as {doubtful[0]}"
-                self.notes.append(f"{name}: {what} (data.orientation is {self.folder.orientation})")
+            for kind in ORIENTED.values():
+                of_kind = [problem.message for problem in doubtful if problem.kind == kind]
+                if of_kind:
+                    setting = f"data.orientation is {self.folder.orientation}, and that of other tools must be the same"
+                    self.notes.append(f"{name}: {len(of_kind):,} {kind}, such as {of_kind[0]} ({setting})")
         broken = [(name, data, reasons) for (name, data), (reasons, _) in zip(splits, found, strict=True) if reasons]
         if broken and not self.skip_broken:
             first, *others = (reason for _, _, reasons in broken for reason in reasons.values())

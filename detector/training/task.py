@@ -170,7 +170,7 @@ class DetectionTask(lightning.LightningModule):
             f"{trainer.accumulate_grad_batches}"
         )
         if images < asked:
-            made_of = f"all that an epoch of {self.data.train_split} has; {made_of} would be {asked}"
+            made_of += f" would be {asked}, more than {self.data.train_split} gives"
         rank_zero_info(
             f"{images} images a step ({made_of}): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
             f"{settings.lr_batch} images, {settings.lr_rule}), {settings.name}, {settings.schedule}; {steps} steps, "

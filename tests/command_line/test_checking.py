@@ -699,22 +699,29 @@ def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
         ("a%20b.png", "a%20B.png"),
         ("A.PNG", "a.png"),
         ("a .png", "a.png"),
+        ("a.png", "sub/deep/a.png"),
+        ("deep/a.png", "sub/deep/a.png"),
+        ("a.jpg", "a.jpeg"),
+        ("a.png?v=1", "a.png"),
         (unicodedata.normalize("NFD", "café.png"), unicodedata.normalize("NFC", "café.png")),
         (unicodedata.normalize("NFC", "café.png"), unicodedata.normalize("NFD", "café.png")),
     ],
 )
 def test_the_name_that_would_fit_is_said(tmp_path, named, there):
-    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).touch()
     ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
     assert problem.message.endswith(f"; there is {there!r}, which may be meant")
 
 
-def test_no_name_is_said_where_several_would_fit_or_none(tmp_path):
+def test_two_names_are_said_where_several_would_fit_and_none_where_none_does(tmp_path):
     for name in ("A.png", "a.PNG"):
         (tmp_path / name).touch()
     (tmp_path / "b.png").mkdir()
-    for named in ("a.png", "B.png", "c.png"):
+    ((_, problem),) = file_problems(["a.png"], tmp_path, "images[{}]".format)
+    assert "'A.png'" in problem.message
+    assert "'a.PNG'" in problem.message
+    for named in ("B.png", "c.png", "", "."):
         ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
         assert "may be meant" not in problem.message
 
@@ -728,7 +735,9 @@ def test_no_name_is_said_where_several_would_fit_or_none(tmp_path):
         ("red cell", "red\u00a0cell", "by blanks"),
         ("red cell", "redcell", "by blanks"),
         ("café", "cafe\u0301", "by the way they are written"),
-        ("red cell", "REDCELL", "by the way they are written"),
+        ("red cell", "REDCELL", "by case and blanks"),
+        ("red cell", "red_cell", "by the way they are written"),
+        ("red cell", "red\u200bcell", "by the way they are written"),
     ],
 )
 def test_category_names_that_are_almost_the_same(tmp_path, ours, theirs, how):
@@ -748,6 +757,9 @@ def test_category_names_that_are_almost_the_same(tmp_path, ours, theirs, how):
     (error,) = [p for p in check_dataset(path, other=other).problems if p.level == "error"]
     assert error.kind == "no category of the other split"
     assert error.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
+    other.write_text(json.dumps({**VALID, "categories": [{"id": i, "name": ours} for i in (1, 2)]}))
+    (error,) = [p for p in check_dataset(path, other=other).problems if p.level == "error"]
+    assert error.kind == "categories that cannot be matched"
     other.write_text(json.dumps(named(ours, "dog")))
     assert not any("almost" in p.kind for p in check_dataset(path, other=other).problems)
 

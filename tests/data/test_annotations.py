@@ -199,6 +199,11 @@ def test_text_that_is_not_utf_8_is_named(tmp_path, monkeypatch, at_once):
     path.write_bytes(content.replace(b'"dog"', '"dög, ägypten, ü"'.encode()))
     assert read_annotations(path).categories[0]["name"] == "dög, ägypten, ü"
     path.write_bytes(content.replace(b'"cat"', b'"c\xe4t"'))
+    for wrong in (content[:-5] + "é".encode()[:1], b"\x89PNG\r\n\xff"):  # cut off within a letter, no text
+        path.write_bytes(wrong)
+        with pytest.raises(DataError, match="not valid JSON"):
+            read_annotations(path)
+    path.write_bytes(content.replace(b'"cat"', b'"c\xe4t"'))
     column = content.index(b'"cat"') + 3
     for read in (read_annotations, read_json):
         with pytest.raises(DataError, match=rf"not UTF-8 \(line 1, column {column}: byte 0xe4\).*save it as UTF-8"):

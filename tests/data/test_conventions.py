@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from support.scored import annotations_of, read
 
-SIZES = [(640, 480), (480, 640), (500, 500), (1280, 720)]
+SIZES = [(640, 480), (480, 640), (500, 500), (1280, 720), (600, 800), (1000, 400)]
 
 
 def split(count=60, seed=0):
     rng = np.random.default_rng(seed)
     annotations = []
     for number in range(1, count + 1):
-        width, height = SIZES[number % 4]
+        width, height = SIZES[number % len(SIZES)]
         w, h = rng.uniform(20, 150, 2)
         x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
-        annotations.append({"id": number, "image_id": number % 4, "category_id": 5, "bbox": [x, y, w, h]})
+        annotations.append({"id": number, "image_id": number % len(SIZES), "category_id": 5, "bbox": [x, y, w, h]})
     images = [{"id": i, "file_name": f"{i}.png", "width": w, "height": h} for i, (w, h) in enumerate(SIZES)]
     return {"images": images, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]}
 
@@ -30,7 +30,7 @@ def notes_on(tmp_path, content, change, *, noise=2.0, false=20):
         found = {"image_id": annotation["image_id"], "category_id": 5, "score": float(rng.uniform(0.3, 1))}
         results.append(found | {"bbox": [float(v) for v in change(*box, *SIZES[annotation["image_id"]])]})
     for _ in range(false):
-        image = int(rng.integers(4))
+        image = int(rng.integers(len(SIZES)))
         box = [*rng.uniform(0, 300, 2), *rng.uniform(10, 100, 2)]
         found = {"image_id": image, "category_id": 5, "score": float(rng.uniform(0, 0.5))}
         results.append(found | {"bbox": [float(v) for v in change(*box, *SIZES[image])]})
@@ -95,6 +95,28 @@ def test_right_boxes_are_not_remarked_however_poor(tmp_path, noise):
 
     for seed in range(5):
         assert notes_on(tmp_path, split(seed=seed), same, noise=noise) == []
+
+
+@pytest.mark.parametrize("images", [1, 6])
+@pytest.mark.parametrize("scale", [0.7, 0.9, 1.1, 1.4])
+def test_poor_boxes_are_not_remarked(tmp_path, images, scale):
+    """Too small or too large around the right centres, in few images or several."""
+
+    def poor(x, y, w, h, width, height):
+        return x + w * (1 - scale) / 2, y + h * (1 - scale) / 2, w * scale, h * scale
+
+    for seed in range(5):
+        content = split(3 * images, seed=seed)
+        for annotation in content["annotations"]:
+            annotation["image_id"] %= images
+        assert notes_on(tmp_path, content, poor, false=3) == []
+
+
+def test_normalised_boxes_are_called_so_where_all_images_have_one_size(tmp_path):
+    content = split()
+    content["images"] = [{**image, "width": 640, "height": 480} for image in content["images"]]
+    (note,) = notes_on(tmp_path, content, lambda x, y, w, h, *_: (x / 640, y / 480, w / 640, h / 480))
+    assert "normalised (0..1)" in note
 
 
 def test_few_boxes_or_none_are_not_remarked(tmp_path):

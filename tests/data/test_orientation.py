@@ -11,7 +11,7 @@ from support.annotation_files import VALID
 
 from detector.command_line.checking import check_dataset
 from detector.data.dataset import CocoDetection
-from detector.data.images import DOUBTFUL, read_image
+from detector.data.images import DOUBTFUL, TOLD, read_image
 from detector.errors import DataError
 from detector.pretrained.image_tensors import image_tensor
 from detector.training.data import CocoDataModule
@@ -73,7 +73,9 @@ def test_images_of_pillow_are_turned_as_files_are(tmp_path, suffix, orientation)
     write(path, orientation)
     with Image.open(path) as image:
         opened = image_tensor(image)
+        stored = image_tensor(image, orientation="stored")
     assert torch.equal(opened, read_image(path))
+    assert suffix == "tif" or torch.equal(stored, read_image(path, orientation="stored"))  # opened, it is turned
     with Image.open(path) as image:
         assert same(opened, np.asarray(ImageOps.exif_transpose(image)).astype(int))
 
@@ -94,8 +96,9 @@ def test_images_that_may_be_labelled_otherwise_are_remarked(tmp_path, orientatio
     write(tmp_path / "image.jpg", orientation, *stored)
     remarks = []
     read_image(tmp_path / "image.jpg", width=width, height=height, orientation=setting, remarks=remarks)
-    assert [remark.split(",")[1].strip() for remark in remarks] == ([said] if said else [])
-    assert all(remark.startswith(DOUBTFUL) for remark in remarks)
+    assert [remark.rpartition(": ")[2] for remark in remarks] == ([said] if said else [])
+    told = height != width and orientation == 6
+    assert all(remark.startswith(f"{TOLD if told else DOUBTFUL} {orientation} ") for remark in remarks)
 
 
 def red_square(root, orientation):

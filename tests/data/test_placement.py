@@ -7,6 +7,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from detector.command_line.checking import check_dataset
+from detector.data import part_problems as part_problems_module
 from detector.data.annotations import read_annotations
 from detector.data.entries import CocoFile
 from detector.data.masks import as_rle, mask_area, mask_box
@@ -18,13 +19,13 @@ WIDTH, HEIGHT = 640, 480
 FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
 
 
-def objects(count=40, seed=0):
+def objects(count=40, seed=0, low=30, high=150):
     """Boxes in random places, an ellipse's outline in each, and five points."""
     rng = np.random.default_rng(seed)
     angles = np.linspace(0, 2 * np.pi, 12, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     for _ in range(count):
-        size = rng.uniform(30, 150, 2)
+        size = rng.uniform(low, high, 2)
         corner = rng.uniform(0, (WIDTH, HEIGHT) - size)
         yield (
             np.concatenate([corner, size]),
@@ -41,10 +42,10 @@ def visible(points):
     return np.hstack([points, np.full((len(points), 1), 2)]).reshape(-1).tolist()
 
 
-def file(root, part, change=lambda points, box: points, *, some=lambda number: True, area=None):
+def file(root, part, change=lambda points, box: points, *, some=lambda number: True, area=None, **size):
     """A file of masks or key points, of which some are changed."""
     annotations = []
-    for number, (box, outline, points) in enumerate(objects(), start=1):
+    for number, (box, outline, points) in enumerate(objects(**size), start=1):
         given = outline if part == "masks" else points
         value = change(given, box) if some(number) else given
         if isinstance(value, np.ndarray):
@@ -78,7 +79,9 @@ LOOKS = {
     "normalised": lambda points, box: points / SIZE,
     "y before x": lambda points, box: points[:, ::-1],
     "corner of their box": lambda points, box: points - box[:2],
-    "in other pixels, or": lambda points, box: points / 2,
+    "times as large": lambda points, box: points / 2,
+    "as large: divide": lambda points, box: points * 1.5,
+    "in their box": lambda points, box: (points - box[:2]) / box[2:],
     "or of other objects": lambda points, box: points + np.where(box[:2] < SIZE / 2, SIZE / 2, -SIZE / 2),
 }
 
@@ -94,6 +97,68 @@ def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
     with pytest.raises(DataError, match=looks):
         read_annotations(path, parts=[part])
     read_annotations(path)  # boxes can be trained
+
+
+@pytest.mark.parametrize("part", ["masks", "keypoints"])
+@pytest.mark.parametrize("looks", ["normalised", "in their box"])
+@pytest.mark.parametrize("count", [1, 40])
+def test_normalised_ones_in_large_boxes(tmp_path, part, looks, count):
+    """Of which many begin in the image's corner, where small numbers are."""
+    path = file(tmp_path, part, LOOKS[looks], count=count, low=300, high=450)
+    with pytest.raises(DataError, match=looks if count > 1 else "boxes"):
+        read_annotations(path, parts=[part])
+    assert found(file(tmp_path, part, count=count, low=300, high=450)) == set()
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_masks_in_large_boxes(tmp_path, looks):
+    path = file(tmp_path, "masks", LOOKS[looks], low=300, high=450)
+    (problem,) = [one for one in part_problems(CocoFile(path), "masks") if one.level == "error"]
+    assert problem.kind == "annotation file whose masks lie outside boxes"
+
+
+@pytest.mark.parametrize("below", [0.3, 0.9])
+def test_a_point_on_the_ground_below_its_box_is_no_error(tmp_path, below):
+    def ground(points, box):
+        return np.array([[box[0] + box[2] / 2, box[1] + box[3] * (1 + below)]])
+
+    path = file(tmp_path, "keypoints", ground)
+    assert not any(level == "error" for level, _ in found(path))
+    read_annotations(path, parts=["keypoints"])
+
+
+@pytest.mark.parametrize("placeholder", [0, -1])
+def test_labelled_placeholders_are_flaws(tmp_path, placeholder):
+    def some_at_the_corner(points, box):
+        return np.vstack([points[:2], np.full((3, 2), placeholder)])
+
+    path = file(tmp_path, "keypoints", some_at_the_corner)
+    assert ("flaw", "labelled key points at (0, 0) or (-1, -1)") in found(path)
+    assert not any(level == "error" for level, _ in found(path))
+    nothing_else = file(tmp_path, "keypoints", lambda points, box: np.full((5, 2), placeholder))
+    assert ("error", "annotation file whose key points lie outside boxes") in found(nothing_else)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda points, box: points, set()),
+        (lambda points, box: EMPTY["a point three times"](points, box), {("flaw", "masks without a pixel")}),
+        (lambda points, box: points / SIZE, {("flaw", "masks without a pixel")}),
+        (LOOKS["or of other objects"], {("flaw", "masks outside their boxes")}),
+    ],
+)
+def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, change, expected):
+    monkeypatch.setattr(part_problems_module, "MOST_MEASURED", 0)
+    monkeypatch.setattr(part_problems_module, "AT_ONCE", 3)
+    path = file(tmp_path, "masks", change, some=lambda number: number == 7)
+    assert expected <= found(path)
+    assert not any(level == "error" for level, _ in found(path))
+    whole = file(tmp_path, "masks", lambda points, box: points / SIZE)
+    with pytest.raises(DataError, match="normalised"):
+        read_annotations(whole, parts=["masks"])
+    kind = "areas that are far from their masks'"
+    assert found(file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])) == {("flaw", kind)}
 
 
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
@@ -177,7 +242,7 @@ def test_areas_far_from_the_boxes_are_flaws(tmp_path, part, area):
     assert read_annotations(path, parts=[part]).flaws == read_annotations(path).flaws == {kind: 40}
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("share", [0.002, 0.02, 0.1, 0.5, 1.0, 2.0])
 def test_areas_of_thin_objects_and_of_their_boxes_are_none(tmp_path, share):
     path = file(tmp_path, "keypoints", area=lambda box: share * box[2] * box[3])
     assert found(path) == set()

@@ -352,7 +352,7 @@ def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):
     (other / "annotations" / "instances_val.json").write_text(json.dumps(content))
     (other / "annotations" / "instances_train.json").write_text(json.dumps({**content, "annotations": []}))
     splits = {"train_split": "train", "val_split": "val"}
-    with pytest.raises(DataError, match="instances_train.json: no box to train on"):
+    with pytest.raises(DataError, match=r"instances_train\.json: no box to train on"):
         CocoDataModule(str(other), **splits).setup("fit")
     for number, category in enumerate(content["categories"]):
         category["name"] = f"number {number}"
