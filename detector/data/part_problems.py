@@ -148,10 +148,12 @@ def _read_masks(file: CocoFile) -> _Read:
     boxes, areas = limits.copy(), np.full(len(raws), np.nan)
     wrong: list[str | None] = []
     doubtful: dict[int, Any] = {}
-    for row, (raw, width, height, *limit) in enumerate(zip(raws, *sizes.astype(int).T.tolist(), *limits.T.tolist())):
+    crowds = file.annotations["iscrowd"].tolist()  # of which nothing is said but what is broken
+    columns = zip(raws, crowds, *sizes.astype(int).T.tolist(), *limits.T.tolist())
+    for row, (raw, is_crowd, width, height, *limit) in enumerate(columns):
         value, problem = read_segmentation(raw, width, height)
         wrong.append(problem)
-        if problem is not None or not spans_a_pixel(value, *limit):
+        if problem is not None or not (is_crowd or spans_a_pixel(value, *limit)):
             doubtful[row] = value
         if len(doubtful) == AT_ONCE or row == len(raws) - 1:
             rows = list(doubtful)

@@ -48,8 +48,9 @@ def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) ->
         boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
         sizes: [L, 2], width and height of the images.
     """
-    iou = _iou(corners, np.ones(corners.shape[:2], dtype=bool), boxes)
-    wrong, looks = _read(corners, np.ones(corners.shape[:2], dtype=bool), boxes, sizes, _iou, right=0.8, better=0.2)
+    everything = np.ones(corners.shape[:2], dtype=bool)
+    iou = _iou(corners, everything, boxes)
+    wrong, looks = _read(corners, everything, boxes, sizes, _iou, iou, right=0.8, better=0.2)
     return Placement(iou < 0.1, wrong or 2 * (iou < 0.05).sum() > len(iou), looks)
 
 
@@ -64,7 +65,8 @@ def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarr
     """
     outside = _share(points, labelled, boxes, margin=0.25, pixels=2) < 0.5
     far = _share(points, labelled, boxes, margin=1, pixels=10) < 0.5
-    wrong, looks = _read(points, labelled, boxes, sizes, _share, right=0.9, better=0.25)
+    inside = _share(points, labelled, boxes)
+    wrong, looks = _read(points, labelled, boxes, sizes, _share, inside, right=0.9, better=0.25)
     return Placement(outside, wrong or 2 * far.sum() > len(far), looks)
 
 
@@ -93,20 +95,20 @@ def _read(
     boxes: np.ndarray,
     sizes: np.ndarray,
     fit: Fit,
+    now: np.ndarray,
     *,
     right: float,
     better: float,
 ) -> tuple[bool, str | None]:
-    """Whether a reading fits, by the mean over the objects, and better than the points as they are; and which.
+    """Whether a reading fits, by the mean over the objects, and better than the points do now, [L]; and which.
 
     Where the points of most objects do not fit their boxes, these objects alone are looked at.
     """
-    if not len(points):
+    misfits = now < 0.5
+    if 2 * misfits.sum() > len(now):
+        points, labelled, boxes, sizes, now = (one[misfits] for one in (points, labelled, boxes, sizes, now))
+    if not len(now) or now.mean() > 1 - better:
         return False, None
-    misfits = fit(points, labelled, boxes) < 0.5
-    if 2 * misfits.sum() > len(points):
-        points, labelled, boxes, sizes = points[misfits], labelled[misfits], boxes[misfits], sizes[misfits]
-    as_they_are = fit(points, labelled, boxes).mean()
     found = {words: fit(read(points, boxes, sizes), labelled, boxes).mean() for words, read in READINGS.items()}
     middles = points.mean(axis=(1, 2), where=labelled[..., None])
     scale = float(middles.sum() / boxes.mean(axis=1).sum())
@@ -114,5 +116,5 @@ def _read(
         words = f"of images {scale:.3g} times as large: divide by that"
         found[words] = fit(points / scale, labelled, boxes).mean()
     looks = next(words for words, mean in found.items() if mean > max(found.values()) - 0.05)
-    fits = found[looks] >= right and found[looks] - as_they_are >= better
+    fits = found[looks] >= right and found[looks] - now.mean() >= better
     return fits and len(points) >= FEWEST, looks if fits else None

@@ -91,7 +91,7 @@ def test_tool_compares_splits(splits, tool):
         (["--config", "none.yaml"], "none.yaml"),
         (["--config", "list.yaml"], "list.yaml: not the settings of a training: model must be a dict"),
         (["--config", "broken.yaml"], "broken.yaml: not valid YAML"),
-        (["--config", "binary.yaml"], "binary.yaml: not valid YAML"),
+        (["--config", "binary.yaml"], "binary.yaml: not UTF-8"),
         (["--config", "wrong.yaml"], "detector.anchor_sizes must be 5 positive integers, got [1]"),
         (["--min_size", "0"], "detector.min_size must be a positive integer, got 0"),
         (["--aspect_ratios", "nan", "1", "2"], "detector.aspect_ratios must be 3 numbers from 0.01 to 100"),

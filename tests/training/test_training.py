@@ -1048,3 +1048,10 @@ def test_going_on_from_a_checkpoint_with_holes_is_a_sentence():
     message = "^the checkpoint is of an earlier version of this project, or damaged: it has no 'batch_norm_eps'$"
     with pytest.raises(ModelError, match=message):
         task.on_load_checkpoint({CHECKPOINT_KEY: saved})
+
+
+def test_settings_that_are_not_utf_8_are_refused_in_a_sentence(tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.write_bytes("run_dir: runs/größe\n".encode("cp1252"))
+    with pytest.raises(SystemExit, match=r"settings\.yaml: not UTF-8.*save it as UTF-8"):
+        train(["--config", str(path)])
