@@ -9,8 +9,10 @@ from torchvision.ops import box_iou
 from detector.data.annotations import Annotations
 
 MOST_IMAGES = 1000  # whose results are compared with the ground truth: a second's work
-FEWEST, FEWEST_IMAGES = 5, 5  # results that are compared, and images with some to estimate a scale from
+FEWEST = 5  # results that are compared
 MEET, BETTER = 0.6, 0.3  # the share of the best results that must meet an object, and by how much it must be higher
+# To estimate a scale, by which poor results get better, too: results, images with some, and the same as BETTER.
+FEWEST_TO_SCALE, FEWEST_IMAGES, BETTER_BY_SCALE = 10, 3, 0.6
 
 # How four numbers [L, 4] may be meant: as (x1, y1, x2, y2).
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -54,26 +56,19 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
     for form, corners in read_as.items():
         counts[form] = _met(corners, of_image, objects)
         counts[f"{form}, normalised (0..1)"] = _met(corners * np.tile(sizes, 2), of_image, objects)
-    for form, corners in read_as.items() if len(best) >= FEWEST_IMAGES else ():
+    as_they_are = counts[next(iter(FORMS))]
+    for form, corners in read_as.items() if len(rows) >= FEWEST_TO_SCALE and len(best) >= FEWEST_IMAGES else ():
         for resized, sides_of in RESIZED.items():
             pixels = _pixels(corners, of_image, objects, sides_of(sizes))
-            if (
-                pixels is not None
-                and not _is_one(sides_of(sizes) / pixels)
-                and ("{1" in resized or abs(pixels[0] - pixels[1]) < 0.05 * pixels[0])
-            ):
-                met = _met(corners * np.tile(sides_of(sizes) / pixels, 2), of_image, objects)
+            if pixels is None or ("{1" not in resized and abs(pixels[0] - pixels[1]) > 0.05 * pixels[0]):
+                continue
+            met = _met(corners * np.tile(sides_of(sizes) / pixels, 2), of_image, objects)
+            if met - as_they_are >= BETTER_BY_SCALE * len(rows):
                 counts[f"{form}, {resized.format(*pixels)}"] = met
-    as_they_are = counts[next(iter(FORMS))]
     looks = max(counts, key=lambda what: counts[what])  # of equals the first
     if counts[looks] < MEET * len(rows) or counts[looks] - as_they_are < BETTER * len(rows):
         return None
     return f"{looks}: read so, {counts[looks]:,} of the {len(rows):,} best meet an object, as they are {as_they_are:,}"
-
-
-def _is_one(scale: np.ndarray) -> bool:
-    """Whether scales differ from 1 by no more than boxes that are merely poor."""
-    return bool((abs(scale - 1) < 0.15).all())
 
 
 def _best_of_images(

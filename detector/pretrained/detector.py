@@ -51,7 +51,7 @@ class PretrainedDetector(
     checkpoints.
 
     Args:
-        model: the detector.
+        model: the detector. Its transform, if it is torchvision's own, is made to take images of any shape.
         category_ids: of each label, from 1 on; ``None`` where no category belongs to one.
         category_names: likewise.
         settings: what ``model`` was built by, without which it cannot be saved.

@@ -97,7 +97,7 @@ def test_right_boxes_are_not_remarked_however_poor(tmp_path, noise):
         assert notes_on(tmp_path, split(seed=seed), same, noise=noise) == []
 
 
-@pytest.mark.parametrize("images", [1, 6])
+@pytest.mark.parametrize("images", [1, 3, 6])
 @pytest.mark.parametrize("scale", [0.7, 0.9, 1.1, 1.4])
 def test_poor_boxes_are_not_remarked(tmp_path, images, scale):
     """Too small or too large around the right centres, in few images or several."""
