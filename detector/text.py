@@ -1,10 +1,13 @@
 """Names and notes from files that anybody may have written, made fit to be shown."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
+
+BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-_](?=[^\W\d_])")
 
 
 def clean(text: str) -> str:
@@ -26,13 +29,16 @@ def short(text: str, longest: int = 60) -> str:
 
 
 def alike(name: str) -> str:
-    """Return what is left of a name without blanks, "_", "-", case and Unicode form: the same for names mixed up."""
-    plain = unicodedata.normalize("NFKC", name).casefold()
-    return "".join(c for c in plain if not c.isspace() and c not in "_-" and unicodedata.category(c) != "Cf")
+    """Return a key that is the same for names that are easily mixed up.
+
+    It is without case, blanks, hyphens and underscores between letters, invisible characters and Unicode form.
+    """
+    plain = BETWEEN_LETTERS.sub("", unicodedata.normalize("NFKC", name).casefold())
+    return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def alike_file(name: str) -> str:
-    """Return :func:`alike` of the last part of a file's name, whatever stands between the parts, without %20 and co."""
+    """Return :func:`alike` of the last part of a file's name, percent-decoded, without a query."""
     return alike(unquote(name).partition("?")[0].replace("\\", "/").rpartition("/")[2])
 
 

@@ -206,8 +206,8 @@ def add_orientation(add: Callable[..., Any]) -> None:
         "--orientation",
         choices=("upright", "stored"),
         default="upright",
-        help="whether images are turned upright by their EXIF orientation, as viewers and label tools do, or taken as "
-        "stored; where annotations give a size that only one of the two has, it is that one; default: upright",
+        help="upright: turn images by their EXIF orientation, as viewers and label tools do; stored: take them as "
+        "stored. Where the annotated size fits only one, that one is taken; default: upright",
     )
 
 

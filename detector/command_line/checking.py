@@ -217,11 +217,12 @@ def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator
         theirs = [name for name in other.categories["name"].tolist() if name is not None]
         pairs = names_alike(names, theirs)
         where = f"{file.path} and {other.path}: the categories"
-        if not set(names) & set(theirs):
+        if names and theirs and not set(names) & set(theirs):
             what = no_shared_name(names, theirs, of=f"in {other.path}")
             yield Problem("no category of the other split", "error", f"{file.path}: {what}")
         try:
-            same_categories(*(_categories(one) for one in (file, other)))
+            for one, two in ((file, other), (other, file)):  # either may be what is trained on
+                same_categories(_categories(one), _categories(two))
         except DataError as error:
             yield Problem("categories that cannot be matched", "error", f"{file.path} and {other.path}: {error}")
     for pair in pairs:

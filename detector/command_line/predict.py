@@ -58,7 +58,11 @@ def make_parser() -> ToolParser:
         "tools/eval.py on these weights, beside the checkpoint or in runs/",
         kind=score_or_auto,
     )
-    add("--annotations", metavar="FILE.json", help="COCO annotations that give the images' ids, by file name")
+    add(
+        "--annotations",
+        metavar="FILE.json",
+        help="a COCO file that gives the images' ids, by file name; images and categories are enough",
+    )
     add_orientation(add)
     add("--no_pictures", action="store_true", help="the numbers alone")
     add_batch_size(parser, default=8, note="of one size each, and at most so many")

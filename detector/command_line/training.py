@@ -97,9 +97,12 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
         sys.argv[1:] = underscored(sys.argv[1:])  # which Lightning starts other processes with
     else:
         args = underscored(args)
-    for flag, value in pairwise(sys.argv[1:] if args is None else args):
-        if flag == "--config" and Path(value).is_file():
-            read_yaml(value)  # what is wrong with it ends in a sentence; jsonargparse's reading does not always
+    given = sys.argv[1:] if args is None else args
+    files = [value for flag, value in pairwise(given) if flag == "--config"]
+    files += [argument.removeprefix("--config=") for argument in given if argument.startswith("--config=")]
+    for file in files:
+        if Path(file).is_file():
+            read_yaml(file)  # which says in a sentence what is wrong with it; jsonargparse does not always
     return kind(
         DetectionTask,
         CocoDataModule,

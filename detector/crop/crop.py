@@ -153,8 +153,9 @@ def crop_levels(
     vmapped = is_vmapped(corners)
     if vmapped and (sampling == "exact" or sampling_ratio <= 0):
         raise ValueError(
-            f"sampling={sampling!r} with sampling_ratio={sampling_ratio} cannot be vmapped over boxes, as the work "
-            "goes with the box; take 'points' with a sampling_ratio above 0, or crop all boxes in one call"
+            f"sampling={sampling!r} with sampling_ratio={sampling_ratio} cannot be vmapped over boxes: the number of "
+            "pixels read depends on the box; use sampling='points' with sampling_ratio > 0, or crop all boxes in one "
+            "call"
         )
     images = maps[0].shape[0]
     known = (index >= 0) & (index < images)  # false for NaN

@@ -92,6 +92,7 @@ def hat_weights(edges: Tensor, size: Tensor, taps: int) -> tuple[Tensor, Tensor,
 def _surface(at: Tensor, number: Tensor, last: Tensor) -> Tensor:
     """What a pixel weighs in the surface at a place: its hat, replicated one pixel beyond the border, then 0."""
     on_map = torch.minimum(at.clamp(min=0), last)
+    # Half-open: on the border the value to the right counts, as in _within.
     return (1 - (on_map - number).abs()).clamp(min=0) * ((at >= -1) & (at < last + 1))
 
 
@@ -111,8 +112,8 @@ def _hat_integral(to: Tensor) -> Tensor:
 def _within(at: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """``at.clamp(low, high)``, whose slope is 1 from ``low`` on and 0 from ``high`` on.
 
-    At both ends that is the slope to the right. Where two pieces meet one of them counts: of clamps both would, and of
-    ``minimum`` a half.
+    Both ends have the slope to the right. Nested clamps would add both slopes on a tie, and ``minimum`` would halve
+    them.
     """
     return torch.where(at < low, low, torch.where(at < high, at, high))
 

@@ -36,7 +36,8 @@ def crop_by_gather(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor
 
     The sums are in float32, or float64 where a map is. Maps in another layout than channels_last are copied, one at a
     time, and again in the backward rather than kept; on a GPU maps of several levels are, together. Second
-    derivatives and all derivatives of ``torch.func`` are taken through ``crop_by_grid``; ``torch.vmap`` fails.
+    derivatives and all derivatives of ``torch.func`` are taken through ``crop_by_grid``. Vmapped tensors must not come
+    here: the caller takes ``crop_by_grid`` for them.
     """
     if not maps[0].shape[1]:  # embedding_bag takes no such table
         return crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples)
@@ -93,7 +94,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def vmap(*args: Any) -> tuple[Tensor, int]:
-        """Never called: over maps or boxes ``crop_by_grid`` is taken. A vmap over other things asks for one to be."""
+        """Never called: PyTorch only wants it to exist where a vmap goes over other tensors."""
         raise NotImplementedError
 
 

@@ -37,7 +37,7 @@ def is_vmapped(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    # PyTorch has no public function for this. By these torch.vmap itself, torch.cond and the printing of tensors know.
+    # PyTorch has no public function for this; torch.cond and the printing of tensors use these.
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):
             return True

@@ -137,7 +137,12 @@ def read_annotations(
 
 
 def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[str]:
-    """Raise the first error among problems, or count the flaws. With ``checked`` as arguments the tool lists all."""
+    """Raise the first error among problems, or count the flaws, and annotations with ``ignore``, for the report.
+
+    Args:
+        problems: see :class:`~detector.data.problems.Problem`.
+        checked: the arguments with which ``tools/check.py`` lists them all.
+    """
     flaws: Counter[str] = Counter()
     first, more = None, -1
     for problem in problems:

@@ -117,8 +117,8 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
     if unknown := _unknown(category_ids, data):
         why = mixed_up(detector.category_names, list(unknown))
         notes.append(
-            f"Of classes that the detector does not know ({quoted(list(unknown))}) it finds none: their objects "
-            f"({unknown.total():,}) count as missed{f': {why}' if why else ''}."
+            f"The detector does not know {quoted(list(unknown))}: such objects ({unknown.total():,}) count as missed"
+            f"{f' ({why})' if why else ''}."
         )
     if moved := _moved(detector, category_ids):
         notes.append(f"Classes are matched by name: {quoted(moved)} have other ids in the data than in the detector.")
@@ -143,7 +143,7 @@ def no_shared_name(ours: Sequence[str], theirs: Sequence[str], *, of: str = "to 
 
 
 def names_alike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
-    """Find pairs of names that differ only by blanks, by case or by their Unicode form."""
+    """Find pairs of names that differ only by case, blanks, hyphens, underscores or Unicode form."""
     mine, others = set(ours), set(theirs)
     by_key = {alike(name): name for name in theirs if name not in mine}
     pairs = [(name, by_key.get(alike(name))) for name in ours if name not in others]
@@ -158,7 +158,7 @@ def difference(name: str, other: str) -> str:
     elif one == two:
         what = "blanks"
     else:
-        what = "case and blanks" if one.lower() == two.lower() else "the way they are written"
+        what = "case and blanks" if one.lower() == two.lower() else "hyphens, underscores or Unicode form"
     return f"{shown(name)} and {shown(other)} differ only by {what}"
 
 

@@ -11,7 +11,7 @@ from detector.data.annotations import Annotations
 MOST_IMAGES = 1000  # whose results are compared with the ground truth: a second's work
 FEWEST = 5  # results that are compared
 MEET, BETTER = 0.6, 0.3  # the share of the best results that must meet an object, and by how much it must be higher
-# To estimate a scale, by which poor results get better, too: results, images with some, and the same as BETTER.
+# A fitted scale makes poor results better, too. It takes so many results, images with results, and by so much more.
 FEWEST_TO_SCALE, FEWEST_IMAGES, BETTER_BY_SCALE = 10, 3, 0.6
 
 # How four numbers [L, 4] may be meant: as (x1, y1, x2, y2).
@@ -21,12 +21,14 @@ FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "centres (cx, cy, width, height)": lambda b: np.hstack([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2]),
     "corners with y before x (y1, x1, y2, x2)": lambda b: b[:, [1, 0, 3, 2]],
 }
-# In images that were resized to N pixels: what of the image's width and height, [L, 2], was made N.
+# In images that were resized to N pixels: what of the image's width and height, [L, 2], was made N. Only of the last
+# one the two numbers may differ.
+STRETCHED = "of images resized to {0:,.0f} x {1:,.0f} pixels"
 RESIZED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "of images {0:.3g} times as large": np.ones_like,
     "of images resized to a longer side of {0:,.0f} pixels": lambda sizes: sizes.max(1, keepdims=True).repeat(2, 1),
     "of images resized to a shorter side of {0:,.0f} pixels": lambda sizes: sizes.min(1, keepdims=True).repeat(2, 1),
-    "of images resized to {0:,.0f} x {1:,.0f} pixels": lambda sizes: sizes,
+    STRETCHED: lambda sizes: sizes,
 }
 
 
@@ -60,7 +62,7 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
     for form, corners in read_as.items() if len(rows) >= FEWEST_TO_SCALE and len(best) >= FEWEST_IMAGES else ():
         for resized, sides_of in RESIZED.items():
             pixels = _pixels(corners, of_image, objects, sides_of(sizes))
-            if pixels is None or ("{1" not in resized and abs(pixels[0] - pixels[1]) > 0.05 * pixels[0]):
+            if pixels is None or (resized != STRETCHED and abs(pixels[0] - pixels[1]) > 0.05 * pixels[0]):
                 continue
             met = _met(corners * np.tile(sides_of(sizes) / pixels, 2), of_image, objects)
             if met - as_they_are >= BETTER_BY_SCALE * len(rows):
@@ -68,7 +70,8 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
     looks = max(counts, key=lambda what: counts[what])  # of equals the first
     if counts[looks] < MEET * len(rows) or counts[looks] - as_they_are < BETTER * len(rows):
         return None
-    return f"{looks}: read so, {counts[looks]:,} of the {len(rows):,} best meet an object, as they are {as_they_are:,}"
+    begin = f"{looks}: {counts[looks]:,} of the {len(rows):,} best-scored boxes overlap an object when read so"
+    return f"{begin}, {as_they_are:,} as they are"
 
 
 def _best_of_images(
@@ -82,9 +85,11 @@ def _best_of_images(
     objects: list[torch.Tensor] = []
     for index, rows in zip(truth.find(ids).tolist(), np.split(order, starts[1:])):
         here = corners[truth.of(index)][~truth.crowds[truth.of(index)]]
-        if len(here) and len(best) < MOST_IMAGES:
+        if len(here):
             best.append(rows[: len(here)])
             objects.append(torch.from_numpy(here))
+        if len(best) == MOST_IMAGES:
+            break
     return best, objects
 
 

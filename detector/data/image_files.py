@@ -17,8 +17,8 @@ from detector.errors import DataError, SizeError, shown
 from detector.text import alike_file
 
 ORIENTED = {  # the kinds of problems, by how the remarks on an image begin
-    DOUBTFUL: "images whose size does not tell if their EXIF orientation is applied in the labels",
-    TOLD: "images whose size is against their EXIF orientation",
+    DOUBTFUL: "images whose annotated size fits both orientations",
+    TOLD: "images whose annotated size decides against the orientation setting",
 }
 
 
@@ -42,7 +42,7 @@ def file_problems(
         yield None, Problem("missing image folder", "error", message)
         return
     root, known = Path(folder).resolve(), set(present)
-    by_key: dict[str, list[str]] = {}
+    by_key: dict[str, list[str]] | None = None
     for position, name in enumerate(names):
         if name is None or name in known:
             continue
@@ -52,18 +52,21 @@ def file_problems(
             inside, there = file.is_relative_to(root), file.is_file()
         if inside and there:
             continue
-        for one in () if by_key else _files_below(root):
-            by_key.setdefault(_key(one), []).append(one)
+        by_key = by_key if by_key is not None else _names_by_key(root)
         message = f"{where(position)} has file_name {shown(name)}, {'not in' if inside else 'outside'} {folder}"
         if fitting := _fitting(name, root, by_key):
-            message += f"; there is {' and '.join(map(shown, fitting[:2]))}, which may be meant"
+            message += f"; did you mean {' or '.join(map(shown, fitting[:2]))}?"
         kind = "missing image files" if inside else "image files outside their folder"
         yield position, Problem(kind, "error", message)
 
 
-def _files_below(root: Path) -> Iterator[str]:
+def _names_by_key(root: Path) -> dict[str, list[str]]:
+    """The files in a folder, and below it, by their :func:`_key`."""
+    by_key: dict[str, list[str]] = {}
     for folder, _, names in os.walk(root):
-        yield from (Path(folder, name).relative_to(root).as_posix() for name in names)
+        for name in names:
+            by_key.setdefault(_key(name), []).append(Path(folder, name).relative_to(root).as_posix())
+    return by_key
 
 
 def _key(name: str) -> str:
@@ -82,11 +85,12 @@ def _fitting(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> Sequ
 
 
 def image_problem(folder: str | Path, image: Mapping[str, Any], orientation: Orientation = "upright") -> Problem | None:
-    """Say what keeps an image, an entry of ``images``, from being read, or a note if it may be labelled otherwise.
+    """An error that keeps an image, an entry of ``images``, from being read, or a note on its orientation.
 
     The image is decoded whole, as for training.
     """
-    path, remarks = Path(folder) / image["file_name"], list[str]()
+    path = Path(folder) / image["file_name"]
+    remarks: list[str] = []
     try:
         read_image(path, width=image["width"], height=image["height"], orientation=orientation, remarks=remarks)
     except DataError as error:

@@ -30,8 +30,9 @@ UPRIGHT = {  # what turns the stored pixels upright, by the EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 STORED = UPRIGHT | {6: UPRIGHT[8], 8: UPRIGHT[6]}  # and what turns it back
-# How remarks begin: on an image that may be labelled upright or as stored, and on one whose size says which.
-DOUBTFUL, TOLD = "its size does not tell whether its EXIF orientation", "its size tells that its EXIF orientation"
+# Remarks on an image that may be labelled upright or as stored, and on one that is not taken as the setting says.
+DOUBTFUL = "the annotated size fits the image upright and as stored, and its EXIF orientation is"
+TOLD = "the annotated size fits the image in one way only, against the setting, and its EXIF orientation is"
 TOO_LARGE = (
     "a small file may say that, and fill the memory; one that is meant is let through by --max_pixels of "
     "tools/predict.py, max_pixels of detect, and takes about 40 bytes of memory a pixel"
@@ -61,12 +62,12 @@ def read_image(
         path: one of :data:`FORMATS`, so far as this Pillow reads them.
         width: the annotation's width, in pixels, if there is one.
         height: the annotation's height.
-        orientation: "stored": take the pixels as they are stored, unless the annotation's size fits those that are
-            turned upright alone.
+        orientation: "upright": turn the image upright by its EXIF orientation; "stored": do not. Where the annotation's
+            size fits only one of the two, that one is taken.
         max_pixels: the most that it may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
         remarks: gets a phrase for each thing that a user may want to know: that the values were scaled, that there
-            are more frames, that the annotation's size does not tell, or is against, the orientation
-            (:data:`DOUBTFUL`, :data:`TOLD`).
+            are more frames, that the annotated size fits both orientations (:data:`DOUBTFUL`), or only the other one
+            (:data:`TOLD`).
 
     Returns:
         [3, H, W], uint8.
@@ -164,12 +165,11 @@ def oriented(
     ways = {"upright": None if is_tiff else UPRIGHT[turn], "stored": STORED[turn] if is_tiff else None}
     sizes = {way: image.size if method is None or turn < 5 else image.size[::-1] for way, method in ways.items()}
     other = "stored" if orientation == "upright" else "upright"
-    chosen = other if size is not None and sizes[orientation] != size == sizes[other] else orientation
-    if remarks is not None and size is not None and (chosen == other or len(set(sizes.values())) == 1):
-        applied = "is" if chosen == "upright" else "is not"
+    told = size is not None and sizes[other] == size != sizes[orientation]
+    chosen = other if told else orientation
+    if remarks is not None and size is not None and (told or sizes["upright"] == sizes["stored"]):
         taken = "turned upright" if chosen == "upright" else "taken as stored"
-        told = f"{TOLD} {turn} {applied} applied in its labels" if chosen == other else None
-        remarks.append(f"{told or f'{DOUBTFUL} {turn} is applied in its labels'}: {taken}")
+        remarks.append(f"{TOLD if told else DOUBTFUL} {turn}: {taken}")
     method = ways[chosen]
     return image if method is None else image.transpose(method)
 

@@ -45,8 +45,8 @@ NO_AREA: dict[Part, tuple[str, str]] = {
     ),
 }
 OUTSIDE_BOX: dict[Part, tuple[str, str]] = {
-    "masks": ("masks outside their boxes", "has a segmentation that lies outside its bbox"),
-    "keypoints": ("key points outside their boxes", "has key points most of which lie outside its bbox"),
+    "masks": ("masks outside their boxes", "has a segmentation outside its bbox {bbox}"),
+    "keypoints": ("key points outside their boxes", "has key points of which most lie outside its bbox {bbox}"),
 }
 OUTSIDE_IMAGE: dict[Part, tuple[str, str]] = {
     "masks": ("masks that reach outside their image", "has a segmentation that reaches outside its image: clipped"),
@@ -57,14 +57,14 @@ OUTSIDE_IMAGE: dict[Part, tuple[str, str]] = {
 }
 FAR_FROM_MASK = (
     "areas that are far from their masks'",
-    "has an area far from that of its mask, which decides whether it is scored as small or large",
+    "has area {area:.4g}, its mask's is {mask:.4g}: segm scores tell small objects from large ones by it",
 )
 PLACEHOLDERS = (
     "labelled key points at (0, 0) or (-1, -1)",
     "has labelled key points at (0, 0) or (-1, -1), which are scored: placeholders have visibility 0",
 )
-MOST_MEASURED = 50_000  # masks, all of them
-AT_ONCE = 256  # that are measured together: of more lists Python's garbage collection takes longer
+MOST_MEASURED = 50_000  # annotations of a file, up to which every mask is measured
+AT_ONCE = 256  # masks that are measured together: more lists slow down Python's garbage collection
 
 
 def has_part(file: CocoFile, part: Part) -> bool:
@@ -138,11 +138,13 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     ]
     for (kind, what), which in flaws:
         for position in np.flatnonzero(objects & which).tolist():
-            yield Problem(kind, "flaw", f"{annotations.where(position)} {what}")
+            values = {"area": annotations["area"][position], "mask": read.areas[position]}
+            said = what.format(bbox=shown(annotations["bbox"][position].tolist()), **values)
+            yield Problem(kind, "flaw", f"{annotations.where(position)} {said}")
 
 
 def _read_masks(file: CocoFile) -> _Read:
-    """Read all masks. As lists those of COCO would take gigabytes: each goes before the next, or few after it."""
+    """Read all masks. At most :data:`AT_ONCE` are held at a time: COCO's would take gigabytes as lists."""
     raws, sizes = file.annotations["segmentation"], sizes_of_images(file)
     limits = _limits(file.annotations, sizes)
     boxes, areas = limits.copy(), np.full(len(raws), np.nan)
@@ -165,9 +167,9 @@ def _read_masks(file: CocoFile) -> _Read:
 
 
 def _limits(annotations: Entries, sizes: np.ndarray) -> np.ndarray:
-    """Where three points of a mask are enough to see that it is right, [L, 4] (x1, y1, x2, y2); NaN: nowhere.
+    """The boxes in which three points prove a mask right, [L, 4] (x1, y1, x2, y2); NaN: the mask is measured.
 
-    It is measured then, which takes ten times as long; of a few masks, all are.
+    Measuring takes ten times as long. In files of up to :data:`MOST_MEASURED` annotations all masks are measured.
     """
     x, y, w, h = annotations["bbox"].T
     limits = np.stack([x.clip(min=0), y.clip(min=0), np.minimum(x + w, sizes[:, 0]), np.minimum(y + h, sizes[:, 1])], 1)
@@ -190,7 +192,8 @@ def _read_keypoints(file: CocoFile) -> _Read:
     values = [nothing if what is not None else value_of(raw) for raw, what in zip(raws, wrong)]
     points = np.array(values, dtype=np.float64).reshape(-1, count, 3)
     visible = points[..., 2] > 0
-    placeholders = visible & (points[..., :2] <= 0).all(axis=2)
+    at = points[..., :2]
+    placeholders = visible & ((at == 0).all(axis=2) | (at == -1).all(axis=2))
     others = visible & ~placeholders
     judged = np.where(others.any(axis=1, keepdims=True), others, visible)
     right = np.array([what is None for what in wrong], dtype=bool)
@@ -211,8 +214,9 @@ def _outside_boxes(file: CocoFile, part: Part, read: _Read, which: np.ndarray) -
     outside[rows[placed.outside]] = True
     if not placed.wrong:
         return outside, None
-    begin = f"{file.path}: the {NAME[part]} of {len(rows):,} objects do not lie in their boxes"
-    what = f"; they look {placed.looks}" if placed.looks else ": they are in other pixels, or of other objects"
+    begin = f"{file.path}: most {NAME[part]} of {len(rows):,} annotations do not lie in their bbox"
+    other = "; they may belong to other objects, or to images of another size"
+    what = f"; they look like {placed.looks}" if placed.looks else other
     return outside, Problem(f"annotation file whose {NAME[part]} lie outside boxes", "error", f"{begin}{what}")
 
 

@@ -11,17 +11,17 @@ NOT_SCALED = 0.8, 1.25  # a factor in between is no other scale
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of points, labelled, boxes
 # How points [L, P, 2] may be meant, by their boxes (x1, y1, x2, y2) and by the width and height of their images.
 READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "normalised (0..1): multiply x by the image's width and y by its height": lambda p, boxes, sizes: (
+    "coordinates normalised to 0..1: multiply x by the image's width and y by its height": lambda p, boxes, sizes: (
         p * sizes[:, None]
     ),
-    "normalised (0..1): multiply both by the image's longer side": lambda p, boxes, sizes: (
+    "coordinates normalised by the image's longer side: multiply both by it": lambda p, boxes, sizes: (
         p * sizes.max(axis=1)[:, None, None]
     ),
-    "normalised (0..1) in their box: multiply by its size, and add its corner": lambda p, boxes, sizes: (
+    "coordinates normalised to their box: multiply by its size and add its corner": lambda p, boxes, sizes: (
         p * (boxes[:, 2:] - boxes[:, :2])[:, None] + boxes[:, None, :2]
     ),
-    "counted from the corner of their box: add its x and y": lambda p, boxes, sizes: p + boxes[:, None, :2],
-    "y before x: exchange them": lambda p, boxes, sizes: p[..., ::-1],
+    "offsets from their box's corner: add its x and y": lambda p, boxes, sizes: p + boxes[:, None, :2],
+    "y before x: swap them": lambda p, boxes, sizes: p[..., ::-1],
 }
 
 
@@ -31,8 +31,8 @@ class Placement:
 
     Args:
         outside: [L], bool.
-        wrong: whether most numbers are wrong: they lie far outside, or are right when they are read otherwise.
-        looks: how they are probably meant, and what to do; ``None`` if nothing fits.
+        wrong: whether most objects' numbers are wrong: far outside, or right when they are read in another way.
+        looks: what the numbers look like, and what to do; ``None`` if no reading fits.
     """
 
     outside: np.ndarray
@@ -47,6 +47,9 @@ def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) ->
         corners: [L, 2, 2], the upper left and the lower right corner around each mask, in pixels.
         boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
         sizes: [L, 2], width and height of the images.
+
+    Returns:
+        The placement; outside is what overlaps its box by an IoU below 0.1.
     """
     everything = np.ones(corners.shape[:2], dtype=bool)
     iou = _iou(corners, everything, boxes)
@@ -62,6 +65,9 @@ def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarr
         labelled: [L, P], bool: the points that count, one or more of each object.
         boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
         sizes: [L, 2], width and height of the images.
+
+    Returns:
+        The placement; outside is what has less than half of its points in or near its box.
     """
     outside = _share(points, labelled, boxes, margin=0.25, pixels=2) < 0.5
     far = _share(points, labelled, boxes, margin=1, pixels=10) < 0.5
@@ -80,7 +86,10 @@ def _iou(corners: np.ndarray, labelled: np.ndarray, boxes: np.ndarray) -> np.nda
 def _share(
     points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, *, margin: float = 0.1, pixels: float = 1
 ) -> np.ndarray:
-    """How many of an object's points are in its box, [L], 0 to 1; none where all are within 0..1 in a larger box."""
+    """The share of each object's labelled points, [L], in its box grown by a margin of its sides and by pixels.
+
+    It is 0 where all lie within 0..1 in a box larger than 4 pixels.
+    """
     around = margin * (boxes[:, 2:] - boxes[:, :2]) + pixels
     low, high = (boxes[:, :2] - around)[:, None], (boxes[:, 2:] + around)[:, None]
     inside = ((points >= low) & (points <= high)).all(axis=2) & labelled
@@ -100,7 +109,7 @@ def _read(
     right: float,
     better: float,
 ) -> tuple[bool, str | None]:
-    """Whether a reading fits, by the mean over the objects, and better than the points do now, [L]; and which.
+    """Whether a reading fits by ``right`` on average, and beats the present fit ``now``, [L], by ``better``; and which.
 
     Where the points of most objects do not fit their boxes, these objects alone are looked at.
     """
@@ -113,7 +122,7 @@ def _read(
     middles = points.mean(axis=(1, 2), where=labelled[..., None])
     scale = float(middles.sum() / boxes.mean(axis=1).sum())
     if scale > 0 and not NOT_SCALED[0] < scale < NOT_SCALED[1]:
-        words = f"of images {scale:.3g} times as large: divide by that"
+        words = f"pixels of an image {scale:.3g} times as large: divide by {scale:.3g}"
         found[words] = fit(points / scale, labelled, boxes).mean()
     looks = next(words for words, mean in found.items() if mean > max(found.values()) - 0.05)
     fits = found[looks] >= right and found[looks] - now.mean() >= better

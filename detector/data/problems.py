@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -119,9 +120,10 @@ def _ignored(annotations: Entries) -> Iterator[Problem]:
         yield Problem(IGNORED, "note", f"{message}; iscrowd 1 takes it out of both")
 
 
-def no_box(path: Any) -> Problem:
-    """What training says of a file without a box that it could learn."""
-    return Problem(NO_BOX, "error", f"{path}: no box to train on: each is missing, a crowd, empty or outside its image")
+def no_box(path: str | Path) -> Problem:
+    """The error of a file without a box to learn from, for check and for training."""
+    what = "there are no annotations, or each is a crowd or has a bbox that is empty or outside its image"
+    return Problem(NO_BOX, "error", f"{path}: no box to train on: {what}")
 
 
 def sizes_of_images(file: CocoFile) -> np.ndarray:

@@ -114,14 +114,14 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
             result["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
         results.append(result)
     if notes is not None and results and "bbox" in fields:
-        notes += _misread(results, truth)
+        notes += _misread(entries, results, truth)
     return results
 
 
-def _misread(results: Sequence[Result], truth: Annotations) -> Iterator[str]:
+def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) -> Iterator[str]:
     """Say if boxes, masks or key points look like something else than COCO's."""
-    boxes, image_ids = np.array([one["bbox"] for one in results]), np.array([one["image_id"] for one in results])
-    looks = boxes_look_like(boxes, np.array([one["score"] for one in results]), image_ids, truth)
+    boxes, image_ids = entries["bbox"].copy(), entries["image_id"]
+    looks = boxes_look_like(boxes, entries["score"], image_ids, truth)
     if looks is not None:
         yield f"The boxes look like {looks}. COCO's bbox is x, y, width and height in pixels of the image."
         return
@@ -141,7 +141,7 @@ def _misread(results: Sequence[Result], truth: Annotations) -> Iterator[str]:
 
 def _misplaced(name: str, placed: Placement) -> Iterator[str]:
     if placed.wrong:
-        yield f"The {name} do not lie in their boxes{f': they look {placed.looks}' if placed.looks else ''}."
+        yield f"Most {name} do not lie in their boxes{f'; they look like {placed.looks}' if placed.looks else ''}."
 
 
 def _field_problems(

@@ -109,9 +109,10 @@ def measure_masks(segmentations: Sequence[Any], sizes: Sequence[Sequence[int]]) 
         sizes: width and height of the image of each.
 
     Returns:
-        The box around each, [L, 4] float64 (x1, y1, x2, y2) in pixels: of polygons that around their points; NaN around
-        an RLE without a pixel. And the number of pixels of each, [L] float64: of large polygons within their image, the
-        area that they enclose. Both are NaN where ``None`` was given.
+        Boxes, [L, 4] float64 (x1, y1, x2, y2) in pixels, around the points of polygons or the pixels of an RLE; NaN for
+        an RLE without a pixel. And areas, [L] float64, in pixels: exact for RLE, for polygons of under 10 pixels, and
+        for those that leave their image; else the area that they enclose, overlaps counted twice. NaN where ``None``
+        was given.
     """
     boxes, areas = np.full((len(segmentations), 4), np.nan), np.full(len(segmentations), np.nan)
     numbers, owners, lengths = array("d"), [], []

@@ -33,14 +33,14 @@ from detector.pretrained.detector import PretrainedDetector
 
 # What a flaw of the annotations does to the scores.
 COUNTED_WRONG = {
-    FAR_FROM_BOX: "By them scores tell small objects from large ones, and scale the errors of key points.",
+    FAR_FROM_BOX: "AP by size and key points' errors use these areas.",
     IGNORED: "They are scored as any other.",
 }
 LACKING: dict[Part, dict[str, str]] = {
     "masks": {
         EMPTY["masks"][0]: "In segm scores they count as missed.",
         OUTSIDE_BOX["masks"][0]: "In segm scores the objects in the boxes count as missed.",
-        FAR_FROM_MASK[0]: "By them segm scores tell small objects from large ones.",
+        FAR_FROM_MASK[0]: "segm AP by size uses these areas.",
         "objects without a segmentation": "In segm scores they count as missed.",
         "masks without an area": "The boxes' are taken, by which segm scores tell small objects from large ones.",
     },

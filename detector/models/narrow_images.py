@@ -26,7 +26,7 @@ class NarrowTransform(GeneralizedRCNNTransform):
 
 
 class NarrowShortestSize(v2.RandomShortestSize):
-    """torchvision's transform of the same effect for training images, likewise."""
+    """torchvision's transform of training images, which leaves at least one pixel of the shorter side."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         params = super().make_params(flat_inputs)

@@ -209,13 +209,12 @@ class PretrainedDetector(
         return [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
 
     def _refuse_other_floats(self) -> None:
-        """Images and boxes are float32. Boxes of 16 bits would be off by whole pixels."""
+        """Images are float32, and so must be the weights. Boxes of 16 bits would be off by whole pixels."""
         for name, value in self.model.named_parameters():
             if value.is_floating_point() and value.dtype != torch.float32:
                 kind = str(value.dtype).removeprefix("torch.")
                 raise ModelError(
-                    f"the detector's weights are {kind} ({name}), and it detects in float32 alone: call "
-                    "detector.float() first"
+                    f"the detector's weights are {kind} ({name}); detect needs float32: call detector.float() first"
                 )
 
     def digest(self) -> str:

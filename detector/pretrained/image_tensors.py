@@ -39,8 +39,8 @@ def image_tensor(image: ImageLike, *, orientation: Orientation = "upright", max_
         return read_image(image, orientation=orientation, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         try:
-            image.load()
             turned = oriented(image, orientation=orientation)
+            turned.load()
         except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is read only now
             raise DataError(f"the PIL image cannot be read (broken or cut off): {error}") from None
         pixels = v2.functional.pil_to_tensor(as_rgb(turned))

@@ -101,7 +101,7 @@ def refinement_losses(
         ``loss_refinement_box`` and ``loss_refinement_fit``.
 
     Raises:
-        TypeError: the model has no refinement, or boxes are of a type that holds no coordinates.
+        TypeError: the model has no refinement, or boxes are no tensor of float32, float64 or integers.
         ValueError: there is not a target for each image, or not [L, 4] boxes in each; or a box is not finite, has no
             width or height, or lies outside its image. One that reaches outside is clipped.
     """

@@ -14,7 +14,7 @@ from detector.refinement.head import CODER, Refinement
 from detector.refinement.looking import decoded, paired_iou
 
 BETA = 1 / 9  # below, the box loss is quadratic, as in torchvision's own
-NO_COORDINATES = {torch.bool, torch.bfloat16}  # types of no box: bfloat16 is off by whole pixels
+NO_COORDINATES = (torch.bool, torch.bfloat16, torch.float16)  # the latter two have steps of whole pixels
 STAGE_IOU = 0.1  # by so much more must boxes overlap the truth for each further set of weights
 
 
@@ -41,9 +41,9 @@ def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]
             raise ValueError(f"{field} is missing: where there is no object it is torch.zeros(0, 4)")
         boxes = target["boxes"]
         if not isinstance(boxes, Tensor):
-            raise TypeError(f"{field} must be a tensor of floats, got {type(boxes).__name__}")
+            raise TypeError(f"{field} must be a tensor, got {type(boxes).__name__}")
         if boxes.is_complex() or boxes.dtype in NO_COORDINATES:
-            raise TypeError(f"{field} must be a tensor of float32 or float64, got {boxes.dtype}")
+            raise TypeError(f"{field} must be float32, float64 or integers, got {boxes.dtype}: call .float()")
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{field} must be [L, 4], got {list(boxes.shape)}")
         usable.append(_is_usable(boxes, *image.shape[-2:]))

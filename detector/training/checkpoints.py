@@ -32,7 +32,7 @@ class Checkpoints(Checkpoint):
     ``last.ckpt`` is written every so many steps, at the end of each epoch, and a step before each scoring. Never
     right before one: Lightning would take it as done when going on. Ctrl-C and SIGTERM end the step under way, write
     it and stop. Where a callback, such as EarlyStopping, or a time limit ends the run, ``last.ckpt`` says so: a run
-    that goes on from it trains no further, unless it has a longer time limit.
+    that goes on from it trains no further. Only one that ended by its time limit does, with a longer limit.
 
     Args:
         folder: where to.
@@ -45,7 +45,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self.written = 0
         self.signal: int | None = None  # that asked the run to stop
-        # By which time limit, in seconds, the run ended; infinity: by a callback. Epochs and steps Lightning counts.
+        # Seconds of the time limit that ended the run; infinity: a callback ended it; None: neither did.
         self.ended: float | None = None
         self._speaks = self._listens = False
         self._last_step: int | None = None  # of last.ckpt
@@ -140,8 +140,8 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Only now it is certain, whichever callback asked for it, and when. All else in the file stays: where in the
-        # epoch it was written decides how a run with a longer time limit goes on.
+        # Callbacks may ask later than the last save: only now it is certain. Only this entry of the file changes, since
+        # its position in the epoch decides how a run with more time goes on.
         if not _ends(trainer):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -67,8 +67,8 @@ class CocoDataModule(lightning.LightningDataModule):
         val_split: the split to score on.
         annotations: annotation file of a split, relative to root; {split} stands for the split.
         images: image folder of a split, relative to root.
-        orientation: "upright": images are turned upright by their EXIF orientation, as viewers and label tools do;
-            "stored": they are not. Where only one of the two has the size that the annotations give, it is that one.
+        orientation: "upright": turn images by their EXIF orientation, as viewers and label tools do; "stored": take
+            them as stored. Where the annotated size fits only one, that one is taken.
         augmentation: transforms of torchvision.transforms.v2 for training images and their boxes, in order, each by
             its name, or with settings as {class_path: RandomHorizontalFlip, init_args: {p: 0.25}}. Default: a
             horizontal flip of every second image. tools/browse.py shows what comes out.
@@ -242,8 +242,8 @@ class CocoDataModule(lightning.LightningDataModule):
             for kind in ORIENTED.values():
                 of_kind = [problem.message for problem in doubtful if problem.kind == kind]
                 if of_kind:
-                    setting = f"data.orientation is {self.folder.orientation}, and that of other tools must be the same"
-                    self.notes.append(f"{name}: {len(of_kind):,} {kind}, such as {of_kind[0]} ({setting})")
+                    same = f"give eval and predict the same --orientation {self.folder.orientation}"
+                    self.notes.append(f"{name}: {len(of_kind):,} {kind}, such as {of_kind[0]}; {same}")
         broken = [(name, data, reasons) for (name, data), (reasons, _) in zip(splits, found, strict=True) if reasons]
         if broken and not self.skip_broken:
             first, *others = (reason for _, _, reasons in broken for reason in reasons.values())

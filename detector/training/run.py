@@ -191,7 +191,10 @@ class Run:
         device = trainer.strategy.root_device
         last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
         if last is None:
-            raise TrainingError("the run ended before its first step: there is nothing to score")
+            raise TrainingError(
+                "the run ended before its first step, so nothing can be scored: give a longer --trainer.max_time, or "
+                "remove the callback that stops it"
+            )
         detector = load_checkpoint(last)  # with averaged weights, if there are any
         if task.scored_step == trainer.global_step:
             found = Predictions(data.val_set.image_ids, task.results)

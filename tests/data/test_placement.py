@@ -78,11 +78,11 @@ SIZE = np.array([WIDTH, HEIGHT])
 LOOKS = {
     "normalised": lambda points, box: points / SIZE,
     "y before x": lambda points, box: points[:, ::-1],
-    "corner of their box": lambda points, box: points - box[:2],
+    "box's corner": lambda points, box: points - box[:2],
     "times as large": lambda points, box: points / 2,
     "as large: divide": lambda points, box: points * 1.5,
-    "in their box": lambda points, box: (points - box[:2]) / box[2:],
-    "or of other objects": lambda points, box: points + np.where(box[:2] < SIZE / 2, SIZE / 2, -SIZE / 2),
+    "to their box": lambda points, box: (points - box[:2]) / box[2:],
+    "may belong to other objects": lambda points, box: points + np.where(box[:2] < SIZE / 2, SIZE / 2, -SIZE / 2),
 }
 
 
@@ -100,12 +100,12 @@ def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
 
 
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
-@pytest.mark.parametrize("looks", ["normalised", "in their box"])
+@pytest.mark.parametrize("looks", ["normalised", "to their box"])
 @pytest.mark.parametrize("count", [1, 40])
 def test_normalised_ones_in_large_boxes(tmp_path, part, looks, count):
     """Of which many begin in the image's corner, where small numbers are."""
     path = file(tmp_path, part, LOOKS[looks], count=count, low=300, high=450)
-    with pytest.raises(DataError, match=looks if count > 1 else "boxes"):
+    with pytest.raises(DataError, match=looks if count > 1 else "bbox"):
         read_annotations(path, parts=[part])
     assert found(file(tmp_path, part, count=count, low=300, high=450)) == set()
 
@@ -145,7 +145,7 @@ def test_labelled_placeholders_are_flaws(tmp_path, placeholder):
         (lambda points, box: points, set()),
         (lambda points, box: EMPTY["a point three times"](points, box), {("flaw", "masks without a pixel")}),
         (lambda points, box: points / SIZE, {("flaw", "masks without a pixel")}),
-        (LOOKS["or of other objects"], {("flaw", "masks outside their boxes")}),
+        (LOOKS["may belong to other objects"], {("flaw", "masks outside their boxes")}),
     ],
 )
 def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, change, expected):
@@ -217,6 +217,11 @@ def test_masks_that_reach_outside_their_image_are_a_flaw(tmp_path):
     assert ("flaw", "masks that reach outside their image") in found(path)
     rounded = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-0.4, box[1]]]]), some=lambda n: n < 4)
     assert "masks that reach outside their image" not in {kind for _, kind in found(rounded)}
+
+
+def test_points_up_and_left_of_their_image_are_no_placeholders(tmp_path):
+    path = file(tmp_path, "keypoints", lambda points, box: np.vstack([points[:4], [[-30.0, -40.0]]]))
+    assert found(path) == {("flaw", "key points outside their image")}
 
 
 def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):

@@ -39,7 +39,7 @@ def test_a_detector_in_another_precision_is_refused(dtype, part, detector):
     cast = copy.deepcopy(detector)
     cast.model.get_submodule(part).to(dtype)
     for call in (lambda: cast.detect(scene()), lambda: cast.detect_batch([scene()])):
-        with pytest.raises(ModelError, match=rf"{str(dtype)[6:]} \({part}\..*\.float\(\).*torch\.autocast"):
+        with pytest.raises(ModelError, match=rf"{str(dtype)[6:]} \({part}\..*\.float\(\)"):
             call()
     assert cast.float().detect(scene(), min_score=0).boxes.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):

@@ -254,7 +254,7 @@ def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch)
     (start,) = json.loads((trained / "environment.json").read_text())
     assert start["settings"]["seed"] == 0
     assert start["settings"]["detector"]["fpn_channels"] == 16
-    assert "ShortestSize" in start["settings"]["transform"]
+    assert "NarrowShortestSize" in start["settings"]["transform"]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     if commit.returncode == 0:
@@ -1053,5 +1053,6 @@ def test_going_on_from_a_checkpoint_with_holes_is_a_sentence():
 def test_settings_that_are_not_utf_8_are_refused_in_a_sentence(tmp_path, capsys):
     path = tmp_path / "settings.yaml"
     path.write_bytes("run_dir: runs/größe\n".encode("cp1252"))
-    with pytest.raises(SystemExit, match=r"settings\.yaml: not UTF-8.*save it as UTF-8"):
-        train(["--config", str(path)])
+    for flags in (["--config", str(path)], [f"--config={path}"]):
+        with pytest.raises(SystemExit, match=r"settings\.yaml: not UTF-8.*save it as UTF-8"):
+            train(flags)
