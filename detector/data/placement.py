@@ -41,7 +41,7 @@ class Placement:
 
 
 def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare the boxes around masks with the objects' own, by their IoU.
+    """Compare the boxes around masks with the objects' own: by their IoU, and by how much of each mask's lies inside.
 
     Args:
         corners: [L, 2, 2], the upper left and the lower right corner around each mask, in pixels.
@@ -49,12 +49,15 @@ def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) ->
         sizes: [L, 2], width and height of the images.
 
     Returns:
-        The placement; outside is what overlaps its box by an IoU below 0.1.
+        The placement; outside is that of which less than a tenth lies in its box.
     """
     everything = np.ones(corners.shape[:2], dtype=bool)
-    iou = _iou(corners, everything, boxes)
-    wrong, looks = _read(corners, everything, boxes, sizes, _iou, iou, right=0.8, better=0.2)
-    return Placement(iou < 0.1, wrong or 2 * (iou < 0.05).sum() > len(iou), looks)
+    wrong, looks = _read(
+        corners, everything, boxes, sizes, _iou, _iou(corners, everything, boxes), right=0.8, better=0.2
+    )
+    both, areas, _ = _areas(corners, boxes)
+    outside = both < 0.1 * np.maximum(areas, 1e-9)
+    return Placement(outside, wrong or 2 * outside.sum() > len(outside), looks)
 
 
 def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
@@ -76,11 +79,17 @@ def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarr
     return Placement(outside, wrong or 2 * far.sum() > len(far), looks)
 
 
-def _iou(corners: np.ndarray, labelled: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def _areas(corners: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The areas of what two boxes have in common, and of each, [L] all, in square pixels."""
     low, high = np.maximum(corners[:, 0], boxes[:, :2]), np.minimum(corners[:, 1], boxes[:, 2:])
-    both = (high - low).clip(min=0).prod(axis=1)
-    areas = (corners[:, 1] - corners[:, 0]).clip(min=0).prod(axis=1) + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    return both / (areas - both)
+    shapes = (high - low, corners[:, 1] - corners[:, 0], boxes[:, 2:] - boxes[:, :2])
+    both, first, second = (shape.clip(min=0).prod(axis=1) for shape in shapes)
+    return both, first, second
+
+
+def _iou(corners: np.ndarray, labelled: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    both, first, second = _areas(corners, boxes)
+    return both / (first + second - both)
 
 
 def _share(

@@ -117,6 +117,13 @@ def test_masks_in_large_boxes(tmp_path, looks):
     assert problem.kind == "annotation file whose masks lie outside boxes"
 
 
+def test_masks_of_a_small_part_are_in_their_boxes(tmp_path):
+    """Such as a car's number plate: a twentieth of its box's width."""
+    path = file(tmp_path, "masks", lambda points, box: box[:2] + 0.4 * box[2:] + (points - box[:2]) / 20)
+    assert not any("outside" in kind for _, kind in found(path))
+    read_annotations(path, parts=["masks"])
+
+
 @pytest.mark.parametrize("below", [0.3, 0.9])
 def test_a_point_on_the_ground_below_its_box_is_no_error(tmp_path, below):
     def ground(points, box):
