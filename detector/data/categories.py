@@ -117,7 +117,7 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
     if unknown := _unknown(category_ids, data):
         why = mixed_up(detector.category_names, list(unknown))
         notes.append(
-            f"The detector does not know {quoted(list(unknown))}: such objects ({unknown.total():,}) count as missed"
+            f"The detector does not know the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) count as missed"
             f"{f' ({why})' if why else ''}."
         )
     if moved := _moved(detector, category_ids):

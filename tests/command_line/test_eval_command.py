@@ -557,7 +557,7 @@ def test_objects_of_classes_that_a_checkpoint_does_not_know_are_missed(data, tmp
     monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
     score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    note = "The detector does not know '<b>8</b>': such objects (2) count as missed."
+    note = "The detector does not know the classes '<b>8</b>': their objects (2) count as missed."
     assert report["notes"] == [note, "No losses: of some classes the detector has no label."]
     assert note in capsys.readouterr().err  # before the run
     assert report["by_class"][2]["name"] == "<b>8</b>"
@@ -703,7 +703,7 @@ def test_published_classes_may_be_others_than_the_datas(data, tmp_path, monkeypa
     score(model="some", weights="w.pth", root=str(root), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None
-    assert "does not know '<b>5</b>', '<b>8</b>'" in report["notes"][0]
+    assert "does not know the classes '<b>5</b>', '<b>8</b>'" in report["notes"][0]
     assert {r["category_id"] for r in json.loads((tmp_path / "out" / "detections.json").read_text())} <= {1}
 
 

@@ -117,7 +117,7 @@ def test_names_that_differ_by_a_blank_or_by_case_are_told_apart(tmp_path):
         )
     train, val = load(tmp_path / "train"), load(tmp_path / "val")
     notes = match_notes(detector([3, 7], ["bird", "cat"]), [3, None], load(tmp_path / "val"))
-    assert "does not know 'Cat'" in notes[0]
+    assert "does not know the classes 'Cat'" in notes[0]
     assert "'cat' and 'Cat' differ only by case" in notes[0]
     (note,) = label_as(val, train)
     assert "('Cat')" in note
