@@ -117,8 +117,8 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
     if unknown := _unknown(category_ids, data):
         why = mixed_up(detector.category_names, list(unknown))
         notes.append(
-            f"The detector does not know the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) count as missed"
-            f"{f' ({why})' if why else ''}."
+            f"The detector does not know the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) "
+            f"count as missed{f' ({why})' if why else ''}."
         )
     if moved := _moved(detector, category_ids):
         notes.append(f"Classes are matched by name: {quoted(moved)} have other ids in the data than in the detector.")

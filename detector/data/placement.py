@@ -55,7 +55,7 @@ def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) ->
     wrong, looks = _read(
         corners, everything, boxes, sizes, _iou, _iou(corners, everything, boxes), right=0.8, better=0.2
     )
-    both, areas, _ = _areas(corners + [[-0.5], [0.5]], boxes)  # a point and a line have an area, too
+    both, areas, _ = _areas(corners + np.array([[-0.5], [0.5]]), boxes)  # a point and a line have an area, too
     outside = both < 0.1 * areas
     return Placement(outside, wrong or 2 * outside.sum() > len(outside), looks)
 
