@@ -622,7 +622,7 @@ def test_images_whose_size_does_not_tell_how_they_are_turned(home, checkpoint, c
     path = write_annotations(home / "i.json", [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}])
     Image.open(home / "a.png").rotate(180 if setting == "upright" else 0).save(home / "b.png")
     main(["a.png", f"--checkpoint={checkpoint}", "--output=a", f"--annotations={path}", f"--orientation={setting}"])
-    assert "EXIF orientation 3" in capsys.readouterr().err
+    assert "EXIF orientation is 3" in capsys.readouterr().err
     main(["a.png", f"--checkpoint={checkpoint}", "--output=c", f"--orientation={setting}"])
     main(["b.png", f"--checkpoint={checkpoint}", "--output=b"])
     (with_file, _), (without, _), (turned, _) = (read(name) for name in "acb")
