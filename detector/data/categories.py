@@ -137,7 +137,7 @@ def quoted(names: Sequence[str]) -> str:
 
 
 def no_shared_name(ours: Sequence[str], theirs: Sequence[str], *, of: str = "to train on") -> str:
-    """Say that no category has the name of one of others, and why, if it can be told."""
+    """The message that two sets of categories share no name, with the reason if it is known."""
     why = mixed_up(ours, theirs)
     return f"no category ({quoted(ours)}) has the name of one {of} ({quoted(theirs)}){f': {why}' if why else ''}"
 
