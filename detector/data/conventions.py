@@ -11,7 +11,7 @@ from detector.data.annotations import Annotations
 MOST_IMAGES = 1000  # whose results are compared with the ground truth: a second's work
 FEWEST = 5  # results that are compared
 MEET, BETTER = 0.6, 0.3  # the share of the best results that must meet an object, and by how much it must be higher
-# A fitted scale improves poor boxes, too, so it needs more evidence: results, images with results, and the gain in share.
+# Fitting a scale improves poor boxes, too, so it needs more evidence: results, images with results, and a larger gain.
 FEWEST_TO_SCALE, FEWEST_IMAGES, BETTER_BY_SCALE = 10, 3, 0.6
 
 # How four numbers [L, 4] may be meant: as (x1, y1, x2, y2).
