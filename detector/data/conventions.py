@@ -53,12 +53,14 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
         return None
     of_image = np.repeat(np.arange(len(best)), [len(of) for of in best])
     sizes = truth.sizes[truth.find(image_ids[rows])].astype(float)
-    counts: dict[str, int] = {}
     read_as = {form: read(boxes[rows]) for form, read in FORMS.items()}
+    as_they_are = _met(next(iter(read_as.values())), of_image, objects)
+    if as_they_are > (1 - BETTER) * len(rows):  # as of any right file: nothing can be so much better
+        return None
+    counts: dict[str, int] = {}
     for form, corners in read_as.items():
         counts[form] = _met(corners, of_image, objects)
         counts[f"{form}, normalised (0..1)"] = _met(corners * np.tile(sizes, 2), of_image, objects)
-    as_they_are = counts[next(iter(FORMS))]
     for form, corners in read_as.items() if len(rows) >= FEWEST_TO_SCALE and len(best) >= FEWEST_IMAGES else ():
         for resized, sides_of in RESIZED.items():
             pixels = _pixels(corners, of_image, objects, sides_of(sizes))

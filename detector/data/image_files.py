@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,6 +17,7 @@ from detector.data.problems import Problem
 from detector.errors import DataError, SizeError, shown
 from detector.text import alike_file
 
+MOST_LISTED = 200_000  # files that are looked at to find the one that may be meant: three seconds
 ORIENTED = {  # the kinds of problems, by how the remarks on an image begin
     DOUBTFUL: "images whose annotated size fits both orientations",
     TOLD: "images whose annotated size decides against the orientation setting",
@@ -61,11 +63,11 @@ def file_problems(
 
 
 def _names_by_key(root: Path) -> dict[str, list[str]]:
-    """The files in a folder, and below it, by their :func:`_key`."""
+    """The files in a folder, and below it, by their :func:`_key`; the first ones, if it holds a whole disk."""
     by_key: dict[str, list[str]] = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            by_key.setdefault(_key(name), []).append(Path(folder, name).relative_to(root).as_posix())
+    files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+    for file in islice(files, MOST_LISTED):
+        by_key.setdefault(_key(file.name), []).append(file.relative_to(root).as_posix())
     return by_key
 
 

@@ -117,7 +117,8 @@ def find_images(
     files: dict[str, ImageFile] = {}
     for path, name in found.values():
         if name not in known:
-            alike = [other for other in known if alike_file(other) == alike_file(name)]
+            key = alike_file(name)
+            alike = [other for other in known if alike_file(other) == key]
             raise DataError(
                 f"{path}: the annotations have no image {name!r} (a file goes by its name, a file in a folder by its "
                 f"path from there){f'; they have {alike[0]!r}' if alike else ''}; without annotations images are "

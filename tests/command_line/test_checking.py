@@ -28,6 +28,7 @@ from support.annotation_files import (
 )
 
 from detector.command_line.checking import Findings, check_dataset, report
+from detector.data import image_files
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
@@ -712,6 +713,14 @@ def test_the_name_that_would_fit_is_said(tmp_path, named, there):
     (tmp_path / there).touch()
     ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
     assert problem.message.endswith(f"; did you mean {there!r}?")
+
+
+def test_a_folder_that_holds_too_much_is_looked_at_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MOST_LISTED", 1)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    found = list(file_problems(["A.png", "B.png"], tmp_path, "images[{}]".format))
+    assert sum("did you mean" in problem.message for _, problem in found) == 1
 
 
 def test_two_names_are_said_where_several_would_fit_and_none_where_none_does(tmp_path):
