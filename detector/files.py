@@ -123,7 +123,7 @@ def _content(path: str | Path) -> bytes:
 
 
 def _first_not_utf8(content: bytes) -> int | None:
-    """The position of the first byte that is not UTF-8, or ``None``; a letter that is cut off at the end does not count."""
+    """The position of the first byte that is not UTF-8, or ``None``. A letter cut off at the end does not count."""
     if content.isascii():
         return None
     start = 0
