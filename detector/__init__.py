@@ -10,7 +10,7 @@ What is imported here needs torch and torchvision alone. Below it lie, each usin
 * ``pretrained``: trained detectors, out of checkpoints and folders, applied to images, exported;
 * ``evaluation``: COCO's metric, and what else tells how a detector does, as a report and a page;
 * ``training``: runs, by Lightning;
-* ``command_line``: what ``tools/`` calls, a module a tool.
+* ``tools``: what ``tools/`` calls, a module a tool.
 
 The single modules beside them (``errors``, ``text``, ``files``, ...) are what all of these use.
 """

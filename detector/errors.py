@@ -1,18 +1,50 @@
-"""What a user can mend, said in one sentence."""
+"""User-facing errors."""
 
 import os
 import reprlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from string import Formatter
 from typing import Any
 
 from detector.signals import sigterm_as_ctrl_c
 
 
 class UserError(Exception):
-    """A mistake in what the program was given; its words are meant for the user."""
+    """An error in the user's input. Its message is meant for the user.
+
+    Args:
+        message: what is wrong.
+        setting: the name of the setting at fault, dotted ("refinement.iterations"). A command line shows its flag.
+        value: the value of ``setting``.
+        hints: what to do, alternatives in order of preference. Names of settings stand in braces, "lower {batch_size}";
+            a command line replaces them by its flags, and drops a hint whose settings it does not have.
+    """
+
+    def __init__(self, message: str = "", *, setting: str | None = None, value: Any = None, hints: Sequence[str] = ()):
+        super().__init__(message)
+        self.message, self.setting, self.value, self.hints = message, setting, value, tuple(hints)
+
+    def describe(self, flag_of: Callable[[str], str | None] = lambda name: name) -> str:
+        """Return the whole message.
+
+        Args:
+            flag_of: from the name of a setting to what the reader calls it; ``None`` where the reader does not have it.
+        """
+        text = self.message
+        if self.setting is not None:
+            text = f"{flag_of(self.setting) or self.setting} {short_repr(self.value)}: {text}"
+        hints = []
+        for hint in self.hints:
+            flags = {name: flag_of(name) for _, name, _, _ in Formatter().parse(hint) if name}
+            if None not in flags.values():
+                hints.append(Formatter().vformat(hint, (), flags))
+        return f"{text}: {', or '.join(hints)}" if hints else text
+
+    def __str__(self) -> str:
+        return self.describe()
 
 
 class DataError(UserError, ValueError):
@@ -27,8 +59,8 @@ class SizeError(ImageError):
     """An image has another size than its annotation says."""
 
 
-class MissingPartError(DataError):
-    """Masks, or key points, are needed, and no annotation of a file has any."""
+class MissingAnnotationsError(DataError):
+    """Masks, or keypoints, are needed, and no annotation of a file has any."""
 
 
 class ModelError(UserError, ValueError):
@@ -49,7 +81,7 @@ _short = _Short()
 _short.maxlevel, _short.maxstring, _short.maxother = 5, 200, 200  # a kilobyte of lists may be shown as gigabytes
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """A value of a file that anybody may have written, on one line, cut where it is long or deep."""
     try:
         text = _short.repr(value)
@@ -58,7 +90,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 500 else f"{text[:497]}..."
 
 
-def sentence(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, in one line. From a data loader's worker it comes with a traceback before it."""
     text = str(error).strip() or type(error).__name__
     if "Original Traceback" in text:
@@ -83,7 +115,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
+def exit_on_user_error(*others: type[Exception]) -> Iterator[None]:
     """A user's mistake ends the program in one sentence, Ctrl-C and SIGTERM in a word, an unread output in silence.
 
     The exit code is 2 for a mistake in the command line, 1 for others, 130 for Ctrl-C.
@@ -102,16 +134,16 @@ def in_a_sentence(*others: type[Exception]) -> Iterator[None]:
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, UsageError):
-            print(f"error: {sentence(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(2)
-        sys.exit(f"error: {sentence(error)}")
+        sys.exit(f"error: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         reader_died = "DataLoader worker (pid" in str(error)
         if not reader_died and not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
         what = "a process that reads images died, probably of too little memory" if reader_died else "out of memory"
-        sys.exit(f"error: {what}: take fewer or smaller images at a time, or fewer workers ({sentence(error)[:200]})")
+        sys.exit(f"error: {what}: take fewer or smaller images at a time, or fewer workers ({one_line(error)[:200]})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Attributes of a module that hold for a while."""
+"""Attributes and modes of a module that change for the duration of a block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def overridden(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Within, a module has these attributes of its own; afterwards those that it had, or its class's."""
+    """Set instance attributes of a module, and restore the previous ones afterwards."""
     before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
     module.__dict__.update(attributes)
     try:
@@ -18,3 +18,15 @@ def overridden(module: nn.Module, **attributes: Any) -> Iterator[None]:
         for name in attributes:
             del module.__dict__[name]
         module.__dict__.update(before)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and restore the mode of each of its modules afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

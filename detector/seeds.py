@@ -19,7 +19,7 @@ def seed_of(*numbers: int) -> int:
 
 
 @contextmanager
-def drawn_from(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Draws within, on the CPU and on ``device``, start from ``seed``; those after it are as if there had been none."""
     device = torch.device(device)
     accelerators = [] if device.type == "cpu" else [device]

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "detector"
 # From the ground up. Below them all lie the single modules beside them: errors, text, files, ...
-FLOORS = ("crop", "rcnn", "refinement", "data", "models", "pretrained", "evaluation", "training", "command_line")
+FLOORS = ("crop", "rcnn", "refinement", "data", "models", "pretrained", "evaluation", "training", "tools")
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -18,13 +18,13 @@ MODULES = {
 
 # What the main of a tool imports, alone, for its flags are read before torch is, which takes seconds.
 WORK = {
-    "detector.command_line.check": "detector.command_line.checking",
-    "detector.command_line.eval": "detector.command_line.evaluating",
-    "detector.command_line.browse": "detector.command_line.browsing",
-    "detector.command_line.export": "detector.command_line.exporting",
-    "detector.command_line.refine": "detector.command_line.refining",
-    "detector.command_line.predict": "detector.command_line.predicting",
-    "detector.command_line.train": "detector.command_line.training",
+    "detector.tools.check": "detector.tools.checking",
+    "detector.tools.eval": "detector.tools.evaluating",
+    "detector.tools.browse": "detector.tools.browsing",
+    "detector.tools.export": "detector.tools.exporting",
+    "detector.tools.refine": "detector.tools.refining",
+    "detector.tools.predict": "detector.tools.predicting",
+    "detector.tools.train": "detector.tools.training",
 }
 
 
@@ -85,7 +85,7 @@ def thirds(module: str) -> set[str]:
 
 def test_lightning_is_imported_on_the_last_two_floors_only():
     users = [m for m in MODULES if any(name.startswith(("lightning", "jsonargparse")) for name in thirds(m))]
-    assert {m.split(".")[1] for m in users} == {"training", "command_line"}
+    assert {m.split(".")[1] for m in users} == {"training", "tools"}
 
 
 def test_the_crop_needs_torch_and_its_operators_alone():

@@ -34,7 +34,6 @@ from support.annotation_files import VALID, nodes, write
 from support.refined_models import refined
 from support.scored import read
 
-from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
@@ -45,8 +44,9 @@ from detector.evaluation.truth import coco_of
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, load_torchvision_detector
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.loading import CHECKPOINT_KEY, load_detector
+from detector.tools.checking import check_dataset
 
 HANG = 60  # seconds for one input
 
@@ -112,7 +112,7 @@ def fuzz(amount, cases, check, *, slow_from=2000, least=0.02):
     assert min(refused, answered) >= least * (refused + answered), lines
 
 
-def in_a_sentence(error, path):
+def exit_on_user_error(error, path):
     """What is refused is named, and not at length."""
     assert str(path) in str(error)
     assert "\n" not in str(error)
@@ -418,7 +418,7 @@ def right_targets(data, folder, path):
         loaded = CocoDetection(folder, path)
         samples = [loaded[index] for index in range(len(loaded))]
     except DataError as error:  # an image that is not there, or has another size
-        in_a_sentence(error, folder)
+        exit_on_user_error(error, folder)
         return
     for image in data["images"]:
         assert (folder / image["file_name"]).resolve().is_relative_to(folder.resolve())
@@ -454,7 +454,7 @@ def test_annotation_files(tmp_path, amount):
         try:
             coco = coco_of(read_annotations(path))
         except DataError as error:
-            in_a_sentence(error, path)
+            exit_on_user_error(error, path)
             return False
         data = json.loads(content.removeprefix(codecs.BOM_UTF8).decode(errors="replace"))
         right_report(coco, data, some_results(data))
@@ -471,7 +471,7 @@ SEGMENTATIONS = [[SQUARE], COMPRESSED, RUNS]
 
 
 def with_parts():
-    """The valid file with masks of each kind, and key points."""
+    """The valid file with masks of each kind, and keypoints."""
     data = copy.deepcopy(VALID)
     for category in data["categories"]:
         category |= {"keypoints": ["left_ear", "right_ear"], "skeleton": [[1, 2]]}
@@ -496,7 +496,7 @@ PARTS = {
 
 @st.composite
 def parts(draw, base):
-    """(kind, JSON text): a right file, with other masks or key points, also of what the categories name."""
+    """(kind, JSON text): a right file, with other masks or keypoints, also of what the categories name."""
     data = copy.deepcopy(base)
     entries = data if isinstance(data, list) else data["annotations"]
     field = draw(st.sampled_from(sorted(PARTS)))
@@ -520,8 +520,8 @@ def learned(loaded):
 
 
 def right_parts(path, folder):
-    """Masks are pycocotools' own, and the truth fed back is perfect, but for what it has no mask or key point of."""
-    loaded = CocoDetection(folder, path, parts=["masks"])
+    """Masks are pycocotools' own, and the truth fed back is perfect, but for what it has no mask or keypoint of."""
+    loaded = CocoDetection(folder, path, annotation_types=["masks"])
     coco = coco_of(loaded.annotations)
     for index, objects in enumerate(learned(loaded)):
         image, target = loaded[index]
@@ -552,12 +552,12 @@ def test_annotation_files_with_masks_and_key_points(tmp_path, amount):
         path.write_bytes(content)
         check_dataset(path, tmp_path / "images")
         try:
-            loaded = CocoDetection(tmp_path / "images", path, parts=["keypoints", "masks"])
+            loaded = CocoDetection(tmp_path / "images", path, annotation_types=["keypoints", "masks"])
             samples = [loaded[index] for index in range(len(loaded))]
             right_parts(path, tmp_path / "images")
             evaluate(coco_of(loaded.annotations), [], iou_type="keypoints")
         except DataError as error:
-            in_a_sentence(error, tmp_path)
+            exit_on_user_error(error, tmp_path)
             return False
         for (_, target), objects in zip(samples, learned(loaded), strict=True):
             assert target["keypoints"].shape == (len(objects), len(loaded.keypoints), 3)
@@ -599,7 +599,7 @@ def test_results_files(tmp_path, amount):
         try:
             results = read(path, truth)
         except DataError as error:
-            in_a_sentence(error, path)
+            exit_on_user_error(error, path)
             return False
         assert len(results) == len(json.loads(content))
         right_report(coco_of(truth), VALID, results)
@@ -617,7 +617,7 @@ RESULTS_OF_PARTS = [
 
 @amounts(500, 10_000)
 def test_results_files_of_masks_and_key_points(tmp_path, amount):
-    truth = read_annotations(write(tmp_path, with_parts()), parts=["masks", "keypoints"])
+    truth = read_annotations(write(tmp_path, with_parts()), annotation_types=["masks", "keypoints"])
     path = tmp_path / "found.json"
 
     def check(content):
@@ -629,7 +629,7 @@ def test_results_files_of_masks_and_key_points(tmp_path, amount):
                     scores, _ = evaluate(coco_of(truth), results, iou_type=kind)
                     assert all(score == -1 or 0 <= score <= 1 for score in scores.values())
         except DataError as error:  # the metric knows no files
-            in_a_sentence(error, path if str(path) in str(error) else "key points")
+            exit_on_user_error(error, path if str(path) in str(error) else "keypoints")
             return False
         assert len(results) == len(json.loads(content))
         assert all(len(result["bbox"]) == 4 for result in results)
@@ -764,12 +764,12 @@ def test_images(tmp_path, amount, capfd):
             try:
                 pixels = read_image(path)
             except DataError as error:
-                in_a_sentence(error, path)
+                exit_on_user_error(error, path)
                 pixels = None
             try:
                 assert read_image(path, width=13, height=11).shape == (3, 11, 13)
             except DataError as error:
-                in_a_sentence(error, path)
+                exit_on_user_error(error, path)
         assert not heard
         if pixels is None:
             return False
@@ -875,7 +875,7 @@ def saved(tmp_path_factory):
     torch.manual_seed(0)
     model = build_detector(TINY, 2, pretrained=False)
     folder = tmp_path_factory.mktemp("saved")
-    detector = PretrainedDetector(model, [3, 7], ["dog", "cat"], settings=TINY)
+    detector = Detector(model, [3, 7], ["dog", "cat"], settings=TINY)
     detector.save_pretrained(folder)
     checkpoint = {
         "epoch": 3,
@@ -902,7 +902,7 @@ def right_or_refused(path, digest, *, names=True):
     try:
         detector = load_detector(path)
     except ModelError as error:
-        in_a_sentence(error, path)
+        exit_on_user_error(error, path)
         return False
     assert digest is None or detector.digest() == digest
     assert not names or detector.category_names == ["dog", "cat"]
@@ -1234,4 +1234,4 @@ def test_a_checkpoint_with_something_else_in_a_field(tmp_path, saved, field, val
     (tmp_path / "last.ckpt").write_bytes(as_file(content))
     with pytest.raises(ModelError, match=r"last\.ckpt: not a checkpoint") as error:
         load_detector(tmp_path / "last.ckpt")
-    in_a_sentence(error.value, tmp_path)
+    exit_on_user_error(error.value, tmp_path)

@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.browse import main
+from detector.tools.browse import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.check import main
+from detector.tools.check import main
 
 if __name__ == "__main__":
     sys.exit(main())

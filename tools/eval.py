@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.eval import main
+from detector.tools.eval import main
 
 if __name__ == "__main__":
     sys.exit(main())

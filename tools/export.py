@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.export import main
+from detector.tools.export import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.predict import main
+from detector.tools.predict import main
 
 if __name__ == "__main__":
     sys.exit(main())

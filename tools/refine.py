@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.refine import main
+from detector.tools.refine import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.command_line.train import main
+from detector.tools.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from detector.command_line.training import parse
 from detector.data.dataset import as_float
+from detector.tools.training import parse
 
 STEPS, WARM_UP, ROUNDS = 20, 3, 3
 

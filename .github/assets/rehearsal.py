@@ -95,7 +95,7 @@ def read(what: str, root: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             data = COCO(root / "annotations" / "instances_train2017.json")
     else:
-        data = DataFolder(root).dataset("train2017", parts=("masks",) if what == "masks" else ())
+        data = DataFolder(root).dataset("train2017", annotation_types=("masks",) if what == "masks" else ())
     seconds, stays = time.perf_counter() - start, field("/proc/self/status", "VmRSS") - before
     pickled = 0 if what == "pycocotools" else len(pickle.dumps(data)) / 2**20
     print(json.dumps({"s": seconds, "MiB": stays, "pickled": pickled}))
@@ -132,7 +132,7 @@ def owned(what: str, root: Path, images: int) -> None:
     """Print what a forked worker owns after a pass over images."""
     from detector.data.folder import DataFolder
 
-    data = DataFolder(root).dataset("train2017", parts=("masks",) if what == "masks" else ())
+    data = DataFolder(root).dataset("train2017", annotation_types=("masks",) if what == "masks" else ())
     watched = Owned(Pixels(data.files()[:images]) if what == "pixels" else data, images)
     if what == "pixels":
         del data

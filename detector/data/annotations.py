@@ -11,9 +11,9 @@ import numpy as np
 
 from detector.data.entries import MOST_AREA, CocoFile, find
 from detector.data.keypoints import KeypointLayout, layout_of
-from detector.data.part_problems import FIELD, NAME, Part, has_part, part_problems
+from detector.data.part_problems import FIELD, NAME, AnnotationType, has_part, part_problems
 from detector.data.problems import IGNORED, Problem, annotation_problems
-from detector.errors import DataError, MissingPartError
+from detector.errors import DataError, MissingAnnotationsError
 
 
 class Packed:
@@ -50,8 +50,8 @@ class Annotations:
     boxes: np.ndarray  # x, y, width and height in pixels, as in the file, [L, 4] float64
     areas: np.ndarray  # square pixels, the box's where the file has none, [L] float64
     crowds: np.ndarray  # [L] bool
-    parts: dict[Part, Packed]  # the JSON of each annotation's mask or key points, for the parts that are read
-    flaws: Counter[str]  # how many boxes and parts are left out, clipped or counted wrong, by kind
+    annotation_types: dict[AnnotationType, Packed]  # the JSON of each annotation\'s mask or keypoints
+    warnings: Counter[str]  # how many boxes and parts are left out, clipped or counted wrong, by kind
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -73,19 +73,19 @@ class Annotations:
         """The annotations of an image."""
         return slice(*np.searchsorted(self.image_of, (index, index + 1)).tolist())
 
-    def value(self, part: Part, row: int) -> Any:
+    def value(self, part: AnnotationType, row: int) -> Any:
         """The ``segmentation`` or the ``keypoints`` of an annotation; ``None`` if it has none."""
-        raw = self.parts[part][row]
+        raw = self.annotation_types[part][row]
         return msgspec.json.decode(raw) if raw else None
 
     def keypoint_layout(self) -> KeypointLayout | None:
-        """The layout of the key points, see :func:`~detector.data.keypoints.layout_of`; ``None`` if none are read."""
+        """The layout of the keypoints, see :func:`~detector.data.keypoints.layout_of`; ``None`` if none are read."""
         points = (self.value("keypoints", row) for row in range(len(self.ids)))
-        return layout_of(self.path, self.categories, points) if "keypoints" in self.parts else None
+        return layout_of(self.path, self.categories, points) if "keypoints" in self.annotation_types else None
 
 
 def read_annotations(
-    path: str | Path, *, parts: Collection[Part] = (), needed: bool = True, labelled: bool = True
+    path: str | Path, *, annotation_types: Collection[AnnotationType] = (), needed: bool = True, labelled: bool = True
 ) -> Annotations:
     """Read an annotation file of COCO's instances format.
 
@@ -93,24 +93,24 @@ def read_annotations(
 
     Args:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
-        parts: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
+        annotation_types: what is read besides boxes: "masks", "keypoints" or both. Others are not looked at.
         needed: if false, parts that no object has are left out; else they are an error.
         labelled: if false, annotations are not read, and may be missing, as in COCO's ``image_info_test-dev2017``.
 
     Raises:
         DataError: the file cannot be read; or the first "error" of
             :func:`~detector.data.problems.annotation_problems` or of ``part_problems``, and how many more there are.
-        MissingPartError: no object has one of ``parts``.
+        MissingAnnotationsError: no object has one of ``annotation_types``.
     """
-    file = CocoFile(path, parts=[FIELD[part] for part in parts], labelled=labelled)
-    flaws = refuse(annotation_problems(file), f"{path}")
-    found = [part for part in parts if has_part(file, part)]
-    for part in parts:
+    file = CocoFile(path, fields=[FIELD[part] for part in annotation_types], labelled=labelled)
+    warnings = refuse(annotation_problems(file), f"{path}")
+    found = [part for part in annotation_types if has_part(file, part)]
+    for part in annotation_types:
         if part not in found and needed:
             what = "polygons or an RLE are needed" if part == "masks" else "COCO has them in person_keypoints_*.json"
-            raise MissingPartError(f"{path}: no object has {NAME[part]} ({FIELD[part]}): {what}")
+            raise MissingAnnotationsError(f"{path}: no object has {NAME[part]} ({FIELD[part]}): {what}")
     for part in found:
-        flaws += refuse(part_problems(file, part), f"{path}")
+        warnings += refuse(part_problems(file, part), f"{path}")
     images, annotations = file.images, file.annotations
     by_id = np.argsort(images["id"])
     index_of = np.argsort(by_id)[file.image_places]
@@ -131,26 +131,26 @@ def read_annotations(
         boxes=boxes,
         areas=np.where(np.isnan(areas), of_boxes, areas),
         crowds=annotations["iscrowd"][rows],
-        parts={part: Packed(annotations[FIELD[part]], rows) for part in found},
-        flaws=flaws,
+        annotation_types={part: Packed(annotations[FIELD[part]], rows) for part in found},
+        warnings=warnings,
     )
 
 
 def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[str]:
-    """Raise the first error among problems, or count the flaws, and annotations with ``ignore``, for the report.
+    """Raise the first error among problems, or count the warnings, and annotations with ``ignore``, for the report.
 
     Args:
         problems: see :class:`~detector.data.problems.Problem`.
         checked: the arguments with which ``tools/check.py`` lists them all.
     """
-    flaws: Counter[str] = Counter()
+    warnings: Counter[str] = Counter()
     first, more = None, -1
     for problem in problems:
         if problem.level == "error":
             first, more = first or problem.message, more + 1
-        elif problem.level == "flaw" or problem.kind == IGNORED:
-            flaws[problem.kind] += 1
+        elif problem.level == "warning" or problem.kind == IGNORED:
+            warnings[problem.kind] += 1
     if first is not None:
         lists = "" if checked is None else f": tools/check.py {checked} lists them"
         raise DataError(first + (f" (and {more:,} more problem{'s' * (more > 1)}{lists})" if more else ""))
-    return flaws
+    return warnings

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from detector.data.dataset import CocoDetection
-from detector.errors import DataError, ModelError, shown
+from detector.errors import DataError, ModelError, short_repr
 from detector.text import alike, listed
 
 Category = tuple[int | None, str]  # id and name
@@ -43,8 +43,8 @@ def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> lis
         if ids[number] is None and name in names:
             if (category, name) not in theirs:
                 raise DataError(
-                    f"several categories are called {shown(name)}, and the one with id {category} has no other with "
-                    "that id and name: it cannot be told which is which"
+                    f"several categories are called {short_repr(name)}, and the one with id {category} has no "
+                    "other with that id and name: it cannot be told which is which"
                 )
             ids[number] = category
     return ids
@@ -133,7 +133,7 @@ def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: Co
 
 def quoted(names: Sequence[str]) -> str:
     """List the first of some names in quotes, by which blanks at their ends are seen."""
-    return listed([shown(name) for name in names])
+    return listed([short_repr(name) for name in names])
 
 
 def no_shared_name(ours: Sequence[str], theirs: Sequence[str], *, of: str = "to train on") -> str:
@@ -159,7 +159,7 @@ def difference(name: str, other: str) -> str:
         what = "blanks"
     else:
         what = "case and blanks" if one.lower() == two.lower() else "hyphens, underscores or Unicode form"
-    return f"{shown(name)} and {shown(other)} differ only by {what}"
+    return f"{short_repr(name)} and {short_repr(other)} differ only by {what}"
 
 
 def mixed_up(ours: Sequence[str], theirs: Sequence[str]) -> str | None:

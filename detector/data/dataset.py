@@ -1,4 +1,4 @@
-"""Images, boxes, masks and key points of a split in COCO's layout, as torchvision's detectors are trained on them."""
+"""Images, boxes, masks and keypoints of a split in COCO's layout, as torchvision's detectors are trained on them."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
@@ -17,10 +17,10 @@ from detector.data.entries import find
 from detector.data.image_files import file_problems
 from detector.data.images import Orientation, read_image
 from detector.data.masks import MaskLayers
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 from detector.data.problems import corners_in_images
 from detector.errors import DataError
-from detector.seeds import drawn_from, seed_of
+from detector.seeds import seed_of, seeded
 from detector.text import listed
 
 Target = dict[str, Any]  # tensors, and masks that are not told apart yet, see CocoDetection.with_layers
@@ -47,15 +47,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     Label ``n`` is category ``category_ids[n - 1]``; :meth:`relabel` gives other labels.
 
     Crowds and boxes without a size in the image are left out of the targets, but kept in :attr:`annotations`, which
-    scoring uses. Masks and key points are decoded with their image. An object without a mask has an empty one, and one
-    without key points has none that are labelled, as in torchvision's references.
+    scoring uses. Masks and keypoints are decoded with their image. An object without a mask has an empty one, and one
+    without keypoints has none that are labelled, as in torchvision's references.
 
     Args:
         images: the folder that ``file_name`` is relative to.
-        annotations: an annotation file, or what :func:`read_annotations` made of it, with ``parts``.
-        parts: what is read besides boxes: "masks", "keypoints" or both.
+        annotations: an annotation file, or what :func:`read_annotations` made of it, with ``annotation_types``.
+        annotation_types: what is read besides boxes: "masks", "keypoints" or both.
         transform: takes and returns (image, target), both torchvision ``tv_tensors``: any transform of
-            ``torchvision.transforms.v2``. Where it mirrors an image, left and right key points are exchanged. Where
+            ``torchvision.transforms.v2``. Where it mirrors an image, left and right keypoints are exchanged. Where
             masks are read it is told to fill them with 0, whatever it fills images with.
         seed: with the epoch and the index, all that the transform's random choices depend on.
         skip_missing: take images whose file is missing as well; reading one fails.
@@ -70,18 +70,21 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         images: str | Path,
         annotations: str | Path | Annotations,
         *,
-        parts: Collection[Part] = (),
+        annotation_types: Collection[AnnotationType] = (),
         transform: Transform | None = None,
         seed: int = 0,
         skip_missing: bool = False,
         orientation: Orientation = "upright",
     ) -> None:
         self.folder = Path(images)
-        self.parts = tuple(parts)
+        self.annotation_types = tuple(annotation_types)
         if not isinstance(annotations, Annotations):
-            annotations = read_annotations(annotations, parts=self.parts)
-        if set(self.parts) - annotations.parts.keys():
-            raise ValueError(f"the annotations must be read with parts={self.parts}, got {tuple(annotations.parts)}")
+            annotations = read_annotations(annotations, annotation_types=self.annotation_types)
+        if set(self.annotation_types) - annotations.annotation_types.keys():
+            raise ValueError(
+                f"the annotations must be read with annotation_types={self.annotation_types}, got "
+                f"{tuple(annotations.annotation_types)}"
+            )
         self.annotations = annotations
         self._images = np.arange(len(annotations))  # those of the annotations that are here
         self._boxes = corners_in_images(annotations.boxes, annotations.sizes[annotations.image_of])  # of all, [L, 4]
@@ -90,10 +93,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         # The label of each annotation, [L]; 0 for those that are in no target.
         self._labels = np.where(annotations.crowds | empty, 0, find(ids, annotations.category_ids) + 1)
         self.dropped_boxes = int((empty & ~annotations.crowds).sum())
-        self.keypoints = annotations.keypoint_layout() if "keypoints" in self.parts else None
+        self.keypoints = annotations.keypoint_layout() if "keypoints" in self.annotation_types else None
         self.layered = self.in_bytes = False  # see with_layers and as_bytes
         self.transform = transform
-        if "masks" in self.parts:
+        if "masks" in self.annotation_types:
             _paint_no_masks(transform)
         self.seed = seed
         self.orientation = orientation
@@ -159,8 +162,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return self._with(in_bytes=True)
 
     def boxes_alone(self) -> "CocoDetection":
-        """The same images and boxes, read without masks and key points."""
-        return self._with(parts=(), keypoints=None)
+        """The same images and boxes, read without masks and keypoints."""
+        return self._with(annotation_types=(), keypoints=None)
 
     def _with(self, **attributes: Any) -> "CocoDetection":
         other = copy(self)
@@ -204,7 +207,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             "image_id": torch.tensor(info["id"]),
         }
         layers = None
-        if "masks" in self.parts:
+        if "masks" in self.annotation_types:
             layers = MaskLayers.of([self.annotations.value("masks", row) for row in rows], *size)
             target["masks"] = tv_tensors.Mask(layers.maps)
         labelled = torch.empty(0)
@@ -214,11 +217,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             target[AXES] = tv_tensors.KeyPoints(_axes(size), canvas_size=size)
         if self.transform is not None:
             try:
-                with drawn_from(seed_of(self.seed, epoch, index)):
+                with seeded(seed_of(self.seed, epoch, index)):
                     image, target = self.transform(image, target)
             except (LookupError, ValueError, TypeError, RuntimeError) as error:
                 reason = " ".join(str(error).split())  # in one line, or a worker's report would lose its beginning
-                if self.parts and isinstance(error, IndexError):
+                if self.annotation_types and isinstance(error, IndexError):
                     reason += f": {LEAVE_OUT}"
                 raise DataError(f"{path}: the augmentation fails on this image: {reason}") from error
         image = (image if self.in_bytes else as_float(image)).as_subclass(Tensor)
@@ -227,14 +230,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         # A crop or a rotation leaves parts of boxes outside.
         target["boxes"] = v2.functional.clamp_bounding_boxes(target["boxes"])
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        if self.parts and len(target["boxes"]) != len(boxes):
+        if self.annotation_types and len(target["boxes"]) != len(boxes):
             left = f"of {len(boxes)} objects the augmentation left {len(target['boxes'])}"
             raise DataError(f"{path}: {left}: {LEAVE_OUT}")
         if self.keypoints is not None:
             turn = _turn(target.pop(AXES))
             if turn == 0:
                 raise DataError(
-                    f"{path}: the augmentation takes key points away or moves them onto "
+                    f"{path}: the augmentation takes keypoints away or moves them onto "
                     "each other: leave SanitizeKeyPoints and ClampKeyPoints out, for points that are outside the image "
                     "are left out here"
                 )
@@ -250,18 +253,18 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         return image, target
 
     def visible_keypoints(self) -> list[int]:
-        """Count the labelled key points of each image's objects."""
+        """Count the labelled keypoints of each image's objects."""
         return [int((self._keypoints(self._rows_of(index))[..., 2] > 0).sum()) for index in self._images.tolist()]
 
     def _keypoints(self, rows: Iterable[int]) -> Tensor:
-        """The key points of some annotations, [L, K, 3]: x, y and visibility, or zeros."""
+        """The keypoints of some annotations, [L, K, 3]: x, y and visibility, or zeros."""
         assert self.keypoints is not None
         count = len(self.keypoints)
         points = [self.annotations.value("keypoints", row) or [0.0] * (3 * count) for row in rows]
         return torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
 
     def _with_visibility(self, points: Tensor, labelled: Tensor, image: Tensor, *, mirrored: bool) -> Tensor:
-        """Key points [L, K, 3] of what an augmentation made of points [L, K, 2]; those outside the image are not there.
+        """Keypoints [L, K, 3] of what an augmentation made of points [L, K, 2]; those outside the image are not there.
 
         Args:
             labelled: [L, K, 1], above 0 where they were, before it.

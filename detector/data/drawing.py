@@ -34,7 +34,7 @@ class Box:
         stroke: "thick" has black edges, and is seen on any ground; "dashed" is as thick, in turns with black; "dotted"
             is fine, in turns with black, and has no caption.
         mask: of the image, in any size: it is stretched over the picture.
-        points: x, y, in pixels of the picture, and visibility of each key point.
+        points: x, y, in pixels of the picture, and visibility of each keypoint.
     """
 
     corners: tuple[float, float, float, float]
@@ -53,7 +53,7 @@ def draw(
     min_score: float = 0.5,
     layout: KeypointLayout | None = None,
 ) -> Image.Image:
-    """Draw boxes with class names, and scores, masks and key points if there are any.
+    """Draw boxes with class names, and scores, masks and keypoints if there are any.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
@@ -62,7 +62,7 @@ def draw(
             ``keypoints`` [L, K, 3]: x, y in pixels, and visibility, 0 for points that are not there.
         names: the class names, that of label 1 first.
         min_score: detections below it are left out.
-        layout: of the key points; without it there are no lines between them.
+        layout: of the keypoints; without it there are no lines between them.
 
     Returns:
         The picture, enlarged if it is small.

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Raw
 
-from detector.errors import shown
+from detector.errors import short_repr
 from detector.files import decode_json
 
 MOST_AREA = 1e10  # square pixels: COCO's metric passes over objects of a larger area, or of one below 0
@@ -102,7 +102,7 @@ class Entries:
     def where(self, position: int) -> str:
         """Name an entry in a message: the file, its place in the list, and its id."""
         entry = self.entry(position)
-        called = f" (id {shown(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
+        called = f" (id {short_repr(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
         return f"{self.path}: {self.name}[{position}]{called}"
 
     def _one_by_one(self) -> Iterator[tuple[Any, ...]]:
@@ -141,7 +141,7 @@ class CocoFile:
 
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or one like them.
-        parts: those of :data:`PARTS` that are read.
+        fields: those of :data:`PARTS` that are read.
         labelled: whether annotations are read. COCO's test files have none.
 
     Attributes:
@@ -152,7 +152,7 @@ class CocoFile:
         DataError: the file cannot be read, or is not JSON.
     """
 
-    def __init__(self, path: str | Path, *, parts: Collection[str] = tuple(PARTS), labelled: bool = True) -> None:
+    def __init__(self, path: str | Path, *, fields: Collection[str] = tuple(PARTS), labelled: bool = True) -> None:
         content = decode_json(path, _Lists | LIST)
         self.path = path
         self.missing: dict[str, str] = {}
@@ -166,7 +166,7 @@ class CocoFile:
                 raws = []
             if not isinstance(raws, list):
                 self.missing[name], raws = f"{name!r} must be a list, got {kind_of(raws)}", []
-            lists.append(Entries(path, name, raws, without=PARTS.keys() - set(parts)))
+            lists.append(Entries(path, name, raws, without=PARTS.keys() - set(fields)))
         self.images, self.categories, self.annotations = lists
 
     @cached_property

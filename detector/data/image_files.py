@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from detector.data.images import DOUBTFUL, TOLD, Orientation, read_image, without_pillows_warnings
 from detector.data.problems import Problem
-from detector.errors import DataError, SizeError, shown
+from detector.errors import DataError, SizeError, short_repr
 from detector.text import alike_file
 
 MOST_LISTED = 200_000  # files that are looked at to find the one that may be meant: three seconds
@@ -55,9 +55,9 @@ def file_problems(
         if inside and there:
             continue
         by_key = by_key if by_key is not None else _names_by_key(root)
-        message = f"{where(position)} has file_name {shown(name)}, {'not in' if inside else 'outside'} {folder}"
+        message = f"{where(position)} has file_name {short_repr(name)}, {'not in' if inside else 'outside'} {folder}"
         if fitting := _fitting(name, root, by_key):
-            message += f"; did you mean {' or '.join(map(shown, fitting[:2]))}?"
+            message += f"; did you mean {' or '.join(map(short_repr, fitting[:2]))}?"
         kind = "missing image files" if inside else "image files outside their folder"
         yield position, Problem(kind, "error", message)
 

@@ -1,4 +1,4 @@
-"""Key points of objects: their names, which of them are each other's mirror image, and COCO's lists as tensors."""
+"""Keypoints of objects: their names, which of them are each other's mirror image, and COCO's lists as tensors."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ import msgspec
 from msgspec import Raw
 
 from detector.data.entries import LEAST, Coordinate
-from detector.errors import DataError, shown
+from detector.errors import DataError, short_repr
 from detector.text import listed, short
 
-MOST = 1000  # key points of an object
+MOST = 1000  # keypoints of an object
 NUMBERS = msgspec.json.Decoder(list[Coordinate])
 SIDES = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
 # A word, or a capital at an end: "l_hip", "LHip", "Lhip", "hipL".
@@ -24,11 +24,11 @@ SIDE = re.compile(
 
 @dataclass(frozen=True)
 class KeypointLayout:
-    """What the key points of an object are.
+    """What the keypoints of an object are.
 
     Args:
         names: of each.
-        skeleton: pairs of key points, from 0 on, with a line between them in pictures.
+        skeleton: pairs of keypoints, from 0 on, with a line between them in pictures.
 
     Raises:
         ValueError: there is none, or too many, or two have one name; or a line between points that there are not.
@@ -39,13 +39,15 @@ class KeypointLayout:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.names) <= MOST or not all(type(name) is str for name in self.names):
-            raise ValueError(f"key points must be 1 to {MOST} names, got {shown(self.names)}")
+            raise ValueError(f"keypoints must be 1 to {MOST} names, got {short_repr(self.names)}")
         if len(set(self.names)) < len(self.names):
             twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise ValueError(f"the name {shown(twice)} is that of several key points")
+            raise ValueError(f"the name {short_repr(twice)} is that of several keypoints")
         for line in self.skeleton:
             if len(line) != 2 or not all(type(end) is int and 0 <= end < len(self.names) for end in line):
-                raise ValueError(f"a line of the skeleton must join two of {len(self.names)} points, got {shown(line)}")
+                raise ValueError(
+                    f"a line of the skeleton must join two of {len(self.names)} points, got {short_repr(line)}"
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,7 +96,7 @@ PERSON = KeypointLayout(
 def layout_of(
     path: str | Path, categories: Iterable[Mapping[str, Any]], points: Iterable[Any]
 ) -> KeypointLayout | None:
-    """The layout of a data set's key points, ``None`` if it has none.
+    """The layout of a data set's keypoints, ``None`` if it has none.
 
     Args:
         path: of the annotation file, for messages.
@@ -111,19 +113,19 @@ def layout_of(
             continue
         try:
             if not isinstance(category["keypoints"], list):
-                raise TypeError(f"got {shown(category['keypoints'])}")
+                raise TypeError(f"got {short_repr(category['keypoints'])}")
             lines = tuple((start - 1, end - 1) for start, end in category.get("skeleton") or ())
             layout = KeypointLayout(tuple(category["keypoints"]), lines)
         except (TypeError, ValueError) as error:
             name = short(str(category.get("name")))
             raise DataError(
-                f"{path}: the category {name!r} has key points that are not COCO's (keypoints, a list of names, and "
+                f"{path}: the category {name!r} has keypoints that are not COCO's (keypoints, a list of names, and "
                 f"skeleton, pairs of numbers from 1 on): {error}"
             ) from None
         found.setdefault(layout, str(category.get("name")))
     if len({layout.names for layout in found}) > 1:
         raise DataError(
-            f"{path}: its categories ({listed(list(found.values()))}) have different key points, and a detector finds "
+            f"{path}: its categories ({listed(list(found.values()))}) have different keypoints, and a detector finds "
             "the same of all classes: give them one list of names, or train them apart"
         )
     if found:
@@ -133,13 +135,13 @@ def layout_of(
 
 
 def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
-    """Say what is wrong with the JSON of an object's key points. A detection's third number may be anything."""
+    """Say what is wrong with the JSON of an object's keypoints. A detection's third number may be anything."""
     try:
         value = NUMBERS.decode(points)
     except ValueError as error:
         return f"not a list of finite numbers: {error}"
     if len(value) != 3 * count:
-        return f"{len(value)} numbers: {count} key points are {3 * count}, x, y and visibility of each"
+        return f"{len(value)} numbers: {count} keypoints are {3 * count}, x, y and visibility of each"
     if not all(number == 0 or abs(number) >= LEAST for number in value):
         return f"a number that is not 0, but below {LEAST} in size"
     if visibility and not {0, 1, 2}.issuperset(value[2::3]):

@@ -14,7 +14,7 @@ from detector.data.masks import decode_masks
 LIGHT = ("#F0E442", "#E69F00", "#56B4E9", "#FFE600", "#FFFFFF")  # with black beside them; white beside all others
 FILL = 0.45  # of a mask's colour over the object
 LINE = 2  # pixels of a mask's contour
-LEFT, RIGHT, MIDDLE = "#56B4E9", "#E69F00", "#FFFFFF"  # of key points; told apart by colour-blind readers, too
+LEFT, RIGHT, MIDDLE = "#56B4E9", "#E69F00", "#FFFFFF"  # of keypoints; told apart by colour-blind readers, too
 
 Mask = Tensor | Mapping[str, Any]  # [H, W], above 0 on the object; or an RLE
 Points = Iterable[Sequence[float]]  # x, y and visibility of each
@@ -69,7 +69,7 @@ def _span(places: np.ndarray, length: int, size: int) -> tuple[int, int, float, 
 
 
 def draw_keypoints(picture: Image.Image, points: Points, layout: KeypointLayout | None, color: str) -> None:
-    """Draw the key points of an object, and the lines of its skeleton, on an RGB picture, in place.
+    """Draw the keypoints of an object, and the lines of its skeleton, on an RGB picture, in place.
 
     Dots tell left from right where the names do, lines have the object's colour. Points of visibility 0 and points
     outside the picture are left out, with their lines. torchvision's ``draw_keypoints`` draws no edges, which a busy
@@ -104,7 +104,7 @@ def draw_keypoints(picture: Image.Image, points: Points, layout: KeypointLayout 
 
 
 def _dots(layout: KeypointLayout | None, color: str, count: int) -> list[str]:
-    """The colour of each key point."""
+    """The colour of each keypoint."""
     other = list(range(count)) if layout is None else layout.mirrored()
     if layout is None or other == list(range(count)):
         return [color] * count

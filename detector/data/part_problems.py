@@ -1,4 +1,4 @@
-"""What can be wrong with the masks and the key points of a file in COCO's format, which not every training reads."""
+"""What can be wrong with the masks and the keypoints of a file in COCO's format, which not every training reads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,47 +12,47 @@ from detector.data.masks import is_empty
 from detector.data.placement import keypoint_placement, mask_placement
 from detector.data.problems import ROUNDING, Level, Problem, far_from_boxes, sizes_of_images
 from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
-from detector.errors import DataError, shown
+from detector.errors import DataError, short_repr
 
-Part = Literal["masks", "keypoints"]  # as torchvision's targets call them
-FIELD: dict[Part, str] = {"masks": "segmentation", "keypoints": "keypoints"}
-NAME: dict[Part, str] = {"masks": "masks", "keypoints": "key points"}
-MISSING: dict[Part, tuple[str, str]] = {
+AnnotationType = Literal["masks", "keypoints"]  # as torchvision's targets call them
+FIELD: dict[AnnotationType, str] = {"masks": "segmentation", "keypoints": "keypoints"}
+NAME: dict[AnnotationType, str] = {"masks": "masks", "keypoints": "keypoints"}
+MISSING: dict[AnnotationType, tuple[str, str]] = {
     "masks": (
         "objects without a segmentation",
         "has no segmentation: its mask is trained as an empty one, and scored as missed",
     ),
-    "keypoints": ("objects without key points", "has no key points: its box is learned, key points are not"),
+    "keypoints": ("objects without keypoints", "has no keypoints: its box is learned, keypoints are not"),
 }
-EMPTY: dict[Part, tuple[str, str]] = {
+EMPTY: dict[AnnotationType, tuple[str, str]] = {
     "masks": (
         "masks without a pixel",
         "has a segmentation without a pixel in its image: it is trained as an empty mask, and scored as missed",
     ),
     "keypoints": (
-        "objects whose key points are all unlabelled",
-        "has key points that are all unlabelled (visibility 0): its box is learned, key points are not",
+        "objects whose keypoints are all unlabelled",
+        "has keypoints that are all unlabelled (visibility 0): its box is learned, keypoints are not",
     ),
 }
-NO_AREA: dict[Part, tuple[str, str]] = {
+NO_AREA: dict[AnnotationType, tuple[str, str]] = {
     "masks": (
         "masks without an area",
         "has no area: its box's area decides whether its mask is scored as small or large",
     ),
     "keypoints": (
-        "key points without an area",
-        "has no area: its box's, which is larger, is used, so that its key points are matched too easily",
+        "keypoints without an area",
+        "has no area: its box's, which is larger, is used, so that its keypoints are matched too easily",
     ),
 }
-OUTSIDE_BOX: dict[Part, tuple[str, str]] = {
+OUTSIDE_BOX: dict[AnnotationType, tuple[str, str]] = {
     "masks": ("masks outside their boxes", "has a segmentation outside its bbox {bbox}"),
-    "keypoints": ("key points outside their boxes", "has key points of which most lie outside its bbox {bbox}"),
+    "keypoints": ("keypoints outside their boxes", "has keypoints of which most lie outside its bbox {bbox}"),
 }
-OUTSIDE_IMAGE: dict[Part, tuple[str, str]] = {
+OUTSIDE_IMAGE: dict[AnnotationType, tuple[str, str]] = {
     "masks": ("masks that reach outside their image", "has a segmentation that reaches outside its image: clipped"),
     "keypoints": (
-        "key points outside their image",
-        "has labelled key points outside its image: training takes them as not labelled",
+        "keypoints outside their image",
+        "has labelled keypoints outside its image: training takes them as not labelled",
     ),
 }
 FAR_FROM_MASK = (
@@ -60,38 +60,38 @@ FAR_FROM_MASK = (
     "has area {area:.4g}, its mask's is {mask:.4g}: segm scores tell small objects from large ones by it",
 )
 PLACEHOLDERS = (
-    "labelled key points at (0, 0) or (-1, -1)",
-    "has labelled key points at (0, 0) or (-1, -1), which are scored: placeholders have visibility 0",
+    "labelled keypoints at (0, 0) or (-1, -1)",
+    "has labelled keypoints at (0, 0) or (-1, -1), which are scored: placeholders have visibility 0",
 )
 MOST_MEASURED = 50_000  # annotations of a file, up to which every mask is measured
 AT_ONCE = 256  # masks that are measured together: more lists slow down Python's garbage collection
 
 
-def has_part(file: CocoFile, part: Part) -> bool:
-    """Whether any object has a mask, or key points; crowds do not count, from which nothing is learned."""
+def has_part(file: CocoFile, part: AnnotationType) -> bool:
+    """Whether any object has a mask, or keypoints; crowds do not count, from which nothing is learned."""
     objects = file.annotations[FIELD[part]][~file.annotations["iscrowd"]]
     return any(not _is_empty(value_of(raw), part) for raw in filter(bytes, objects))
 
 
-def _is_empty(value: Any, part: Part) -> bool:
+def _is_empty(value: Any, part: AnnotationType) -> bool:
     return is_empty(value) if part == "masks" else not value
 
 
 @dataclass(frozen=True)
 class _Read:
-    """The masks, or the key points, of a file, [L] of each."""
+    """The masks, or the keypoints, of a file, [L] of each."""
 
     wrong: list[str | None]  # what is wrong with it; something, where there is none
     points: np.ndarray  # [L, P, 2], x and y in pixels: of a mask two corners of the box around it
     labelled: np.ndarray  # [L, P], bool: which of them are there; no placeholders beside others
     is_empty: np.ndarray  # without a pixel, or a labelled point; false where it is wrong
-    areas: np.ndarray  # of masks, in pixels; NaN of key points
+    areas: np.ndarray  # of masks, in pixels; NaN of keypoints
     expected: np.ndarray  # whether objects of its category have them
     placeholders: np.ndarray  # with a labelled point at (0, 0), or (-1, -1)
 
 
-def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Iterator[Problem]:
-    """Say what is wrong with the masks, or the key points, of annotations that are right otherwise.
+def part_problems(file: CocoFile, part: AnnotationType, *, broken: Level = "error") -> Iterator[Problem]:
+    """Say what is wrong with the masks, or the keypoints, of annotations that are right otherwise.
 
     Args:
         file: one without errors, see :func:`~detector.data.problems.annotation_problems`.
@@ -99,7 +99,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         broken: the level of those that cannot be read: an "error" where they are needed.
 
     Yields:
-        The problems; none where no object has the part. Objects without it are a flaw where others have it. It is an
+        The problems; none where no object has the part. Objects without it are a warning where others have it. It is an
         error if most have nothing to do with their boxes, or if no mask has a pixel.
     """
     if not has_part(file, part):
@@ -109,15 +109,15 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     try:
         read = _read_masks(file) if part == "masks" else _read_keypoints(file)
     except DataError as error:
-        yield Problem("categories with key points that do not fit", broken, f"{error}{without}")
+        yield Problem("categories with keypoints that do not fit", broken, f"{error}{without}")
         return
     missing = np.zeros(len(annotations), dtype=bool)
     for position in [at for at, what in enumerate(read.wrong) if what is not None]:
         value = value_of(annotations[FIELD[part]][position])
         missing[position] = _is_empty(value, part)
         if not missing[position]:
-            what = f"has {FIELD[part]} {shown(value)}, {read.wrong[position]}{without}"
-            kind = f"broken {'segmentations' if part == 'masks' else 'key points'}"
+            what = f"has {FIELD[part]} {short_repr(value)}, {read.wrong[position]}{without}"
+            kind = f"broken {'segmentations' if part == 'masks' else 'keypoints'}"
             yield Problem(kind, broken, f"{annotations.where(position)} {what}")
     outside, whole = _outside_boxes(file, part, read, objects)
     if whole is not None:
@@ -127,7 +127,7 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
     if part == "masks" and there.any() and read.is_empty[there].all():
         message = f"{file.path}: no segmentation has a pixel in its image: there is no mask to learn or to score"
         yield Problem("annotation file whose masks have no pixel", "error", message)
-    flaws = [
+    warnings = [
         (MISSING[part], missing & read.expected),
         (EMPTY[part], read.is_empty),
         (NO_AREA[part], np.isnan(annotations["area"]) & ~missing),
@@ -136,11 +136,11 @@ def part_problems(file: CocoFile, part: Part, *, broken: Level = "error") -> Ite
         (PLACEHOLDERS, read.placeholders),
         (FAR_FROM_MASK, _far_from_masks(annotations, read.areas)),
     ]
-    for (kind, what), which in flaws:
+    for (kind, what), which in warnings:
         for position in np.flatnonzero(objects & which).tolist():
             values = {"area": annotations["area"][position], "mask": read.areas[position]}
-            said = what.format(bbox=shown(annotations["bbox"][position].tolist()), **values)
-            yield Problem(kind, "flaw", f"{annotations.where(position)} {said}")
+            said = what.format(bbox=short_repr(annotations["bbox"][position].tolist()), **values)
+            yield Problem(kind, "warning", f"{annotations.where(position)} {said}")
 
 
 def _read_masks(file: CocoFile) -> _Read:
@@ -179,7 +179,7 @@ def _limits(annotations: Entries, sizes: np.ndarray) -> np.ndarray:
 
 
 def _read_keypoints(file: CocoFile) -> _Read:
-    """Read all key points. Raises :class:`DataError` if the categories name different ones."""
+    """Read all keypoints. Raises :class:`DataError` if the categories name different ones."""
     raws = file.annotations["keypoints"]
     categories = [file.categories.entry(position) for position in range(len(file.categories))]
     layout = layout_of(file.path, categories, map(value_of, raws))
@@ -201,7 +201,9 @@ def _read_keypoints(file: CocoFile) -> _Read:
     return _Read(wrong, points[..., :2], judged, empty, areas, expected, np.any(placeholders, axis=1))
 
 
-def _outside_boxes(file: CocoFile, part: Part, read: _Read, which: np.ndarray) -> tuple[np.ndarray, Problem | None]:
+def _outside_boxes(
+    file: CocoFile, part: AnnotationType, read: _Read, which: np.ndarray
+) -> tuple[np.ndarray, Problem | None]:
     """Find those that lie outside their boxes, [L]; where most numbers are wrong, that is a problem of the file."""
     boxes, sizes = file.annotations["bbox"].copy(), sizes_of_images(file)
     rows = np.flatnonzero(which & read.labelled.any(axis=1) & (boxes[:, 2:] > 0).all(axis=1))

@@ -1,4 +1,4 @@
-"""Whether the masks and the key points of objects lie in their boxes, and what their numbers look like if not."""
+"""Whether the masks and the keypoints of objects lie in their boxes, and what their numbers look like if not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which of L objects have masks, or key points, that do not lie in their box, and what most look like.
+    """Which of L objects have masks, or keypoints, that do not lie in their box, and what most look like.
 
     Args:
         outside: [L], bool.
@@ -61,7 +61,7 @@ def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) ->
 
 
 def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare key points with the objects' boxes, by the share of them that lies inside.
+    """Compare keypoints with the objects' boxes, by the share of them that lies inside.
 
     Args:
         points: [L, P, 2], x and y in pixels.

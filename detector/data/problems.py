@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from detector.data.entries import RESULTS, CocoFile, Entries, kind_of
-from detector.errors import shown
+from detector.errors import short_repr
 
-Level = Literal["error", "flaw", "note"]
+Level = Literal["error", "warning", "note"]
 ROUNDING = 1.0  # pixels by which a box may reach outside its image: those of COCO's own files do, by less
 NORMALISED = "annotation file whose boxes look normalised (0..1)"
 CORNERS = "annotation file whose boxes look like corners (x1, y1, x2, y2)"
@@ -27,7 +27,7 @@ class Problem:
 
     Args:
         kind: a short heading, such as "missing image files".
-        level: "error": the file cannot be used; "flaw": something is clipped, left out or counted wrong; "note".
+        level: "error": the file cannot be used; "warning": something is clipped, left out or counted wrong; "note".
         message: one sentence that names the file, the entry (its place in the list, and its id), field and value.
     """
 
@@ -48,8 +48,8 @@ def annotation_problems(file: CocoFile) -> Iterator[Problem]:
     for entries in (images, categories, annotations):
         yield from _entry_problems(entries)
         yield from _repeated(entries, "id", "error")
-    yield from _repeated(images, "file_name", "flaw")
-    yield from _repeated(categories, "name", "flaw")
+    yield from _repeated(images, "file_name", "warning")
+    yield from _repeated(categories, "name", "warning")
     if "images" not in file.missing:
         yield from _unknown(annotations, file.image_places, "image_id")
     if "categories" not in file.missing:
@@ -83,7 +83,7 @@ def _entry_problems(entries: Entries) -> Iterator[Problem]:
         for field in wrong:
             meant = entries.fields[field].meant
             if field in entry:
-                message = f"{at} has {field} {shown(entry[field])}, must be {meant}"
+                message = f"{at} has {field} {short_repr(entry[field])}, must be {meant}"
                 yield Problem(f"{name} with a wrong {field}", "error", message)
             else:
                 yield Problem(f"{name} without {field}", "error", f"{at}: {field!r} is missing, must be {meant}")
@@ -96,7 +96,7 @@ def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Problem]:
     first: dict[Any, int] = {}
     for position, value in enumerate(values):
         if has[position] and first.setdefault(value, position) != position:
-            what = f"{field} {shown(value)} is used twice, first by {entries.name}[{first[value]}]"
+            what = f"{field} {short_repr(value)} is used twice, first by {entries.name}[{first[value]}]"
             yield Problem(f"{entries.name} with the same {field}", level, f"{entries.where(position)}: {what}")
 
 
@@ -110,7 +110,7 @@ def _unknown(annotations: Entries, places: np.ndarray, field: str) -> Iterator[P
 def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Iterator[Problem]:
     used = entries["id"][np.bincount(places[places >= 0], minlength=len(entries)) > 0]
     for position in np.flatnonzero(entries.has("id") & ~np.isin(entries["id"], used)).tolist():
-        message = f"{entries.where(position)}, {shown(entries[name][position])}, has no annotation"
+        message = f"{entries.where(position)}, {short_repr(entries[name][position])}, has no annotation"
         yield Problem(kind, "note", message)
 
 
@@ -174,17 +174,17 @@ def _box_problems(file: CocoFile) -> Iterator[Problem]:
         (REACHING, reaching, "reaching outside its image of {:.0f}x{:.0f} pixels: clipped in training"),
     ):
         for position in np.flatnonzero(which).tolist():
-            value = f"{shown(annotations.entry(position)['bbox'])}, {what.format(*sizes[position])}"
-            yield Problem(kind, "flaw", f"{annotations.where(position)} has bbox {value}")
+            value = f"{short_repr(annotations.entry(position)['bbox'])}, {what.format(*sizes[position])}"
+            yield Problem(kind, "warning", f"{annotations.where(position)} has bbox {value}")
     far = far_from_boxes(annotations["area"], annotations["bbox"]) & ~annotations["iscrowd"]
     for position in np.flatnonzero(far).tolist():
         area, of_box = annotations["area"][position], boxes[2:4, position].prod()
         what = f"has area {area:.4g}, its box's is {of_box:.4g}: the area tells small objects from large ones in scores"
-        yield Problem(FAR_FROM_BOX, "flaw", f"{annotations.where(position)} {what}, and scales key points' errors")
+        yield Problem(FAR_FROM_BOX, "warning", f"{annotations.where(position)} {what}, and scales keypoints' errors")
     for position, same in _equal_boxes(annotations, file.image_places):
-        value = shown(annotations.entry(position)["bbox"])
+        value = short_repr(annotations.entry(position)["bbox"])
         what = f"has the image, category and bbox of annotations[{same}], {value}: one object counts twice in "
-        yield Problem("duplicate boxes", "flaw", f"{annotations.where(position)} {what}training and scoring")
+        yield Problem("duplicate boxes", "warning", f"{annotations.where(position)} {what}training and scoring")
 
 
 def _equal_boxes(annotations: Entries, places: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -223,7 +223,7 @@ def _misread_boxes(path: Any, boxes: np.ndarray) -> Iterator[Problem]:
         yield Problem(NORMALISED, "error", f"{begin}; {coco}: multiply by the image's width and height")
     elif outside >= 10 and corners >= 0.99 * count and outside > count / 2:
         begin += f" {corners:,} would not as corners, x1, y1, x2, y2, which is what they look like"
-        yield Problem(CORNERS, "flaw", f"{begin}; {coco}: subtract x1 from x2, and y1 from y2")
+        yield Problem(CORNERS, "warning", f"{begin}; {coco}: subtract x1 from x2, and y1 from y2")
     elif outside >= 10 and centres >= 0.99 * count and outside > count / 20:
         begin += f" {centres:,} would not if x and y were of their centres, which is what it looks like"
-        yield Problem(CENTRES, "flaw", f"{begin}; {coco}: subtract half of width and height from x and y")
+        yield Problem(CENTRES, "warning", f"{begin}; {coco}: subtract half of width and height from x and y")

@@ -14,15 +14,15 @@ from detector.data.conventions import boxes_look_like
 from detector.data.entries import RESULTS, Entries, kind_of, value_of
 from detector.data.keypoints import keypoints_problem
 from detector.data.masks import as_rle, encode_masks, mask_box
-from detector.data.part_problems import FIELD, Part
+from detector.data.part_problems import FIELD, AnnotationType
 from detector.data.placement import Placement, keypoint_placement, mask_placement
 from detector.data.problems import Problem, result_problems
 from detector.data.segmentations import MOST_PIXELS, measure_masks, read_segmentation
-from detector.errors import DataError, shown
+from detector.errors import DataError, short_repr
 from detector.files import decode_json
 
 Result = dict[str, Any]
-MOST_COMPARED = 10_000  # masks, or key points, that are compared with their boxes: a second
+MOST_COMPARED = 10_000  # masks, or keypoints, that are compared with their boxes: a second
 
 
 def to_results(
@@ -74,7 +74,7 @@ def results_file(path: str | Path) -> Entries:
     return Entries(path, RESULTS, content)
 
 
-def parts_in(results: Entries) -> list[Part]:
+def annotation_types_in(results: Entries) -> list[AnnotationType]:
     """What a results file has besides boxes: "masks", "keypoints"."""
     return [part for part, field in FIELD.items() if any(value_of(raw) for raw in results[field])]
 
@@ -84,7 +84,7 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
 
     The file is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox``
     (x, y, width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have what one of them
-    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the key points. ``notes``
+    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the keypoints. ``notes``
     gets a sentence on that, and on numbers that look like those of another convention.
 
     Raises:
@@ -93,13 +93,13 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
     """
     category_ids = np.array([category["id"] for category in truth.categories], dtype=np.int64)
     refuse(result_problems(entries, truth.image_ids, category_ids))
-    parts = [FIELD[part] for part in parts_in(entries)]
+    parts = [FIELD[part] for part in annotation_types_in(entries)]
     has_box = ~np.isnan(entries["bbox"]).any(axis=1)
     fields = ["bbox", *parts] if has_box.any() or not parts else parts
     sizes = truth.sizes[truth.find(entries["image_id"])].tolist()
     refuse(problem for field in fields for problem in _field_problems(entries, field, has_box, sizes))
     if notes is not None and len(entries) and "bbox" not in fields:
-        around = "masks" if "segmentation" in parts else "key points"
+        around = "masks" if "segmentation" in parts else "keypoints"
         notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
     names = ("image_id", "category_id", "score", "bbox")
@@ -120,7 +120,7 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
 
 
 def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) -> Iterator[str]:
-    """Say if boxes, masks or key points look like something else than COCO's."""
+    """Say if boxes, masks or keypoints look like something else than COCO's."""
     boxes, image_ids = entries["bbox"].copy(), entries["image_id"]
     looks = boxes_look_like(boxes, entries["score"], image_ids, truth)
     if looks is not None:
@@ -139,7 +139,7 @@ def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) ->
     if "keypoints" in results[0]:
         points = np.array([one["keypoints"] for one in results]).reshape(len(results), -1, 3)[sized, :, :2]
         found = np.ones(points.shape[:2], dtype=bool)
-        yield from _misplaced("key points", keypoint_placement(points, found, boxes[sized], sizes[sized]))
+        yield from _misplaced("keypoints", keypoint_placement(points, found, boxes[sized], sizes[sized]))
 
 
 def _misplaced(name: str, placed: Placement) -> Iterator[str]:
@@ -150,10 +150,10 @@ def _misplaced(name: str, placed: Placement) -> Iterator[str]:
 def _field_problems(
     entries: Entries, field: str, has_box: np.ndarray, sizes: Sequence[tuple[int, int]]
 ) -> Iterator[Problem]:
-    """Say which boxes, masks or key points are missing, and which of the latter two cannot be scored."""
+    """Say which boxes, masks or keypoints are missing, and which of the latter two cannot be scored."""
     values = [value_of(raw) for raw in entries[field]] if field != "bbox" else []
     lengths = Counter(len(value) // 3 for value in values if isinstance(value, list) and value)
-    most = max(lengths, key=lambda length: lengths[length], default=1)  # key points of an object
+    most = max(lengths, key=lambda length: lengths[length], default=1)  # keypoints of an object
     for number, (raw, size) in enumerate(zip(entries[field], sizes)):
         what = None
         missing = not (has_box[number] if field == "bbox" else bytes(raw))
@@ -165,6 +165,6 @@ def _field_problems(
         elif field == "keypoints":
             what = keypoints_problem(raw, max(most, 1), visibility=False)
         if what is not None:
-            what = what if missing else f"{field} {shown(values[number])}, {what}"
+            what = what if missing else f"{field} {short_repr(values[number])}, {what}"
             message = f"{entries.path}: {RESULTS}[{number}] has {what}"
             yield Problem(f"results with a wrong {field}", "error", message)

@@ -17,7 +17,7 @@ from detector.errors import ModelError
 from detector.evaluation.metric import evaluate
 from detector.evaluation.truth import coco_of
 from detector.overriding import overridden
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.refinement.config import RefinementConfig
 from detector.refinement.refining import refine
 from detector.refinement.seen import finding_boxes_alone
@@ -28,7 +28,7 @@ CHANCE = 0.005  # of AP: on some dozens of images settings that are alike lie so
 
 @torch.no_grad()
 def score_refinements(
-    detector: PretrainedDetector,
+    detector: Detector,
     data: CocoDetection,
     candidates: Sequence[RefinementConfig],
     *,

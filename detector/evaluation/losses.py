@@ -27,7 +27,7 @@ def detect_with_losses(
     Args:
         model: a torchvision detector; put in eval mode for the call.
         images: [3, H, W] in 0..1.
-        targets: of each image, as in training: boxes, labels, and the masks or key points that the model finds; masks
+        targets: of each image, as in training: boxes, labels, and the masks or keypoints that the model finds; masks
             of large images better as :class:`~detector.data.masks.MaskLayers`, which are resized before they are many.
 
     Returns:

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval, Params
 
 from detector.data.keypoints import PERSON, layout_of
 from detector.data.masks import as_rle, mask_area
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 from detector.data.results import Result
 from detector.errors import DataError, ModelError
 from detector.evaluation.truth import index_coco
@@ -23,10 +23,10 @@ SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 SUMMARIES: dict[IouType, tuple[str, ...]] = {
     "bbox": SUMMARY,
     "segm": SUMMARY,
-    # Of key points 10: by object keypoint similarity (OKS), at 20 detections an image; COCO labels no small persons.
+    # Of keypoints 10: by object keypoint similarity (OKS), at 20 detections an image; COCO labels no small persons.
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"),
 }
-IOU_TYPES: dict[Part, IouType] = {"masks": "segm", "keypoints": "keypoints"}
+IOU_TYPES: dict[AnnotationType, IouType] = {"masks": "segm", "keypoints": "keypoints"}
 # COCO measured one for each of its 17 points; of others nobody did, and all get the mean of these.
 SIGMA = float(Params("keypoints").kpt_oks_sigmas.mean())
 Evaluator = Literal["pycocotools", "faster-coco-eval"]
@@ -40,7 +40,7 @@ def evaluate(
     evaluator: Evaluator = "pycocotools",
     iou_type: IouType = "bbox",
 ) -> tuple[dict[str, float], str]:
-    """Score results with pycocotools' COCOeval: boxes, masks or key points.
+    """Score results with pycocotools' COCOeval: boxes, masks or keypoints.
 
     Args:
         truth: the ground truth: annotations, crowds and all.
@@ -48,7 +48,7 @@ def evaluate(
         image_ids: the images to score; all of ``truth`` by default. Results for others are not counted.
         evaluator: what computes the scores; "faster-coco-eval" does the same in C++.
         iou_type: what is compared: "bbox", "segm" (masks) or "keypoints". Objects without a mask count as missed, those
-            without a labelled key point as neither. COCO's 17 key points have COCO's own tolerances, all
+            without a labelled keypoint as neither. COCO's 17 keypoints have COCO's own tolerances, all
             others the mean of these.
 
     Returns:
@@ -62,23 +62,23 @@ def evaluate(
     return summary(match(truth, results, image_ids, evaluator=evaluator, iou_type=iou_type))
 
 
-def evaluate_parts(
-    truth: COCO, results: list[Result], image_ids: Iterable[int], *, parts: Sequence[Part] = ()
+def evaluate_types(
+    truth: COCO, results: list[Result], image_ids: Iterable[int], *, annotation_types: Sequence[AnnotationType] = ()
 ) -> dict[str, float]:
-    """The scores of boxes, see :func:`evaluate`, and of masks and key points as "segm/AP", "keypoints/AP" and so on."""
-    return scores_of(match_parts(truth, results, list(image_ids), parts=parts))
+    """The scores of boxes, see :func:`evaluate`, and of masks and keypoints as "segm/AP", "keypoints/AP" and so on."""
+    return scores_of(match_types(truth, results, list(image_ids), annotation_types=annotation_types))
 
 
-def match_parts(
+def match_types(
     truth: COCO,
     results: list[Result],
     image_ids: Sequence[int],
     *,
-    parts: Sequence[Part] = (),
+    annotation_types: Sequence[AnnotationType] = (),
     evaluator: Evaluator = "pycocotools",
 ) -> list[COCOeval]:
-    """The scorers of :func:`match` of boxes, and of masks and key points."""
-    kinds: list[IouType] = ["bbox", *(IOU_TYPES[part] for part in parts)]
+    """The scorers of :func:`match` of boxes, and of masks and keypoints."""
+    kinds: list[IouType] = ["bbox", *(IOU_TYPES[part] for part in annotation_types)]
     return [match(truth, results, image_ids, evaluator=evaluator, iou_type=kind) for kind in kinds]
 
 
@@ -110,7 +110,7 @@ def match(
         by_class: whether a detection only matches an object of its own class.
         iou: the IoU thresholds; 0.50 to 0.95 by default.
         max_detections: how many detections count, the best ones of each image, and, with ``by_class``, of each class;
-            by default 1, 10 and 100, of key points 20.
+            by default 1, 10 and 100, of keypoints 20.
         all_sizes: whether small, medium and large objects are also matched apart.
 
     Returns:
@@ -160,7 +160,7 @@ def _area(result: Result, iou_type: IouType) -> float:
 
 
 def _prepared(truth: COCO, iou_type: IouType) -> COCO:
-    """A copy with a mask, or key points, of each object: pycocotools fails where one is missing, and changes masks."""
+    """A copy with a mask, or keypoints, of each object: pycocotools fails where one is missing, and changes masks."""
     if iou_type == "bbox":
         return truth
     annotations = []
@@ -177,11 +177,11 @@ def _prepared(truth: COCO, iou_type: IouType) -> COCO:
 
 
 def _set_keypoints(settings: Any, truth: COCO) -> None:
-    """Compare the key points of the classes that have any, with a tolerance for each."""
+    """Compare the keypoints of the classes that have any, with a tolerance for each."""
     points = (annotation["keypoints"] for annotation in truth.anns.values())
     layout = truth.dataset.get("layout") or layout_of("the annotations", truth.cats.values(), points)
     if layout is None:
-        raise DataError("the annotations have no key points to score with")
+        raise DataError("the annotations have no keypoints to score with")
     nothing = [0] * (3 * len(layout))
     having = {category["id"] for category in truth.cats.values() if category.get("keypoints")}
     for annotation in truth.dataset["annotations"]:
@@ -229,7 +229,7 @@ def _accumulated_fast(scorer: COCOeval) -> dict[str, Any]:
 
     kind = scorer.params.iouType
     fast = COCOeval_faster(None, None, iouType=kind, print_function=lambda *words: None)
-    fast.cocoGt, fast.cocoDt = scorer.cocoGt, scorer.cocoDt  # given above, key points would ask for its own class
+    fast.cocoGt, fast.cocoDt = scorer.cocoGt, scorer.cocoDt  # given above, keypoints would ask for its own class
     names = ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats")
     for name in (*names, "kpt_oks_sigmas") if kind == "keypoints" else names:
         setattr(fast.params, name, getattr(scorer.params, name))

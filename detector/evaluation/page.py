@@ -136,7 +136,7 @@ def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
         worst=WORST,
         plots=_plots(report),
         report=report,
-        parts=PARTS,
+        annotation_types=PARTS,
         part_scores={kind: list(report[kind]["scores"].items()) for kind in PARTS if report.get(kind)},
         part_columns={kind: _part_columns(report[kind]) for kind in PARTS if report.get(kind)},
         refined=refined_rows(report["refinement"]) if report["refinement"] else [],
@@ -296,7 +296,7 @@ def _plots(report: Mapping[str, Any]) -> dict[str, Plot]:
             ious = [row["iou"] for row in report["by_iou"]]
             lines = [(what.lower(), [row["AP"] for row in report[kind]["by_iou"]], LINES[0], False)]
             title, over = f"AP of {what.lower()}", "OKS"
-            if kind == "segm":  # the OKS of key points is another measure than the IoU of boxes
+            if kind == "segm":  # the OKS of keypoints is another measure than the IoU of boxes
                 lines.insert(0, ("boxes", [row["AP"] for row in report["by_iou"]], INK, True))
                 title, over = f"{title} and boxes", "IoU"
             axes = {"xlabel": f"{over} threshold", "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}

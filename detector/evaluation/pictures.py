@@ -90,12 +90,12 @@ def worst_and_best(
 def draw_outcomes(
     image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDetection, unrefined: Sequence[Result] = ()
 ) -> Image.Image:
-    """An image with its boxes, masks and key points, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
+    """An image with its boxes, masks and keypoints, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
         outcomes: what became of its boxes.
-        split: the data that it is of; masks and key points of the ground truth are drawn if it reads them.
+        split: the data that it is of; masks and keypoints of the ground truth are drawn if it reads them.
         unrefined: detections whose boxes are drawn beneath.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
@@ -115,7 +115,7 @@ def draw_outcomes(
 def _parts(
     outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float
 ) -> tuple[Mask | None, list[tuple[float, float, float]] | None]:
-    """The mask and the key points of an annotation, as far as they are read, or a detection.
+    """The mask and the keypoints of an annotation, as far as they are read, or a detection.
 
     Args:
         outcome: what they are of.
@@ -127,14 +127,14 @@ def _parts(
         segmentation, points = outcome.detection.get("segmentation"), _detected(outcome.detection)
     else:
         assert outcome.truth is not None
-        segmentation = outcome.truth.get("segmentation") if "masks" in split.parts else None
-        points = (outcome.truth.get("keypoints") or []) if "keypoints" in split.parts else []
+        segmentation = outcome.truth.get("segmentation") if "masks" in split.annotation_types else None
+        points = (outcome.truth.get("keypoints") or []) if "keypoints" in split.annotation_types else []
     enlarged = [(x * factor, y * factor, seen) for x, y, seen in zip(points[::3], points[1::3], points[2::3])]
     return as_rle(segmentation, *size) if segmentation else None, enlarged or None
 
 
 def _detected(result: Result) -> list[float]:
-    """The key points of a detection, all visible: what its third numbers are nobody agreed on, and all are scored."""
+    """The keypoints of a detection, all visible: what its third numbers are nobody agreed on, and all are scored."""
     points = list(result.get("keypoints", []))
     points[2::3] = [1.0] * len(points[2::3])
     return points

@@ -22,7 +22,7 @@ SIZES = {  # COCO's, in its order
     "medium": "area from 32 x 32 to 96 x 96 pixels",
     "large": "area above 96 x 96 pixels",
 }
-PARTS: dict[IouType, str] = {"segm": "Masks", "keypoints": "Key points"}
+PARTS: dict[IouType, str] = {"segm": "Masks", "keypoints": "Keypoints"}
 REFINED = ("AP", "AP50", "AP75", "AP90")  # the scores that tell what a refinement did
 CURVES = (0.5, 0.75, 0.9)  # IoU of the precision-recall curves
 
@@ -52,7 +52,7 @@ def make_report(
         proposals: the proposals that may cover an object.
         kept_proposals: how many of an image's proposals the head sees.
         unrefined: as ``scorer`` and ``parts`` together, of what the detector finds without its refinement.
-        parts: as ``scorer``, of masks and key points.
+        parts: as ``scorer``, of masks and keypoints.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences on what is to be known of the scores.
 
@@ -144,7 +144,7 @@ def make_report(
 
 
 def _of_class(scorer: COCOeval, k: int) -> dict[str, float | None]:
-    """The scores of a class, by its number: AP, at two IoU, and by size, and AR; of key points none are small."""
+    """The scores of a class, by its number: AP, at two IoU, and by size, and AR; of keypoints none are small."""
     precision, recalls = scorer.eval["precision"], scorer.eval["recall"]  # [T, R, K, A, M], [T, K, A, M]
     thresholds = [round(float(iou), 2) for iou in scorer.params.iouThrs]
     sizes = scorer.params.areaRngLbl[1:]

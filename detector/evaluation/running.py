@@ -16,11 +16,11 @@ from detector.data.annotations import Annotations
 from detector.data.batches import ScoringBatches
 from detector.data.dataset import CocoDetection, Target, as_float, collate
 from detector.data.results import Result, to_results
-from detector.errors import DataError, sentence
+from detector.errors import DataError, one_line
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.proposals import Hit, ProposalRecorder
 from detector.models.detecting import detect, sizes_of
-from detector.rcnn.draws import draw_by_image
+from detector.rcnn.sampling import seed_sampling
 from detector.seeds import seed_of
 from detector.signals import ignoring_signals
 
@@ -111,7 +111,7 @@ def predict(
                     relabelled = [t | {"labels": labels[t["labels"]]} for t in targets]
                     on_device = [{name: value.to(device) for name, value in t.items()} for t in relabelled]
                     if isinstance(model, GeneralizedRCNN):  # the same in each run, and by any number of processes
-                        draw_by_image(model, [seed_of(0, 0, image_id) for image_id in image_ids])
+                        seed_sampling(model, [seed_of(0, 0, image_id) for image_id in image_ids])
                     detections, losses = detect_with_losses(model, images, on_device)
                 hits = [] if proposals_of is None else recorder.hits(proposals_of, image_ids, sizes)
                 results = to_results(detections, image_ids, category_ids)
@@ -124,7 +124,7 @@ def predict(
                 on_batch(len(images))
     finally:
         if labels is not None and isinstance(model, GeneralizedRCNN):
-            draw_by_image(model, None)
+            seed_sampling(model, None)
         model.train(training)
     return done
 
@@ -208,7 +208,7 @@ class _Readable(Dataset[Any]):
         try:
             return self.split[index]
         except DataError as error:
-            return self.split.image_ids[index], sentence(error)
+            return self.split.image_ids[index], one_line(error)
 
 
 def _collate_readable(items: list[Any]) -> tuple[list[Tensor], list[Target], dict[int, str]]:

@@ -18,25 +18,33 @@ from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import EMPTY, FAR_FROM_MASK, NAME, OUTSIDE_BOX, OUTSIDE_IMAGE, PLACEHOLDERS, Part
+from detector.data.part_problems import (
+    EMPTY,
+    FAR_FROM_MASK,
+    NAME,
+    OUTSIDE_BOX,
+    OUTSIDE_IMAGE,
+    PLACEHOLDERS,
+    AnnotationType,
+)
 from detector.data.problems import FAR_FROM_BOX, IGNORED
-from detector.data.results import Result, parts_in, read_results, results_file
-from detector.errors import DataError, UserError, sentence, shown
+from detector.data.results import Result, annotation_types_in, read_results, results_file
+from detector.errors import DataError, UserError, one_line, short_repr
 from detector.evaluation.metric import IOU_TYPES
 from detector.evaluation.ranks import gathered, joined
 from detector.evaluation.running import Predictions, run_detector
 from detector.evaluation.timing import WARM_UP, measure_stages
 from detector.evaluation.writing import EvaluationOptions, described, refinement_in_words, write_evaluation
-from detector.models.detecting import parts_found_by
+from detector.models.detecting import annotation_types_of
 from detector.overriding import overridden
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 
-# What a flaw of the annotations does to the scores.
+# What a warning of the annotations does to the scores.
 COUNTED_WRONG = {
-    FAR_FROM_BOX: "AP by size and key points' errors use these areas.",
+    FAR_FROM_BOX: "AP by size and keypoints' errors use these areas.",
     IGNORED: "They are scored as any other.",
 }
-LACKING: dict[Part, dict[str, str]] = {
+LACKING: dict[AnnotationType, dict[str, str]] = {
     "masks": {
         EMPTY["masks"][0]: "In segm scores they count as missed.",
         OUTSIDE_BOX["masks"][0]: "In segm scores the objects in the boxes count as missed.",
@@ -48,9 +56,9 @@ LACKING: dict[Part, dict[str, str]] = {
         OUTSIDE_BOX["keypoints"][0]: "In keypoints scores they are compared as they are.",
         PLACEHOLDERS[0]: "In keypoints scores they are compared as they are.",
         OUTSIDE_IMAGE["keypoints"][0]: "In keypoints scores they are compared as they are; training leaves them out.",
-        "objects without key points": "In keypoints scores they count as neither found nor missed.",
-        "objects whose key points are all unlabelled": "In keypoints scores they count as neither found nor missed.",
-        "key points without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",
+        "objects without keypoints": "In keypoints scores they count as neither found nor missed.",
+        "objects whose keypoints are all unlabelled": "In keypoints scores they count as neither found nor missed.",
+        "keypoints without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",
     },
 }
 
@@ -92,15 +100,23 @@ def score_split(
     made = described(None, model=name, data=data, split=None, device=device)
     made |= {"refinement": refinement_in_words(model), **(about or {})}
     options = EvaluationOptions()
-    parts, of_parts = scored_parts(split, parts_found_by(model))
+    parts, of_parts = scored_types(split, annotation_types_of(model))
     notes = [*notes, *of_parts]
     return write_evaluation(
-        found, split.annotations, folder, options, about=made, split=split, parts=parts, notes=notes, of_training=True
+        found,
+        split.annotations,
+        folder,
+        options,
+        about=made,
+        split=split,
+        annotation_types=parts,
+        notes=notes,
+        of_training=True,
     )
 
 
 def evaluate_detector(
-    detector: PretrainedDetector,
+    detector: Detector,
     data: CocoDetection,
     folder: Path,
     options: EvaluationOptions,
@@ -136,7 +152,7 @@ def evaluate_detector(
     with joined() as (rank, ranks):
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
-        parts, of_parts = scored_parts(data, parts_found_by(detector.model), detector.keypoints)
+        parts, of_parts = scored_types(data, annotation_types_of(detector.model), detector.keypoints)
         labels, of_losses = _labels_for_losses(detector.model, category_ids, data, parts)
         run = partial(
             run_detector,
@@ -169,7 +185,7 @@ def evaluate_detector(
     if isinstance(found.stopped, KeyboardInterrupt):
         notes.append(f"Stopped by Ctrl-C: {seen}")
     elif found.stopped is not None:
-        notes.append(f"Stopped by an image ({sentence(found.stopped)}): {seen}")
+        notes.append(f"Stopped by an image ({one_line(found.stopped)}): {seen}")
     elif options.limit is not None:
         notes.append(f"Limited: {seen}")
     notes += [f"{note}." for note in left_out]
@@ -186,7 +202,7 @@ def evaluate_detector(
         options,
         about=described(detector, model=model, data=root, split=split, device=options.device),
         split=data,
-        parts=parts,
+        annotation_types=parts,
         unrefined=unrefined,
         speed=speed,
         notes=notes,
@@ -219,16 +235,16 @@ def evaluate_results(
     """
     notes: list[str] = []
     entries = results_file(results)
-    given = parts_in(entries)
-    truth = read_annotations(annotations, parts=given, needed=False)
+    given = annotation_types_in(entries)
+    truth = read_annotations(annotations, annotation_types=given, needed=False)
     listed = read_results(entries, truth, notes=notes)
     layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in given else None
-    parts, of_parts = _scored(given, layout, list(truth.parts), truth.keypoint_layout(), truth.flaws)
+    parts, of_parts = _scored(given, layout, list(truth.annotation_types), truth.keypoint_layout(), truth.warnings)
     notes += of_parts
     data = None
     if images is not None:
         try:
-            data = CocoDetection(images, truth, parts=parts, orientation=orientation)
+            data = CocoDetection(images, truth, annotation_types=parts, orientation=orientation)
         except DataError as error:
             notes.append(f"No pictures: {error}")
     image_ids = truth.image_ids[: options.limit].tolist()
@@ -244,7 +260,7 @@ def evaluate_results(
         options,
         about=described(None, model=results, data=str(annotations), split=split, device=None),
         split=data,
-        parts=parts,
+        annotation_types=parts,
         notes=notes,
     )
 
@@ -255,57 +271,59 @@ def _crowded(results: list[Result], most: int = 100) -> int:
     return len({image for (image, _), count in counts.items() if count > most})
 
 
-def scored_parts(
-    data: CocoDetection, found: Sequence[Part], layout: KeypointLayout | None = None
-) -> tuple[list[Part], list[str]]:
+def scored_types(
+    data: CocoDetection, found: Sequence[AnnotationType], layout: KeypointLayout | None = None
+) -> tuple[list[AnnotationType], list[str]]:
     """What a detector is scored by besides boxes, and notes on what it is not scored by, and on objects that lack it.
 
     Args:
         data: the split; what is not read of it, since it has none, is not scored.
         found: what the detector finds.
-        layout: of its key points, if it is known.
+        layout: of its keypoints, if it is known.
     """
-    return _scored(found, layout, data.parts, data.keypoints, data.annotations.flaws)
+    return _scored(found, layout, data.annotation_types, data.keypoints, data.annotations.warnings)
 
 
 def _scored(
-    found: Sequence[Part],
+    found: Sequence[AnnotationType],
     layout: KeypointLayout | None,
-    given: Sequence[Part],
+    given: Sequence[AnnotationType],
     layout_given: KeypointLayout | None,
-    flaws: Mapping[str, int],
-) -> tuple[list[Part], list[str]]:
-    """See :func:`scored_parts`; what is given is what the annotations have, and the flaws are theirs by kind."""
-    parts: list[Part] = []
-    notes = _counted(flaws, COUNTED_WRONG)
+    warnings: Mapping[str, int],
+) -> tuple[list[AnnotationType], list[str]]:
+    """See :func:`scored_types`; what is given is what the annotations have, and the warnings are theirs by kind."""
+    parts: list[AnnotationType] = []
+    notes = _counted(warnings, COUNTED_WRONG)
     for part in found:
         if part not in given:
             notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}.")
         elif part == "keypoints" and layout and layout_given and len(layout) != len(layout_given):
             notes.append(
-                f"No keypoints scores: {len(layout)} key points of an object are found, the annotations have "
+                f"No keypoints scores: {len(layout)} keypoints of an object are found, the annotations have "
                 f"{len(layout_given)}."
             )
         elif part == "keypoints" and layout and layout_given and not layout.fits(layout_given):
             notes.append(
-                f"No keypoints scores: the detector's key points are {shown(layout.names)}, those of the annotations "
-                f"{shown(layout_given.names)}."
+                f"No keypoints scores: the detector's keypoints are {short_repr(layout.names)}, those of the "
+                f"annotations {short_repr(layout_given.names)}."
             )
         else:
             parts.append(part)
-            notes += _counted(flaws, LACKING[part])
+            notes += _counted(warnings, LACKING[part])
     return parts, notes
 
 
-def _counted(flaws: Mapping[str, int], effects: Mapping[str, str]) -> list[str]:
-    return [f"{kind[0].upper()}{kind[1:]}: {flaws[kind]:,}. {what}" for kind, what in effects.items() if kind in flaws]
+def _counted(warnings: Mapping[str, int], effects: Mapping[str, str]) -> list[str]:
+    return [
+        f"{kind[0].upper()}{kind[1:]}: {warnings[kind]:,}. {what}" for kind, what in effects.items() if kind in warnings
+    ]
 
 
 def _labels_for_losses(
-    model: Any, category_ids: Sequence[int | None], data: CocoDetection, parts: Sequence[Part]
+    model: Any, category_ids: Sequence[int | None], data: CocoDetection, annotation_types: Sequence[AnnotationType]
 ) -> tuple[Tensor | None, list[str]]:
     """The model's label for each of the data's, if its losses can be computed; and if not, a note that says why."""
-    if missing := [part for part in parts_found_by(model) if part not in parts]:
+    if missing := [part for part in annotation_types_of(model) if part not in annotation_types]:
         return None, [f"No losses: those of {' and '.join(NAME[part] for part in missing)} have nothing to go by."]
     label = {category: label for label, category in enumerate(category_ids, start=1)}
     if any(data.category_ids[one - 1] not in label for one in data.label_counts()):
@@ -323,6 +341,6 @@ def _times(
                 model, data, images=options.speed, among=images, device=options.device, on_image=bar.update
             )
         except (KeyboardInterrupt, UserError, RuntimeError, MemoryError) as stop:
-            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else sentence(stop)[:200]
+            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else one_line(stop)[:200]
             notes.append(f"No times: stopped by {reason} while they were taken.")
             return None

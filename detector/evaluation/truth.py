@@ -15,7 +15,7 @@ from detector.data.part_problems import FIELD
 def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) -> COCO:
     """Make pycocotools' index of the annotations of some images, by default of all.
 
-    Its ``dataset`` has an extra key, ``layout``: that of the key points, which a few images may not tell.
+    Its ``dataset`` has an extra key, ``layout``: that of the keypoints, which a few images may not tell.
     """
     chosen = np.arange(len(annotations)) if image_ids is None else np.unique(annotations.find(image_ids))
     chosen = chosen[chosen >= 0]
@@ -32,7 +32,7 @@ def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) ->
         "iscrowd": annotations.crowds.astype(int),
     }
     entries = [dict(zip(columns, row)) for row in zip(*(column[rows].tolist() for column in columns.values()))]
-    for part in annotations.parts:
+    for part in annotations.annotation_types:
         for entry, row in zip(entries, rows.tolist()):
             entry[FIELD[part]] = annotations.value(part, row)
     images = [annotations.image(index) for index in chosen.tolist()]

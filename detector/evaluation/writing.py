@@ -10,15 +10,15 @@ from torch import nn
 
 from detector.data.annotations import Annotations
 from detector.data.dataset import CocoDetection
-from detector.data.part_problems import Part
-from detector.evaluation.metric import Evaluator, evaluator_version, match_parts, scores_of
+from detector.data.part_problems import AnnotationType
+from detector.evaluation.metric import Evaluator, evaluator_version, match_types, scores_of
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best
 from detector.evaluation.report import as_text, make_report
 from detector.evaluation.running import Predictions
 from detector.evaluation.truth import coco_of
 from detector.files import write_atomically, write_json
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.refinement.attach import refinement_of
 from detector.versions import circumstances
 
@@ -60,7 +60,7 @@ def write_evaluation(
     *,
     about: Mapping[str, Any],
     split: CocoDetection | None = None,
-    parts: Sequence[Part] = (),
+    annotation_types: Sequence[AnnotationType] = (),
     unrefined: Predictions | None = None,
     speed: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
@@ -78,20 +78,20 @@ def write_evaluation(
         options: how.
         about: how the detections were made, see :func:`described`.
         split: the images, to draw some of them on the page.
-        parts: what is scored besides boxes: "masks", "keypoints".
+        annotation_types: what is scored besides boxes: "masks", "keypoints".
         unrefined: what was found without the refinement, in the same images, to compare with.
         speed: the times of :func:`~detector.evaluation.timing.measure_stages`.
         notes: sentences for the report.
         of_training: write ``examples.png``, too, and print no more than pycocotools' tables.
 
     Returns:
-        The scores, as :func:`~detector.evaluation.evaluate`, those of masks and key points as "segm/AP",
+        The scores, as :func:`~detector.evaluation.evaluate`, those of masks and keypoints as "segm/AP",
         "keypoints/AP" and so on.
     """
-    how: dict[str, Any] = {"parts": parts, "evaluator": options.evaluator}
+    how: dict[str, Any] = {"annotation_types": annotation_types, "evaluator": options.evaluator}
     coco = coco_of(truth, found.image_ids)
-    scorer, *others = scorers = match_parts(coco, found.results, found.image_ids, **how)
-    before = [] if unrefined is None else match_parts(coco, unrefined.results, unrefined.image_ids, **how)
+    scorer, *others = scorers = match_types(coco, found.results, found.image_ids, **how)
+    before = [] if unrefined is None else match_types(coco, unrefined.results, unrefined.image_ids, **how)
     report, tables = make_report(
         scorer,
         found.results,
@@ -142,7 +142,7 @@ def refinement_in_words(model: nn.Module) -> str | None:
 
 
 def described(
-    detector: PretrainedDetector | None, *, model: str, data: str, split: str | None, device: torch.device | str | None
+    detector: Detector | None, *, model: str, data: str, split: str | None, device: torch.device | str | None
 ) -> dict[str, Any]:
     """How detections are made.
 

@@ -13,7 +13,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detector.data.keypoints import PERSON
-from detector.errors import ModelError, sentence
+from detector.errors import ModelError, one_line
 from detector.models.config import BUILDERS, DetectorConfig
 from detector.models.narrow_images import take_narrow_images
 from detector.models.published import fetching, starts_from_own_weights, torchvision_detectors
@@ -33,7 +33,7 @@ def build_detector(
     Args:
         config: what to build.
         num_categories: without the background.
-        num_keypoints: of an object, where key points are found.
+        num_keypoints: of an object, where keypoints are found.
         pretrained: ``False``: leave out the weights that ``config`` names, to load others instead. Those of a file, a
             folder or the hub are never loaded here: :func:`~detector.pretrained.initial_weights.load_initial_weights`
             does that.
@@ -62,7 +62,7 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, num_keypoint
         options["trainable_backbone_layers"] = config.trainable_layers
     if weights is None:
         options["num_classes"] = num_categories + 1
-        if "keypoints" in config.parts:
+        if "keypoints" in config.annotation_types:
             options["num_keypoints"] = num_keypoints
     try:
         with fetching(config.name, "set weights and weights_backbone to null"):
@@ -72,7 +72,7 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, num_keypoint
     except ValueError as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"trainable_layers: {sentence(error)}") from None
+        raise ModelError(f"trainable_layers: {one_line(error)}") from None
     # Not by the builder's own argument, which only some of them take. As many anchors as before: the weights fit.
     model.rpn.anchor_generator = config.anchor_generator(len(model.rpn.anchor_generator.sizes))
     _fit_predictors(model.roi_heads, num_categories + 1, num_keypoints)
@@ -80,7 +80,7 @@ def _build_torchvision(config: DetectorConfig, num_categories: int, num_keypoint
 
 
 def _fit_predictors(heads: RoIHeads, classes: int, num_keypoints: int) -> None:
-    """Begin the predictors anew, of published weights with other classes or key points than the data's."""
+    """Begin the predictors anew, of published weights with other classes or keypoints than the data's."""
     predictor = heads.box_predictor.cls_score
     if predictor.out_features != classes:
         heads.box_predictor = FastRCNNPredictor(predictor.in_features, classes)
@@ -141,12 +141,12 @@ def _build_timm(config: DetectorConfig, num_categories: int, num_keypoints: int,
         **config.common_options(),
     }
     # Heads as wide as the pyramid, and twice as wide, which with 256 channels are torchvision's own.
-    if "masks" in config.parts:
+    if "masks" in config.annotation_types:
         head = MaskRCNNHeads(channels, (channels,) * 4, 1)
         return MaskRCNN(
             backbone, mask_head=head, mask_predictor=MaskRCNNPredictor(channels, channels, classes), **options
         )
-    if "keypoints" in config.parts:
+    if "keypoints" in config.annotation_types:
         wide = 2 * channels
         head = KeypointRCNNHeads(channels, (wide,) * 8)
         return KeypointRCNN(

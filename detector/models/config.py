@@ -6,8 +6,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from detector.data.part_problems import Part
-from detector.errors import ModelError, sentence, shown
+from detector.data.part_problems import AnnotationType
+from detector.errors import ModelError, one_line, short_repr
 
 MOST_PIXELS = 10_000  # of the side of an image that a detector is built for
 
@@ -26,9 +26,12 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: type(value) is bool, "true or false"),
     str: (lambda value: type(value) is str, "a name"),
     str | None: (lambda value: value is None or type(value) is str, "a name"),
-    Part | None: (lambda value: value in (None, *get_args(Part)), f"one of {', '.join(get_args(Part))}, or nothing"),
+    AnnotationType | None: (
+        lambda value: value in (None, *get_args(AnnotationType)),
+        f"one of {', '.join(get_args(AnnotationType))}, or nothing",
+    ),
 }
-BUILDERS: dict[str, Part | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
+BUILDERS: dict[str, AnnotationType | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
 PARTS = {int: (_is_size, "positive integers"), float: (_is_ratio, "numbers from 0.01 to 100")}  # of tuples
 
 
@@ -74,7 +77,7 @@ class DetectorConfig:
     """
 
     name: str = "fasterrcnn_resnet50_fpn"
-    finds: Part | None = None
+    finds: AnnotationType | None = None
     weights: str | None = None
     weights_backbone: str | None = None
     min_size: int = 800
@@ -109,14 +112,14 @@ class DetectorConfig:
                 is_one, meant = KINDS[kind]
                 fits = is_one(value) or (name == "trainable_layers" and type(value) is int and value == 0)
             if not fits:
-                raise ModelError(f"detector.{name} must be {meant}, got {shown(value)}")
+                raise ModelError(f"detector.{name} must be {meant}, got {short_repr(value)}")
         for name in ("min_size", "max_size"):
             if getattr(self, name) > MOST_PIXELS:  # every image would be enlarged to it
                 raise ModelError(f"detector.{name} must be at most {MOST_PIXELS}, got {getattr(self, name)}")
         if self.finds is not None and not self.name.startswith("timm/"):
             raise ModelError(
                 f"detector.finds {self.finds} is of timm/... alone: {self.name} finds what its name says; "
-                "maskrcnn_resnet50_fpn finds masks, keypointrcnn_resnet50_fpn key points"
+                "maskrcnn_resnet50_fpn finds masks, keypointrcnn_resnet50_fpn keypoints"
             )
         for part in ("rpn", "box"):
             background, foreground = (getattr(self, f"{part}_{kind}_iou_threshold") for kind in ("bg", "fg"))
@@ -127,7 +130,7 @@ class DetectorConfig:
                 )
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def annotation_types(self) -> tuple[AnnotationType, ...]:
         """What the detector finds, and is trained on, besides boxes."""
         part = self.finds if self.name.startswith("timm/") else BUILDERS.get(self.name.partition("_")[0])
         return () if part is None else (part,)
@@ -173,4 +176,4 @@ def saved_settings(fields: dict[str, Any]) -> DetectorConfig:
     try:
         return DetectorConfig(**fields)
     except TypeError as error:
-        raise ModelError(f"detector: {sentence(error)}") from None
+        raise ModelError(f"detector: {one_line(error)}") from None

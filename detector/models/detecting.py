@@ -7,23 +7,23 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.data.masks import encode_crops
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 
 Found = dict[str, Any]  # of an image: torchvision's boxes, labels, scores, ...; and "segmentations", a list of RLE
 
 
-def parts_found_by(model: nn.Module) -> tuple[Part, ...]:
+def annotation_types_of(model: nn.Module) -> tuple[AnnotationType, ...]:
     """What a detector finds besides boxes."""
     heads: Any = getattr(model, "roi_heads", None)
     if not isinstance(model, GeneralizedRCNN) or heads is None:
         return ()
-    has: dict[Part, bool] = {"masks": heads.has_mask(), "keypoints": heads.has_keypoint()}
+    has: dict[AnnotationType, bool] = {"masks": heads.has_mask(), "keypoints": heads.has_keypoint()}
     return tuple(part for part, found in has.items() if found)
 
 
 def detect(model: Any, images: list[Tensor]) -> list[Found]:
     """What ``model(images)`` gives in eval mode, with ``segmentations``, RLE, in place of ``masks``."""
-    if "masks" not in parts_found_by(model):
+    if "masks" not in annotation_types_of(model):
         return model(images)
     batch, _ = model.transform(images)
     features = model.backbone(batch.tensors)

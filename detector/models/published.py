@@ -113,7 +113,7 @@ def number_of_classes(name: str, state: dict[str, Any]) -> int:
 
 
 def published_keypoints(name: str, model: nn.Module) -> KeypointLayout | None:
-    """The layout of a torchvision detector's key points: a person's, if there are as many, else numbers.
+    """The layout of a torchvision detector's keypoints: a person's, if there are as many, else numbers.
 
     Args:
         name: one of :func:`torchvision_detectors`.
@@ -161,7 +161,7 @@ def _without_weights(name: str, classes: int, **options: int) -> nn.Module:
 
 
 def _keypoints_in(name: str, state: dict[str, Any]) -> dict[str, int]:
-    """The number of key points that a Keypoint R-CNN's state_dict has, as its builder's option."""
+    """The number of keypoints that a Keypoint R-CNN's state_dict has, as its builder's option."""
     bias = state.get("roi_heads.keypoint_predictor.kps_score_lowres.bias")
     if not name.startswith("keypointrcnn") or not isinstance(bias, Tensor) or bias.dim() != 1 or not len(bias):
         return {}  # load_weights says what is missing

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from detector.errors import ModelError, sentence
+from detector.errors import ModelError, one_line
 from detector.text import short
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,7 +39,7 @@ def refusing(what: str) -> Iterator[None]:
     except KeyError as error:
         raise ModelError(f"{what}: it has no {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{what}: {sentence(error)}") from None
+        raise ModelError(f"{what}: {one_line(error)}") from None
 
 
 def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:

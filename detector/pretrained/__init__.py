@@ -1,8 +1,8 @@
 """Trained detectors: out of checkpoints, saved folders and the hub; applied to images, and exported."""
 
 from detector.pretrained.description import DetectorDescription
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
 
-__all__ = ["DetectorDescription", "PretrainedDetector", "load_checkpoint", "load_detector", "load_initial_weights"]
+__all__ = ["Detector", "DetectorDescription", "load_checkpoint", "load_detector", "load_initial_weights"]

@@ -8,7 +8,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FrozenBatchNorm2d
 
 from detector.data.keypoints import KeypointLayout
-from detector.errors import ModelError, sentence, shown
+from detector.errors import ModelError, one_line, short_repr
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig, saved_settings
 from detector.models.published import batch_norm_eps, set_batch_norm_eps
@@ -31,7 +31,7 @@ class DetectorDescription:
         category_names: likewise.
         batch_norm_eps: see :func:`~detector.models.published.batch_norm_eps`.
         refinement: that of its boxes, if it has one.
-        keypoints: the layout of the key points that it finds, if it finds any.
+        keypoints: the layout of the keypoints that it finds, if it finds any.
     """
 
     settings: DetectorConfig
@@ -72,10 +72,10 @@ class DetectorDescription:
         else:
             categories = [(category["id"], category["name"]) for category in content["categories"]]
         if crop not in ("affine", "roi_align"):
-            raise ModelError(f"crop must be affine or roi_align, got {shown(crop)}")
+            raise ModelError(f"crop must be affine or roi_align, got {short_repr(crop)}")
         for i, name in categories:
             if (type(i) is not int and i is not None) or type(name) is not str:
-                raise ModelError(f"a category must have an id and a name, got {shown(i)} and {shown(name)}")
+                raise ModelError(f"a category must have an id and a name, got {short_repr(i)} and {short_repr(name)}")
         if not isinstance(eps, dict) or not all(type(e) in (int, float) and 0 <= e <= 1 for e in eps.values()):
             raise ModelError("batch_norm_eps must be numbers from 0 to 1")
         return cls(
@@ -110,13 +110,13 @@ class DetectorDescription:
 
 
 def _saved_keypoints(content: Any, settings: DetectorConfig) -> KeypointLayout | None:
-    """The layout of key points that a file holds; of a detector that finds any it must."""
-    if "keypoints" not in settings.parts:
+    """The layout of keypoints that a file holds; of a detector that finds any it must."""
+    if "keypoints" not in settings.annotation_types:
         return None
     try:
         return KeypointLayout.from_dict(content)
     except (LookupError, TypeError, ValueError) as error:
-        raise ModelError(f"keypoints: {sentence(error)}") from None
+        raise ModelError(f"keypoints: {one_line(error)}") from None
 
 
 def _saved_refinement(fields: Any) -> RefinementConfig | None:
@@ -124,11 +124,11 @@ def _saved_refinement(fields: Any) -> RefinementConfig | None:
     if fields is None:
         return None
     if not isinstance(fields, dict):
-        raise ModelError(f"refinement must be a dict of settings, got {shown(fields)}")
+        raise ModelError(f"refinement must be a dict of settings, got {short_repr(fields)}")
     try:
         return RefinementConfig.from_dict(fields)
     except LookupError as error:
         raise ModelError(f"refinement: it has no {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
-        message = sentence(error)
+        message = one_line(error)
         raise ModelError(message if message.startswith("refinement.") else f"refinement: {message}") from None

@@ -28,7 +28,7 @@ class Detections:
         segmentations: of a Mask R-CNN the mask of each, as COCO's RLE; see :attr:`masks`.
         keypoints: of a Keypoint R-CNN, [L, K, 3], float32: x and y in pixels of the image, and 1.
         keypoints_scores: [L, K], float32: the heatmap there, a logit; the higher, the surer.
-        layout: the names of the key points.
+        layout: the names of the keypoints.
     """
 
     image: Tensor
@@ -60,7 +60,7 @@ class Detections:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Plain values, a detection at a time: ``name``, ``label``, ``score`` and ``box`` (x1, y1, x2, y2).
 
-        Of masks also ``segmentation``, COCO's RLE, of key points ``keypoints``, by name (x, y, score).
+        Of masks also ``segmentation``, COCO's RLE, of keypoints ``keypoints``, by name (x, y, score).
         """
         for number, name in enumerate(self.names):
             found = {"label": int(self.labels[number]), "score": float(self.scores[number])}
@@ -68,7 +68,7 @@ class Detections:
             yield {"name": name, **found, "box": self.boxes[number].tolist(), **parts}
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
-        """The picture with boxes, names and scores, masks and key points; enlarged if it is small."""
+        """The picture with boxes, names and scores, masks and keypoints; enlarged if it is small."""
         target: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.segmentations is not None:
             target["segmentations"] = self.segmentations
@@ -91,12 +91,12 @@ class Detections:
 
 
 def parts_as_values(number: int, found: Mapping[str, Any], layout: KeypointLayout | None) -> dict[str, Any]:
-    """A detection's mask and key points as plain values: an RLE, and x, y and score by the point's name.
+    """A detection's mask and keypoints as plain values: an RLE, and x, y and score by the point's name.
 
     Args:
         number: which detection.
         found: ``segmentations``, ``keypoints`` and ``keypoints_scores``, if there are any: see :class:`Detections`.
-        layout: the names of the key points.
+        layout: the names of the keypoints.
     """
     values: dict[str, Any] = {}
     if found.get("segmentations") is not None:

@@ -37,7 +37,7 @@ FIELDS = ("boxes", "labels", "scores", "segmentations", "keypoints", "keypoints_
 BATCH_SIZE = 8  # of a list of images, those of one size that follow one another
 
 
-class PretrainedDetector(
+class Detector(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="affine-crop-rcnn",
@@ -46,7 +46,7 @@ class PretrainedDetector(
 ):
     """A torchvision detector with the categories that its labels stand for, in eval mode.
 
-    ``PretrainedDetector.from_pretrained(folder or hub name)`` and :meth:`save_pretrained` are Hugging Face's, with
+    ``Detector.from_pretrained(folder or hub name)`` and :meth:`save_pretrained` are Hugging Face's, with
     the weights in safetensors; ``push_to_hub`` is inherited. :func:`~detector.pretrained.load_detector` also takes
     checkpoints.
 
@@ -55,7 +55,7 @@ class PretrainedDetector(
         category_ids: of each label, from 1 on; ``None`` where no category belongs to one.
         category_names: likewise.
         settings: what ``model`` was built by, without which it cannot be saved.
-        keypoints: the layout of the key points that it finds, if it finds any.
+        keypoints: the layout of the keypoints that it finds, if it finds any.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PretrainedDetector(
         self.eval()
 
     @classmethod
-    def described_by(cls, description: DetectorDescription, weights: Any) -> "PretrainedDetector":
+    def described_by(cls, description: DetectorDescription, weights: Any) -> "Detector":
         """The detector of a file's description and weights. Raises :class:`ModelError` if they do not fit."""
         ids, names = description.category_ids, description.category_names
         keypoints = description.keypoints
@@ -302,7 +302,7 @@ class PretrainedDetector(
         force_download: bool = False,
         local_files_only: bool = False,
         map_location: str | torch.device = "cpu",
-    ) -> "PretrainedDetector":
+    ) -> "Detector":
         """Load what :meth:`save_pretrained` wrote. Nothing is unpickled.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import HfHubHTTPError
 
-from detector.errors import ModelError, sentence
+from detector.errors import ModelError, one_line
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the hub's names
 
@@ -29,7 +29,7 @@ def fetch(repository: str, local_files_only: bool, **options: Any) -> Path:
             for name in (CONFIG, WEIGHTS)
         ]
     except Exception as error:  # of the hub's client, and of what it fetches by
-        reason = f"cannot be reached: {sentence(unreachable)}" if unreachable else f"has it not to give: {error}"
+        reason = f"cannot be reached: {one_line(unreachable)}" if unreachable else f"has it not to give: {error}"
         raise ModelError(f"{repository}: no such folder, and the hub {' '.join(reason.split())}") from None
     return Path(files[-1]).parent
 

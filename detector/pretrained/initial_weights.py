@@ -1,7 +1,7 @@
 """The weights of a whole detector that a training starts from: out of a run, a saved folder or a file of a state_dict.
 
 What fits by name and shape is taken. Of the class predictor that is the rows of the classes with the same name, and the
-predictor of key points is taken if they are of the same names.
+predictor of keypoints is taken if they are of the same names.
 """
 
 import re
@@ -19,7 +19,7 @@ from detector.errors import ModelError
 from detector.models.config import DetectorConfig
 from detector.models.published import COCO_V1_FILES, batch_norm_eps, published_names, set_batch_norm_eps, with_new_names
 from detector.models.weights import check_tensors, differences, read_weights, refusing
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.hub import is_hub_name
 from detector.pretrained.loading import CHECKPOINT_KEY, checkpoint_of, detector_of, load_detector
 from detector.text import listed
@@ -50,7 +50,7 @@ class _Source:
     state: dict[str, Tensor]
     names: list[str] | None = None
     eps: dict[str, float] = field(default_factory=dict)
-    detector: PretrainedDetector | None = None
+    detector: Detector | None = None
 
 
 def load_initial_weights(
@@ -66,7 +66,7 @@ def load_initial_weights(
         config: whose ``weights`` are a run's folder, a checkpoint, a folder of save_pretrained or its name on Hugging
             Face's hub, or a file of a state_dict, bare or under "state_dict" or "model".
         category_names: the names of the model's labels, from 1 on, by which the predictor's rows are taken over.
-        keypoints: the model's key points, if it finds any and they are known.
+        keypoints: the model's keypoints, if it finds any and they are known.
 
     Returns:
         A sentence: what was loaded, and what was not.
@@ -132,7 +132,7 @@ def _read(given: str, config: DetectorConfig) -> _Source:
     raise ModelError(f"weights: {given!r}: no such file or folder, and {others}")
 
 
-def _known(detector: PretrainedDetector) -> _Source:
+def _known(detector: Detector) -> _Source:
     named = any(category is not None for category in detector.category_ids)
     names = detector.category_names if named else None
     return _Source(detector.model.state_dict(), names, batch_norm_eps(detector.model), detector)

@@ -16,18 +16,18 @@ from detector.models.published import (
 )
 from detector.models.weights import read_weights, refusing
 from detector.pretrained.description import DetectorDescription
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.hub import CONFIG, is_hub_name
 
 CHECKPOINT_KEY = "affine_crop_rcnn"  # of the description in a training checkpoint
 
 
-def load_detector(source: str | Path) -> PretrainedDetector:
+def load_detector(source: str | Path) -> Detector:
     """A trained detector from wherever it is. Nothing is unpickled.
 
     Args:
         source: a checkpoint of ``tools/train.py`` or the folder of its run (the last one is taken), a folder of
-            :meth:`PretrainedDetector.save_pretrained`, or the name of a repository of Hugging Face's hub, "owner/name".
+            :meth:`Detector.save_pretrained`, or the name of a repository of Hugging Face's hub, "owner/name".
 
     Raises:
         ModelError: it is not there, damaged, or another program's; says which.
@@ -39,7 +39,7 @@ def load_detector(source: str | Path) -> PretrainedDetector:
             "checkpoints/last.ckpt"
         )
     if path.is_dir() or is_hub_name(path):
-        return PretrainedDetector.from_pretrained(source)
+        return Detector.from_pretrained(source)
     return load_checkpoint(path)
 
 
@@ -49,7 +49,7 @@ def checkpoint_of(source: str | Path) -> str:
     return str(last) if last.is_file() and not (Path(source) / CONFIG).exists() else str(source)
 
 
-def load_checkpoint(path: str | Path) -> PretrainedDetector:
+def load_checkpoint(path: str | Path) -> Detector:
     """Build the detector of a checkpoint of ``tools/train.py`` and load its weights. Nothing is unpickled.
 
     Raises:
@@ -58,15 +58,15 @@ def load_checkpoint(path: str | Path) -> PretrainedDetector:
     return detector_of(read_weights(path), path)
 
 
-def detector_of(checkpoint: dict[str, Any], path: str | Path) -> PretrainedDetector:
+def detector_of(checkpoint: dict[str, Any], path: str | Path) -> Detector:
     """The detector of a checkpoint that was read already, see :func:`load_checkpoint`; ``path`` is for messages."""
     with refusing(f"{path}: not a checkpoint of tools/train.py, or damaged"):
         description = DetectorDescription.from_dict(checkpoint[CHECKPOINT_KEY])
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-        return PretrainedDetector.described_by(description, weights)
+        return Detector.described_by(description, weights)
 
 
-def load_published(name: str, weights: str) -> PretrainedDetector:
+def load_published(name: str, weights: str) -> Detector:
     """A torchvision detector by name, with weights.
 
     Args:
@@ -74,7 +74,7 @@ def load_published(name: str, weights: str) -> PretrainedDetector:
         weights: a file of its state_dict, or a name that torchvision publishes ("DEFAULT"; fetched).
 
     Returns:
-        The detector. With 91 classes its categories are COCO's, with one and key points a person; of others nothing is
+        The detector. With 91 classes its categories are COCO's, with one and keypoints a person; of others nothing is
         known but their number: then the ids are ``None`` and the names "class 1", "class 2", ...
 
     Raises:
@@ -88,6 +88,6 @@ def load_published(name: str, weights: str) -> PretrainedDetector:
     published = published_names(name)
     if classes == len(published):
         ids = [i if known != "N/A" else None for i, known in enumerate(published)][1:]
-        return PretrainedDetector(model, ids, published[1:], settings=settings, keypoints=keypoints)
+        return Detector(model, ids, published[1:], settings=settings, keypoints=keypoints)
     names = [f"class {label}" for label in range(1, classes)]
-    return PretrainedDetector(model, [None] * (classes - 1), names, settings=settings, keypoints=keypoints)
+    return Detector(model, [None] * (classes - 1), names, settings=settings, keypoints=keypoints)

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 from detector.errors import DataError
 from detector.models.config import DetectorConfig
 from detector.refinement.config import RefinementConfig
@@ -25,18 +25,18 @@ SCORES = {
     "APl": "larger",
     "AR100": "recall, up to 100 detections an image",
 }
-KINDS: dict[tuple[Part, ...], str] = {
+KINDS: dict[tuple[AnnotationType, ...], str] = {
     (): "Faster R-CNN",
     ("masks",): "Mask R-CNN",
     ("keypoints",): "Keypoint R-CNN",
 }
-PIPELINES: dict[tuple[Part, ...], str] = {  # Hugging Face's
+PIPELINES: dict[tuple[AnnotationType, ...], str] = {  # Hugging Face's
     (): "object-detection",
     ("masks",): "image-segmentation",
     ("keypoints",): "keypoint-detection",
 }
-TASKS = {"segm": "mask", "keypoints": "key points"}  # of scores beside the boxes'
-PARTS: dict[str, tuple[Part, ...]] = {"": (), "segm": ("masks",), "keypoints": ("keypoints",)}
+TASKS = {"segm": "mask", "keypoints": "keypoints"}  # of scores beside the boxes'
+PARTS: dict[str, tuple[AnnotationType, ...]] = {"": (), "segm": ("masks",), "keypoints": ("keypoints",)}
 LISTED = 100  # class names
 PACKAGE = "affine-crop-rcnn"
 # By this line a card is known as one that nobody wrote by hand.
@@ -80,15 +80,17 @@ def model_card(
         crop: "affine" or "roi_align".
         names: of the classes.
         refinement: that of the boxes, if there is one.
-        keypoints: the layout of the key points, if it finds any.
+        keypoints: the layout of the keypoints, if it finds any.
         report: the dict of a ``report.json``; without one the card says that there are no scores.
 
     Raises:
         DataError: the report lacks what the card shows.
     """
     data = ModelCardData(**data.to_dict())
-    data.pipeline_tag = PIPELINES[settings.parts]
-    data.tags = sorted({*(data.tags or []), KINDS[settings.parts].lower().replace("-", "").replace(" ", "-")})
+    data.pipeline_tag = PIPELINES[settings.annotation_types]
+    data.tags = sorted(
+        {*(data.tags or []), KINDS[settings.annotation_types].lower().replace("-", "").replace(" ", "-")}
+    )
     title = f"Affine-crop R-CNN: {settings.name}"
     by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
     listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
@@ -99,7 +101,7 @@ def model_card(
 
 # {title}
 
-A {KINDS[settings.parts]} (`{settings.name}`) that crops its features by {by}, made with {project}.
+A {KINDS[settings.annotation_types]} (`{settings.name}`) that crops its features by {by}, made with {project}.
 It finds {len(names)} classes{_parts(settings, keypoints)}: {listed}. \
 Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.\
 {_refined(refinement)}
@@ -107,9 +109,9 @@ Test images are resized to {settings.min_size} pixels on the shorter side, at mo
 To load it, `{install}` in a clone of {clone}.
 
 ```python
-from detector.pretrained import PretrainedDetector
+from detector.pretrained import Detector
 
-detector = PretrainedDetector.from_pretrained("FOLDER OR HUB NAME")
+detector = Detector.from_pretrained("FOLDER OR HUB NAME")
 found = detector.detect("photo.jpg")  # a path, a PIL image, an array or a tensor
 print(found)  # names, scores, boxes; a notebook draws it
 ```
@@ -131,10 +133,10 @@ print(found)  # names, scores, boxes; a notebook draws it
 
 
 def _parts(settings: DetectorConfig, keypoints: KeypointLayout | None) -> str:
-    if "masks" in settings.parts:
+    if "masks" in settings.annotation_types:
         return ", each with a mask"
     return (
-        f", each with {len(keypoints)} key points ({', '.join(map(_code, keypoints.names[:LISTED]))})"
+        f", each with {len(keypoints)} keypoints ({', '.join(map(_code, keypoints.names[:LISTED]))})"
         if keypoints
         else ""
     )
@@ -192,7 +194,7 @@ def _results(report: dict[str, Any]) -> list[EvalResult]:
 
 
 def _meaning(kind: str, name: str) -> str:
-    """Of a score of masks or key points; the latter are compared by object keypoint similarity."""
+    """Of a score of masks or keypoints; the latter are compared by object keypoint similarity."""
     return SCORES[name].replace("IoU", "OKS") if kind == "keypoints" else SCORES[name]
 
 

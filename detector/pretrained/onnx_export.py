@@ -29,7 +29,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.errors import UserError
 from detector.files import write_atomically
-from detector.models.detecting import parts_found_by
+from detector.models.detecting import annotation_types_of
 from detector.models.narrow_images import NarrowTransform
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
@@ -45,7 +45,7 @@ OUTPUTS = {
     "masks": {"masks": "probabilities of the object's pixels, in pixels of the image"},
     "keypoints": {
         "keypoints": "(x, y, 1) in pixels of the image",
-        "keypoints_scores": "of the heatmap at the key point, a logit",
+        "keypoints_scores": "of the heatmap at the keypoint, a logit",
     },
 }
 # How far onnxruntime may be from PyTorch: in pixels for each pixel of the image's longer side, and in scores. Deep
@@ -82,11 +82,11 @@ def export_onnx(
     With a batch of several images their names are ``boxes_0``, ``labels_0``, ``scores_0``, ``boxes_1`` and so on.
 
     A swapped model crops by GridSample, whatever its sampler, a stock one by RoiAlign; masks are pasted into the image,
-    and key points sought in their heatmaps, one detection after the other, by Loop. Before the file is written the
+    and keypoints sought in their heatmaps, one detection after the other, by Loop. Before the file is written the
     graph is checked: it is valid, and, where onnxruntime is installed, finds what PyTorch does in noise of another size
-    than the example's: boxes, masks and key points.
+    than the example's: boxes, masks and keypoints.
 
-    A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit; masks and key points
+    A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit; masks and keypoints
     are those of the refined boxes. Climbing takes gradients, which no graph has; it is left out, and so is ``fit_nms``,
     as :func:`left_out` says. Crops with ``sampling="exact"`` are refused.
 
@@ -144,7 +144,7 @@ def fields_of(model: nn.Module) -> tuple[str, ...]:
 
 def _outputs(model: nn.Module) -> dict[str, str]:
     """What the outputs hold, by their names."""
-    return {name: held for part in ("boxes", *parts_found_by(model)) for name, held in OUTPUTS[part].items()}
+    return {name: held for part in ("boxes", *annotation_types_of(model)) for name, held in OUTPUTS[part].items()}
 
 
 def left_out(model: nn.Module) -> str | None:
@@ -274,7 +274,7 @@ def _check_model(model: nn.Module) -> None:
     pools = {
         "the RoI pool": heads.box_roi_pool,
         "the masks' RoI pool": heads.mask_roi_pool,
-        "the key points' RoI pool": heads.keypoint_roi_pool,
+        "the keypoints' RoI pool": heads.keypoint_roi_pool,
     }
     if refinement is not None and refinement.enabled:
         pools["the refinement"] = refinement.pool
@@ -378,7 +378,7 @@ def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int)
 
 
 def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> Tensor:
-    """Which detections [L] are which of the others [M]: label, box, score, mask and key points. [L, M]"""
+    """Which detections [L] are which of the others [M]: label, box, score, mask and keypoints. [L, M]"""
     boxes = (wanted["boxes"][:, None] - given["boxes"]).abs().amax(2) <= pixels
     scores = (wanted["scores"][:, None] - given["scores"]).abs() <= SCORE_TOLERANCE
     same = boxes & scores & (wanted["labels"][:, None] == given["labels"])
@@ -400,7 +400,7 @@ def _same_mask(wanted: Tensor, given: Tensor) -> bool:
 
 
 def _same_keypoints(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> bool:
-    """Whether the key points of two detections are as high, and nearly all in the same place.
+    """Whether the keypoints of two detections are as high, and nearly all in the same place.
 
     Of two pixels of a heatmap that are as high as one another either may be taken: most often its neighbour.
     """

@@ -21,7 +21,7 @@ from detector.errors import DataError
 from detector.files import read_json, write_json
 from detector.models.detecting import Found, kept
 from detector.pretrained.detections import parts_as_values
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
 from detector.signals import ignoring_signals
 from detector.text import alike_file
@@ -138,7 +138,7 @@ def by_suffix(paths: Iterable[Path]) -> str:
 
 
 def predict_files(
-    detector: PretrainedDetector,
+    detector: Detector,
     files: Sequence[ImageFile],
     folder: Path,
     *,
@@ -314,7 +314,7 @@ def _picture_names(files: Sequence[ImageFile]) -> list[str]:
 
 
 def _as_dict(
-    file: ImageFile, read: _Read, found: Found, detector: PretrainedDetector, ids: Sequence[int | None]
+    file: ImageFile, read: _Read, found: Found, detector: Detector, ids: Sequence[int | None]
 ) -> dict[str, Any]:
     height, width = read.pixels.shape[1:]
     rows = enumerate(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))

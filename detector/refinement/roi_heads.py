@@ -16,7 +16,7 @@ FEATURES: ContextVar[dict[str, Tensor] | None] = ContextVar("FEATURES", default=
 
 
 class RefinedRoIHeads(RoIHeads):
-    """torchvision's RoI heads with a refinement; masks and key points are looked for in the refined boxes.
+    """torchvision's RoI heads with a refinement; masks and keypoints are looked for in the refined boxes.
 
     In training the refinement's losses come beside the heads' own.
     """

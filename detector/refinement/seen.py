@@ -54,7 +54,7 @@ class FeatureCache:
 
 
 def finding_boxes_alone(heads: nn.Module) -> AbstractContextManager[None]:
-    """Within, RoI heads look for no masks and no key points, which take longer than the boxes."""
+    """Within, RoI heads look for no masks and no keypoints, which take longer than the boxes."""
     return overridden(heads, mask_roi_pool=None, keypoint_roi_pool=None)
 
 

@@ -21,10 +21,10 @@ from detector.data.folder import DataFolder, find_root
 from detector.data.image_files import ORIENTED, open_images
 from detector.data.images import Orientation
 from detector.data.keypoints import PERSON, KeypointLayout
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 from detector.data.problems import Problem, no_box
 from detector.data.shared_images import equal_files
-from detector.errors import DataError, MissingPartError, shown
+from detector.errors import DataError, MissingAnnotationsError, short_repr
 from detector.models.narrow_images import NarrowShortestSize
 from detector.signals import ignoring_signals
 from detector.text import listed
@@ -154,28 +154,34 @@ class CocoDataModule(lightning.LightningDataModule):
             raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
         self._say_what_is_shared()
 
-    def split(self, name: str, *, train: bool = False, parts: Collection[Part] | None = None) -> CocoDetection:
+    def split(
+        self, name: str, *, train: bool = False, annotation_types: Collection[AnnotationType] | None = None
+    ) -> CocoDetection:
         """Read one split as a data set, and say what is not quite right with it.
 
         Args:
             name: of the split.
             train: with the training's augmentation.
-            parts: what is read besides boxes; ``None``: what the trainer's task learns.
+            annotation_types: what is read besides boxes; ``None``: what the trainer's task learns.
         """
         transform = self.train_transform if train else None
-        if parts is None:
-            parts = getattr(self.trainer and self.trainer.lightning_module, "parts", ())
+        if annotation_types is None:
+            annotation_types = getattr(self.trainer and self.trainer.lightning_module, "annotation_types", ())
         try:
             data = self.folder.dataset(
-                name, parts=parts, transform=transform, seed=self.seed, skip_missing=self.skip_broken
+                name,
+                annotation_types=annotation_types,
+                transform=transform,
+                seed=self.seed,
+                skip_missing=self.skip_broken,
             )
-        except MissingPartError as error:
+        except MissingAnnotationsError as error:
             again = f"; delete {self.root} to have it written anew, with masks" if self.generate == "digits" else ""
             raise DataError(f"{error}{again}") from None
-        if data.annotations.flaws:
-            flaws = ", ".join(f"{count:,} {kind}" for kind, count in data.annotations.flaws.items())
+        if data.annotations.warnings:
+            warnings = ", ".join(f"{count:,} {kind}" for kind, count in data.annotations.warnings.items())
             file = self.folder.annotation_file(name)
-            rank_zero_info(f"{name}: {flaws}; python tools/check.py {file} shows them")
+            rank_zero_info(f"{name}: {warnings}; python tools/check.py {file} shows them")
         return data
 
     def _agree_on_keypoints(self) -> None:
@@ -184,20 +190,20 @@ class CocoDataModule(lightning.LightningDataModule):
             return
         if not ours.fits(theirs):
             raise DataError(
-                f"{self.root}: {self.train_split} and {self.val_split} have different key points: {shown(ours.names)} "
-                f"and {shown(theirs.names)}"
+                f"{self.root}: {self.train_split} and {self.val_split} have different keypoints: "
+                f"{short_repr(ours.names)} and {short_repr(theirs.names)}"
             )
         layout = theirs if ours == KeypointLayout.numbered(len(ours)) else ours  # names say more than numbers
         self.train_set.keypoints = self.val_set.keypoints = layout
         if len(layout) > 1 and layout.mirrored() == [*range(len(layout))] and _flips(self.train_transform):
             self.notes.append(
-                f"{self.train_split}: images are mirrored in training, and by their names no key point is the mirror "
+                f"{self.train_split}: images are mirrored in training, and by their names no keypoint is the mirror "
                 f"image of another ({listed(layout.names)}): if some are, name them left_... and right_... in the "
                 "categories, or train without a flip (augmentation: [])"
             )
 
     def _leave_out_without_keypoints(self) -> None:
-        """Train on no image with next to no key points, as torchvision's references do."""
+        """Train on no image with next to no keypoints, as torchvision's references do."""
         layout = self.train_set.keypoints
         if layout is None:
             return
@@ -207,13 +213,13 @@ class CocoDataModule(lightning.LightningDataModule):
         if not enough:
             file = self.folder.annotation_file(self.train_split)
             raise DataError(
-                f"{file}: no image has {least} or more labelled key points (visibility 1 or 2), and images with fewer "
+                f"{file}: no image has {least} or more labelled keypoints (visibility 1 or 2), and images with fewer "
                 "are not trained on"
             )
         if len(enough) < len(self.train_set):
             self.notes.append(
                 f"{self.train_split}: {len(self.train_set) - len(enough):,} of {len(self.train_set):,} images have "
-                f"fewer than {least} labelled key points and are not trained on"
+                f"fewer than {least} labelled keypoints and are not trained on"
             )
         self.train_set.keep(enough)
 

@@ -10,17 +10,17 @@ from lightning.pytorch.callbacks import Callback
 
 from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
-from detector.errors import DataError, ModelError, sentence
+from detector.errors import DataError, ModelError, one_line
 from detector.evaluation.choosing import best_refinement, score_refinements
 from detector.evaluation.report import refinement_table, text_table
 from detector.evaluation.running import run_detector
-from detector.evaluation.scoring import scored_parts
+from detector.evaluation.scoring import scored_types
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
 from detector.files import read_json, write_json
-from detector.models.detecting import parts_found_by
+from detector.models.detecting import annotation_types_of
 from detector.models.weights import read_weights
 from detector.overriding import overridden
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
 from detector.refinement.config import RefinementConfig
 from detector.training.checkpoints import AtomicCheckpointIO
@@ -119,7 +119,7 @@ class RefinementRun(Run):
         assert refinement is not None
         split = self.score_on
         ids = match_categories(detector, split)
-        parts, of_parts = scored_parts(split, parts_found_by(detector.model), detector.keypoints)
+        parts, of_parts = scored_types(split, annotation_types_of(detector.model), detector.keypoints)
         running: dict[str, Any] = {"device": device, "batch_size": self.batch_size, "workers": data.workers}
         with overridden(refinement, enabled=False):
             unrefined = run_detector(detector.model, split, ids, **running)
@@ -131,7 +131,7 @@ class RefinementRun(Run):
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=self.split, device=device),
             split=split,
-            parts=parts,
+            annotation_types=parts,
             unrefined=unrefined,
             notes=[*match_notes(detector, ids, split), *of_parts],
             of_training=True,
@@ -144,9 +144,7 @@ class RefinementRun(Run):
         print(f"\nThe refined detector is {last}, and scores.json, report.html and detections.json are beside it.")
         return after
 
-    def _choose(
-        self, detector: PretrainedDetector, apart: CocoDetection, default: RefinementConfig, workers: int
-    ) -> None:
+    def _choose(self, detector: Detector, apart: CocoDetection, default: RefinementConfig, workers: int) -> None:
         """Take the candidate that is best on the images held apart, in the run's last checkpoint as well."""
         refinement = detector.refinement
         assert refinement is not None
@@ -161,7 +159,7 @@ class RefinementRun(Run):
         except (ModelError, DataError) as error:  # of no harm to the training, whose classes may be any
             print(
                 f"\nNote: looks and climbs stay {default.looks} and {default.climbs}: which are best cannot be told on "
-                f"the images held apart, for {sentence(error)}."
+                f"the images held apart, for {one_line(error)}."
             )
             best = candidates[0]
         else:
@@ -173,7 +171,7 @@ class RefinementRun(Run):
             AtomicCheckpointIO().save_checkpoint(checkpoint, self.checkpoints.last)
 
     def _best(
-        self, detector: PretrainedDetector, apart: CocoDetection, candidates: Sequence[RefinementConfig], workers: int
+        self, detector: Detector, apart: CocoDetection, candidates: Sequence[RefinementConfig], workers: int
     ) -> RefinementConfig:
         """The best candidate, with the scores of all printed and written; the first is the default."""
         device = next(detector.parameters()).device

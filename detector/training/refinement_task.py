@@ -5,11 +5,11 @@ from typing import Any
 from torch import Tensor
 
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 from detector.errors import ModelError
 from detector.models.published import batch_norm_eps
 from detector.pretrained.description import DetectorDescription
-from detector.pretrained.detector import PretrainedDetector, digest_of
+from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.initial_weights import REFINEMENT
 from detector.refinement.attach import DEFAULT, add_refinement, freeze_detector, refinement_losses
 from detector.refinement.config import RefinementConfig
@@ -45,7 +45,7 @@ class RefinementTask(DetectionTask):
 
     def __init__(
         self,
-        detector: PretrainedDetector,
+        detector: Detector,
         refinement: RefinementConfig = DEFAULT,
         optimizer: OptimizerConfig = OPTIMIZER,
         *,
@@ -79,8 +79,8 @@ class RefinementTask(DetectionTask):
         )
 
     @property
-    def parts(self) -> tuple[Part, ...]:
-        """Nothing: boxes are learned, masks and key points are looked for in them."""
+    def annotation_types(self) -> tuple[AnnotationType, ...]:
+        """Nothing: boxes are learned, masks and keypoints are looked for in them."""
         return ()
 
     def _category_names(self) -> list[str]:

@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from detector.errors import DataError, ImageError, ModelError, sentence
+from detector.errors import DataError, ImageError, ModelError, one_line
 from detector.evaluation.running import Predictions, run_detector
-from detector.evaluation.scoring import scored_parts
+from detector.evaluation.scoring import scored_types
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
 from detector.pretrained.loading import checkpoint_of, load_checkpoint
 from detector.run_folders import newest_folder, run_folder, unused_folder
@@ -210,7 +210,7 @@ class Run:
                     batch_size=data.val_batch_size,
                     workers=data.workers,
                 )
-        parts, of_parts = scored_parts(data.val_set, task.parts)
+        parts, of_parts = scored_types(data.val_set, task.annotation_types)
         notes = [*data.notes, *of_parts]
         scores = write_evaluation(
             found,
@@ -219,7 +219,7 @@ class Run:
             EvaluationOptions(),
             about=described(detector, model=str(last), data=str(data.root), split=data.val_split, device=device),
             split=data.val_set,
-            parts=parts,
+            annotation_types=parts,
             notes=notes,
             of_training=True,
         )
@@ -270,7 +270,7 @@ class Run:
         if isinstance(error, ImageError) and task.advice.skip_broken and not data.skip_broken:
             begins = f" --model.detector.weights {last}" if last.exists() else ""
             stays += f". To leave such images out, begin a new run: {task.advice.skip_broken}{begins}"
-        return TrainingError(f"{sentence(known)}{stays}")
+        return TrainingError(f"{one_line(known)}{stays}")
 
 
 class StepTimes(Callback):

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import Part
+from detector.data.part_problems import AnnotationType
 from detector.data.results import Result, to_results
 from detector.evaluation import Predictions, detect_with_losses
-from detector.evaluation.metric import evaluate_parts
+from detector.evaluation.metric import evaluate_types
 from detector.evaluation.ranks import gathered
 from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
@@ -28,11 +28,11 @@ from detector.pretrained.description import DetectorDescription
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import CHECKPOINT_KEY
 from detector.rcnn.box_gradient import BoxGradient
-from detector.rcnn.draws import draw_by_image
+from detector.rcnn.sampling import seed_sampling
 from detector.rcnn.swap import swap_crop_head
 from detector.refinement.attach import add_refinement
 from detector.refinement.config import RefinementConfig
-from detector.seeds import drawn_from, seed_of
+from detector.seeds import seed_of, seeded
 from detector.training.data import Batch, CocoDataModule
 from detector.training.failures import TRAIN, TrainingError
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
@@ -77,14 +77,14 @@ class DetectionTask(lightning.LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def annotation_types(self) -> tuple[AnnotationType, ...]:
         """What is learned besides boxes, and read of the data."""
-        return self.detector.parts
+        return self.detector.annotation_types
 
     def configure_model(self) -> None:
         if self.model is None:  # the data tells the number of categories
             self._starts = starts_from_own_weights(self.detector)
-            with drawn_from(seed_of(self.data.seed)):
+            with seeded(seed_of(self.data.seed)):
                 categories, layout = len(self.data.val_set.category_ids), self.data.val_set.keypoints
                 points = {} if layout is None else {"num_keypoints": len(layout)}
                 self.model = build_detector(self.detector, categories, pretrained=not self._starts, **points)
@@ -152,7 +152,7 @@ class DetectionTask(lightning.LightningModule):
         scores = None
         if found is not None:
             truth = coco_of(val_set.annotations, val_set.image_ids)
-            scores = evaluate_parts(truth, self.results, val_set.image_ids, parts=self.parts)
+            scores = evaluate_types(truth, self.results, val_set.image_ids, annotation_types=self.annotation_types)
         scores = self.trainer.strategy.broadcast(scores)
         assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})
@@ -301,7 +301,7 @@ class DetectionTask(lightning.LightningModule):
             rank_zero_info(load_initial_weights(self.model, self.detector, data.category_names, data.keypoints))
 
     def _draw_by_image(self, epoch: int) -> None:
-        draw_by_image(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])
+        seed_sampling(self.model, [seed_of(self.data.seed, epoch, image_id) for image_id in self.image_ids])
 
 
 def _plain(value: Any) -> Any:

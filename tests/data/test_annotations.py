@@ -16,13 +16,13 @@ from pycocotools.coco import COCO
 from support.annotation_files import VALID, changed, write
 
 from detector import files
-from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.entries import Entries
 from detector.errors import DataError
 from detector.evaluation.truth import coco_of
 from detector.files import read_json
+from detector.tools.checking import check_dataset
 
 FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
@@ -61,7 +61,7 @@ def same_as_pycocotools(path, coco, image_ids, fields):
 def test_what_is_scored_is_what_pycocotools_reads(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(mixed()))
-    annotations = read_annotations(path, parts=["masks"])
+    annotations = read_annotations(path, annotation_types=["masks"])
     assert annotations.image_ids.tolist() == [-3, 5, 70, 2**63 - 1]
     same_as_pycocotools(path, coco_of(annotations), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
     same_as_pycocotools(path, coco_of(annotations, [70, -3]), [-3, 70], (*FIELDS, "segmentation"))
@@ -72,7 +72,7 @@ def test_what_is_scored_is_what_pycocotools_reads(tmp_path):
 def test_real_coco_is_what_pycocotools_reads(coco_cc):
     for split in ("train2017", "val2017"):
         path = coco_cc / "annotations" / f"instances_{split}.json"
-        annotations = read_annotations(path, parts=["masks"])
+        annotations = read_annotations(path, annotation_types=["masks"])
         same_as_pycocotools(path, coco_of(annotations), annotations.image_ids.tolist(), (*FIELDS, "segmentation"))
 
 
@@ -217,7 +217,7 @@ def test_right_files_are_not_read_entry_by_entry(tmp_path, monkeypatch):
     monkeypatch.setattr(Entries, "_one_by_one", never)
     path = tmp_path / "a.json"
     path.write_text(json.dumps(mixed()))
-    assert len(read_annotations(path, parts=["masks"]).ids) == 50
+    assert len(read_annotations(path, annotation_types=["masks"]).ids) == 50
 
 
 def test_lists_without_entries(tmp_path):
@@ -234,11 +234,11 @@ def test_lists_without_entries(tmp_path):
 def test_annotations_that_are_given_hold_the_parts(tmp_path):
     annotation = VALID["annotations"][0] | {"segmentation": [[1, 1, 9, 1, 9, 9]]}
     path = write(tmp_path, {**VALID, "annotations": [annotation]})
-    with_masks = read_annotations(path, parts=["masks"])
-    assert CocoDetection(tmp_path / "images", with_masks, parts=["masks"])[0][1]["masks"].any()
+    with_masks = read_annotations(path, annotation_types=["masks"])
+    assert CocoDetection(tmp_path / "images", with_masks, annotation_types=["masks"])[0][1]["masks"].any()
     assert set(CocoDetection(tmp_path / "images", with_masks)[0][1]) == {"boxes", "labels", "image_id"}
     with pytest.raises(ValueError, match="parts"):
-        CocoDetection(tmp_path / "images", read_annotations(path), parts=["masks"])
+        CocoDetection(tmp_path / "images", read_annotations(path), annotation_types=["masks"])
 
 
 @pytest.mark.slow
@@ -251,7 +251,9 @@ def test_a_data_set_of_cocos_size_is_right_at_any_size(tmp_path):
     subprocess.run(made, check=True, capture_output=True)
     findings = check_dataset(folder / "annotations" / "instances_train2017.json", folder / "train2017")
     assert {problem.level for problem in findings.problems} <= {"note"}
-    data = CocoDetection(folder / "train2017", folder / "annotations" / "instances_train2017.json", parts=["masks"])
+    data = CocoDetection(
+        folder / "train2017", folder / "annotations" / "instances_train2017.json", annotation_types=["masks"]
+    )
     assert len(data) == 40
     assert data.counts().sum() > 200
     read = [sys.executable, scripts / "rehearsal.py", folder, "--read", "masks"]

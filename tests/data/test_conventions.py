@@ -138,7 +138,7 @@ def test_key_points_and_masks_of_results(tmp_path, monkeypatch):
     for annotation in content["annotations"]:
         x, y, w, h = annotation["bbox"]
         annotation |= {"keypoints": [x, y, 2, x + w, y + h, 2], "segmentation": [[x, y, x + w, y, x + w, y + h]]}
-    truth = annotations_of(content, parts=["masks", "keypoints"])
+    truth = annotations_of(content, annotation_types=["masks", "keypoints"])
 
     def notes(change):
         results = []
@@ -156,7 +156,7 @@ def test_key_points_and_masks_of_results(tmp_path, monkeypatch):
 
     assert notes(lambda *_: {}) == []
     (note,) = notes(normalised)
-    assert "key points" in note
+    assert "keypoints" in note
     assert "normalised" in note
     monkeypatch.setattr(results_module, "MOST_COMPARED", 3)  # a few of them say the same
     (note,) = notes(normalised)

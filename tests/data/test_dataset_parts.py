@@ -1,4 +1,4 @@
-"""Masks and key points of training images: what augmentations do to them, and what is not read without need."""
+"""Masks and keypoints of training images: what augmentations do to them, and what is not read without need."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ pytest.importorskip("sklearn")
 from detector.data import dataset as dataset_module
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError
-from detector.seeds import drawn_from, seed_of
+from detector.seeds import seed_of, seeded
 
 MIRROR = [1, 0, 3, 2, 4]  # of POINTS: left and right
 
@@ -28,8 +28,10 @@ def root(tmp_path_factory):
     return write_digits_with_parts(root, splits={"train": 12, "val": 2}, height=(40, 80))
 
 
-def load(root, *, parts=("masks", "keypoints"), **options):
-    return CocoDetection(root / "train", root / "annotations" / "instances_train.json", parts=parts, **options)
+def load(root, *, annotation_types=("masks", "keypoints"), **options):
+    return CocoDetection(
+        root / "train", root / "annotations" / "instances_train.json", annotation_types=annotation_types, **options
+    )
 
 
 def read(data):
@@ -154,7 +156,7 @@ def test_a_point_outside_the_image_is_labelled_no_longer(root):
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
 def test_a_transform_that_leaves_objects_out_is_refused(root, part):
     clean = v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[1]["labels"])
-    data = load(root, parts=[part], transform=v2.Compose([v2.RandomCrop((60, 60)), clean]))
+    data = load(root, annotation_types=[part], transform=v2.Compose([v2.RandomCrop((60, 60)), clean]))
     with pytest.raises(DataError, match=r"/00\d+\.png: .*: leave SanitizeBoundingBoxes and the like out"):
         read(data)
 
@@ -164,7 +166,7 @@ def test_a_transform_that_leaves_objects_out_is_refused(root, part):
     [(v2.SanitizeKeyPoints(), "augmentation fails"), (v2.ClampKeyPoints(), "ClampKeyPoints out")],
 )
 def test_a_transform_that_spoils_key_points_is_refused(root, transform, words):
-    data = load(root, parts=["keypoints"], transform=v2.Compose([v2.RandomCrop((20, 20)), transform]))
+    data = load(root, annotation_types=["keypoints"], transform=v2.Compose([v2.RandomCrop((20, 20)), transform]))
     with pytest.raises(DataError, match=words):
         read(data)
 
@@ -185,14 +187,14 @@ def test_a_transform_that_spoils_key_points_is_refused(root, transform, words):
 )
 def test_masks_are_those_of_the_transform_of_each_alone(root, transform):
     """Few maps go through the transform, of many masks each; torchvision's references transform the masks."""
-    data = load(root, parts=["masks"], transform=transform)
-    plain = load(root, parts=["masks"])
+    data = load(root, annotation_types=["masks"], transform=transform)
+    plain = load(root, annotation_types=["masks"])
     for index in range(len(data)):
         image, target = plain[index]
         _, moved = data[index]
         if len(moved["boxes"]) != len(target["boxes"]):
             continue  # some are outside now
-        with drawn_from(seed_of(data.seed, 0, index)):  # of the masks it fills with 0 since data has it
+        with seeded(seed_of(data.seed, 0, index)):  # of the masks it fills with 0 since data has it
             _, masks = transform(tv_tensors.Image((image * 255).byte()), tv_tensors.Mask(target["masks"]))
         assert torch.equal(moved["masks"], (masks.as_subclass(Tensor) == 1).to(torch.uint8))
 
@@ -229,7 +231,7 @@ def test_objects_without_are_read_as_torchvisions_references_read_them(tmp_path)
     data["annotations"][0] |= {"segmentation": [[2, 3, 9, 3, 9, 6]], "keypoints": [3, 4, 2, 0, 0, 0]}
     data["annotations"][1] |= {"segmentation": [], "keypoints": [0] * 6}
     path = write(tmp_path, data)
-    loaded = CocoDetection(tmp_path / "images", path, parts=["masks", "keypoints"])
+    loaded = CocoDetection(tmp_path / "images", path, annotation_types=["masks", "keypoints"])
     _, target = loaded[0]
     assert target["masks"].flatten(1).any(1).tolist() == [True, False]
     assert target["keypoints"].tolist() == [[[3, 4, 1], [0, 0, 0]], [[0, 0, 0]] * 2]
@@ -256,14 +258,14 @@ def test_boxes_alone_read_nothing_more(root, tmp_path, monkeypatch):
         _, alone = data[index]
         assert set(alone) == {"boxes", "labels", "image_id"}
         assert all(torch.equal(alone[name], target[name]) for name in alone)
-    assert data.annotations.parts == {}
+    assert data.annotations.annotation_types == {}
 
 
 def test_real_masks_under_augmentation(coco_cc):
     folder = coco_cc
     crop = v2.Compose([v2.RandomHorizontalFlip(1), v2.RandomIoUCrop()])
     annotations = folder / "annotations" / "instances_val2017.json"
-    data = CocoDetection(folder / "val2017", annotations, parts=["masks"], transform=crop)
+    data = CocoDetection(folder / "val2017", annotations, annotation_types=["masks"], transform=crop)
     objects = inside = 0
     for index in range(12):
         _, target = data[index]

@@ -103,7 +103,7 @@ def test_masks_are_the_ink_that_is_seen(tmp_path):
     root = tmp_path / "a"
     write_digits(root, splits={"train": 30, "val": 2})
     path = root / "annotations" / "instances_train.json"
-    data = CocoDetection(root / "train", path, parts=["masks"])
+    data = CocoDetection(root / "train", path, annotation_types=["masks"])
     stored = data.annotations
     tight = total = 0
     for index in range(len(data)):

@@ -1,4 +1,4 @@
-"""Key points: COCO's names and lines, which of them a mirror exchanges, and lists that are not COCO's."""
+"""Keypoints: COCO's names and lines, which of them a mirror exchanges, and lists that are not COCO's."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_the_layout_of_a_file():
     [
         ({"keypoints": "abc"}, "got 'abc'"),
         ({"keypoints": [1, 2]}, "names"),
-        ({"keypoints": ["a", "b", "a"]}, "the name 'a' is that of several key points"),
+        ({"keypoints": ["a", "b", "a"]}, "the name 'a' is that of several keypoints"),
         ({"keypoints": ["a"] * 1001}, "1 to 1000"),
         ({"keypoints": {"a": 1}}, "got {'a': 1}"),
         ({"keypoints": ["a", "b"], "skeleton": [[0, 1]]}, "must join two of 2 points"),
@@ -87,13 +87,13 @@ def test_the_layout_of_a_file():
 def test_categories_that_are_not_cocos(fields, words):
     with pytest.raises(DataError) as error:
         layout_of("f.json", [category(), category(2, **fields)], [])
-    assert str(error.value).startswith("f.json: the category 'kind 2' has key points that are not COCO's")
+    assert str(error.value).startswith("f.json: the category 'kind 2' has keypoints that are not COCO's")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_one_detector_finds_the_same_points_of_all_classes():
-    with pytest.raises(DataError, match=r"kind 1, kind 2.*different key points"):
+    with pytest.raises(DataError, match=r"kind 1, kind 2.*different keypoints"):
         layout_of("f.json", [category(keypoints=["a"]), category(2, keypoints=["b"])], [])
 
 
@@ -105,7 +105,7 @@ def problem(points, **options):
     ("value", "words"),
     [
         ("points", "not a list of finite numbers"),
-        ([1, 2, 2], "3 numbers: 2 key points are 6"),
+        ([1, 2, 2], "3 numbers: 2 keypoints are 6"),
         ([1, 2, 2, 3, 4, None], "not a list of finite numbers"),
         ([1, 2, 2, 3, 4, True], "not a list of finite numbers"),
         ([1, float("nan"), 2, 3, 4, 2], "not a list of finite numbers"),

@@ -9,11 +9,11 @@ import torch
 from PIL import Image, ImageOps
 from support.annotation_files import VALID
 
-from detector.command_line.checking import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import DOUBTFUL, TOLD, read_image
 from detector.errors import DataError
 from detector.pretrained.image_tensors import image_tensor
+from detector.tools.checking import check_dataset
 from detector.training.data import CocoDataModule
 
 ORIENTATION = 0x0112

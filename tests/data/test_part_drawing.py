@@ -9,7 +9,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.nn.functional import max_pool2d
 
-from detector.command_line.browsing import browse
 from detector.data.dataset import CocoDetection
 from detector.data.drawing import COLORS, Box, draw, draw_boxes
 from detector.data.keypoints import PERSON, KeypointLayout
@@ -18,6 +17,7 @@ from detector.evaluation.confusion import BoxOutcome
 from detector.evaluation.page import MARKS
 from detector.evaluation.pictures import draw_examples, draw_outcomes
 from detector.evaluation.truth import coco_of
+from detector.tools.browsing import browse
 
 BLUE = COLORS[0]
 TRIO = KeypointLayout(("nose", "left_eye", "right_eye"), ((0, 1), (1, 2)))
@@ -225,7 +225,7 @@ POINTS = [300, 150, 2, 500, 150, 1, 0, 0, 0]
 
 @pytest.fixture
 def split_of(tmp_path):
-    """Makes a split of one grey image, 1000 x 500, with a cat, which has a mask and key points, a dog and a crowd."""
+    """Makes a split of one grey image, 1000 x 500, with a cat, which has a mask and keypoints, a dog and a crowd."""
 
     def make(*parts, **options):
         (tmp_path / "a.json").write_text(
@@ -247,7 +247,7 @@ def split_of(tmp_path):
             )
         )
         Image.new("RGB", (1000, 500), "#808080").save(tmp_path / "1.png")
-        return CocoDetection(tmp_path, tmp_path / "a.json", parts=parts, **options)
+        return CocoDetection(tmp_path, tmp_path / "a.json", annotation_types=parts, **options)
 
     return make
 
@@ -292,7 +292,7 @@ class TestOutcomes:
 
     @pytest.mark.parametrize("kind", ["found", "false", "confused"])
     def test_those_of_a_detection_have_the_colour_of_its_box(self, split_of, kind):
-        """Its key points are all scored, so that all are drawn, whatever their third number is."""
+        """Its keypoints are all scored, so that all are drawn, whatever their third number is."""
         found = {
             "segmentation": as_rle(rectangle(500, 1000, 200, 200, 600, 400)),
             "keypoints": [300, 150, 0.0, 500, 150, -3.5, 2000, 2000, 0],

@@ -1,4 +1,4 @@
-"""What is wrong with masks and key points: an error where they are read, a flaw where boxes alone are."""
+"""What is wrong with masks and keypoints: an error where they are read, a warning where boxes alone are."""
 
 import copy
 import math
@@ -6,11 +6,11 @@ import math
 import pytest
 from support.annotation_files import VALID, write
 
-from detector.command_line.checking import check_dataset
 from detector.data.annotations import read_annotations
 from detector.data.entries import CocoFile
 from detector.data.part_problems import NAME, part_problems
-from detector.errors import DataError, MissingPartError
+from detector.errors import DataError, MissingAnnotationsError
+from detector.tools.checking import check_dataset
 
 SQUARE = [[2, 3, 12, 3, 12, 13, 2, 13]]
 POINTS = {"masks": SQUARE, "keypoints": [1, 2, 2, 3, 4, 1]}
@@ -18,7 +18,7 @@ FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
 
 
 def with_parts(**change):
-    """The valid file with a mask and two key points of each object, but for the second's fields."""
+    """The valid file with a mask and two keypoints of each object, but for the second's fields."""
     data = copy.deepcopy(VALID)
     for category in data["categories"]:
         category["keypoints"] = ["left", "right"]
@@ -34,10 +34,10 @@ BROKEN = [
     ("masks", {"size": [30, 20], "counts": [600]}, "broken segmentations", "an RLE of size [30, 20]"),
     ("masks", "polygon", "broken segmentations", "got `str`"),
     ("masks", [[1, 2, 3, math.nan, 5, 6]], "broken segmentations", "at `$[0][3]`"),
-    ("keypoints", [1, 2, 2], "broken key points", "3 numbers: 2 key points are 6"),
-    ("keypoints", [1, 2, 2, 3, 4, 7], "broken key points", "a visibility"),
-    ("keypoints", [[]], "broken key points", "at `$[0]`"),
-    ("keypoints", "points", "broken key points", "got `str`"),
+    ("keypoints", [1, 2, 2], "broken keypoints", "3 numbers: 2 keypoints are 6"),
+    ("keypoints", [1, 2, 2, 3, 4, 7], "broken keypoints", "a visibility"),
+    ("keypoints", [[]], "broken keypoints", "at `$[0]`"),
+    ("keypoints", "points", "broken keypoints", "got `str`"),
 ]
 
 
@@ -51,18 +51,18 @@ def test_what_is_broken_is_refused_where_it_is_read(tmp_path, part, value, kind,
     assert "\n" not in problem.message
     path = write(tmp_path, data)
     with pytest.raises(DataError) as error:
-        read_annotations(path, parts=[part])
+        read_annotations(path, annotation_types=[part])
     assert words in str(error.value)
     (other,) = {*FIELD} - {part}
     read_annotations(path)  # not looked at
-    read_annotations(path, parts=[other])
+    read_annotations(path, annotation_types=[other])
 
 
 @pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
 def test_check_names_it_as_a_flaw(tmp_path, part, value, kind, words):
     path = write(tmp_path, with_parts(**{FIELD[part]: value}))
     (problem,) = check_dataset(path, tmp_path / "images").problems
-    assert (problem.level, problem.kind) == ("flaw", kind)
+    assert (problem.level, problem.kind) == ("warning", kind)
     assert words in problem.message
     assert problem.message.endswith("cannot)")
     assert str(path) in problem.message
@@ -84,22 +84,24 @@ def test_check_says_nothing_of_them_where_boxes_are_wrong(tmp_path):
 def test_objects_without_are_counted(tmp_path, nothing):
     data = with_parts(segmentation=nothing, keypoints=nothing)
     data["annotations"][2] |= {"segmentation": [], "keypoints": []}  # a crowd needs none
-    flaws = {"masks": "objects without a segmentation", "keypoints": "objects without key points"}
-    for part, flaw in flaws.items():
+    warnings = {"masks": "objects without a segmentation", "keypoints": "objects without keypoints"}
+    for part, warning in warnings.items():
         (problem,) = part_problems(CocoFile(write(tmp_path, data)), part)
-        assert (problem.level, problem.kind) == ("flaw", flaw)
+        assert (problem.level, problem.kind) == ("warning", warning)
         assert "annotations[1] (id 2)" in problem.message
-        assert read_annotations(write(tmp_path, data), parts=[part]).flaws == {flaw: 1}
-    assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").problems] == [*flaws.values()]
+        assert read_annotations(write(tmp_path, data), annotation_types=[part]).warnings == {warning: 1}
+    assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").problems] == [*warnings.values()]
 
 
 def test_polygons_without_a_point_are_none(tmp_path):
     data = with_parts(segmentation=[[], []])
-    assert read_annotations(write(tmp_path, data), parts=["masks"]).flaws == {"objects without a segmentation": 1}
+    assert read_annotations(write(tmp_path, data), annotation_types=["masks"]).warnings == {
+        "objects without a segmentation": 1
+    }
     for annotation in data["annotations"]:
         annotation["segmentation"] = [[]]
-    with pytest.raises(MissingPartError):
-        read_annotations(write(tmp_path, data), parts=["masks"])
+    with pytest.raises(MissingAnnotationsError):
+        read_annotations(write(tmp_path, data), annotation_types=["masks"])
 
 
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
@@ -110,35 +112,35 @@ def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path, part):
             del annotation[FIELD[part]]
     assert any(FIELD[part] in annotation for annotation in data["annotations"])
     assert list(part_problems(CocoFile(write(tmp_path, data)), part)) == []  # nobody has any: nothing is missing
-    with pytest.raises(MissingPartError):
-        read_annotations(write(tmp_path, data), parts=[part])
+    with pytest.raises(MissingAnnotationsError):
+        read_annotations(write(tmp_path, data), annotation_types=[part])
 
 
 def test_objects_that_have_no_labelled_point_are_counted(tmp_path):
     data = with_parts(keypoints=[0] * 6)
-    flaws = read_annotations(write(tmp_path, data), parts=["keypoints"]).flaws
-    assert flaws == {"objects whose key points are all unlabelled": 1}
+    warnings = read_annotations(write(tmp_path, data), annotation_types=["keypoints"]).warnings
+    assert warnings == {"objects whose keypoints are all unlabelled": 1}
 
 
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
 def test_objects_without_an_area_are_counted_where_it_matters(tmp_path, part):
     path = write(tmp_path, with_parts(area="gone"))
-    kind = "masks without an area" if part == "masks" else "key points without an area"
-    assert read_annotations(path, parts=[part]).flaws == {kind: 1}
-    assert read_annotations(path).flaws == {}  # of boxes it is their own
+    kind = "masks without an area" if part == "masks" else "keypoints without an area"
+    assert read_annotations(path, annotation_types=[part]).warnings == {kind: 1}
+    assert read_annotations(path).warnings == {}  # of boxes it is their own
 
 
 def test_classes_without_key_points_need_none(tmp_path):
     data = with_parts(keypoints="gone")  # a dog
     del data["categories"][1]["keypoints"]
-    assert not read_annotations(write(tmp_path, data), parts=["keypoints"]).flaws
+    assert not read_annotations(write(tmp_path, data), annotation_types=["keypoints"]).warnings
 
 
 @pytest.mark.parametrize(("part", "words"), [("masks", "polygons or an RLE"), ("keypoints", "person_keypoints_")])
 def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words):
     path = write(tmp_path)
-    with pytest.raises(MissingPartError, match=words) as error:
-        read_annotations(path, parts=[part])
+    with pytest.raises(MissingAnnotationsError, match=words) as error:
+        read_annotations(path, annotation_types=[part])
     assert str(error.value).startswith(f"{path}: no object has {NAME[part]} ({FIELD[part]}): ")
 
 
@@ -146,10 +148,10 @@ def test_categories_that_name_other_points(tmp_path):
     data = with_parts()
     data["categories"][0]["keypoints"] = ["nose", "tail"]
     path = write(tmp_path, data)
-    with pytest.raises(DataError, match="different key points"):
-        read_annotations(path, parts=["keypoints"])
+    with pytest.raises(DataError, match="different keypoints"):
+        read_annotations(path, annotation_types=["keypoints"])
     (problem,) = check_dataset(path, tmp_path / "images").problems
-    assert (problem.level, problem.kind) == ("flaw", "categories with key points that do not fit")
+    assert (problem.level, problem.kind) == ("warning", "categories with keypoints that do not fit")
 
 
 def test_real_coco_is_right(coco_cc):

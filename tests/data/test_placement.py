@@ -1,4 +1,4 @@
-"""Masks and key points that have nothing to do with their boxes, and areas that are placeholders."""
+"""Masks and keypoints that have nothing to do with their boxes, and areas that are placeholders."""
 
 import json
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from detector.command_line.checking import check_dataset
 from detector.data import part_problems as part_problems_module
 from detector.data.annotations import read_annotations
 from detector.data.entries import CocoFile
@@ -14,6 +13,7 @@ from detector.data.masks import as_rle, mask_area, mask_box
 from detector.data.part_problems import part_problems
 from detector.data.segmentations import measure_masks
 from detector.errors import DataError
+from detector.tools.checking import check_dataset
 
 WIDTH, HEIGHT = 640, 480
 FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
@@ -43,7 +43,7 @@ def visible(points):
 
 
 def file(root, part, change=lambda points, box: points, *, some=lambda number: True, area=None, **size):
-    """A file of masks or key points, of which some are changed."""
+    """A file of masks or keypoints, of which some are changed."""
     annotations = []
     for number, (box, outline, points) in enumerate(objects(**size), start=1):
         given = outline if part == "masks" else points
@@ -95,7 +95,7 @@ def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
     assert looks in problem.message
     assert problem in check_dataset(path).problems  # an error there, too
     with pytest.raises(DataError, match=looks):
-        read_annotations(path, parts=[part])
+        read_annotations(path, annotation_types=[part])
     read_annotations(path)  # boxes can be trained
 
 
@@ -106,7 +106,7 @@ def test_normalised_ones_in_large_boxes(tmp_path, part, looks, count):
     """Of which many begin in the image's corner, where small numbers are."""
     path = file(tmp_path, part, LOOKS[looks], count=count, low=300, high=450)
     with pytest.raises(DataError, match=looks if count > 1 else "bbox"):
-        read_annotations(path, parts=[part])
+        read_annotations(path, annotation_types=[part])
     assert found(file(tmp_path, part, count=count, low=300, high=450)) == set()
 
 
@@ -121,7 +121,7 @@ def test_masks_of_a_small_part_are_in_their_boxes(tmp_path):
     """Such as a car's number plate: a twentieth of its box's width."""
     path = file(tmp_path, "masks", lambda points, box: box[:2] + 0.4 * box[2:] + (points - box[:2]) / 20)
     assert not any("outside" in kind for _, kind in found(path))
-    read_annotations(path, parts=["masks"])
+    read_annotations(path, annotation_types=["masks"])
 
 
 @pytest.mark.parametrize("below", [0.3, 0.9])
@@ -131,7 +131,7 @@ def test_a_point_on_the_ground_below_its_box_is_no_error(tmp_path, below):
 
     path = file(tmp_path, "keypoints", ground)
     assert not any(level == "error" for level, _ in found(path))
-    read_annotations(path, parts=["keypoints"])
+    read_annotations(path, annotation_types=["keypoints"])
 
 
 @pytest.mark.parametrize("placeholder", [0, -1])
@@ -140,19 +140,19 @@ def test_labelled_placeholders_are_flaws(tmp_path, placeholder):
         return np.vstack([points[:2], np.full((3, 2), placeholder)])
 
     path = file(tmp_path, "keypoints", some_at_the_corner)
-    assert ("flaw", "labelled key points at (0, 0) or (-1, -1)") in found(path)
+    assert ("warning", "labelled keypoints at (0, 0) or (-1, -1)") in found(path)
     assert not any(level == "error" for level, _ in found(path))
     nothing_else = file(tmp_path, "keypoints", lambda points, box: np.full((5, 2), placeholder))
-    assert ("error", "annotation file whose key points lie outside boxes") in found(nothing_else)
+    assert ("error", "annotation file whose keypoints lie outside boxes") in found(nothing_else)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         (lambda points, box: points, set()),
-        (lambda points, box: EMPTY["a point three times"](points, box), {("flaw", "masks without a pixel")}),
-        (lambda points, box: points / SIZE, {("flaw", "masks without a pixel")}),
-        (LOOKS["may belong to other objects"], {("flaw", "masks outside their boxes")}),
+        (lambda points, box: EMPTY["a point three times"](points, box), {("warning", "masks without a pixel")}),
+        (lambda points, box: points / SIZE, {("warning", "masks without a pixel")}),
+        (LOOKS["may belong to other objects"], {("warning", "masks outside their boxes")}),
     ],
 )
 def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, change, expected):
@@ -163,9 +163,9 @@ def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, chan
     assert not any(level == "error" for level, _ in found(path))
     whole = file(tmp_path, "masks", lambda points, box: points / SIZE)
     with pytest.raises(DataError, match="normalised"):
-        read_annotations(whole, parts=["masks"])
+        read_annotations(whole, annotation_types=["masks"])
     kind = "areas that are far from their masks'"
-    assert found(file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])) == {("flaw", kind)}
+    assert found(file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])) == {("warning", kind)}
 
 
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
@@ -178,11 +178,11 @@ def test_right_ones_are_right(tmp_path, part):
 @pytest.mark.parametrize("part", ["masks", "keypoints"])
 def test_a_few_outside_their_boxes_are_flaws(tmp_path, part):
     path = file(tmp_path, part, LOOKS["y before x"], some=lambda number: number % 4 == 0)
-    kind = f"{'masks' if part == 'masks' else 'key points'} outside their boxes"
-    assert ("flaw", kind) in found(path)
+    kind = f"{'masks' if part == 'masks' else 'keypoints'} outside their boxes"
+    assert ("warning", kind) in found(path)
     assert not any(level == "error" for level, _ in found(path))
-    flaws = read_annotations(path, parts=[part]).flaws
-    assert 0 < flaws[kind] <= 10
+    warnings = read_annotations(path, annotation_types=[part]).warnings
+    assert 0 < warnings[kind] <= 10
 
 
 def rle(pixel):
@@ -206,29 +206,29 @@ def test_a_mask_without_a_pixel_counts_as_missing(tmp_path, empty):
     path = file(tmp_path, "masks", EMPTY[empty], some=lambda number: number == 7)
     segmentation = json.loads(path.read_text())["annotations"][6]["segmentation"]
     assert mask_area(as_rle(segmentation, HEIGHT, WIDTH)) == 0  # by pycocotools
-    assert found(path) == {("flaw", "masks without a pixel")}
-    assert read_annotations(path, parts=["masks"]).flaws == {"masks without a pixel": 1}
+    assert found(path) == {("warning", "masks without a pixel")}
+    assert read_annotations(path, annotation_types=["masks"]).warnings == {"masks without a pixel": 1}
     with pytest.raises(DataError, match="pixel"):  # nobody has a mask
-        read_annotations(file(tmp_path, "masks", EMPTY[empty]), parts=["masks"])
+        read_annotations(file(tmp_path, "masks", EMPTY[empty]), annotation_types=["masks"])
 
 
 def test_masks_outside_their_image_are_outside_their_boxes(tmp_path):
     path = file(tmp_path, "masks", lambda points, box: -points.clip(1, 470))
     assert ("error", "annotation file whose masks lie outside boxes") in found(path)
     one = file(tmp_path, "masks", lambda points, box: -points.clip(1, 470), some=lambda number: number == 7)
-    assert found(one) == {("flaw", "masks without a pixel")}
+    assert found(one) == {("warning", "masks without a pixel")}
 
 
 def test_masks_that_reach_outside_their_image_are_a_flaw(tmp_path):
     path = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-5, box[1]]]]), some=lambda n: n < 4)
-    assert ("flaw", "masks that reach outside their image") in found(path)
+    assert ("warning", "masks that reach outside their image") in found(path)
     rounded = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-0.4, box[1]]]]), some=lambda n: n < 4)
     assert "masks that reach outside their image" not in {kind for _, kind in found(rounded)}
 
 
 def test_points_up_and_left_of_their_image_are_no_placeholders(tmp_path):
     path = file(tmp_path, "keypoints", lambda points, box: np.vstack([points[:4], [[-30.0, -40.0]]]))
-    assert found(path) == {("flaw", "key points outside their image")}
+    assert found(path) == {("warning", "keypoints outside their image")}
 
 
 def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
@@ -236,8 +236,8 @@ def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
         return np.vstack([points[:4], [[WIDTH + 30.0, 10.0]]])
 
     path = file(tmp_path, "keypoints", moved, some=lambda number: number < 4)
-    assert found(path) == {("flaw", "key points outside their image")}
-    assert read_annotations(path, parts=["keypoints"]).flaws == {"key points outside their image": 3}
+    assert found(path) == {("warning", "keypoints outside their image")}
+    assert read_annotations(path, annotation_types=["keypoints"]).warnings == {"keypoints outside their image": 3}
     unlabelled = file(tmp_path, "keypoints", lambda points, box: [*visible(points[:4]), WIDTH + 30.0, 10.0, 0])
     assert found(unlabelled) == set()
 
@@ -250,8 +250,8 @@ def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
 def test_areas_far_from_the_boxes_are_flaws(tmp_path, part, area):
     path = file(tmp_path, part, area=area)
     kind = "areas that are far from their boxes'"
-    assert found(path) == {("flaw", kind)}
-    assert read_annotations(path, parts=[part]).flaws == read_annotations(path).flaws == {kind: 40}
+    assert found(path) == {("warning", kind)}
+    assert read_annotations(path, annotation_types=[part]).warnings == read_annotations(path).warnings == {kind: 40}
 
 
 @pytest.mark.parametrize("share", [0.002, 0.02, 0.1, 0.5, 1.0, 2.0])
@@ -263,7 +263,7 @@ def test_areas_of_thin_objects_and_of_their_boxes_are_none(tmp_path, share):
 def test_areas_far_from_the_masks_are_flaws(tmp_path):
     kind = "areas that are far from their masks'"
     scaled = file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])  # of an image of half the size
-    assert found(scaled) == {("flaw", kind)}
+    assert found(scaled) == {("warning", kind)}
     assert found(file(tmp_path, "masks", area=lambda box: box[2] * box[3])) == set()  # the box's, as many tools write
 
 

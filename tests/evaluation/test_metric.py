@@ -16,7 +16,7 @@ from detector.data.masks import MaskLayers, encode_masks
 from detector.errors import DataError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict, to_results
 from detector.evaluation.truth import coco_of
-from detector.rcnn.draws import draw_by_image
+from detector.rcnn.sampling import seed_sampling
 from detector.rcnn.swap import swap_crop_head
 
 
@@ -132,11 +132,11 @@ def test_losses_and_detections_of_one_pass_are_those_of_two(kind, swapped):
     if swapped:
         swap_crop_head(model)
     images, targets = batch()
-    draw_by_image(model, [3, 4])
+    seed_sampling(model, [3, 4])
     numbers = {"rpn_pre_nms_top_n_train": 1000, "rpn_post_nms_top_n_train": 50}  # as in testing
     as_in_testing = tiny_rcnn(kind, **numbers)
     as_in_testing.load_state_dict(model.state_dict())
-    draw_by_image(as_in_testing, [3, 4])
+    seed_sampling(as_in_testing, [3, 4])
     with torch.no_grad():
         expected = as_in_testing.train()(images, copies(targets))
         wanted = model.eval()(images)
@@ -166,7 +166,7 @@ def test_losses_of_a_split_change_no_statistic():
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images, targets = batch()
-    draw_by_image(model, [3, 4])
+    seed_sampling(model, [3, 4])
     _, first = detect_with_losses(model, images, copies(targets))
     _, second = detect_with_losses(model, images, copies(targets))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

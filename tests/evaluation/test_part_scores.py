@@ -1,4 +1,4 @@
-"""Masks and key points scored: against pycocotools' own reading of results, on synthetic truth and on real polygons."""
+"""Masks and keypoints scored: against pycocotools' own reading of results, on synthetic truth and on real polygons."""
 
 import contextlib
 import html
@@ -22,8 +22,8 @@ from detector.data.masks import as_rle, decode_masks
 from detector.data.results import to_results
 from detector.errors import DataError
 from detector.evaluation import evaluate
-from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_parts, match, scores_of
-from detector.evaluation.scoring import evaluate_results, scored_parts
+from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_types, match, scores_of
+from detector.evaluation.scoring import evaluate_results, scored_types
 from detector.evaluation.truth import coco_of, index_coco
 from detector.evaluation.writing import EvaluationOptions
 from detector.models.detecting import detect
@@ -32,7 +32,7 @@ SIZE = (90, 120)  # height, width
 
 
 def truth(count=17, *, images=3, categories=None):
-    """Objects of all sizes with a polygon and key points, a crowd, and an object without either."""
+    """Objects of all sizes with a polygon and keypoints, a crowd, and an object without either."""
     rng = np.random.default_rng(0)
     annotations = []
     for image_id in range(1, images + 1):
@@ -156,7 +156,9 @@ def test_the_truth_fed_back_is_perfect_and_stays_as_it_is(kind):
 
 
 def test_real_polygons_and_crowds_fed_back(coco_cc):
-    data = CocoDetection(coco_cc / "val2017", coco_cc / "annotations" / "instances_val2017.json", parts=("masks",))
+    data = CocoDetection(
+        coco_cc / "val2017", coco_cc / "annotations" / "instances_val2017.json", annotation_types=("masks",)
+    )
     results = []
     coco = coco_of(data.annotations)
     for annotation in coco.anns.values():
@@ -166,7 +168,7 @@ def test_real_polygons_and_crowds_fed_back(coco_cc):
             ids = {name: annotation[name] for name in ("image_id", "category_id", "bbox")}
             results.append({**ids, "segmentation": rle, "score": 1.0})
     assert any(annotation["iscrowd"] for annotation in coco.anns.values())
-    scores = evaluate_parts(coco, results, data.image_ids, parts=("masks",))
+    scores = evaluate_types(coco, results, data.image_ids, annotation_types=("masks",))
     assert scores["AP"] == scores["segm/AP"] == 1.0
 
 
@@ -238,7 +240,7 @@ def test_results_of_each_kind_are_read(tmp_path):
     results = detections(content)
     for fields, around in (
         (("segmentation",), "masks"),
-        (("keypoints",), "key points"),
+        (("keypoints",), "keypoints"),
         (("bbox", "segmentation"), None),
     ):
         kept = ("image_id", "category_id", "score", *fields)
@@ -267,10 +269,10 @@ def test_results_of_each_kind_are_read(tmp_path):
             r"results\[2\] has segmentation .* an RLE of size \[4, 4\]",
         ),
         (lambda r: r[0]["segmentation"].update(counts="zz"), r"results\[0\] has segmentation .* counts"),
-        (lambda r: r[3]["keypoints"].pop(), r"results\[3\] has keypoints .* 14 numbers: 5 key points are 15"),
+        (lambda r: r[3]["keypoints"].pop(), r"results\[3\] has keypoints .* 14 numbers: 5 keypoints are 15"),
         (
             lambda r: r[0]["keypoints"].extend([1, 1, 1]),
-            r"results\[0\] has keypoints .* 18 numbers: 5 key points are 15",
+            r"results\[0\] has keypoints .* 18 numbers: 5 keypoints are 15",
         ),
         (lambda r: [one.update(keypoints=[]) for one in r[1:]], r"results\[1\] has keypoints \[\]"),
         (lambda r: r[4].pop("bbox"), r"results\[4\] has no bbox, which others have"),
@@ -344,7 +346,7 @@ def test_another_number_of_key_points_is_not_scored_and_that_is_said(tmp_path):
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert report["keypoints"] is None
     assert report["segm"] is not None
-    said = "No keypoints scores: 5 key points of an object are found, the annotations have 17."
+    said = "No keypoints scores: 5 keypoints of an object are found, the annotations have 17."
     assert report["notes"] == [said]
 
 
@@ -368,14 +370,14 @@ def test_objects_that_lack_something_are_counted_in_the_notes(tmp_path):
     assert counts == [
         "Objects without a segmentation: 2",
         "Masks without an area: 2",
-        "Objects without key points: 1",
-        "Objects whose key points are all unlabelled: 3",
-        "Key points without an area: 3",
+        "Objects without keypoints: 1",
+        "Objects whose keypoints are all unlabelled: 3",
+        "Keypoints without an area: 3",
     ]
     split = CocoDetection.__new__(CocoDetection)
-    split.parts, split.keypoints = ("masks",), None
-    split.annotations = read_annotations(annotations, parts=("masks",))
-    assert scored_parts(split, ["masks"]) == (["masks"], notes[:2])
+    split.annotation_types, split.keypoints = ("masks",), None
+    split.annotations = read_annotations(annotations, annotation_types=("masks",))
+    assert scored_types(split, ["masks"]) == (["masks"], notes[:2])
 
 
 def test_what_is_counted_wrong_is_said_in_the_notes(tmp_path):
@@ -434,10 +436,12 @@ def test_notes_made_while_the_page_is_drawn_are_in_the_report_as_well(tmp_path):
 
 @pytest.mark.parametrize("names", [("b", "a"), ("a", "b", "c")])
 def test_key_points_of_other_names_are_not_scored_and_that_is_said(names):
-    annotations = SimpleNamespace(flaws={})
-    data = SimpleNamespace(parts=("keypoints",), keypoints=KeypointLayout(("a", "b")), annotations=annotations)
-    assert scored_parts(data, ["keypoints"], KeypointLayout(("a", "b"))) == (["keypoints"], [])
-    parts, (note,) = scored_parts(data, ["keypoints"], KeypointLayout(names))
+    annotations = SimpleNamespace(warnings={})
+    data = SimpleNamespace(
+        annotation_types=("keypoints",), keypoints=KeypointLayout(("a", "b")), annotations=annotations
+    )
+    assert scored_types(data, ["keypoints"], KeypointLayout(("a", "b"))) == (["keypoints"], [])
+    parts, (note,) = scored_types(data, ["keypoints"], KeypointLayout(names))
     assert parts == []
     assert "No keypoints scores" in note
 

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from detector.models.build import build_detector
 from detector.models.narrow_images import NarrowShortestSize, NarrowTransform
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.rcnn.swap import swap_crop_head
 
 STOCK = GeneralizedRCNNTransform(64, 128, [0.0] * 3, [1.0] * 3)
@@ -62,7 +62,7 @@ def test_training_images_are_resized_likewise():
 def test_detectors_take_them():
     pytest.importorskip("timm")
     stock = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
-    for model in (build_detector(SETTINGS, 2, pretrained=False), PretrainedDetector(stock, [1], ["cat"]).model):
+    for model in (build_detector(SETTINGS, 2, pretrained=False), Detector(stock, [1], ["cat"]).model):
         model = pickle.loads(pickle.dumps(swap_crop_head(model))).eval()
         images = [torch.rand(3, 2, 3000), torch.rand(3, 64, 48), torch.rand(3, 3000, 1)]
         with torch.no_grad():
@@ -71,7 +71,7 @@ def test_detectors_take_them():
             assert one["boxes"].isfinite().all()
             limit = torch.tensor([*image.shape[:0:-1]] * 2)
             assert (one["boxes"] <= limit).all()
-        found = PretrainedDetector(model, [1], ["cat"]).detect((images[0] * 255).byte())
+        found = Detector(model, [1], ["cat"]).detect((images[0] * 255).byte())
         assert found.boxes.isfinite().all()
         losses = model.train()(
             images[:2], [{"boxes": torch.tensor([[0.0, 0, 30, 2]]), "labels": torch.tensor([1])}] * 2

@@ -1,4 +1,4 @@
-"""Detectors of masks and key points by their settings, and out of published weights."""
+"""Detectors of masks and keypoints by their settings, and out of published weights."""
 
 from dataclasses import replace
 
@@ -12,9 +12,9 @@ from detector.data.keypoints import PERSON
 from detector.errors import ModelError
 from detector.models.build import KeypointPredictor, _fit_predictors, build_detector
 from detector.models.config import DetectorConfig, saved_settings
-from detector.models.detecting import kept, parts_found_by
+from detector.models.detecting import annotation_types_of, kept
 from detector.pretrained.description import DetectorDescription
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_published
 
@@ -37,10 +37,10 @@ def tiny(part, classes=3, **options):
 )
 def test_a_torchvision_name_says_what_is_found(name, parts):
     config = DetectorConfig(name=name)
-    assert config.parts == parts
+    assert config.annotation_types == parts
     with torch.device("meta"):
         model = build_detector(config, 4, num_keypoints=6)
-    assert parts_found_by(model) == parts
+    assert annotation_types_of(model) == parts
     heads = model.roi_heads
     assert heads.box_predictor.cls_score.out_features == 5
     if "masks" in parts:
@@ -53,7 +53,7 @@ def test_a_torchvision_name_says_what_is_found(name, parts):
 def test_a_timm_backbone_gets_the_heads(part, kind):
     model = tiny(part, num_keypoints=4)
     assert type(model) is kind
-    assert parts_found_by(model) == (part,)
+    assert annotation_types_of(model) == (part,)
     found = model.eval()([torch.rand(3, 64, 64)])[0]
     assert part in found
 
@@ -77,7 +77,7 @@ def test_finds_is_of_timm_alone():
 
 
 def test_settings_of_before_find_boxes():
-    assert saved_settings({"name": "timm/test_efficientnet"}).parts == ()
+    assert saved_settings({"name": "timm/test_efficientnet"}).annotation_types == ()
 
 
 def test_a_backbone_of_published_weights_is_held_as_torchvision_holds_it():
@@ -87,7 +87,7 @@ def test_a_backbone_of_published_weights_is_held_as_torchvision_holds_it():
         assert any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules())
         trained = {n.split(".")[1] for n, p in model.backbone.named_parameters() if p.requires_grad}
         assert "conv1" not in trained
-        assert parts_found_by(model) == DetectorConfig(name=name).parts
+        assert annotation_types_of(model) == DetectorConfig(name=name).annotation_types
 
 
 def test_predictors_of_published_weights_are_fitted_to_the_data():
@@ -120,7 +120,7 @@ def test_weights_of_a_keypoint_rcnn(tmp_path, points, names):
     assert detector.category_names == ["person"]
     assert detector.category_ids == [1]
     assert detector.keypoints.names == names
-    assert detector.settings.parts == ("keypoints",)
+    assert detector.settings.annotation_types == ("keypoints",)
     assert torch.equal(
         detector.model.state_dict()["rpn.head.conv.0.0.weight"], model.state_dict()["rpn.head.conv.0.0.weight"]
     )
@@ -130,7 +130,7 @@ def test_rows_of_classes_are_kept_by_name_in_the_mask_predictor_too(tmp_path):
     torch.manual_seed(1)
     theirs = tiny("masks", 3)
     settings = DetectorConfig(**TINY, finds="masks")
-    PretrainedDetector(theirs, [1, 2, 3], ["a", "b", "c"], settings=settings).save_pretrained(tmp_path / "saved")
+    Detector(theirs, [1, 2, 3], ["a", "b", "c"], settings=settings).save_pretrained(tmp_path / "saved")
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "w.pth")
     name = "roi_heads.mask_predictor.mask_fcn_logits.weight"
     rows = theirs.state_dict()[name]

@@ -18,7 +18,7 @@ from detector import BoxGradient, swap_crop_head
 from detector.errors import DataError, ModelError
 from detector.models.build import build_detector
 from detector.pretrained.detections import Detections
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.image_tensors import image_tensor
 from detector.pretrained.loading import load_checkpoint
 
@@ -274,7 +274,7 @@ def test_min_score(detector):
 
 
 def test_every_part_keeps_its_mode():
-    detector = PretrainedDetector(build_detector(SETTINGS, 3), IDS, NAMES, settings=SETTINGS)
+    detector = Detector(build_detector(SETTINGS, 3), IDS, NAMES, settings=SETTINGS)
     assert not any(part.training for part in detector.modules())  # a new one is in eval mode
     expected = detector.detect(scene(), min_score=0).scores
     detector.train()
@@ -291,7 +291,7 @@ def test_every_part_keeps_its_mode():
 
 def test_no_gradient_is_kept_and_training_can_go_on():
     model = swap_crop_head(build_detector(SETTINGS, 3), BoxGradient())
-    detector = PretrainedDetector(model, IDS, NAMES, settings=SETTINGS)
+    detector = Detector(model, IDS, NAMES, settings=SETTINGS)
     found = detector.detect(scene(), min_score=0)
     assert not found.boxes.requires_grad
     assert not found.scores.requires_grad
@@ -317,9 +317,9 @@ def test_a_detector_is_called_as_its_model(detector):
 
 
 def batches_of(monkeypatch):
-    batches, detect_batch = [], PretrainedDetector.detect_batch
+    batches, detect_batch = [], Detector.detect_batch
     monkeypatch.setattr(
-        PretrainedDetector,
+        Detector,
         "detect_batch",
         lambda self, images: batches.append(len(images)) or detect_batch(self, images),
     )

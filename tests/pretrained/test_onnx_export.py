@@ -93,9 +93,9 @@ def assert_detects_alike(run, model, images):
 
 
 def assert_parts_alike(result, wanted, same):
-    """Masks and key points of detections that are the same, but for a few that hang on a rounded number.
+    """Masks and keypoints of detections that are the same, but for a few that hang on a rounded number.
 
-    Pasting rounds boxes to whole pixels; of two pixels of a heatmap that are as high either is the key point.
+    Pasting rounds boxes to whole pixels; of two pixels of a heatmap that are as high either is the keypoint.
     """
     assert result.keys() == wanted.keys()
     for name in wanted.keys() - set(FIELDS):
@@ -283,7 +283,7 @@ def test_speed(export):
     assert times["pytorch"] > 0
 
 
-# --- Masks and key points ------------------------------------------------------------------------------------------
+# --- Masks and keypoints ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -582,7 +582,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, missing):
 
 
 def with_pool(kind, **settings):
-    """A model that crops for its masks or key points in another way than for its boxes."""
+    """A model that crops for its masks or keypoints in another way than for its boxes."""
     model = tiny(kind)
     setattr(model.roi_heads, f"{kind}_roi_pool", MultiScaleAffineCrop(["0", "1", "2"], 4, **settings))
     return model
@@ -622,7 +622,7 @@ def with_pool(kind, **settings):
             lambda: with_pool("keypoint", sampling_ratio=0),
             {},
             ExportError,
-            "^the key points' RoI pool takes .*sampling_ratio 0 or less",
+            "^the keypoints' RoI pool takes .*sampling_ratio 0 or less",
         ),
         (tiny, {"batch_size": 0}, ValueError, "batch_size"),
         (tiny, {"opset": 15}, ValueError, "opset must be 16 to 20, got 15"),

@@ -22,12 +22,12 @@ from support.disk import BREAK
 from support.refined_models import refined
 from support.tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
 
-from detector.command_line.exporting import export
 from detector.errors import DataError, ModelError
 from detector.models.published import batch_norm_eps
 from detector.pretrained import description, hub
-from detector.pretrained.detector import PretrainedDetector, digest_of
+from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_detector, load_published
+from detector.tools.exporting import export
 
 FILES = {"model.safetensors", "config.json", "README.md"}
 REPORT = {
@@ -103,7 +103,7 @@ class Poison:
 def test_a_checkpoint_saved_and_loaded_is_the_same_detector(tmp_path, crop):
     detector = load_checkpoint(save_checkpoint(tmp_path / "last.ckpt", crop=crop))
     detector.save_pretrained(tmp_path / "saved")
-    again = PretrainedDetector.from_pretrained(tmp_path / "saved")
+    again = Detector.from_pretrained(tmp_path / "saved")
     assert_same(detector, again)
     assert again.crop == detector.crop == crop
     assert (again.category_ids, again.category_names) == (IDS, NAMES)
@@ -121,9 +121,7 @@ def test_batch_norm_eps_and_normalisation_matter(detector, saved):
     """Else the comparison above would not see that they are lost."""
     eps = json.loads((saved / "config.json").read_text())["batch_norm_eps"]
     change(saved / "config.json", batch_norm_eps=dict.fromkeys(eps, 0.5))
-    assert not torch.equal(
-        found_by(PretrainedDetector.from_pretrained(saved))["scores"][:3], found_by(detector)["scores"][:3]
-    )
+    assert not torch.equal(found_by(Detector.from_pretrained(saved))["scores"][:3], found_by(detector)["scores"][:3])
 
 
 def test_the_files_are_the_hubs_three_and_no_pickle(saved):
@@ -141,7 +139,7 @@ def test_saving_again_replaces_the_detector(saved, tmp_path):
     other = load_checkpoint(save_checkpoint(tmp_path / "o.ckpt", crop="roi_align", names=["one"], ids=[1]))
     other.save_pretrained(saved)
     assert {path.name for path in saved.iterdir()} == FILES
-    again = PretrainedDetector.from_pretrained(saved)
+    again = Detector.from_pretrained(saved)
     assert_same(other, again)
     assert again.category_names == ["one"]
     assert "platelet" not in (saved / "README.md").read_text()
@@ -155,11 +153,11 @@ def test_a_full_disk_leaves_the_detector_that_was_there(saved, detector, tmp_pat
         with pytest.raises(OSError, match="No space left"):
             other.save_pretrained(saved)
     assert {path.name for path in saved.iterdir()} == FILES
-    assert_same(PretrainedDetector.from_pretrained(saved), detector)
+    assert_same(Detector.from_pretrained(saved), detector)
 
 
 def test_only_what_can_be_built_again_is_saved(tmp_path):
-    detector = PretrainedDetector(nn.Linear(1, 1), [1], ["one"])
+    detector = Detector(nn.Linear(1, 1), [1], ["one"])
     with pytest.raises(ModelError, match=r"only detectors that tools/train.py can build can be saved"):
         detector.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
@@ -204,9 +202,7 @@ def test_a_card_says_what_it_is_and_that_it_was_not_scored(saved):
 def test_a_card_says_how_to_install_what_reads_it(saved, detector, monkeypatch):
     assert 'To load it, `pip install -e ".[timm]"` in a clone of its repository.' in (saved / "README.md").read_text()
     assert "made with affine-crop-rcnn." in (saved / "README.md").read_text()
-    detector = PretrainedDetector(
-        detector.model, IDS, NAMES, settings=replace(SETTINGS, name="fasterrcnn_resnet50_fpn")
-    )
+    detector = Detector(detector.model, IDS, NAMES, settings=replace(SETTINGS, name="fasterrcnn_resnet50_fpn"))
     for urls in (["Repository, https://a.example/b, c", "Docs, https://d.example"], None):
         package = email.message.Message()
         for url in urls or ():
@@ -247,7 +243,7 @@ def test_a_card_shows_the_scores_and_not_where_the_data_lies(detector, tmp_path)
     ("kind", "task", "row"),
     [
         ("segm", "image-segmentation", "| mask AP50 | 0.800 | at IoU 0.50 |"),
-        ("keypoints", "keypoint-detection", "| key points AP50 | 0.800 | at OKS 0.50 |"),
+        ("keypoints", "keypoint-detection", "| keypoints AP50 | 0.800 | at OKS 0.50 |"),
     ],
 )
 def test_a_card_shows_the_scores_of_masks_and_key_points_apart(detector, tmp_path, kind, task, row):
@@ -312,7 +308,7 @@ def test_names_are_shown_as_they_are_and_do_nothing(tmp_path):
     }
     detector = load_checkpoint(path)
     detector.save_pretrained(tmp_path / "saved", model_card_kwargs={"report": report})
-    assert PretrainedDetector.from_pretrained(tmp_path / "saved").category_names == names
+    assert Detector.from_pretrained(tmp_path / "saved").category_names == names
     card = ModelCard.load(tmp_path / "saved" / "README.md")
     assert "license" not in card.data.to_dict()
     lines = card.text.splitlines()
@@ -469,17 +465,17 @@ def test_without_a_network_a_name_is_given_up_at_once(name, offline, tmp_path):
     with pytest.raises(
         ModelError, match=rf"^{name}: no such folder, and the hub cannot be reached: .*not known\)?$"
     ) as e:
-        PretrainedDetector.from_pretrained(name, cache_dir=tmp_path)
+        Detector.from_pretrained(name, cache_dir=tmp_path)
     assert "\n" not in str(e.value)
     assert set(offline) == {"huggingface.co"}
     with pytest.raises(ModelError, match="no such folder, and the hub has it not to give"):
-        PretrainedDetector.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+        Detector.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
 
 
 @pytest.mark.parametrize("name", ["bad name/!", "a/b/c", "nothing here at all"])
 def test_what_is_no_name_of_a_repository_is_refused_unasked(name, offline, tmp_path):
     with pytest.raises(ModelError, match=rf"^{name}: no such folder, and the hub"):
-        PretrainedDetector.from_pretrained(name, cache_dir=tmp_path)
+        Detector.from_pretrained(name, cache_dir=tmp_path)
     assert offline == []
 
 
@@ -491,7 +487,7 @@ def test_a_repository_that_was_fetched_is_there_offline(saved, offline, tmp_path
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
     saved.rename(snapshot)
-    assert_same(PretrainedDetector.from_pretrained("me/cells", cache_dir=cache), detector)
+    assert_same(Detector.from_pretrained("me/cells", cache_dir=cache), detector)
 
 
 # ---- damaged and hostile
@@ -837,7 +833,7 @@ def refining(checkpoint):
 
 def test_a_refinement_is_saved_and_loaded_and_can_be_switched_off(refining, detector, tmp_path):
     refining.save_pretrained(tmp_path)
-    again = PretrainedDetector.from_pretrained(tmp_path)
+    again = Detector.from_pretrained(tmp_path)
     assert_same(refining, again)
     assert again.refinement.config == refining.refinement.config
     assert again.refinement.enabled
@@ -886,5 +882,5 @@ def test_a_refinement_that_cannot_be_right_is_named(refining, tmp_path, change_t
     fields = json.loads((tmp_path / "config.json").read_text())["refinement"]
     change(tmp_path / "config.json", refinement=change_to(fields))
     with pytest.raises(ModelError, match=rf"config\.json: .*{message}") as caught:
-        PretrainedDetector.from_pretrained(tmp_path)
+        Detector.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)

@@ -66,7 +66,7 @@ def assert_same(detections, expected, exact=False):
             if exact:
                 assert torch.equal(ours[key], wanted)
             else:
-                # Boxes and key points are in pixels, the others in 0..1 (scores of key points are logits).
+                # Boxes and keypoints are in pixels, the others in 0..1 (scores of keypoints are logits).
                 atol = 1e-2 if key in ("boxes", "keypoints") else 1e-4
                 torch.testing.assert_close(ours[key], wanted, rtol=0, atol=atol)
 

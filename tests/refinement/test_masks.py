@@ -1,4 +1,4 @@
-"""Masks and key points of a detector with a refinement: in the boxes that come out, not in those of before."""
+"""Masks and keypoints of a detector with a refinement: in the boxes that come out, not in those of before."""
 
 import pytest
 import torch

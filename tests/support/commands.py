@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 
 import pytest
 
-from detector.command_line.eval import main
+from detector.tools.eval import main
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Small data sets with masks and key points, made of the digits."""
+"""Small data sets with masks and keypoints, made of the digits."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ SKELETON = [[1, 5], [2, 5], [3, 5], [4, 5]]
 
 
 def write_digits_with_parts(root: Path, **options) -> Path:
-    """Digits, whose masks are there already, with key points: the corners of their boxes, and the middle."""
+    """Digits, whose masks are there already, with keypoints: the corners of their boxes, and the middle."""
     write_digits(root, **options)
     for path in (root / "annotations").iterdir():
         content = json.loads(path.read_text())

@@ -9,12 +9,12 @@ from detector.data.results import read_results, results_file
 from detector.evaluation.truth import index_coco
 
 
-def annotations_of(content, *, parts=()):
+def annotations_of(content, *, annotation_types=()):
     """What is read of an annotation file with this content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "truth.json"
         path.write_text(json.dumps(content))
-        return read_annotations(path, parts=parts)
+        return read_annotations(path, annotation_types=annotation_types)
 
 
 def read(path, annotations, **options):

@@ -89,7 +89,7 @@ def batch(dtype=torch.float32, seed=0):
     for image, image_boxes, image_labels in zip(images, boxes, labels):
         x1, y1, x2, y2 = (side[:, None, None] for side in image_boxes.unbind(1))
         rows, columns = torch.meshgrid(torch.arange(image.shape[1]), torch.arange(image.shape[2]), indexing="ij")
-        # An ellipse in each box, and two key points.
+        # An ellipse in each box, and two keypoints.
         masks = ((columns - (x1 + x2) / 2) / (x2 - x1)) ** 2 + ((rows - (y1 + y2) / 2) / (y2 - y1)) ** 2 < 0.25
         middle = (image_boxes[:, :2] + image_boxes[:, 2:]) / 2
         points = torch.stack([middle, middle + (image_boxes[:, 2:] - middle) / 2], 1)

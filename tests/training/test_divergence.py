@@ -15,9 +15,9 @@ pytest.importorskip("timm")
 
 from support.tiny_training import REPOSITORY, TINY
 
-from detector.command_line.training import parse
 from detector.data.digits import write_digits
 from detector.rcnn.box_gradient import BoxGradient
+from detector.tools.training import parse
 from detector.training import divergence
 from detector.training.divergence import Divergence, all_alike
 from detector.training.optimization import OptimizerConfig

@@ -24,11 +24,11 @@ from support.runs import STUB
 from support.tiny_training import REPOSITORY, TINY
 
 from detector import signals
-from detector.command_line.training import parse, train
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
 from detector.evaluation import running
 from detector.signals import ignoring_signals
+from detector.tools.training import parse, train
 from detector.training import run
 from detector.training.checkpoints import Checkpoints
 from detector.training.data import CocoDataModule
@@ -261,8 +261,8 @@ def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name,
 UNFORESEEN = """
 import multiprocessing
 import sys
-from detector.command_line.training import parse
-from detector.command_line.training import train
+from detector.tools.training import parse
+from detector.tools.training import train
 from detector.training.data import CocoDataModule
 from detector.training.task import DetectionTask
 

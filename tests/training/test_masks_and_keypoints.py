@@ -18,10 +18,6 @@ from support.marks import slow
 from support.part_data import POINTS, write_digits_with_parts
 from support.tiny_training import TINY
 
-from detector.command_line.browse import main as browse
-from detector.command_line.predict import main as predict
-from detector.command_line.refine import main as refine
-from detector.command_line.training import train
 from detector.data.dataset import CocoDetection
 from detector.data.masks import MaskLayers, decode_masks, mask_area
 from detector.evaluation.metric import SIGMA, SUMMARIES
@@ -29,6 +25,10 @@ from detector.evaluation.running import run_detector
 from detector.evaluation.timing import measure_stages
 from detector.models.config import DetectorConfig
 from detector.pretrained import load_detector
+from detector.tools.browse import main as browse
+from detector.tools.predict import main as predict
+from detector.tools.refine import main as refine
+from detector.tools.training import train
 from detector.training import CocoDataModule, DetectionTask
 
 
@@ -114,7 +114,7 @@ def test_its_checkpoint_and_its_results_file_are_scored_as_by_pycocotools(run, f
 def test_masks_of_an_image_are_never_many_at_its_full_size(run, data, monkeypatch):
     """They are not read where nothing is compared with them, and resized before they are told apart for the losses."""
     detector = load_detector(run[1])
-    split = CocoDetection(data / "val", data / "annotations" / "instances_val.json", parts=("masks",))
+    split = CocoDetection(data / "val", data / "annotations" / "instances_val.json", annotation_types=("masks",))
     detector.model.transform.min_size = (160,)
     read, of = [], MaskLayers.of
     sizes, masks = [], MaskLayers.masks
@@ -233,7 +233,7 @@ def test_boxes_alone_start_a_detector_of_masks(data, tmp_path, capsys):
         )
     )
     detector = load_detector(tmp_path / "a")
-    assert detector.settings.parts == ("masks",)
+    assert detector.settings.annotation_types == ("masks",)
     assert detector.model.roi_heads.has_mask()
 
 
@@ -272,7 +272,7 @@ def test_images_with_next_to_no_key_points_are_not_trained_on(data, tmp_path):
     module.setup("fit")
     assert images[0] not in module.train_set.image_ids
     assert len(module.train_set) == len({a["image_id"] for a in content["annotations"]} - {images[0]})
-    assert any("fewer than 3 labelled key points" in note for note in module.notes)
+    assert any("fewer than 3 labelled keypoints" in note for note in module.notes)
     assert len(module.val_set) == 2
 
 
@@ -283,7 +283,7 @@ def test_a_split_with_next_to_no_key_points_is_refused(data, tmp_path):
     for annotation in content["annotations"]:
         annotation["keypoints"] = [0] * (3 * len(POINTS))
     file.write_text(json.dumps(content))
-    with refused("instances_train.json: no image has 3 or more labelled key points", code=1):
+    with refused("instances_train.json: no image has 3 or more labelled keypoints", code=1):
         train(arguments(path, tmp_path / "run", "keypoints"))
 
 
@@ -291,7 +291,7 @@ def test_splits_with_other_key_points_are_refused(data, tmp_path):
     path = write_digits_with_parts(tmp_path / "digits", splits={"train": 2, "val": 2})
     file = path / "annotations" / "instances_val.json"
     file.write_text(file.read_text().replace("top_left", "upper_left"))
-    with refused("train and val have different key points: .*upper_left", code=1):
+    with refused("train and val have different keypoints: .*upper_left", code=1):
         train(arguments(path, tmp_path / "run", "keypoints"))
 
 
@@ -321,7 +321,7 @@ def test_key_points_without_sides_are_mirrored_and_that_is_said(tmp_path, capsys
     notes = json.loads((tmp_path / "run" / "report.json").read_text())["notes"]
     assert "train: images are mirrored" in notes[0]
     assert "(a, b, c, d, e)" in notes[0]
-    assert notes[1].startswith("Objects whose key points are all unlabelled: 1. ")
+    assert notes[1].startswith("Objects whose keypoints are all unlabelled: 1. ")
     assert len(notes) == 2
     train(arguments(path, tmp_path / "plain", "keypoints", *short, "--data.augmentation=[]"))
     notes = json.loads((tmp_path / "plain" / "report.json").read_text())["notes"]

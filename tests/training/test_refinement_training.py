@@ -22,9 +22,6 @@ from support.tiny_detector import SETTINGS, tiny_checkpoint
 from support.tiny_training import REPOSITORY, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from detector.command_line.predict import main as predict
-from detector.command_line.refine import main
-from detector.command_line.training import train
 from detector.data.categories import match_categories
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
@@ -38,6 +35,9 @@ from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
 from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement import RefinementConfig, add_refinement
+from detector.tools.predict import main as predict
+from detector.tools.refine import main
+from detector.tools.training import train
 from detector.training import refinement_run
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement_data import RefinementData, RepeatedBatches, held_apart
@@ -513,7 +513,7 @@ def killed(self, *arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *arguments)
 {owner}.{name} = killed
-from detector.command_line.refine import main
+from detector.tools.refine import main
 main(sys.argv[1:])
 """
 

@@ -16,8 +16,8 @@ pytest.importorskip("timm")
 
 from support.tiny_training import REPOSITORY, TINY
 
-from detector.command_line.training import train
 from detector.data.digits import write_digits
+from detector.tools.training import train
 
 
 @pytest.fixture(scope="module")

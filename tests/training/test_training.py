@@ -27,8 +27,6 @@ pytest.importorskip("timm")
 from support.commands import refused, score
 from support.tiny_training import REPOSITORY, TINY
 
-from detector.command_line.browsing import browse_training_images
-from detector.command_line.training import parse, train
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.data.batches import TrainingBatches
 from detector.data.categories import match_categories
@@ -37,15 +35,17 @@ from detector.data.digits import write_digits
 from detector.data.folder import find_root
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses
-from detector.evaluation.metric import evaluate_parts
+from detector.evaluation.metric import evaluate_types
 from detector.evaluation.running import run_detector
 from detector.evaluation.truth import coco_of
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_published
 from detector.rcnn.box_gradient import BoxGradient
-from detector.rcnn.draws import draw_by_image
+from detector.rcnn.sampling import seed_sampling
 from detector.run_folders import newest_folder, unused_folder
+from detector.tools.browsing import browse_training_images
+from detector.tools.training import parse, train
 from detector.training import fit
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
@@ -400,8 +400,8 @@ def test_a_finished_run_is_trained_longer_from_its_weights(trained, digits, tmp_
     def compare(task, batch, number):
         if not compared:
             images, targets = batch
-            draw_by_image(before, [1] * len(images))
-            draw_by_image(task.model, [1] * len(images))
+            seed_sampling(before, [1] * len(images))
+            seed_sampling(task.model, [1] * len(images))
             for model in (before, task.model):
                 compared.append(detect_with_losses(model, images, [dict(target) for target in targets])[1])
         return step(task, batch, number)
@@ -594,9 +594,9 @@ def test_broken_images_are_left_out_of_a_training(digits, tmp_path, capsys, capl
 
     def noting(truth, results, image_ids, **options):
         scored.append(sorted(truth.imgs[image_id]["file_name"] for image_id in image_ids))
-        return evaluate_parts(truth, results, image_ids, **options)
+        return evaluate_types(truth, results, image_ids, **options)
 
-    monkeypatch.setattr("detector.training.task.evaluate_parts", noting)
+    monkeypatch.setattr("detector.training.task.evaluate_types", noting)
     flags = [*TINY, f"--data.root={tmp_path / 'digits'}", "--data.skip_broken=true", "--trainer.max_epochs=1"]
     with caplog.at_level("INFO"):
         train([*flags, f"--run_dir={tmp_path / 'run'}"])

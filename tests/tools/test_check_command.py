@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.annotation_files import added, boxed, scattered, write, write_splits
 
-from detector.command_line.check import main
+from detector.tools.check import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "check.py"
 
@@ -40,7 +40,7 @@ def test_exit_codes(tmp_path, tool):
     write(tmp_path, boxed(1, 2, 0, 3))
     code, printed, _ = tool(path)
     assert code == 1
-    assert "1 flaw: empty boxes\n" in printed
+    assert "1 warning: empty boxes\n" in printed
     assert "--images DIR" in printed
     path.write_text(path.read_text()[:-30])
     code, printed, error = tool(path, "--images", tmp_path / "images", "--quick")
@@ -78,7 +78,7 @@ def test_tool_compares_splits(splits, tool):
     val, images, train, train_images = splits
     code, printed, _ = tool(val, "--images", images, "--other", train, "--other_images", train_images)
     assert code == 1
-    assert printed.startswith("1 flaw: images that the other split has, too\n")
+    assert printed.startswith("1 warning: images that the other split has, too\n")
     for arguments in (["--images", images], ["--images", images, "--other_images", train_images, "--quick"]):
         code, printed, _ = tool(val, "--other", train, *arguments)
         assert code == 0

@@ -9,14 +9,14 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from detector.command_line.source import load_source, pick_device, split_for
-from detector.command_line.training import resuming_command
 from detector.data.categories import match_categories
 from detector.data.folder import DataFolder, find_root
-from detector.errors import UsageError, in_a_sentence
+from detector.errors import UsageError, exit_on_user_error
 from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement.config import RefinementConfig
 from detector.run_folders import run_folder
+from detector.tools.source import load_source, pick_device, split_for
+from detector.tools.training import resuming_command
 from detector.training.failures import Interrupted
 from detector.training.optimization import OptimizerConfig
 from detector.training.refinement_data import RefinementData
@@ -33,7 +33,7 @@ LOOKS, CLIMBS = (1, 2, 3), (0, 3)  # that are tried
 
 def refine(flags: argparse.Namespace) -> int:
     """Train a refinement as the flags of ``tools/refine.py`` say, and score it. Returns the exit code."""
-    with in_a_sentence(MisconfigurationException):
+    with exit_on_user_error(MisconfigurationException):
         device = pick_device(flags.device)
         folder = DataFolder(
             find_root(flags.root, flags.dataset, flag="--root"),

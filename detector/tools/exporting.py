@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from detector.command_line.source import load_source
-from detector.errors import DataError, UsageError, UserError, in_a_sentence
+from detector.errors import DataError, UsageError, UserError, exit_on_user_error
 from detector.evaluation.report import newest_report
 from detector.files import read_json
 from detector.pretrained.description import Crop
@@ -12,6 +11,7 @@ from detector.pretrained.hub import CARD, CONFIG, WEIGHTS
 from detector.pretrained.model_card import is_generated
 from detector.pretrained.onnx_export import compare_speed, export_onnx, left_out
 from detector.run_folders import run_folder
+from detector.tools.source import load_source
 
 
 def export(
@@ -26,7 +26,7 @@ def export(
     speed: int = 0,
 ) -> None:
     """Export a detector, as ``tools/export.py --help`` says."""
-    with in_a_sentence():
+    with exit_on_user_error():
         suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
         if format == "onnx" and suffix not in ("", ".onnx"):
             raise UsageError(

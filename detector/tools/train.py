@@ -1,6 +1,6 @@
 """The command line of ``tools/train.py``; its flags are those of the task, the data and Lightning's trainer."""
 
-from detector.command_line.arguments import first_look
+from detector.tools.arguments import first_look
 
 DESCRIPTION = """Train an affine-crop R-CNN and score it; configs/ has complete settings, which flags change.
 
@@ -13,6 +13,6 @@ The run's own options come first, then those of the data, the model and its opti
 def main(arguments: list[str] | None = None) -> int:
     """Train as a command line says. Returns the exit code."""
     first_look(DESCRIPTION, arguments)
-    from detector.command_line.training import train
+    from detector.tools.training import train
 
     return train(arguments, DESCRIPTION)

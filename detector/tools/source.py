@@ -6,16 +6,16 @@ import torch
 
 from detector.data.dataset import CocoDetection
 from detector.data.folder import DataFolder
-from detector.errors import MissingPartError, ModelError, UsageError
-from detector.models.detecting import parts_found_by
+from detector.errors import MissingAnnotationsError, ModelError, UsageError
+from detector.models.detecting import annotation_types_of
 from detector.pretrained.description import Crop
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.loading import checkpoint_of, load_detector, load_published
 
 
 def load_source(
     checkpoint: str | None, model: str | None, weights: str | None, crop: Crop | None
-) -> tuple[PretrainedDetector, str]:
+) -> tuple[Detector, str]:
     """The detector that a command line names, and what to call it; of a run's folder, the checkpoint that was taken."""
     if checkpoint is not None:
         if model is not None or weights is not None:
@@ -36,7 +36,7 @@ def load_source(
     return detector, called
 
 
-def switch_refinement(detector: PretrainedDetector, refine: str | None) -> None:
+def switch_refinement(detector: Detector, refine: str | None) -> None:
     """Switch the refinement of a detector as ``--refine`` says: off, or else on. ``None``: as it is."""
     if refine is None:
         return
@@ -57,11 +57,9 @@ def pick_device(device: str | None) -> torch.device:
     return place
 
 
-def split_for(
-    detector: PretrainedDetector, folder: DataFolder, split: str, *, skip_missing: bool = False
-) -> CocoDetection:
+def split_for(detector: Detector, folder: DataFolder, split: str, *, skip_missing: bool = False) -> CocoDetection:
     """The split with what the detector finds besides boxes, if it has any of that."""
     try:
-        return folder.dataset(split, parts=parts_found_by(detector.model), skip_missing=skip_missing)
-    except MissingPartError:  # the report says so
+        return folder.dataset(split, annotation_types=annotation_types_of(detector.model), skip_missing=skip_missing)
+    except MissingAnnotationsError:  # the report says so
         return folder.dataset(split, skip_missing=skip_missing)

@@ -8,17 +8,17 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from detector.command_line.source import load_source, pick_device, switch_refinement
 from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_ids, mixed_up, quoted
 from detector.data.images import Orientation
-from detector.errors import DataError, ModelError, in_a_sentence
+from detector.errors import DataError, ModelError, exit_on_user_error
 from detector.evaluation.report import newest_report
 from detector.pretrained.description import Crop
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.predict_files import by_suffix, find_images, predict_files
 from detector.run_folders import run_folder, unused_folder
 from detector.text import clean
+from detector.tools.source import load_source, pick_device, switch_refinement
 
 
 def predict(
@@ -40,7 +40,7 @@ def predict(
     device: str | None = None,
 ) -> int:
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
-    with in_a_sentence():
+    with exit_on_user_error():
         left_out: set[Path] = set()
         known = None if annotations is None else read_annotations(annotations, labelled=False)
         files = find_images(images, known, left_out=left_out)
@@ -95,7 +95,7 @@ def predict(
         return 3 if done.broken else 0
 
 
-def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
+def _scores_of_report(called: str, detector: Detector) -> list[float]:
     """The score of each label from which on F1 is highest, in the last report of these weights; says which."""
     home = Path(called)
     folders = [run_folder(home), Path("runs")] if home.exists() else [Path("runs")]
@@ -133,7 +133,7 @@ def _scores_of_report(called: str, detector: PretrainedDetector) -> list[float]:
     return scores
 
 
-def _ids_in(annotations: Annotations, detector: PretrainedDetector) -> Sequence[int | None] | None:
+def _ids_in(annotations: Annotations, detector: Detector) -> Sequence[int | None] | None:
     """The annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
     try:
         ids = match_ids(detector, [(category["id"], category["name"]) for category in annotations.categories])

@@ -7,20 +7,20 @@ python tools/check.py val.json --images val --other train.json --other_images tr
 python tools/check.py train.json --config configs/bccd.yaml     # whether the anchors of a training fit the boxes
 
 Errors are what training or scoring refuses: fields, ids, references, boxes in 0..1 instead of pixels, images that are
-missing, broken or of another size, files without a box to train on, masks or key points that have nothing to do with
-their boxes. Flaws are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image by
-more than a pixel (and whether they look like corners or centres), boxes given twice, areas far from the boxes' or the
-masks', file or category names used twice, category names that are almost the same, images that another split has, too;
-single masks and key points that are broken, which boxes can be trained without, or that some objects lack. Notes are
+missing, broken or of another size, files without a box to train on, masks or keypoints that have nothing to do with
+their boxes. Warnings are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image
+by more than a pixel (and whether they look like corners or centres), boxes given twice, areas far from the boxes' or
+the masks', file or category names used twice, category names that are almost the same, images that another split has,
+too; single masks and keypoints that are broken, which boxes can be trained without, or that some objects lack. Notes are
 worth knowing: images without annotations, categories never used, images whose EXIF orientation matters, annotations
 with ignore 1, anchors that most objects lie outside of, and which would fit.
 
-exit code: 0 nothing is wrong (but for notes), 1 flaws, 2 errors (or a mistake in the command line), 130 interrupted
+exit code: 0 nothing is wrong (but for notes), 1 warnings, 2 errors (or a mistake in the command line), 130 interrupted
 """
 
 from collections.abc import Sequence
 
-from detector.command_line.arguments import ToolParser, add_orientation, add_workers, at_least
+from detector.tools.arguments import ToolParser, add_orientation, add_workers, at_least
 
 
 def make_parser() -> ToolParser:
@@ -50,6 +50,6 @@ def make_parser() -> ToolParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check a data set as a command line says. Returns the exit code."""
     options = make_parser().read(arguments)
-    from detector.command_line.checking import check
+    from detector.tools.checking import check
 
     return check(options)

@@ -25,9 +25,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
 from detector import swap_crop_head
-from detector.command_line.exporting import export
 from detector.data.dataset import CocoDetection
-from detector.errors import DataError, ModelError, in_a_sentence
+from detector.errors import DataError, ModelError, exit_on_user_error
 from detector.evaluation import detect_with_losses, scoring, to_results
 from detector.evaluation.confusion import confusion
 from detector.evaluation.pictures import worst_and_best
@@ -36,8 +35,9 @@ from detector.evaluation.scoring import score_split
 from detector.evaluation.timing import STAGES, measure_stages
 from detector.evaluation.truth import coco_of
 from detector.models.published import published_names
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.loading import load_detector
+from detector.tools.exporting import export
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS = REPOSITORY / "tools"
@@ -315,8 +315,8 @@ def test_an_output_that_cannot_be_written_is_a_sentence(scored, data):
 
 def test_a_mistake_is_told_though_nobody_reads():
     script = """
-from detector.errors import UserError, in_a_sentence
-with in_a_sentence():
+from detector.errors import UserError, exit_on_user_error
+with exit_on_user_error():
     print("some words")
     raise UserError("a mistake")
 """
@@ -325,7 +325,7 @@ with in_a_sentence():
 
 
 def test_another_broken_pipe_is_a_mistake_all_the_same():
-    with pytest.raises(SystemExit, match="Broken pipe"), in_a_sentence():
+    with pytest.raises(SystemExit, match="Broken pipe"), exit_on_user_error():
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
@@ -540,8 +540,8 @@ def test_nothing_of_an_images_size_is_kept(split):
 def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
     model = tiny_rcnn("mask", box_predictor=FastRCNNPredictor(16, 4))
     model.roi_heads.mask_predictor = MaskRCNNPredictor(8, 8, 4)
-    detector = PretrainedDetector(model, [3, 5, 8], ["<b>3</b>", "<b>5</b>", "<b>8</b>"])
-    monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
+    detector = Detector(model, [3, 5, 8], ["<b>3</b>", "<b>5</b>", "<b>8</b>"])
+    monkeypatch.setattr("detector.tools.source.load_published", lambda name, weights: detector)
     options = {"root": str(data), "split": "val", "workers": 0, "output": "out"}
     score(model="maskrcnn", weights="w.pth", crop="affine", **options)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -553,8 +553,8 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
 
 
 def test_objects_of_classes_that_a_checkpoint_does_not_know_are_missed(data, tmp_path, monkeypatch, capsys):
-    detector = PretrainedDetector(tiny_rcnn(), [3, 5], ["<b>3</b>", "<b>5</b>"])
-    monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
+    detector = Detector(tiny_rcnn(), [3, 5], ["<b>3</b>", "<b>5</b>"])
+    monkeypatch.setattr("detector.tools.source.load_published", lambda name, weights: detector)
     score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     note = "The detector does not know the classes '<b>8</b>': their objects (2) count as missed."
@@ -698,8 +698,8 @@ def test_published_classes_may_be_others_than_the_datas(data, tmp_path, monkeypa
     content["categories"][0] = {"id": 1, "name": "person"}
     path.write_text(json.dumps(content))
     names = published_names()
-    detector = PretrainedDetector(tiny_rcnn(box_predictor=FastRCNNPredictor(16, 91)), list(range(1, 91)), names[1:])
-    monkeypatch.setattr("detector.command_line.source.load_published", lambda name, weights: detector)
+    detector = Detector(tiny_rcnn(box_predictor=FastRCNNPredictor(16, 91)), list(range(1, 91)), names[1:])
+    monkeypatch.setattr("detector.tools.source.load_published", lambda name, weights: detector)
     score(model="some", weights="w.pth", root=str(root), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None

@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from detector.command_line.training import TrainingCLI, parse
 from detector.data.dataset import CocoDetection, Target
 from detector.data.drawing import draw, sheet
-from detector.errors import in_a_sentence
+from detector.errors import exit_on_user_error
+from detector.tools.training import TrainingCLI, parse
 
 LARGEST = 480  # pixels of a picture's longer side on the sheet
 
@@ -34,13 +34,13 @@ class BrowsingCLI(TrainingCLI):
 
 def browse_training_images(args: list[str] | None = None, description: str = "") -> int:
     """Draw a sheet of training images, as the command line of a training would augment them. Returns the exit code."""
-    with in_a_sentence(MisconfigurationException):
+    with exit_on_user_error(MisconfigurationException):
         cli = parse(args, description, BrowsingCLI)
         data, config = cli.datamodule, cli.config
         data.prepare_data()
-        parts = cli.model.parts
-        stored = data.split(data.train_split, parts=parts)
-        augmented = data.split(data.train_split, train=True, parts=parts)
+        parts = cli.model.annotation_types
+        stored = data.split(data.train_split, annotation_types=parts)
+        augmented = data.split(data.train_split, train=True, annotation_types=parts)
         browse(stored, augmented, Path(config.output), images=config.count, epochs=config.epochs)
         print(f"{config.output}: {data.train_split} of {data.root} as stored, and as the first epochs see it")
     return 0

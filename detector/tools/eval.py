@@ -4,7 +4,7 @@ python tools/eval.py --checkpoint runs/quickstart/checkpoints/last.ckpt --root d
 python tools/eval.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
 python tools/eval.py --results detections.json --annotations instances_val.json
 
-Masks (segm) and key points are scored beside boxes where the detector, or the file, and the annotations have them.
+Masks (segm) and keypoints are scored beside boxes where the detector, or the file, and the annotations have them.
 Written are report.html (plots, the worst and the best images), report.json, scores.json and detections.json (COCO's
 results format). torchrun --nproc-per-node N tools/eval.py ... spreads the images over N devices. Classes are the data's
 by their names, whatever the ids.
@@ -16,7 +16,7 @@ torchrun would make a failure), 130 interrupted (what was found by then is score
 
 from collections.abc import Sequence
 
-from detector.command_line.arguments import (
+from detector.tools.arguments import (
     ToolParser,
     add_batch_size,
     add_data,
@@ -74,6 +74,6 @@ def make_parser() -> ToolParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Score what a command line names. Returns the exit code."""
     options = make_parser().read(arguments)
-    from detector.command_line.evaluating import score
+    from detector.tools.evaluating import score
 
     return score(options)

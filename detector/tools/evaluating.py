@@ -4,18 +4,18 @@ import argparse
 import os
 from pathlib import Path
 
-from detector.command_line.source import load_source, pick_device, split_for, switch_refinement
 from detector.data.folder import DataFolder, find_root
-from detector.errors import ImageError, UsageError, in_a_sentence, sentence
+from detector.errors import ImageError, UsageError, exit_on_user_error, one_line
 from detector.evaluation.metric import evaluator_version
 from detector.evaluation.scoring import evaluate_detector, evaluate_results
 from detector.evaluation.writing import EvaluationOptions
 from detector.run_folders import run_folder, unused_folder
+from detector.tools.source import load_source, pick_device, split_for, switch_refinement
 
 
 def score(flags: argparse.Namespace) -> int:
     """Score what the flags of ``tools/eval.py`` name. Returns the exit code."""
-    with in_a_sentence():
+    with exit_on_user_error():
         if sum(source is not None for source in (flags.checkpoint, flags.model, flags.results)) != 1:
             raise UsageError("give one of --checkpoint FILE, --model NAME --weights FILE, or --results FILE")
         evaluator_version(flags.evaluator)  # now, not after the run
@@ -84,7 +84,7 @@ def _score_detector(flags: argparse.Namespace, options: EvaluationOptions) -> in
         if found.stopped is not None:
             raise found.stopped  # itself: its traceback holds the loader, which goes with it
     except ImageError as error:
-        error.args = (f"{sentence(error)}: --skip_broken true goes on without such images",)
+        error.args = (f"{one_line(error)}: --skip_broken true goes on without such images",)
         raise
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # of several, torchrun would make a failure of a code
     return 3 if found.broken and alone else 0

@@ -27,7 +27,6 @@ from support.annotation_files import (
     write_splits,
 )
 
-from detector.command_line.checking import Findings, check_dataset, report
 from detector.data import image_files
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection
@@ -39,6 +38,7 @@ from detector.errors import DataError
 from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
 from detector.models.config import DetectorConfig
+from detector.tools.checking import Findings, check_dataset, report
 
 NESTED = [[[[[]]]]]
 CASES = [
@@ -117,10 +117,15 @@ CASES = [
     (
         changed("categories", 0, "name", value="dog"),
         "categories with the same name",
-        "flaw",
+        "warning",
         "name 'dog' is used twice",
     ),
-    (changed("images", 1, "file_name", value="a.png"), "images with the same file_name", "flaw", "first by images[0]"),
+    (
+        changed("images", 1, "file_name", value="a.png"),
+        "images with the same file_name",
+        "warning",
+        "first by images[0]",
+    ),
     (
         changed("annotations", 0, "image_id", value=5),
         "annotations of an unknown image",
@@ -128,16 +133,21 @@ CASES = [
         "image_id 5, and there",
     ),
     (changed("annotations", 0, "category_id", value=5), "annotations of an unknown category", "error", "category_id 5"),
-    (boxed(1, 2, 0, 5), "empty boxes", "flaw", "annotations[1] (id 2) has bbox [1, 2, 0, 5], without width or height"),
-    (boxed(1, 2, 5, -3), "empty boxes", "flaw", "left out"),
-    (boxed(30, 2, 5, 3), "boxes outside their image", "flaw", "[30, 2, 5, 3], outside its image of 30x20 pixels"),
-    (boxed(1, 20, 5, 3), "boxes outside their image", "flaw", "left out"),
-    (boxed(-5, 2, 5, 3), "boxes outside their image", "flaw", "left out"),
-    (boxed(1, -3, 5, 3), "boxes outside their image", "flaw", "left out"),
-    (boxed(-1.1, 2, 5, 3), "boxes that reach outside their image", "flaw", "clipped"),
-    (boxed(1, -1.1, 5, 3), "boxes that reach outside their image", "flaw", "clipped"),
-    (boxed(1, 2, 30.1, 3), "boxes that reach outside their image", "flaw", "clipped"),
-    (boxed(1, 2, 5, 19.1), "boxes that reach outside their image", "flaw", "30x20 pixels: clipped"),
+    (
+        boxed(1, 2, 0, 5),
+        "empty boxes",
+        "warning",
+        "annotations[1] (id 2) has bbox [1, 2, 0, 5], without width or height",
+    ),
+    (boxed(1, 2, 5, -3), "empty boxes", "warning", "left out"),
+    (boxed(30, 2, 5, 3), "boxes outside their image", "warning", "[30, 2, 5, 3], outside its image of 30x20 pixels"),
+    (boxed(1, 20, 5, 3), "boxes outside their image", "warning", "left out"),
+    (boxed(-5, 2, 5, 3), "boxes outside their image", "warning", "left out"),
+    (boxed(1, -3, 5, 3), "boxes outside their image", "warning", "left out"),
+    (boxed(-1.1, 2, 5, 3), "boxes that reach outside their image", "warning", "clipped"),
+    (boxed(1, -1.1, 5, 3), "boxes that reach outside their image", "warning", "clipped"),
+    (boxed(1, 2, 30.1, 3), "boxes that reach outside their image", "warning", "clipped"),
+    (boxed(1, 2, 5, 19.1), "boxes that reach outside their image", "warning", "30x20 pixels: clipped"),
     (added("categories", id=8, name="bird"), "categories never used", "note", "categories[2] (id 8), 'bird'"),
     (added("images", id=8, file_name="c.png"), "images without annotations", "note", "images[2] (id 8), 'c.png'"),
 ]
@@ -205,7 +215,9 @@ def test_one_sentence_says_how_many_more_there_are(tmp_path):
         data = copy.deepcopy(VALID)
         for annotation in data["annotations"][:wrong]:
             annotation["bbox"] = None
-        data["annotations"].append({**VALID["annotations"][1], "id": 8, "bbox": [0, 0, 0, 0]})  # a flaw does not count
+        data["annotations"].append(
+            {**VALID["annotations"][1], "id": 8, "bbox": [0, 0, 0, 0]}
+        )  # a warning does not count
         path.write_text(json.dumps(data))
         with pytest.raises(DataError) as error:
             read_annotations(path)
@@ -436,22 +448,22 @@ def test_files_that_are_no_json_are_one_problem(tmp_path):
 def test_report_is_grouped_and_counted():
     problems = [
         Problem("b", "note", "n1"),
-        *(Problem("x", "flaw", f"x{i}") for i in range(1500)),
+        *(Problem("x", "warning", f"x{i}") for i in range(1500)),
         Problem("e", "error", "e1"),
-        Problem("y", "flaw", "y1"),
+        Problem("y", "warning", "y1"),
         Problem("e", "error", "e2"),
     ]
     assert report(Findings(problems, "2 images"), examples=2).splitlines() == [
         *("2 errors: e", "    e1", "    e2", ""),
-        *("1,500 flaws: x", "    x0", "    x1", "    ... and 1,498 more", ""),
-        *("1 flaw: y", "    y1", ""),
+        *("1,500 warnings: x", "    x0", "    x1", "    ... and 1,498 more", ""),
+        *("1 warning: y", "    y1", ""),
         *("1 note: b", "    n1", ""),
-        "2 errors, 1,501 flaws, 1 note in 2 images",
+        "2 errors, 1,501 warnings, 1 note in 2 images",
     ]
     assert report(Findings([], "2 images")) == "nothing wrong in 2 images"
     assert report(Findings(problems[:1], "2 images")).endswith("\nnothing wrong, 1 note in 2 images")
     assert report(Findings(problems[3:5], "2 images"), examples=0).endswith(
-        "\n    ... and 2 more\n\n2 flaws in 2 images"
+        "\n    ... and 2 more\n\n2 warnings in 2 images"
     )
 
 
@@ -547,7 +559,7 @@ def test_boxes_that_are_small_or_placeholders_are_not_taken_for_normalised(looks
 
 def test_corners_are_told_from_boxes_that_reach_outside(tmp_path, looks):
     ((level, kind, message),) = looks(scattered(corners))
-    assert (level, kind) == ("flaw", "annotation file whose boxes look like corners (x1, y1, x2, y2)")
+    assert (level, kind) == ("warning", "annotation file whose boxes look like corners (x1, y1, x2, y2)")
     assert "60 would not as corners" in message
     assert "subtract x1 from x2, and y1 from y2" in message
     # Said before the boxes that reach outside, which it explains.
@@ -568,7 +580,7 @@ def test_corners_are_told_from_boxes_that_reach_outside(tmp_path, looks):
 
 def test_centres_are_told_from_boxes_that_reach_outside(looks):
     ((level, kind, message),) = looks(scattered(centres, count=300))
-    assert (level, kind) == ("flaw", "annotation file whose boxes look like centres (cx, cy, width, height)")
+    assert (level, kind) == ("warning", "annotation file whose boxes look like centres (cx, cy, width, height)")
     assert "subtract half of width and height from x and y" in message
     assert looks(scattered(centres, count=20)) == []
     at_the_edge = scattered(centres, count=300)
@@ -591,7 +603,7 @@ def test_duplicate_boxes(tmp_path):
         {**data["annotations"][2], "id": 17},
     ]
     problems = problems_in(tmp_path, data)
-    assert [(p.kind, p.level) for p in problems] == [("duplicate boxes", "flaw")] * 2
+    assert [(p.kind, p.level) for p in problems] == [("duplicate boxes", "warning")] * 2
     for problem, position in zip(problems, (3, 4)):
         assert f"annotations[{position}] (id {position + 7}) has the image, category and bbox of annotations[1]" in (
             problem.message
@@ -619,7 +631,7 @@ def splits(tmp_path):
 def test_images_that_two_splits_share(splits):
     val, images, train, train_images = splits
     findings = check_dataset(val, images, other=train, other_images=train_images)
-    assert kinds(findings) == [("flaw", "images that the other split has, too")]
+    assert kinds(findings) == [("warning", "images that the other split has, too")]
     where = f"{val}: images[1] (id 9), 'b.png', is byte for byte {train}: images[1] (id 1), 'a.png'"
     assert findings.problems[0].message.startswith(where)
     assert kinds(check_dataset(val, images)) == []
@@ -660,9 +672,9 @@ def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
     data = scattered(coco_box)
     for wrong, expected in (
         (coco_box, [("note", "anchors that most objects lie outside of")]),
-        (corners, [("flaw", "annotation file whose boxes look like corners (x1, y1, x2, y2)")]),
+        (corners, [("warning", "annotation file whose boxes look like corners (x1, y1, x2, y2)")]),
         (normalised(coco_box), [("error", "annotation file whose boxes look normalised (0..1)")]),
-        (lambda *_: (1, 2, 0, 5), [("flaw", "empty boxes"), ("error", "no box to train on")]),
+        (lambda *_: (1, 2, 0, 5), [("warning", "empty boxes"), ("error", "no box to train on")]),
     ):
         path.write_text(json.dumps(scattered(wrong)))
         found = kinds(check_dataset(path, anchor_advice=partial(anchor_advice, settings=settings)))
@@ -754,14 +766,14 @@ def test_category_names_that_are_almost_the_same(tmp_path, ours, theirs, how):
         return {**VALID, "categories": [{"id": i, "name": name} for i, name in zip((7, 3, 8), names)]}
 
     path = write(tmp_path, named(ours, "dog", theirs))
-    (flaw,) = [p for p in check_dataset(path).problems if p.level == "flaw"]
-    assert flaw.kind == "category names that are almost the same"
-    assert flaw.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
+    (warning,) = [p for p in check_dataset(path).problems if p.level == "warning"]
+    assert warning.kind == "category names that are almost the same"
+    assert warning.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
     other = tmp_path / "other.json"
     other.write_text(json.dumps(named(theirs, "dog")))
     path = write(tmp_path, named(ours, "dog"))
-    (flaw,) = [p for p in check_dataset(path, other=other).problems if p.level == "flaw"]
-    assert flaw.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
+    (warning,) = [p for p in check_dataset(path, other=other).problems if p.level == "warning"]
+    assert warning.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
     other.write_text(json.dumps(named(theirs, "cat")))
     (error,) = [p for p in check_dataset(path, other=other).problems if p.level == "error"]
     assert error.kind == "no category of the other split"
@@ -798,6 +810,6 @@ def test_ignore_is_a_note_that_is_counted(tmp_path):
     notes = [p for p in check_dataset(path).problems if "ignore" in p.kind]
     assert [p.level for p in notes] == ["note", "note"]
     assert "annotations[0] (id 1)" in notes[0].message
-    assert read_annotations(path).flaws == {"annotations with ignore 1": 2}
+    assert read_annotations(path).warnings == {"annotations with ignore 1": 2}
     data["annotations"][0]["ignore"], data["annotations"][1]["ignore"] = "no", {"a": [1]}  # whatever it means
-    assert read_annotations(write(tmp_path, data)).flaws == {}
+    assert read_annotations(write(tmp_path, data)).warnings == {}

@@ -25,9 +25,6 @@ from support.refined_models import refined
 from support.tiny_detector import IDS, NAMES, scene, tiny_checkpoint
 from support.tiny_training import REPOSITORY
 
-from detector.command_line import predicting
-from detector.command_line.predict import main
-from detector.command_line.predicting import predict
 from detector.data.annotations import read_annotations
 from detector.data.drawing import draw
 from detector.data.results import read_results, results_file
@@ -35,9 +32,12 @@ from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.truth import coco_of
 from detector.pretrained import predict_files as predict_module
-from detector.pretrained.detector import PretrainedDetector
+from detector.pretrained.detector import Detector
 from detector.pretrained.loading import load_checkpoint
 from detector.pretrained.predict_files import find_images, predict_files
+from detector.tools import predicting
+from detector.tools.predict import main
+from detector.tools.predicting import predict
 
 ORIENTATION = 0x0112
 
@@ -262,13 +262,13 @@ def test_results_do_not_depend_on_the_batch(photos, checkpoint, batch_size, work
 def looked_at(monkeypatch):
     """The number of images of each batch, and their sizes."""
     batches = []
-    detect_batch = PretrainedDetector.detect_batch
+    detect_batch = Detector.detect_batch
 
     def watched(detector, images):
         batches.append([tuple(image.shape) for image in images])
         return detect_batch(detector, images)
 
-    monkeypatch.setattr(PretrainedDetector, "detect_batch", watched)
+    monkeypatch.setattr(Detector, "detect_batch", watched)
     return batches
 
 
@@ -706,7 +706,7 @@ def test_ctrl_c_leaves_what_was_found(photos, checkpoint, monkeypatch, capfd, ct
     """As in a terminal, whose Ctrl-C reaches the workers as well."""
     for number in range(20):  # for the workers to be at
         write_image(photos / f"zz{number}.png", seed=number)
-    detect_batch = PretrainedDetector.detect_batch
+    detect_batch = Detector.detect_batch
 
     def stopping(detector, images):
         if len(pictures_of("out")) == 3:
@@ -716,7 +716,7 @@ def test_ctrl_c_leaves_what_was_found(photos, checkpoint, monkeypatch, capfd, ct
             os.kill(os.getpid(), signal.SIGINT)
         return detect_batch(detector, images)
 
-    monkeypatch.setattr(PretrainedDetector, "detect_batch", stopping)
+    monkeypatch.setattr(Detector, "detect_batch", stopping)
     assert predict([str(photos)], checkpoint=checkpoint, output="out", batch_size=1, workers=workers) == 130
     found, results = read("out")
     assert names_of(found) == ["a.png", "b.PNG", "c.bmp"]
@@ -755,7 +755,7 @@ def test_memory_that_is_not_enough(photos, checkpoint, monkeypatch):
     def refuse(detector, images):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much.")
 
-    monkeypatch.setattr(PretrainedDetector, "detect_batch", refuse)
+    monkeypatch.setattr(Detector, "detect_batch", refuse)
     with pytest.raises(SystemExit, match=r"^error: out of memory: take fewer or smaller images.*CUDA out of memory"):
         predict([str(photos)], checkpoint=checkpoint, output="out", workers=0)
     assert read("out")[1] == []

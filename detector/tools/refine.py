@@ -19,7 +19,7 @@ on)
 import argparse
 from collections.abc import Callable, Sequence
 
-from detector.command_line.arguments import (
+from detector.tools.arguments import (
     ToolParser,
     add_data,
     add_detector,
@@ -144,6 +144,6 @@ def make_parser() -> ToolParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Refine what a command line names. Returns the exit code."""
     options = make_parser().read(arguments)
-    from detector.command_line.refining import refine
+    from detector.tools.refining import refine
 
     return refine(options)

@@ -1,6 +1,6 @@
 """The command line of ``tools/browse.py``, which takes the flags of ``tools/train.py``."""
 
-from detector.command_line.arguments import first_look
+from detector.tools.arguments import first_look
 
 DESCRIPTION = """Draw training images as the model sees them; takes all flags of tools/train.py.
 
@@ -11,6 +11,6 @@ DESCRIPTION = """Draw training images as the model sees them; takes all flags of
 def main(arguments: list[str] | None = None) -> int:
     """Draw training images as a command line says. Returns the exit code."""
     first_look(DESCRIPTION, arguments)
-    from detector.command_line.browsing import browse_training_images
+    from detector.tools.browsing import browse_training_images
 
     return browse_training_images(arguments, DESCRIPTION)

@@ -1,4 +1,4 @@
-"""Detect objects in images: pictures with boxes, names, scores, masks and key points, and the numbers as JSON.
+"""Detect objects in images: pictures with boxes, names, scores, masks and keypoints, and the numbers as JSON.
 
 python tools/predict.py photo.jpg --checkpoint runs/quickstart/checkpoints/last.ckpt
 python tools/predict.py photos "more/*.png" --checkpoint FOLDER --output found --min_score 0.3
@@ -23,7 +23,7 @@ found by then is written)
 
 from collections.abc import Sequence
 
-from detector.command_line.arguments import (
+from detector.tools.arguments import (
     ToolParser,
     add_batch_size,
     add_detector,
@@ -80,6 +80,6 @@ def make_parser() -> ToolParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Detect objects as a command line says. Returns the exit code."""
     options = vars(make_parser().read(arguments))
-    from detector.command_line.predicting import predict
+    from detector.tools.predicting import predict
 
     return predict(options.pop("images"), pictures=not options.pop("no_pictures"), **options)

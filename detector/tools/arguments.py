@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import yaml  # type: ignore[import-untyped]
 
-from detector.errors import DataError, UsageError, in_a_sentence
+from detector.errors import DataError, UsageError, exit_on_user_error
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -43,7 +43,7 @@ class ToolParser(argparse.ArgumentParser):
     def read(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
         """The options of a command line, by default of this process; a mistake ends it in a sentence."""
         given = sys.argv[1:] if arguments is None else arguments
-        with in_a_sentence():
+        with exit_on_user_error():
             options = self._read_all(given)
             if not self.settings:
                 return options
@@ -92,7 +92,7 @@ def first_look(description: str | None, arguments: Sequence[str] | None) -> None
     parser = ToolParser(description, files=("config", "ckpt_path"), add_help=False)
     parser.add_argument("-c", "--config")
     parser.add_argument("--ckpt_path")
-    with in_a_sentence():
+    with exit_on_user_error():
         parser.read_known(sys.argv[1:] if arguments is None else arguments)
 
 
@@ -158,7 +158,7 @@ def add_refine(parser: argparse.ArgumentParser, *, choices: Sequence[str], effec
 
 
 def add_detector(parser: argparse.ArgumentParser) -> None:
-    """Which detector: what :func:`detector.command_line.source.load_source` takes."""
+    """Which detector: what :func:`detector.tools.source.load_source` takes."""
     add = parser.add_argument_group("the detector").add_argument
     add(
         "--checkpoint",

@@ -14,9 +14,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from detector.command_line.arguments import read_yaml, underscored
 from detector.data.folder import find_root
-from detector.errors import UserError, in_a_sentence, sentence
+from detector.errors import UserError, exit_on_user_error, one_line
+from detector.tools.arguments import read_yaml, underscored
 from detector.training.data import CocoDataModule
 from detector.training.failures import Interrupted
 from detector.training.run import Run
@@ -85,7 +85,7 @@ class TrainingCLI(LightningCLI):
             cause: BaseException = error
             while cause.__cause__ is not None:  # jsonargparse's own words, around it, are a page
                 cause = cause.__cause__
-            raise MisconfigurationException(f"a setting cannot be used: {sentence(cause)}") from error
+            raise MisconfigurationException(f"a setting cannot be used: {one_line(cause)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         return super().instantiate_trainer(**self.run.trainer_options(dict(self.config_init["trainer"]) | kwargs))
@@ -123,7 +123,7 @@ def parse(args: list[str] | None, description: str, kind: type[TrainingCLI] = Tr
 
 def train(args: list[str] | None = None, description: str = "") -> int:
     """Train as the command line says, then score the val split. Returns the exit code."""
-    with in_a_sentence(MisconfigurationException):
+    with exit_on_user_error(MisconfigurationException):
         cli = parse(args, description)
         try:
             cli.run.train(cli.trainer, cli.model, cli.datamodule)

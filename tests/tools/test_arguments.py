@@ -9,9 +9,9 @@ import pytest
 from support.commands import refused
 from support.tiny_training import REPOSITORY
 
-from detector.command_line import check, export, predict
-from detector.command_line import eval as evaluate
-from detector.command_line.arguments import underscored
+from detector.tools import check, export, predict
+from detector.tools import eval as evaluate
+from detector.tools.arguments import underscored
 
 TOOLS = {"check": check, "eval": evaluate, "export": export, "predict": predict}
 
@@ -135,7 +135,7 @@ def test_flags_in_a_file_of_an_earlier_version(tmp_path, monkeypatch):
 def test_a_training_without_arguments_shows_its_usage():
     for module in ("train", "browse"):
         done = subprocess.run(
-            [sys.executable, "-c", f"import sys; from detector.command_line.{module} import main; sys.exit(main([]))"],
+            [sys.executable, "-c", f"import sys; from detector.tools.{module} import main; sys.exit(main([]))"],
             capture_output=True,
             text=True,
             cwd=REPOSITORY,

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector.command_line.arguments import read_yaml
 from detector.data.categories import difference, names_alike, no_shared_name, same_categories
 from detector.data.entries import CocoFile, Entries
 from detector.data.image_files import ORIENTED, file_problems, open_images
 from detector.data.images import TOLD, Orientation
-from detector.data.part_problems import Part, part_problems
+from detector.data.part_problems import AnnotationType, part_problems
 from detector.data.problems import (
     CENTRES,
     CORNERS,
@@ -30,10 +29,11 @@ from detector.data.problems import (
     sizes_of_images,
 )
 from detector.data.shared_images import equal_files
-from detector.errors import DataError, UsageError, UserError, in_a_sentence, sentence, shown
+from detector.errors import DataError, UsageError, UserError, exit_on_user_error, one_line, short_repr
 from detector.models.anchors import anchor_advice
 from detector.models.config import DetectorConfig
 from detector.text import alike
+from detector.tools.arguments import read_yaml
 
 # Settings of a detector, by configuration and by flag.
 ANCHORS = ("min_size", "max_size", "anchor_sizes", "aspect_ratios")
@@ -54,11 +54,11 @@ def detector_settings(options: argparse.Namespace) -> DetectorConfig:
 
 def check(options: argparse.Namespace) -> int:
     """Print the report. Returns the exit code."""
-    with in_a_sentence():
+    with exit_on_user_error():
         try:
             settings = detector_settings(options)
         except (UserError, OSError) as error:
-            raise UsageError(sentence(error)) from None
+            raise UsageError(one_line(error)) from None
         if options.other_images is not None and options.other is None:
             raise UsageError("--other_images needs --other")
         return _report_on(options, settings)
@@ -85,7 +85,7 @@ def _report_on(options: argparse.Namespace, settings: DetectorConfig) -> int:
         print("Of the other split only names were compared: more takes --images and --other_images, without --quick.\n")
     print(report(findings, examples=options.examples))
     levels = {problem.level for problem in findings.problems}
-    return 2 if "error" in levels else 1 if "flaw" in levels else 0
+    return 2 if "error" in levels else 1 if "warning" in levels else 0
 
 
 AnchorAdvice = Callable[[Tensor, Tensor], str | None]
@@ -112,7 +112,7 @@ def check_dataset(
 ) -> Findings:
     """Look for all that can be wrong with an annotation file and its images. Raises nothing about the data.
 
-    What training refuses is an error. Single masks and key points that are broken are flaws, for boxes can be trained
+    What training refuses is an error. Single masks and keypoints that are broken are warnings, for boxes can be trained
     without them; they are checked only if nothing else is an error.
 
     Args:
@@ -146,8 +146,8 @@ def check_dataset(
             advice = anchor_advice(shapes, images_of)
             if advice is not None:
                 problems.append(Problem("anchors that most objects lie outside of", "note", f"{file.path}: {advice}"))
-        for part in get_args(Part):  # flaws: boxes can be trained without either
-            problems += part_problems(file, part, broken="flaw")
+        for part in get_args(AnnotationType):  # warnings: boxes can be trained without either
+            problems += part_problems(file, part, broken="warning")
     entries = file.images
     names = entries["file_name"].tolist()
     files = [] if images is None else list(file_problems(names, images, entries.where))
@@ -157,7 +157,7 @@ def check_dataset(
         by_content = images is not None and other_images is not None and decode
         ours = _places(entries, images or "", unusable) if by_content else _places(entries)
         try:
-            problems += _compared(file, ours, CocoFile(other, parts=()), other_images if by_content else None)
+            problems += _compared(file, ours, CocoFile(other, fields=()), other_images if by_content else None)
         except DataError as error:
             problems.append(Problem("unreadable annotation file", "error", str(error)))
     if images is not None and decode and None not in unusable:
@@ -173,7 +173,7 @@ def check_dataset(
 
 
 def report(findings: Findings, *, examples: int = 3) -> str:
-    """Format the problems: errors, flaws, then notes, up to ``examples`` of each kind, and a one-line summary."""
+    """Format the problems: errors, warnings, then notes, up to ``examples`` of each kind, and a one-line summary."""
     lines: list[str] = []
     counts: list[str] = []
     level: Level
@@ -190,7 +190,7 @@ def report(findings: Findings, *, examples: int = 3) -> str:
             lines.append("")
         if kinds:
             counts.append(_count(sum(map(len, kinds.values())), level))
-        elif level == "flaw" and not counts:
+        elif level == "warning" and not counts:
             counts.append("nothing wrong")
     lines.append(", ".join(counts) + (f" in {findings.contents}" if findings.contents else ""))
     return "\n".join(lines)
@@ -226,7 +226,7 @@ def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator
         except DataError as error:
             yield Problem("categories that cannot be matched", "error", f"{file.path} and {other.path}: {error}")
     for pair in pairs:
-        yield Problem("category names that are almost the same", "flaw", f"{where} {difference(*pair)}")
+        yield Problem("category names that are almost the same", "warning", f"{where} {difference(*pair)}")
 
 
 def _categories(file: CocoFile) -> list[tuple[int, str]]:
@@ -256,7 +256,7 @@ def _compared(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: st
     for path, same in equal_files(ours, theirs).items():
         message = f"{ours[path]}, is byte for byte {theirs[same]}"
         what = "trained on one, a detector scores too high on the other"
-        yield Problem("images that the other split has, too", "flaw", f"{message}: {what}")
+        yield Problem("images that the other split has, too", "warning", f"{message}: {what}")
 
 
 def _places(images: Entries, folder: str | Path = "", unusable: Container[int | None] = ()) -> dict[Path, str]:
@@ -264,7 +264,7 @@ def _places(images: Entries, folder: str | Path = "", unusable: Container[int | 
     if None in unusable:  # the folder itself
         return {}
     return {
-        Path(folder, name): f"{images.where(position)}, {shown(name)}"
+        Path(folder, name): f"{images.where(position)}, {short_repr(name)}"
         for position, name in enumerate(images["file_name"].tolist())
         if name is not None and position not in unusable
     }

@@ -6,10 +6,10 @@ from torch import Tensor
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from detector.seeds import drawn_from, seed_of
+from detector.seeds import seed_of, seeded
 
 
-class ImageDraws(BalancedPositiveNegativeSampler):
+class SeededSampler(BalancedPositiveNegativeSampler):
     """torchvision's sampler of anchors or RoIs, drawing for each image from a seed of its own.
 
     :attr:`seeds` holds those of the next batch, one an image; without them it draws as torchvision does.
@@ -22,14 +22,14 @@ class ImageDraws(BalancedPositiveNegativeSampler):
             return super().__call__(matched_idxs)
         positives, negatives = [], []
         for seed, matched in zip(self.seeds, matched_idxs, strict=True):
-            with drawn_from(seed, matched.device):
+            with seeded(seed, matched.device):
                 positive, negative = super().__call__([matched])
             positives += positive
             negatives += negative
         return positives, negatives
 
 
-def draw_by_image(model: GeneralizedRCNN, seeds: Sequence[int] | None) -> None:
+def seed_sampling(model: GeneralizedRCNN, seeds: Sequence[int] | None) -> None:
     """Make an R-CNN draw the anchors and RoIs of its next batch from these seeds, one an image; in place.
 
     Args:
@@ -38,7 +38,7 @@ def draw_by_image(model: GeneralizedRCNN, seeds: Sequence[int] | None) -> None:
     """
     for number, part in enumerate((model.rpn, model.roi_heads)):
         sampler = part.fg_bg_sampler
-        if not isinstance(sampler, ImageDraws):
-            sampler = ImageDraws(sampler.batch_size_per_image, sampler.positive_fraction)
+        if not isinstance(sampler, SeededSampler):
+            sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
             part.fg_bg_sampler = sampler
         sampler.seeds = None if seeds is None else [seed_of(seed, number) for seed in seeds]

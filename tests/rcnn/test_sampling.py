@@ -11,8 +11,8 @@ from support.tiny_models import batch, copies, tiny_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
 from detector import restore_roi_align, swap_crop_head
-from detector.rcnn.draws import ImageDraws, draw_by_image
-from detector.seeds import drawn_from, seed_of
+from detector.rcnn.sampling import SeededSampler, seed_sampling
+from detector.seeds import seed_of, seeded
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**64 - 1)
@@ -76,7 +76,7 @@ def test_a_seed_depends_on_where_numbers_end_and_on_how_many_there_are(numbers, 
 def test_draws_start_from_the_seed(seed, before):
     torch.manual_seed(before)
     torch.rand(before)
-    with drawn_from(seed):
+    with seeded(seed):
         drawn = torch.rand(3), torch.randperm(20), torch.randn(2)
     torch.manual_seed(seed)
     for ours, expected in zip(drawn, (torch.rand(3), torch.randperm(20), torch.randn(2))):
@@ -86,7 +86,7 @@ def test_draws_start_from_the_seed(seed, before):
 def test_draws_afterwards_are_as_if_there_had_been_none():
     torch.rand(5)
     before = torch.get_rng_state()
-    with drawn_from(1, torch.device("cpu")):
+    with seeded(1, torch.device("cpu")):
         torch.rand(7)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -100,7 +100,7 @@ def test_the_same_on_an_accelerator(device):
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
     drawn = []
     for _ in range(2):
-        with drawn_from(1, device):
+        with seeded(1, device):
             drawn.append((torch.rand(7), torch.rand(7, device=device)))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert torch.equal(drawn[0][1], drawn[1][1])
@@ -109,11 +109,11 @@ def test_the_same_on_an_accelerator(device):
 
 
 def test_draws_within_draws():
-    with drawn_from(1):
+    with seeded(1):
         expected = torch.rand(2), torch.rand(2)
-    with drawn_from(1):
+    with seeded(1):
         first = torch.rand(2)
-        with drawn_from(2):
+        with seeded(2):
             torch.rand(9)
         second = torch.rand(2)
     assert torch.equal(first, expected[0])
@@ -124,7 +124,7 @@ def test_an_exception_leaves_the_global_stream_alone():
     before = torch.get_rng_state()
 
     def fail():
-        with drawn_from(3):
+        with seeded(3):
             torch.rand(7)
             raise KeyError("within")
 
@@ -157,7 +157,7 @@ def assert_same(ours, expected):
     seeds=st.lists(SEEDS, min_size=4, max_size=4),
 )
 def test_each_image_gets_torchvisions_draw_from_its_own_seed(matched, size, fraction, seeds):
-    sampler, stock = ImageDraws(size, fraction), BalancedPositiveNegativeSampler(size, fraction)
+    sampler, stock = SeededSampler(size, fraction), BalancedPositiveNegativeSampler(size, fraction)
     sampler.seeds = seeds[: len(matched)]
     before = torch.get_rng_state()
     together = sampler(matched)
@@ -177,13 +177,13 @@ def test_without_seeds_torchvisions_own_draws(matched, size, seed):
     expected = BalancedPositiveNegativeSampler(size, 0.5)(matched)
     after = torch.get_rng_state()
     torch.manual_seed(seed)
-    assert_same(ImageDraws(size, 0.5)(matched), expected)
+    assert_same(SeededSampler(size, 0.5)(matched), expected)
     assert torch.equal(torch.get_rng_state(), after)
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
 def test_a_number_of_seeds_that_does_not_fit_is_refused(seeds):
-    sampler = ImageDraws(4, 0.5)
+    sampler = SeededSampler(4, 0.5)
     sampler.seeds = seeds
     with pytest.raises(ValueError, match="zip"):
         sampler([torch.zeros(9, dtype=torch.int64)] * 2)
@@ -209,7 +209,7 @@ def build(kind, **settings):
 def losses_of(model, seeds, global_seed):
     images, targets = batch()
     if seeds != "untouched":
-        draw_by_image(model, seeds)
+        seed_sampling(model, seeds)
     torch.manual_seed(global_seed)
     with torch.no_grad():
         return {name: loss.item() for name, loss in model(images, copies(targets)).items()}
@@ -237,7 +237,7 @@ def test_anchors_and_rois_take_nothing_from_the_global_stream(kind):
     torch.manual_seed(0)
     model.transform(images, copies(targets))  # draws the size, even where there is one
     expected = torch.get_rng_state()
-    draw_by_image(model, [1, 2])
+    seed_sampling(model, [1, 2])
     torch.manual_seed(0)
     model(images, copies(targets))
     assert torch.equal(torch.get_rng_state(), expected)
@@ -255,7 +255,7 @@ def test_none_gives_torchvisions_draws_again(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_anchors_and_rois_are_drawn_from_different_streams(kind):
     model = build(kind)
-    draw_by_image(model, [1, 2])
+    seed_sampling(model, [1, 2])
     matched = [torch.arange(200) % 2, torch.arange(300) % 3]
     anchors, rois = model.rpn.fg_bg_sampler(matched), model.roi_heads.fg_bg_sampler(matched)
     for masks, others in zip(anchors, rois):
@@ -268,7 +268,7 @@ def test_anchors_and_rois_are_drawn_from_different_streams(kind):
 def test_the_drawn_numbers_are_the_models_own(kind):
     model = build(kind, rpn_batch_size_per_image=10, box_batch_size_per_image=8, box_positive_fraction=0.25)
     for _ in range(2):
-        draw_by_image(model, [7])
+        seed_sampling(model, [7])
         for part, positives, negatives in ((model.rpn, 5, 5), (model.roi_heads, 2, 6)):
             drawn = part.fg_bg_sampler([torch.arange(100) % 2])
             assert [int(mask.sum()) for (mask,) in drawn] == [positives, negatives]

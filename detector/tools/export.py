@@ -3,7 +3,7 @@
 python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output detector.onnx
 python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output my-detector --format pretrained
 
-The ONNX file holds the whole detector, from pixels to boxes, masks and key points, in standard operators; it takes
+The ONNX file holds the whole detector, from pixels to boxes, masks and keypoints, in standard operators; it takes
 images of any size. It is run by onnxruntime and compared with PyTorch before it is called done. The folder holds
 model.safetensors, config.json and a model card with the scores of the last evaluation of these weights.
 
@@ -12,7 +12,7 @@ exit code: 0 done, 1 a mistake in what was given, 2 in the command line, 130 int
 
 from collections.abc import Sequence
 
-from detector.command_line.arguments import ToolParser, add_batch_size, add_detector, add_output, add_speed
+from detector.tools.arguments import ToolParser, add_batch_size, add_detector, add_output, add_speed
 
 
 def make_parser() -> ToolParser:
@@ -30,7 +30,7 @@ def make_parser() -> ToolParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export a detector as a command line says. Returns the exit code."""
     options = make_parser().read(arguments)
-    from detector.command_line.exporting import export
+    from detector.tools.exporting import export
 
     export(**vars(options))
     return 0
