@@ -20,7 +20,7 @@ from detector.tools.training import resuming_command
 from detector.training.failures import Interrupted
 from detector.training.optimization import OptimizerConfig
 from detector.training.refinement_data import RefinementData
-from detector.training.refinement_run import fit_refinement
+from detector.training.refinement_run import train_refinement
 from detector.training.refinement_task import RefinementTask
 
 BOX_GRADIENTS = {
@@ -77,7 +77,7 @@ def refine(flags: argparse.Namespace) -> int:
         )
         devices = flags.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         try:
-            fit_refinement(
+            train_refinement(
                 task,
                 data,
                 score_on,

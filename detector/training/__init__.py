@@ -4,7 +4,7 @@ from detector.evaluation.scoring import score_split
 from detector.pretrained.loading import load_checkpoint
 from detector.training.data import CocoDataModule
 from detector.training.optimization import OptimizerConfig
-from detector.training.run import fit
+from detector.training.run import train
 from detector.training.task import DetectionTask
 
-__all__ = ["CocoDataModule", "DetectionTask", "OptimizerConfig", "fit", "load_checkpoint", "score_split"]
+__all__ = ["CocoDataModule", "DetectionTask", "OptimizerConfig", "load_checkpoint", "score_split", "train"]

@@ -34,7 +34,7 @@ CLIP = 5.0  # the norm of the gradient
 CHOSEN = "chosen.json"
 
 
-def fit_refinement(
+def train_refinement(
     task: RefinementTask,
     data: RefinementData,
     score_on: CocoDetection,
@@ -58,7 +58,7 @@ def fit_refinement(
         data: what it learns from.
         score_on: the images to score on, without a transform.
         split: their name, for the report.
-        run_dir, ckpt_path, save_every: see :func:`~detector.training.fit`.
+        run_dir, ckpt_path, save_every: see :func:`~detector.training.train`.
         candidates: settings, of which the best on the images held apart is taken; the task's where there are none, or
             where no class of the train split is one of the detector's.
         batch_size: images scored at a time.
@@ -79,7 +79,7 @@ def fit_refinement(
 
 
 class RefinementRun(Run):
-    """A run of a :class:`RefinementTask`; see :func:`fit_refinement`."""
+    """A run of a :class:`RefinementTask`; see :func:`train_refinement`."""
 
     def __init__(
         self,

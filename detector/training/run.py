@@ -41,7 +41,7 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
-def fit(
+def train(
     task: DetectionTask,
     data: CocoDataModule,
     *,
@@ -76,7 +76,7 @@ class Run:
     """A run's folder, and the parts of a trainer that fill it.
 
     Args:
-        run_dir, ckpt_path, save_every: see :func:`fit`.
+        run_dir, ckpt_path, save_every: see :func:`train`.
 
     Raises:
         ModelError: ``ckpt_path`` is not there.
@@ -144,7 +144,7 @@ class Run:
         return [BoxGradientGuard()]
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
-        """Train, or go on, then score; see :func:`fit`."""
+        """Train, or go on, then score; see :func:`train`."""
         _refuse_half_precision(trainer.precision)  # which a plugin may have set
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
             warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position

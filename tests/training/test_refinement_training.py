@@ -41,7 +41,7 @@ from detector.tools.training import train
 from detector.training import refinement_run
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement_data import RefinementData, RepeatedBatches, held_apart
-from detector.training.refinement_run import fit_refinement
+from detector.training.refinement_run import train_refinement
 from detector.training.refinement_task import RefinementTask
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -279,7 +279,7 @@ def fit(base, digits, folder, *, steps=4, config=None, data=None, **options):
         root=str(digits), train_split="train", steps=steps, hold_apart=False, workers=0, batch_size=2, **(data or {})
     )
     val = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
-    return fit_refinement(task, data, val, split="val", run_dir=folder, **(QUIET | options))
+    return train_refinement(task, data, val, split="val", run_dir=folder, **(QUIET | options))
 
 
 def stopped_at(monkeypatch, step):

@@ -27,6 +27,7 @@ pytest.importorskip("timm")
 from support.commands import refused, score
 from support.tiny_training import REPOSITORY, TINY
 
+from detector import training
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.data.batches import TrainingBatches
 from detector.data.categories import match_categories
@@ -46,7 +47,6 @@ from detector.rcnn.sampling import seed_sampling
 from detector.run_folders import newest_folder, unused_folder
 from detector.tools.browsing import browse_training_images
 from detector.tools.training import parse, train
-from detector.training import fit
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
 from detector.training.run import Run
@@ -500,7 +500,7 @@ def test_weights_of_16_bits_are_refused_before_anything_is_read(precision, digit
         train(flags)
     data = CocoDataModule(str(digits), train_split="train", val_split="val")
     with pytest.raises(TrainingError, match="bf16-mixed"):
-        fit(DetectionTask(), data, run_dir=tmp_path / "run", precision=precision)
+        training.train(DetectionTask(), data, run_dir=tmp_path / "run", precision=precision)
     assert not (tmp_path / "run").exists()
 
 
@@ -509,7 +509,7 @@ def test_weights_of_16_bits_by_a_plugin_are_refused(precision, digits, tmp_path)
     data = CocoDataModule(str(digits), train_split="train", val_split="val")
     options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "plugins": [HalfPrecision(precision)]}
     with pytest.raises(TrainingError, match=rf"{precision}.*bf16-mixed"):
-        fit(DetectionTask(), data, run_dir=tmp_path / "run", **options)
+        training.train(DetectionTask(), data, run_dir=tmp_path / "run", **options)
 
 
 @pytest.mark.slow
@@ -953,9 +953,9 @@ def test_training_from_python(digits, tmp_path):
         name="fasterrcnn_mobilenet_v3_large_320_fpn", min_size=96, max_size=256, rois_per_image=16
     )
     options = {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "logger": False}
-    scores = fit(DetectionTask(detector), data, run_dir=tmp_path / "run", **options)
+    scores = training.train(DetectionTask(detector), data, run_dir=tmp_path / "run", **options)
     assert scores == json.loads((tmp_path / "run" / "scores.json").read_text())
-    again = fit(DetectionTask(detector), data, run_dir=tmp_path / "run", ckpt_path="last", **options)
+    again = training.train(DetectionTask(detector), data, run_dir=tmp_path / "run", ckpt_path="last", **options)
     assert again == scores
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
