@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from detector.data.annotation_types import FIELD, AnnotationType
+from detector.data.checks import IGNORED, Finding, check_annotations
 from detector.data.entries import MOST_AREA, CocoFile, find
 from detector.data.keypoints import KeypointLayout, layout_of
-from detector.data.part_problems import FIELD, NAME, AnnotationType, has_part, part_problems
-from detector.data.problems import IGNORED, Problem, annotation_problems
+from detector.data.mask_keypoint_checks import check_annotation_type, has_any
 from detector.errors import DataError, MissingAnnotationsError
 
 
@@ -99,18 +100,19 @@ def read_annotations(
 
     Raises:
         DataError: the file cannot be read; or the first "error" of
-            :func:`~detector.data.problems.annotation_problems` or of ``part_problems``, and how many more there are.
+            :func:`~detector.data.checks.check_annotations` or of
+            :func:`~detector.data.mask_keypoint_checks.check_annotation_type`, and how many more there are.
         MissingAnnotationsError: no object has one of ``annotation_types``.
     """
     file = CocoFile(path, fields=[FIELD[part] for part in annotation_types], labelled=labelled)
-    warnings = refuse(annotation_problems(file), f"{path}")
-    found = [part for part in annotation_types if has_part(file, part)]
+    warnings = refuse(check_annotations(file), f"{path}")
+    found = [part for part in annotation_types if has_any(file, part)]
     for part in annotation_types:
         if part not in found and needed:
             what = "polygons or an RLE are needed" if part == "masks" else "COCO has them in person_keypoints_*.json"
-            raise MissingAnnotationsError(f"{path}: no object has {NAME[part]} ({FIELD[part]}): {what}")
+            raise MissingAnnotationsError(f"{path}: no object has {part} ({FIELD[part]}): {what}")
     for part in found:
-        warnings += refuse(part_problems(file, part), f"{path}")
+        warnings += refuse(check_annotation_type(file, part), f"{path}")
     images, annotations = file.images, file.annotations
     by_id = np.argsort(images["id"])
     index_of = np.argsort(by_id)[file.image_places]
@@ -136,11 +138,11 @@ def read_annotations(
     )
 
 
-def refuse(problems: Iterable[Problem], checked: str | None = None) -> Counter[str]:
+def refuse(problems: Iterable[Finding], checked: str | None = None) -> Counter[str]:
     """Raise the first error among problems, or count the warnings, and annotations with ``ignore``, for the report.
 
     Args:
-        problems: see :class:`~detector.data.problems.Problem`.
+        problems: see :class:`~detector.data.checks.Finding`.
         checked: the arguments with which ``tools/check.py`` lists them all.
     """
     warnings: Counter[str] = Counter()

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.annotations import Annotations, read_annotations, refuse
+from detector.data.checks import corners_in_images
 from detector.data.entries import find
-from detector.data.image_files import file_problems
+from detector.data.image_files import check_files
 from detector.data.images import Orientation, read_image
 from detector.data.masks import MaskLayers
-from detector.data.part_problems import AnnotationType
-from detector.data.problems import corners_in_images
 from detector.errors import DataError
 from detector.seeds import seed_of, seeded
 from detector.text import listed
@@ -102,7 +102,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.orientation = orientation
         self.category_ids: list[int | None] = [category["id"] for category in self.annotations.categories]
         self.category_names: list[str] = [category["name"] for category in self.annotations.categories]
-        problems = [problem for _, problem in file_problems(annotations.file_names(), self.folder, self._where)]
+        problems = [problem for _, problem in check_files(annotations.file_names(), self.folder, self._where)]
         if skip_missing:
             problems = [problem for problem in problems if problem.kind != "missing image files"]
         refuse(problems, f"{annotations.path} --images {self.folder}")

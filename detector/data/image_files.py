@@ -12,21 +12,21 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
+from detector.data.checks import Finding
 from detector.data.images import DOUBTFUL, TOLD, Orientation, read_image, without_pillows_warnings
-from detector.data.problems import Problem
 from detector.errors import DataError, SizeError, short_repr
 from detector.text import alike_file
 
 MOST_LISTED = 200_000  # files that are looked at to find the one that may be meant: three seconds
-ORIENTED = {  # the kinds of problems, by how the remarks on an image begin
+ORIENTATION_KINDS = {  # the kinds of problems, by how the remarks on an image begin
     DOUBTFUL: "images whose annotated size fits both orientations",
     TOLD: "images whose annotated size decides against the orientation setting",
 }
 
 
-def file_problems(
+def check_files(
     names: Iterable[str | None], folder: str | Path, where: Callable[[int], str]
-) -> Iterator[tuple[int | None, Problem]]:
+) -> Iterator[tuple[int | None, Finding]]:
     """Find image files that are not in their folder, by their names alone.
 
     Args:
@@ -41,7 +41,7 @@ def file_problems(
         present = os.listdir(folder)  # one look, not one a file: COCO has 118,000
     except OSError as error:
         message = f"{folder}: no such image folder, or it cannot be read: {error.strerror}"
-        yield None, Problem("missing image folder", "error", message)
+        yield None, Finding("missing image folder", "error", message)
         return
     root, known = Path(folder).resolve(), set(present)
     by_key: dict[str, list[str]] | None = None
@@ -59,7 +59,7 @@ def file_problems(
         if fitting := _fitting(name, root, by_key):
             message += f"; did you mean {' or '.join(map(short_repr, fitting[:2]))}?"
         kind = "missing image files" if inside else "image files outside their folder"
-        yield position, Problem(kind, "error", message)
+        yield position, Finding(kind, "error", message)
 
 
 def _names_by_key(root: Path) -> dict[str, list[str]]:
@@ -86,7 +86,7 @@ def _fitting(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> Sequ
     return [one for one in fitting if alike_file(one) == alike_file(name)] or fitting
 
 
-def image_problem(folder: str | Path, image: Mapping[str, Any], orientation: Orientation = "upright") -> Problem | None:
+def check_image(folder: str | Path, image: Mapping[str, Any], orientation: Orientation = "upright") -> Finding | None:
     """An error that keeps an image, an entry of ``images``, from being read, or a note on its orientation.
 
     The image is decoded whole, as for training.
@@ -97,19 +97,21 @@ def image_problem(folder: str | Path, image: Mapping[str, Any], orientation: Ori
         read_image(path, width=image["width"], height=image["height"], orientation=orientation, remarks=remarks)
     except DataError as error:
         kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
-        return Problem(kind, "error", " ".join(str(error).split()))
-    doubts = [(kind, remark) for start, kind in ORIENTED.items() for remark in remarks if remark.startswith(start)]
-    return next((Problem(kind, "note", f"{path}: {remark}") for kind, remark in doubts), None)
+        return Finding(kind, "error", " ".join(str(error).split()))
+    doubts = [
+        (kind, remark) for start, kind in ORIENTATION_KINDS.items() for remark in remarks if remark.startswith(start)
+    ]
+    return next((Finding(kind, "note", f"{path}: {remark}") for kind, remark in doubts), None)
 
 
 def open_images(
     folder: str | Path, images: Sequence[Mapping[str, Any]], *, orientation: Orientation = "upright", workers: int = 4
-) -> Iterator[Problem | None]:
-    """Open images, in threads and with a progress bar, and yield :func:`image_problem` of each, in order."""
+) -> Iterator[Finding | None]:
+    """Open images, in threads and with a progress bar, and yield :func:`check_image` of each, in order."""
     # Also around all threads: what each of them sets and takes back is all threads' own.
     with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
         try:
-            opened = executor.map(partial(image_problem, folder, orientation=orientation), images)
+            opened = executor.map(partial(check_image, folder, orientation=orientation), images)
             yield from tqdm(opened, "opening images", len(images), unit="image", leave=False, delay=1, disable=None)
         finally:
             executor.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for the images in the queue

@@ -9,14 +9,14 @@ import numpy as np
 from msgspec import Raw
 from torchvision.ops import box_convert
 
+from detector.data.annotation_types import FIELD, AnnotationType
 from detector.data.annotations import Annotations, refuse
+from detector.data.checks import Finding, check_results
 from detector.data.conventions import boxes_look_like
 from detector.data.entries import RESULTS, Entries, kind_of, value_of
 from detector.data.keypoints import keypoints_problem
 from detector.data.masks import as_rle, encode_masks, mask_box
-from detector.data.part_problems import FIELD, AnnotationType
 from detector.data.placement import Placement, keypoint_placement, mask_placement
-from detector.data.problems import Problem, result_problems
 from detector.data.segmentations import MOST_PIXELS, measure_masks, read_segmentation
 from detector.errors import DataError, short_repr
 from detector.files import decode_json
@@ -79,26 +79,29 @@ def annotation_types_in(results: Entries) -> list[AnnotationType]:
     return [part for part, field in FIELD.items() if any(value_of(raw) for raw in results[field])]
 
 
-def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | None = None) -> list[Result]:
+def read_results(entries: Entries, truth: Annotations) -> tuple[list[Result], list[str]]:
     """Check the entries of a results file against the annotations that they are to be scored with.
 
     The file is a JSON list of dicts with ``image_id``, ``category_id``, ``score``, and one or several of ``bbox``
     (x, y, width, height in pixels), ``segmentation`` (RLE or polygons) and ``keypoints``; all have what one of them
-    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the keypoints. ``notes``
-    gets a sentence on that, and on numbers that look like those of another convention.
+    has. What else they hold is left out. Without ``bbox`` it is the box around the mask, or the keypoints.
+
+    Returns:
+        The results, and notes: on boxes that are missing, and on numbers that look like those of another convention.
 
     Raises:
         DataError: an entry has a wrong field, or is for an image or a category that the annotations do not have: the
             first problem, and how many more there are.
     """
     category_ids = np.array([category["id"] for category in truth.categories], dtype=np.int64)
-    refuse(result_problems(entries, truth.image_ids, category_ids))
+    refuse(check_results(entries, truth.image_ids, category_ids))
     parts = [FIELD[part] for part in annotation_types_in(entries)]
     has_box = ~np.isnan(entries["bbox"]).any(axis=1)
     fields = ["bbox", *parts] if has_box.any() or not parts else parts
     sizes = truth.sizes[truth.find(entries["image_id"])].tolist()
     refuse(problem for field in fields for problem in _field_problems(entries, field, has_box, sizes))
-    if notes is not None and len(entries) and "bbox" not in fields:
+    notes = []
+    if len(entries) and "bbox" not in fields:
         around = "masks" if "segmentation" in parts else "keypoints"
         notes.append(f"The results have no bbox: their boxes are those around the {around}.")
     results = []
@@ -114,9 +117,9 @@ def read_results(entries: Entries, truth: Annotations, *, notes: list[str] | Non
             x, y = result["keypoints"][0::3], result["keypoints"][1::3]
             result["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
         results.append(result)
-    if notes is not None and results and "bbox" in fields:
+    if results and "bbox" in fields:
         notes += _misread(entries, results, truth)
-    return results
+    return results, notes
 
 
 def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) -> Iterator[str]:
@@ -149,7 +152,7 @@ def _misplaced(name: str, placed: Placement) -> Iterator[str]:
 
 def _field_problems(
     entries: Entries, field: str, has_box: np.ndarray, sizes: Sequence[tuple[int, int]]
-) -> Iterator[Problem]:
+) -> Iterator[Finding]:
     """Say which boxes, masks or keypoints are missing, and which of the latter two cannot be scored."""
     values = [value_of(raw) for raw in entries[field]] if field != "bbox" else []
     lengths = Counter(len(value) // 3 for value in values if isinstance(value, list) and value)
@@ -167,4 +170,4 @@ def _field_problems(
         if what is not None:
             what = what if missing else f"{field} {short_repr(values[number])}, {what}"
             message = f"{entries.path}: {RESULTS}[{number}] has {what}"
-            yield Problem(f"results with a wrong {field}", "error", message)
+            yield Finding(f"results with a wrong {field}", "error", message)

@@ -10,9 +10,9 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import PERSON, layout_of
 from detector.data.masks import as_rle, mask_area
-from detector.data.part_problems import AnnotationType
 from detector.data.results import Result
 from detector.errors import DataError, ModelError
 from detector.evaluation.truth import index_coco

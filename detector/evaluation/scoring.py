@@ -13,21 +13,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.annotations import read_annotations
 from detector.data.categories import match_categories, match_notes
+from detector.data.checks import FAR_FROM_BOX, IGNORED
 from detector.data.dataset import CocoDetection
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import (
-    EMPTY,
-    FAR_FROM_MASK,
-    NAME,
-    OUTSIDE_BOX,
-    OUTSIDE_IMAGE,
-    PLACEHOLDERS,
-    AnnotationType,
-)
-from detector.data.problems import FAR_FROM_BOX, IGNORED
+from detector.data.mask_keypoint_checks import EMPTY, FAR_FROM_MASK, OUTSIDE_BOX, OUTSIDE_IMAGE, PLACEHOLDERS
 from detector.data.results import Result, annotation_types_in, read_results, results_file
 from detector.errors import DataError, UserError, one_line, short_repr
 from detector.evaluation.metric import IOU_TYPES
@@ -233,11 +226,10 @@ def evaluate_results(
         orientation: whether EXIF orientations are applied there, see :func:`~detector.data.images.read_image`.
         split: the split's name, for the report.
     """
-    notes: list[str] = []
     entries = results_file(results)
     given = annotation_types_in(entries)
     truth = read_annotations(annotations, annotation_types=given, needed=False)
-    listed = read_results(entries, truth, notes=notes)
+    listed, notes = read_results(entries, truth)
     layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in given else None
     parts, of_parts = _scored(given, layout, list(truth.annotation_types), truth.keypoint_layout(), truth.warnings)
     notes += of_parts
@@ -296,7 +288,7 @@ def _scored(
     notes = _counted(warnings, COUNTED_WRONG)
     for part in found:
         if part not in given:
-            notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {NAME[part]}.")
+            notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {part}.")
         elif part == "keypoints" and layout and layout_given and len(layout) != len(layout_given):
             notes.append(
                 f"No keypoints scores: {len(layout)} keypoints of an object are found, the annotations have "
@@ -324,7 +316,7 @@ def _labels_for_losses(
 ) -> tuple[Tensor | None, list[str]]:
     """The model's label for each of the data's, if its losses can be computed; and if not, a note that says why."""
     if missing := [part for part in annotation_types_of(model) if part not in annotation_types]:
-        return None, [f"No losses: those of {' and '.join(NAME[part] for part in missing)} have nothing to go by."]
+        return None, [f"No losses: those of {' and '.join(part for part in missing)} have nothing to go by."]
     label = {category: label for label, category in enumerate(category_ids, start=1)}
     if any(data.category_ids[one - 1] not in label for one in data.label_counts()):
         return None, ["No losses: of some classes the detector has no label."]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
+from detector.data.annotation_types import FIELD
 from detector.data.annotations import Annotations
-from detector.data.part_problems import FIELD
 
 
 def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) -> COCO:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.annotations import Annotations
 from detector.data.dataset import CocoDetection
-from detector.data.part_problems import AnnotationType
 from detector.evaluation.metric import Evaluator, evaluator_version, match_types, scores_of
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import draw_examples, worst_and_best

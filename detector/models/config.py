@@ -6,7 +6,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from detector.data.part_problems import AnnotationType
+from detector.data.annotation_types import AnnotationType
 from detector.errors import ModelError, one_line, short_repr
 
 MOST_PIXELS = 10_000  # of the side of an image that a detector is built for

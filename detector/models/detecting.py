@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.masks import encode_crops
-from detector.data.part_problems import AnnotationType
 
 Found = dict[str, Any]  # of an image: torchvision's boxes, labels, scores, ...; and "segmentations", a list of RLE
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import AnnotationType
 from detector.errors import DataError
 from detector.models.config import DetectorConfig
 from detector.refinement.config import RefinementConfig

@@ -11,8 +11,8 @@ missing, broken or of another size, files without a box to train on, masks or ke
 their boxes. Warnings are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image
 by more than a pixel (and whether they look like corners or centres), boxes given twice, areas far from the boxes' or
 the masks', file or category names used twice, category names that are almost the same, images that another split has,
-too; single masks and keypoints that are broken, which boxes can be trained without, or that some objects lack. Notes are
-worth knowing: images without annotations, categories never used, images whose EXIF orientation matters, annotations
+too; single masks and keypoints that are broken, which boxes can be trained without, or that some objects lack. Notes
+are worth knowing: images without annotations, categories never used, images whose EXIF orientation matters, annotations
 with ignore 1, anchors that most objects lie outside of, and which would fit.
 
 exit code: 0 nothing is wrong (but for notes), 1 warnings, 2 errors (or a mistake in the command line), 130 interrupted

@@ -13,21 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.categories import difference, names_alike, no_shared_name, same_categories
-from detector.data.entries import CocoFile, Entries
-from detector.data.image_files import ORIENTED, file_problems, open_images
-from detector.data.images import TOLD, Orientation
-from detector.data.part_problems import AnnotationType, part_problems
-from detector.data.problems import (
+from detector.data.checks import (
     CENTRES,
     CORNERS,
+    Finding,
     Level,
-    Problem,
-    annotation_problems,
+    check_annotations,
     corners_in_images,
     no_box,
     sizes_of_images,
 )
+from detector.data.entries import CocoFile, Entries
+from detector.data.image_files import ORIENTATION_KINDS, check_files, open_images
+from detector.data.images import TOLD, Orientation
+from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, UsageError, UserError, exit_on_user_error, one_line, short_repr
 from detector.models.anchors import anchor_advice
@@ -95,7 +96,7 @@ AnchorAdvice = Callable[[Tensor, Tensor], str | None]
 class Findings:
     """Holds what :func:`check_dataset` found, and in how much: "92 images with 829 annotations of 80 categories"."""
 
-    problems: Sequence[Problem]
+    problems: Sequence[Finding]
     contents: str = ""  # of a file that could not be read
 
 
@@ -135,8 +136,8 @@ def check_dataset(
     try:
         file = CocoFile(annotations)
     except DataError as error:
-        return Findings([Problem("unreadable annotation file", "error", str(error))])
-    problems = list(annotation_problems(file))
+        return Findings([Finding("unreadable annotation file", "error", str(error))])
+    problems = list(check_annotations(file))
     problems += _alike_categories(file)
     if not any(problem.level == "error" for problem in problems):
         shapes, images_of = _objects(file)
@@ -145,12 +146,12 @@ def check_dataset(
         elif anchor_advice is not None and not any(problem.kind in (CORNERS, CENTRES) for problem in problems):
             advice = anchor_advice(shapes, images_of)
             if advice is not None:
-                problems.append(Problem("anchors that most objects lie outside of", "note", f"{file.path}: {advice}"))
+                problems.append(Finding("anchors that most objects lie outside of", "note", f"{file.path}: {advice}"))
         for part in get_args(AnnotationType):  # warnings: boxes can be trained without either
-            problems += part_problems(file, part, broken="warning")
+            problems += check_annotation_type(file, part, broken="warning")
     entries = file.images
     names = entries["file_name"].tolist()
-    files = [] if images is None else list(file_problems(names, images, entries.where))
+    files = [] if images is None else list(check_files(names, images, entries.where))
     problems += [problem for _, problem in files]
     unusable = {position for position, _ in files}
     if other is not None:
@@ -159,14 +160,16 @@ def check_dataset(
         try:
             problems += _compared(file, ours, CocoFile(other, fields=()), other_images if by_content else None)
         except DataError as error:
-            problems.append(Problem("unreadable annotation file", "error", str(error)))
+            problems.append(Finding("unreadable annotation file", "error", str(error)))
     if images is not None and decode and None not in unusable:
         usable = [i for i in range(len(entries)) if i not in unusable and i not in entries.wrong]
         fields = ("file_name", "width", "height")
         described = [{field: entries[field][i] for field in fields} for i in usable]
         opened = open_images(images, described, orientation=orientation, workers=workers)
         found = [problem for problem in opened if problem is not None]
-        problems += sorted(found, key=lambda problem: problem.kind == ORIENTED[TOLD])  # those that matter less last
+        problems += sorted(
+            found, key=lambda problem: problem.kind == ORIENTATION_KINDS[TOLD]
+        )  # those that matter less last
     counts = (_count(len(one), one.name.removesuffix("s")) for one in (entries, file.annotations))
     many = len(file.categories)
     return Findings(problems, "{} with {} of {}".format(*counts, _count(many, "category")))
@@ -206,7 +209,7 @@ def _objects(file: CocoFile) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(shapes[kept]), torch.from_numpy(sizes[kept])
 
 
-def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator[Problem]:
+def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator[Finding]:
     """Say which categories have names that are easily mixed up, within a file or with those of another."""
     names = [name for name in file.categories["name"].tolist() if name is not None]
     if other is None:
@@ -219,14 +222,14 @@ def _alike_categories(file: CocoFile, other: CocoFile | None = None) -> Iterator
         where = f"{file.path} and {other.path}: the categories"
         if names and theirs and not set(names) & set(theirs):
             what = no_shared_name(names, theirs, of=f"in {other.path}")
-            yield Problem("no category of the other split", "error", f"{file.path}: {what}")
+            yield Finding("no category of the other split", "error", f"{file.path}: {what}")
         try:
             for one, two in ((file, other), (other, file)):  # either may be what is trained on
                 same_categories(_categories(one), _categories(two))
         except DataError as error:
-            yield Problem("categories that cannot be matched", "error", f"{file.path} and {other.path}: {error}")
+            yield Finding("categories that cannot be matched", "error", f"{file.path} and {other.path}: {error}")
     for pair in pairs:
-        yield Problem("category names that are almost the same", "warning", f"{where} {difference(*pair)}")
+        yield Finding("category names that are almost the same", "warning", f"{where} {difference(*pair)}")
 
 
 def _categories(file: CocoFile) -> list[tuple[int, str]]:
@@ -234,12 +237,12 @@ def _categories(file: CocoFile) -> list[tuple[int, str]]:
     return [(int(file.categories["id"][at]), file.categories["name"][at]) for at in known.tolist()]
 
 
-def _compared(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str | Path | None) -> Iterator[Problem]:
+def _compared(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str | Path | None) -> Iterator[Finding]:
     """Compare a file, and its images, see :func:`_places`, with another split: byte for byte, or without a folder of
     images by their names.
     """
     if {"images", "file"} & other.missing.keys():
-        yield Problem("not in COCO's format", "error", f"{other.path}: must hold a dict with images, a list")
+        yield Finding("not in COCO's format", "error", f"{other.path}: must hold a dict with images, a list")
         return
     yield from _alike_categories(file, other)
     if images is None:
@@ -247,16 +250,16 @@ def _compared(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: st
         for name in [name for name in ours if name in theirs]:
             message = f"{ours[name]}, is called like {theirs[name]}"
             what = "whether they are one image shows with both folders of images"
-            yield Problem("file names that the other split has, too", "note", f"{message}: {what}")
+            yield Finding("file names that the other split has, too", "note", f"{message}: {what}")
         return
-    unusable = dict(file_problems(other.images["file_name"].tolist(), images, other.images.where))
+    unusable = dict(check_files(other.images["file_name"].tolist(), images, other.images.where))
     if None in unusable:
         yield unusable[None]
     theirs = _places(other.images, images, unusable)
     for path, same in equal_files(ours, theirs).items():
         message = f"{ours[path]}, is byte for byte {theirs[same]}"
         what = "trained on one, a detector scores too high on the other"
-        yield Problem("images that the other split has, too", "warning", f"{message}: {what}")
+        yield Finding("images that the other split has, too", "warning", f"{message}: {what}")
 
 
 def _places(images: Entries, folder: str | Path = "", unusable: Container[int | None] = ()) -> dict[Path, str]:

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import v2
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.batches import ScoringBatches, TrainingBatches
 from detector.data.categories import label_as
+from detector.data.checks import Finding, no_box
 from detector.data.dataset import CocoDetection, Target, as_float, collate
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
-from detector.data.image_files import ORIENTED, open_images
+from detector.data.image_files import ORIENTATION_KINDS, open_images
 from detector.data.images import Orientation
 from detector.data.keypoints import PERSON, KeypointLayout
-from detector.data.part_problems import AnnotationType
-from detector.data.problems import Problem, no_box
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingAnnotationsError, short_repr
 from detector.models.narrow_images import NarrowShortestSize
@@ -44,7 +44,7 @@ def _flips(transform: Any) -> bool:
     return isinstance(transform, flips) or any(_flips(one) for one in getattr(transform, "transforms", ()))
 
 
-def _opened(data: CocoDetection) -> tuple[dict[int, str], list[Problem]]:
+def _opened(data: CocoDetection) -> tuple[dict[int, str], list[Finding]]:
     """Why each image that cannot be read cannot, by its id; and notes on those whose orientation is in doubt."""
     images = [data.annotations.image(index) for index in data.annotations.find(data.image_ids)]
     broken, doubtful = {}, []
@@ -245,7 +245,7 @@ class CocoDataModule(lightning.LightningDataModule):
         if ranks > 1 and self.trainer is not None:  # one looks, all do the same
             found = self.trainer.strategy.broadcast(found)
         for (name, _), (_, doubtful) in zip(splits, found, strict=True):
-            for kind in ORIENTED.values():
+            for kind in ORIENTATION_KINDS.values():
                 of_kind = [problem.message for problem in doubtful if problem.kind == kind]
                 if of_kind:
                     same = f"give eval and predict the same --orientation {self.folder.orientation}"

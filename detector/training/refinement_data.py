@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from detector.data.batches import Item, TrainingBatches
+from detector.data.checks import no_box
 from detector.data.dataset import CocoDetection
-from detector.data.problems import no_box
 from detector.errors import DataError
 from detector.seeds import seed_of
 from detector.training.data import CocoDataModule

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import AnnotationType
 from detector.errors import ModelError
 from detector.models.published import batch_norm_eps
 from detector.pretrained.description import DetectorDescription

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_problems import AnnotationType
 from detector.data.results import Result, to_results
 from detector.evaluation import Predictions, detect_with_losses
 from detector.evaluation.metric import evaluate_types

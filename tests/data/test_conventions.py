@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from support.scored import annotations_of, read
+from support.scored import annotations_of
+from support.scored import notes_on as read_notes
 
 from detector.data import results as results_module
 
@@ -38,9 +39,7 @@ def notes_on(tmp_path, content, change, *, noise=2.0, false=20):
         found = {"image_id": image, "category_id": 5, "score": float(rng.uniform(0, 0.5))}
         results.append(found | {"bbox": [float(v) for v in change(*box, *SIZES[image])]})
     (tmp_path / "results.json").write_text(json.dumps(results))
-    notes = []
-    read(tmp_path / "results.json", annotations_of(content), notes=notes)
-    return notes
+    return read_notes(tmp_path / "results.json", annotations_of(content))
 
 
 def resized(x, y, w, h, width, height, scale):
@@ -146,9 +145,7 @@ def test_key_points_and_masks_of_results(tmp_path, monkeypatch):
             one = {name: annotation[name] for name in ("image_id", "category_id", "bbox", "keypoints", "segmentation")}
             results.append(one | {"score": 0.5} | change(annotation, *SIZES[annotation["image_id"]]))
         (tmp_path / "results.json").write_text(json.dumps(results))
-        said = []
-        read(tmp_path / "results.json", truth, notes=said)
-        return said
+        return read_notes(tmp_path / "results.json", truth)
 
     def normalised(annotation, width, height):
         x1, y1, _, x2, y2, _ = annotation["keypoints"]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from detector.data import part_problems as part_problems_module
+from detector.data import mask_keypoint_checks as checks_module
 from detector.data.annotations import read_annotations
 from detector.data.entries import CocoFile
+from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.masks import as_rle, mask_area, mask_box
-from detector.data.part_problems import part_problems
 from detector.data.segmentations import measure_masks
 from detector.errors import DataError
 from detector.tools.checking import check_dataset
@@ -91,7 +91,7 @@ LOOKS = {
 @pytest.mark.parametrize("share", [1.0, 0.75])
 def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
     path = file(tmp_path, part, LOOKS[looks], some=lambda number: number <= 40 * share)
-    (problem,) = [one for one in part_problems(CocoFile(path), part) if one.level == "error"]
+    (problem,) = [one for one in check_annotation_type(CocoFile(path), part) if one.level == "error"]
     assert looks in problem.message
     assert problem in check_dataset(path).problems  # an error there, too
     with pytest.raises(DataError, match=looks):
@@ -113,7 +113,7 @@ def test_normalised_ones_in_large_boxes(tmp_path, part, looks, count):
 @pytest.mark.parametrize("looks", LOOKS)
 def test_masks_in_large_boxes(tmp_path, looks):
     path = file(tmp_path, "masks", LOOKS[looks], low=300, high=450)
-    (problem,) = [one for one in part_problems(CocoFile(path), "masks") if one.level == "error"]
+    (problem,) = [one for one in check_annotation_type(CocoFile(path), "masks") if one.level == "error"]
     assert problem.kind == "annotation file whose masks lie outside boxes"
 
 
@@ -156,8 +156,8 @@ def test_labelled_placeholders_are_flaws(tmp_path, placeholder):
     ],
 )
 def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, change, expected):
-    monkeypatch.setattr(part_problems_module, "MOST_MEASURED", 0)
-    monkeypatch.setattr(part_problems_module, "AT_ONCE", 3)
+    monkeypatch.setattr(checks_module, "MOST_MEASURED", 0)
+    monkeypatch.setattr(checks_module, "AT_ONCE", 3)
     path = file(tmp_path, "masks", change, some=lambda number: number == 7)
     assert expected <= found(path)
     assert not any(level == "error" for level, _ in found(path))

@@ -12,7 +12,7 @@ import torch
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
-from support.scored import annotations_of, read
+from support.scored import annotations_of, notes_on, read
 from support.tiny_models import batch, tiny_rcnn
 
 from detector.data.annotations import read_annotations
@@ -244,8 +244,8 @@ def test_results_of_each_kind_are_read(tmp_path):
         (("bbox", "segmentation"), None),
     ):
         kept = ("image_id", "category_id", "score", *fields)
-        notes = []
-        found = read(write(tmp_path / "r.json", [{n: r[n] for n in kept} for r in results]), known, notes=notes)
+        path = write(tmp_path / "r.json", [{n: r[n] for n in kept} for r in results])
+        found, notes = read(path, known), notes_on(path, known)
         assert [set(one) for one in found] == [{*kept, "bbox"}] * len(results)
         assert (around is None) == (notes == [])
         if around is not None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from detector.data.checks import Finding, check_annotations
 from detector.data.entries import CocoFile
-from detector.data.problems import Problem, annotation_problems
 
 VALID = {
     "images": [
@@ -41,10 +41,10 @@ def write(root: Path, data=VALID) -> Path:
     return root / "a.json"
 
 
-def problems_in(root: Path, data) -> list[Problem]:
+def problems_in(root: Path, data) -> list[Finding]:
     """The problems of a file with this content, ``a.json``."""
     (root / "a.json").write_text(json.dumps(data))
-    return list(annotation_problems(CocoFile(root / "a.json")))
+    return list(check_annotations(CocoFile(root / "a.json")))
 
 
 GONE = object()

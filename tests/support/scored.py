@@ -17,9 +17,14 @@ def annotations_of(content, *, annotation_types=()):
         return read_annotations(path, annotation_types=annotation_types)
 
 
-def read(path, annotations, **options):
+def read(path, annotations):
     """The results in a file."""
-    return read_results(results_file(path), annotations, **options)
+    return read_results(results_file(path), annotations)[0]
+
+
+def notes_on(path, annotations):
+    """The notes on the results in a file."""
+    return read_results(results_file(path), annotations)[1]
 
 
 def truth(boxes, *, crowd=()):

@@ -29,11 +29,11 @@ from support.annotation_files import (
 
 from detector.data import image_files
 from detector.data.annotations import read_annotations
+from detector.data.checks import Finding, check_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
 from detector.data.entries import BOX, CocoFile
-from detector.data.image_files import file_problems, image_problem
-from detector.data.problems import Problem, annotation_problems
+from detector.data.image_files import check_files, check_image
 from detector.errors import DataError
 from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
@@ -304,7 +304,7 @@ def test_image_files_that_are_not_in_the_folder(tmp_path, name, kind):
         (tmp_path / copied).write_bytes((tmp_path / "images" / "a.png").read_bytes())
     expected = [("error", kind)] if kind else []
     names = [image["file_name"] for image in json.loads(path.read_text())["images"]]
-    found = list(file_problems([None, *names], tmp_path / "images", "image {}".format))
+    found = list(check_files([None, *names], tmp_path / "images", "image {}".format))
     assert [(position, problem.level, problem.kind) for position, problem in found] == [(1, *one) for one in expected]
     assert all("image 1 has file_name " in problem.message for _, problem in found)
     assert kinds(check_dataset(path, tmp_path / "images", decode=False)) == expected
@@ -327,7 +327,7 @@ def test_a_value_is_shown_in_a_line_however_large_it_is(tmp_path):
     nested = "[" * 300 + "]" * 300
     for large in (nested, f'{{"a": {nested}}}', f'"{"n" * 10**6}"', "1" * 5000, f"[{'1' * 5000}]", "1e999", "NaN"):
         (tmp_path / "a.json").write_text(text.replace('"large"', large))
-        (problem,) = annotation_problems(CocoFile(tmp_path / "a.json"))
+        (problem,) = check_annotations(CocoFile(tmp_path / "a.json"))
         assert problem.kind == "annotations with a wrong bbox"
         assert len(problem.message) < 1000
 
@@ -358,19 +358,19 @@ def test_images_that_cannot_be_read_as_annotated(tmp_path, suffix):
     (tmp_path / f"empty.{suffix}").write_bytes(b"")
     (tmp_path / f"two\nlines.{suffix}").write_text("no image")
     size = {"width": 48, "height": 64}
-    assert image_problem(tmp_path, {"file_name": whole.name, **size}) is None
+    assert check_image(tmp_path, {"file_name": whole.name, **size}) is None
     for name, words in (
         ("cut", "cut off"),
         ("empty", "cannot be read"),
         ("two\nlines", "two lines"),
         ("no", "no such"),
     ):
-        problem = image_problem(tmp_path, {"file_name": f"{name}.{suffix}", **size})
+        problem = check_image(tmp_path, {"file_name": f"{name}.{suffix}", **size})
         assert (problem.kind, problem.level) == ("unreadable images", "error")
         assert words in problem.message
         assert str(tmp_path) in problem.message
         assert "\n" not in problem.message
-    problem = image_problem(tmp_path, {"file_name": whole.name, "width": 64, "height": 48})
+    problem = check_image(tmp_path, {"file_name": whole.name, "width": 64, "height": 48})
     assert (problem.kind, problem.level) == ("sizes that differ", "error")
     assert "48x64 pixels, its annotation says 64x48" in problem.message
 
@@ -382,7 +382,7 @@ def test_a_decoder_that_fails_in_its_own_way_is_an_unreadable_image(tmp_path, mo
         raise RuntimeError("Failed to decode image: Missing or empty image item")
 
     monkeypatch.setattr(Image, "open", avif)
-    problem = image_problem(root / "images", VALID["images"][0])
+    problem = check_image(root / "images", VALID["images"][0])
     assert (problem.kind, problem.level) == ("unreadable images", "error")
     assert "Missing or empty image item" in problem.message
 
@@ -403,7 +403,7 @@ def test_only_images_whose_entry_and_file_are_right_are_opened(tmp_path, monkeyp
     assert ["b.png" in opened[0].message, "31x20" in opened[1].message] == [True, True]
     assert len(opened) == 2
     assert findings.contents == "7 images with 3 annotations of 2 categories"
-    monkeypatch.setattr("detector.data.image_files.image_problem", None)
+    monkeypatch.setattr("detector.data.image_files.check_image", None)
     assert check_dataset(path, tmp_path / "images", decode=False) == Findings(
         [problem for problem in findings.problems if problem not in opened], findings.contents
     )
@@ -416,7 +416,7 @@ def test_interrupting_leaves_the_queue(tmp_path, monkeypatch):
         time.sleep(0.002)
         opened.append(image)
 
-    monkeypatch.setattr("detector.data.image_files.image_problem", slow)
+    monkeypatch.setattr("detector.data.image_files.check_image", slow)
     data = {**VALID, "images": [{**VALID["images"][0], "id": i} for i in range(5000)], "annotations": []}
     path = write(tmp_path, data)
 
@@ -447,11 +447,11 @@ def test_files_that_are_no_json_are_one_problem(tmp_path):
 
 def test_report_is_grouped_and_counted():
     problems = [
-        Problem("b", "note", "n1"),
-        *(Problem("x", "warning", f"x{i}") for i in range(1500)),
-        Problem("e", "error", "e1"),
-        Problem("y", "warning", "y1"),
-        Problem("e", "error", "e2"),
+        Finding("b", "note", "n1"),
+        *(Finding("x", "warning", f"x{i}") for i in range(1500)),
+        Finding("e", "error", "e1"),
+        Finding("y", "warning", "y1"),
+        Finding("e", "error", "e2"),
     ]
     assert report(Findings(problems, "2 images"), examples=2).splitlines() == [
         *("2 errors: e", "    e1", "    e2", ""),
@@ -723,7 +723,7 @@ def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
 def test_the_name_that_would_fit_is_said(tmp_path, named, there):
     (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / there).touch()
-    ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
+    ((_, problem),) = check_files([named], tmp_path, "images[{}]".format)
     assert problem.message.endswith(f"; did you mean {there!r}?")
 
 
@@ -731,7 +731,7 @@ def test_a_folder_that_holds_too_much_is_looked_at_in_part(tmp_path, monkeypatch
     monkeypatch.setattr(image_files, "MOST_LISTED", 1)
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
-    found = list(file_problems(["A.png", "B.png"], tmp_path, "images[{}]".format))
+    found = list(check_files(["A.png", "B.png"], tmp_path, "images[{}]".format))
     assert sum("did you mean" in problem.message for _, problem in found) == 1
 
 
@@ -739,11 +739,11 @@ def test_two_names_are_said_where_several_would_fit_and_none_where_none_does(tmp
     for name in ("A.png", "a.PNG"):
         (tmp_path / name).touch()
     (tmp_path / "b.png").mkdir()
-    ((_, problem),) = file_problems(["a.png"], tmp_path, "images[{}]".format)
+    ((_, problem),) = check_files(["a.png"], tmp_path, "images[{}]".format)
     assert "'A.png'" in problem.message
     assert "'a.PNG'" in problem.message
     for named in ("B.png", "c.png", "", "."):
-        ((_, problem),) = file_problems([named], tmp_path, "images[{}]".format)
+        ((_, problem),) = check_files([named], tmp_path, "images[{}]".format)
         assert "did you mean" not in problem.message
 
 

@@ -2,21 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from detector.data.annotation_types import FIELD, AnnotationType
+from detector.data.checks import ROUNDING, Finding, Level, far_from_boxes, sizes_of_images
 from detector.data.entries import CocoFile, Entries, value_of
 from detector.data.keypoints import keypoints_problem, layout_of
 from detector.data.masks import is_empty
 from detector.data.placement import keypoint_placement, mask_placement
-from detector.data.problems import ROUNDING, Level, Problem, far_from_boxes, sizes_of_images
 from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
 from detector.errors import DataError, short_repr
 
-AnnotationType = Literal["masks", "keypoints"]  # as torchvision's targets call them
-FIELD: dict[AnnotationType, str] = {"masks": "segmentation", "keypoints": "keypoints"}
-NAME: dict[AnnotationType, str] = {"masks": "masks", "keypoints": "keypoints"}
 MISSING: dict[AnnotationType, tuple[str, str]] = {
     "masks": (
         "objects without a segmentation",
@@ -67,7 +65,7 @@ MOST_MEASURED = 50_000  # annotations of a file, up to which every mask is measu
 AT_ONCE = 256  # masks that are measured together: more lists slow down Python's garbage collection
 
 
-def has_part(file: CocoFile, part: AnnotationType) -> bool:
+def has_any(file: CocoFile, part: AnnotationType) -> bool:
     """Whether any object has a mask, or keypoints; crowds do not count, from which nothing is learned."""
     objects = file.annotations[FIELD[part]][~file.annotations["iscrowd"]]
     return any(not _is_empty(value_of(raw), part) for raw in filter(bytes, objects))
@@ -90,11 +88,11 @@ class _Read:
     placeholders: np.ndarray  # with a labelled point at (0, 0), or (-1, -1)
 
 
-def part_problems(file: CocoFile, part: AnnotationType, *, broken: Level = "error") -> Iterator[Problem]:
+def check_annotation_type(file: CocoFile, part: AnnotationType, *, broken: Level = "error") -> Iterator[Finding]:
     """Say what is wrong with the masks, or the keypoints, of annotations that are right otherwise.
 
     Args:
-        file: one without errors, see :func:`~detector.data.problems.annotation_problems`.
+        file: one without errors, see :func:`~detector.data.checks.check_annotations`.
         part: which of them.
         broken: the level of those that cannot be read: an "error" where they are needed.
 
@@ -102,14 +100,14 @@ def part_problems(file: CocoFile, part: AnnotationType, *, broken: Level = "erro
         The problems; none where no object has the part. Objects without it are a warning where others have it. It is an
         error if most have nothing to do with their boxes, or if no mask has a pixel.
     """
-    if not has_part(file, part):
+    if not has_any(file, part):
         return
     annotations, objects = file.annotations, ~file.annotations["iscrowd"]
-    without = "" if broken == "error" else f" (boxes can be trained all the same, {NAME[part]} cannot)"
+    without = "" if broken == "error" else f" (boxes can be trained all the same, {part} cannot)"
     try:
         read = _read_masks(file) if part == "masks" else _read_keypoints(file)
     except DataError as error:
-        yield Problem("categories with keypoints that do not fit", broken, f"{error}{without}")
+        yield Finding("categories with keypoints that do not fit", broken, f"{error}{without}")
         return
     missing = np.zeros(len(annotations), dtype=bool)
     for position in [at for at, what in enumerate(read.wrong) if what is not None]:
@@ -118,7 +116,7 @@ def part_problems(file: CocoFile, part: AnnotationType, *, broken: Level = "erro
         if not missing[position]:
             what = f"has {FIELD[part]} {short_repr(value)}, {read.wrong[position]}{without}"
             kind = f"broken {'segmentations' if part == 'masks' else 'keypoints'}"
-            yield Problem(kind, broken, f"{annotations.where(position)} {what}")
+            yield Finding(kind, broken, f"{annotations.where(position)} {what}")
     outside, whole = _outside_boxes(file, part, read, objects)
     if whole is not None:
         yield whole
@@ -126,7 +124,7 @@ def part_problems(file: CocoFile, part: AnnotationType, *, broken: Level = "erro
     there = objects & np.array([what is None for what in read.wrong], dtype=bool)
     if part == "masks" and there.any() and read.is_empty[there].all():
         message = f"{file.path}: no segmentation has a pixel in its image: there is no mask to learn or to score"
-        yield Problem("annotation file whose masks have no pixel", "error", message)
+        yield Finding("annotation file whose masks have no pixel", "error", message)
     warnings = [
         (MISSING[part], missing & read.expected),
         (EMPTY[part], read.is_empty),
@@ -140,7 +138,7 @@ def part_problems(file: CocoFile, part: AnnotationType, *, broken: Level = "erro
         for position in np.flatnonzero(objects & which).tolist():
             values = {"area": annotations["area"][position], "mask": read.areas[position]}
             said = what.format(bbox=short_repr(annotations["bbox"][position].tolist()), **values)
-            yield Problem(kind, "warning", f"{annotations.where(position)} {said}")
+            yield Finding(kind, "warning", f"{annotations.where(position)} {said}")
 
 
 def _read_masks(file: CocoFile) -> _Read:
@@ -203,7 +201,7 @@ def _read_keypoints(file: CocoFile) -> _Read:
 
 def _outside_boxes(
     file: CocoFile, part: AnnotationType, read: _Read, which: np.ndarray
-) -> tuple[np.ndarray, Problem | None]:
+) -> tuple[np.ndarray, Finding | None]:
     """Find those that lie outside their boxes, [L]; where most numbers are wrong, that is a problem of the file."""
     boxes, sizes = file.annotations["bbox"].copy(), sizes_of_images(file)
     rows = np.flatnonzero(which & read.labelled.any(axis=1) & (boxes[:, 2:] > 0).all(axis=1))
@@ -216,10 +214,10 @@ def _outside_boxes(
     outside[rows[placed.outside]] = True
     if not placed.wrong:
         return outside, None
-    begin = f"{file.path}: most {NAME[part]} of {len(rows):,} annotations do not lie in their bbox"
+    begin = f"{file.path}: most {part} of {len(rows):,} annotations do not lie in their bbox"
     other = "; they may belong to other objects, or to images of another size"
     what = f"; they look like {placed.looks}" if placed.looks else other
-    return outside, Problem(f"annotation file whose {NAME[part]} lie outside boxes", "error", f"{begin}{what}")
+    return outside, Finding(f"annotation file whose {part} lie outside boxes", "error", f"{begin}{what}")
 
 
 def _outside_image(file: CocoFile, read: _Read) -> np.ndarray:

@@ -22,7 +22,7 @@ NO_BOX = "no box to train on"
 
 
 @dataclass(frozen=True)
-class Problem:
+class Finding:
     """One thing that is wrong, or worth knowing.
 
     Args:
@@ -36,15 +36,15 @@ class Problem:
     message: str
 
 
-def annotation_problems(file: CocoFile) -> Iterator[Problem]:
+def check_annotations(file: CocoFile) -> Iterator[Finding]:
     """Say what is wrong with the content of an annotation file.
 
     :func:`~detector.data.annotations.read_annotations` takes a file without a problem of level "error". Masks and key
-    points are checked in :mod:`~detector.data.part_problems`.
+    points are checked in :mod:`~detector.data.mask_keypoint_checks`.
     """
     images, categories, annotations = file.images, file.categories, file.annotations
     for what in file.missing.values():
-        yield Problem("not in COCO's format", "error", f"{file.path}: {what}")
+        yield Finding("not in COCO's format", "error", f"{file.path}: {what}")
     for entries in (images, categories, annotations):
         yield from _entry_problems(entries)
         yield from _repeated(entries, "id", "error")
@@ -61,35 +61,35 @@ def annotation_problems(file: CocoFile) -> Iterator[Problem]:
         yield from _unused(images, file.image_places, "file_name", "images without annotations")
 
 
-def result_problems(entries: Entries, image_ids: np.ndarray, category_ids: np.ndarray) -> Iterator[Problem]:
+def check_results(entries: Entries, image_ids: np.ndarray, category_ids: np.ndarray) -> Iterator[Finding]:
     """Say what is wrong with the entries of a results file, as errors; the ids are those that the annotations have."""
     yield from _entry_problems(entries)
     for field, known in (("image_id", image_ids), ("category_id", category_ids)):
         for position in np.flatnonzero(entries.has(field) & ~np.isin(entries[field], known)).tolist():
             what = f"has {field} {entries[field][position]}, which the annotations do not have"
-            yield Problem(f"results of an unknown {field}", "error", f"{entries.path}: {RESULTS}[{position}] {what}")
+            yield Finding(f"results of an unknown {field}", "error", f"{entries.path}: {RESULTS}[{position}] {what}")
 
 
-def _entry_problems(entries: Entries) -> Iterator[Problem]:
+def _entry_problems(entries: Entries) -> Iterator[Finding]:
     """Say which entries are no dicts, and which of their fields are missing or wrong."""
     name = entries.name
     for position, wrong in sorted(entries.wrong.items()):
         entry = entries.entry(position)
         if not wrong:
             message = f"{entries.path}: {name}[{position}] must be a dict, got {kind_of(entry)}"
-            yield Problem(f"{name} that are no dicts", "error", message)
+            yield Finding(f"{name} that are no dicts", "error", message)
             continue
         at = entries.where(position)
         for field in wrong:
             meant = entries.fields[field].meant
             if field in entry:
                 message = f"{at} has {field} {short_repr(entry[field])}, must be {meant}"
-                yield Problem(f"{name} with a wrong {field}", "error", message)
+                yield Finding(f"{name} with a wrong {field}", "error", message)
             else:
-                yield Problem(f"{name} without {field}", "error", f"{at}: {field!r} is missing, must be {meant}")
+                yield Finding(f"{name} without {field}", "error", f"{at}: {field!r} is missing, must be {meant}")
 
 
-def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Problem]:
+def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Finding]:
     values, has = entries[field].tolist(), entries.has(field)
     if len(set(values)) == len(values):
         return
@@ -97,33 +97,33 @@ def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Problem]:
     for position, value in enumerate(values):
         if has[position] and first.setdefault(value, position) != position:
             what = f"{field} {short_repr(value)} is used twice, first by {entries.name}[{first[value]}]"
-            yield Problem(f"{entries.name} with the same {field}", level, f"{entries.where(position)}: {what}")
+            yield Finding(f"{entries.name} with the same {field}", level, f"{entries.where(position)}: {what}")
 
 
-def _unknown(annotations: Entries, places: np.ndarray, field: str) -> Iterator[Problem]:
+def _unknown(annotations: Entries, places: np.ndarray, field: str) -> Iterator[Finding]:
     one = field.removesuffix("_id")
     for position in np.flatnonzero(annotations.has(field) & (places < 0)).tolist():
         what = f"has {field} {annotations[field][position]}, and there is no such {one}"
-        yield Problem(f"annotations of an unknown {one}", "error", f"{annotations.where(position)} {what}")
+        yield Finding(f"annotations of an unknown {one}", "error", f"{annotations.where(position)} {what}")
 
 
-def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Iterator[Problem]:
+def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Iterator[Finding]:
     used = entries["id"][np.bincount(places[places >= 0], minlength=len(entries)) > 0]
     for position in np.flatnonzero(entries.has("id") & ~np.isin(entries["id"], used)).tolist():
         message = f"{entries.where(position)}, {short_repr(entries[name][position])}, has no annotation"
-        yield Problem(kind, "note", message)
+        yield Finding(kind, "note", message)
 
 
-def _ignored(annotations: Entries) -> Iterator[Problem]:
+def _ignored(annotations: Entries) -> Iterator[Finding]:
     for position in np.flatnonzero(annotations["ignore"] == 1).tolist():
         message = f"{annotations.where(position)} has ignore 1: it is trained on and scored as any other"
-        yield Problem(IGNORED, "note", f"{message}; iscrowd 1 takes it out of both")
+        yield Finding(IGNORED, "note", f"{message}; iscrowd 1 takes it out of both")
 
 
-def no_box(path: str | Path) -> Problem:
+def no_box(path: str | Path) -> Finding:
     """The error of a file without a box to learn from, for check and for training."""
     what = "there are no annotations, or each is a crowd or has a bbox that is empty or outside its image"
-    return Problem(NO_BOX, "error", f"{path}: no box to train on: {what}")
+    return Finding(NO_BOX, "error", f"{path}: no box to train on: {what}")
 
 
 def sizes_of_images(file: CocoFile) -> np.ndarray:
@@ -157,7 +157,7 @@ def far_from_boxes(areas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return (small | (areas > 3 * of_boxes + 20)) & (boxes[:, 2:] > 0).all(axis=1)
 
 
-def _box_problems(file: CocoFile) -> Iterator[Problem]:
+def _box_problems(file: CocoFile) -> Iterator[Finding]:
     """Say what is wrong with boxes, in their images."""
     annotations, sizes = file.annotations, sizes_of_images(file)
     x, y, w, h, width, height = boxes = np.vstack([annotations["bbox"].T, sizes.T])  # no comparison with NaN is true
@@ -175,16 +175,16 @@ def _box_problems(file: CocoFile) -> Iterator[Problem]:
     ):
         for position in np.flatnonzero(which).tolist():
             value = f"{short_repr(annotations.entry(position)['bbox'])}, {what.format(*sizes[position])}"
-            yield Problem(kind, "warning", f"{annotations.where(position)} has bbox {value}")
+            yield Finding(kind, "warning", f"{annotations.where(position)} has bbox {value}")
     far = far_from_boxes(annotations["area"], annotations["bbox"]) & ~annotations["iscrowd"]
     for position in np.flatnonzero(far).tolist():
         area, of_box = annotations["area"][position], boxes[2:4, position].prod()
         what = f"has area {area:.4g}, its box's is {of_box:.4g}: the area tells small objects from large ones in scores"
-        yield Problem(FAR_FROM_BOX, "warning", f"{annotations.where(position)} {what}, and scales keypoints' errors")
+        yield Finding(FAR_FROM_BOX, "warning", f"{annotations.where(position)} {what}, and scales keypoints' errors")
     for position, same in _equal_boxes(annotations, file.image_places):
         value = short_repr(annotations.entry(position)["bbox"])
         what = f"has the image, category and bbox of annotations[{same}], {value}: one object counts twice in "
-        yield Problem("duplicate boxes", "warning", f"{annotations.where(position)} {what}training and scoring")
+        yield Finding("duplicate boxes", "warning", f"{annotations.where(position)} {what}training and scoring")
 
 
 def _equal_boxes(annotations: Entries, places: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -202,7 +202,7 @@ def _equal_boxes(annotations: Entries, places: np.ndarray) -> Iterator[tuple[int
             yield position, same
 
 
-def _misread_boxes(path: Any, boxes: np.ndarray) -> Iterator[Problem]:
+def _misread_boxes(path: Any, boxes: np.ndarray) -> Iterator[Finding]:
     """Say if boxes, [6, L] with their images' sizes, would lie within these if their numbers meant something else."""
     x, y, w, h, width, height = boxes
     count, numbers = (~np.isnan(boxes).any(axis=0)).sum(), boxes[:4]
@@ -220,10 +220,10 @@ def _misread_boxes(path: Any, boxes: np.ndarray) -> Iterator[Problem]:
     # those of a right file fit that of corners.
     if normalised > count / 2:
         begin = f"{path}: {normalised:,} of {count:,} boxes look normalised, their numbers are all within 0..1"
-        yield Problem(NORMALISED, "error", f"{begin}; {coco}: multiply by the image's width and height")
+        yield Finding(NORMALISED, "error", f"{begin}; {coco}: multiply by the image's width and height")
     elif outside >= 10 and corners >= 0.99 * count and outside > count / 2:
         begin += f" {corners:,} would not as corners, x1, y1, x2, y2, which is what they look like"
-        yield Problem(CORNERS, "warning", f"{begin}; {coco}: subtract x1 from x2, and y1 from y2")
+        yield Finding(CORNERS, "warning", f"{begin}; {coco}: subtract x1 from x2, and y1 from y2")
     elif outside >= 10 and centres >= 0.99 * count and outside > count / 20:
         begin += f" {centres:,} would not if x and y were of their centres, which is what it looks like"
-        yield Problem(CENTRES, "warning", f"{begin}; {coco}: subtract half of width and height from x and y")
+        yield Finding(CENTRES, "warning", f"{begin}; {coco}: subtract half of width and height from x and y")

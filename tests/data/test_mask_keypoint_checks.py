@@ -8,7 +8,7 @@ from support.annotation_files import VALID, write
 
 from detector.data.annotations import read_annotations
 from detector.data.entries import CocoFile
-from detector.data.part_problems import NAME, part_problems
+from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.errors import DataError, MissingAnnotationsError
 from detector.tools.checking import check_dataset
 
@@ -44,7 +44,7 @@ BROKEN = [
 @pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
 def test_what_is_broken_is_refused_where_it_is_read(tmp_path, part, value, kind, words):
     data = with_parts(**{FIELD[part]: value})
-    (problem,) = part_problems(CocoFile(write(tmp_path, data)), part)
+    (problem,) = check_annotation_type(CocoFile(write(tmp_path, data)), part)
     assert (problem.level, problem.kind) == ("error", kind)
     assert problem.message.startswith(f"{tmp_path}/a.json: annotations[1] (id 2) has {FIELD[part]} ")
     assert words in problem.message
@@ -86,7 +86,7 @@ def test_objects_without_are_counted(tmp_path, nothing):
     data["annotations"][2] |= {"segmentation": [], "keypoints": []}  # a crowd needs none
     warnings = {"masks": "objects without a segmentation", "keypoints": "objects without keypoints"}
     for part, warning in warnings.items():
-        (problem,) = part_problems(CocoFile(write(tmp_path, data)), part)
+        (problem,) = check_annotation_type(CocoFile(write(tmp_path, data)), part)
         assert (problem.level, problem.kind) == ("warning", warning)
         assert "annotations[1] (id 2)" in problem.message
         assert read_annotations(write(tmp_path, data), annotation_types=[part]).warnings == {warning: 1}
@@ -111,7 +111,9 @@ def test_a_crowd_alone_is_nothing_to_learn_from(tmp_path, part):
         if not annotation.get("iscrowd"):
             del annotation[FIELD[part]]
     assert any(FIELD[part] in annotation for annotation in data["annotations"])
-    assert list(part_problems(CocoFile(write(tmp_path, data)), part)) == []  # nobody has any: nothing is missing
+    assert (
+        list(check_annotation_type(CocoFile(write(tmp_path, data)), part)) == []
+    )  # nobody has any: nothing is missing
     with pytest.raises(MissingAnnotationsError):
         read_annotations(write(tmp_path, data), annotation_types=[part])
 
@@ -141,7 +143,7 @@ def test_files_without_any_are_refused_where_they_are_read(tmp_path, part, words
     path = write(tmp_path)
     with pytest.raises(MissingAnnotationsError, match=words) as error:
         read_annotations(path, annotation_types=[part])
-    assert str(error.value).startswith(f"{path}: no object has {NAME[part]} ({FIELD[part]}): ")
+    assert str(error.value).startswith(f"{path}: no object has {part} ({FIELD[part]}): ")
 
 
 def test_categories_that_name_other_points(tmp_path):
@@ -156,5 +158,5 @@ def test_categories_that_name_other_points(tmp_path):
 
 def test_real_coco_is_right(coco_cc):
     path = coco_cc / "annotations" / "instances_val2017.json"
-    assert list(part_problems(CocoFile(path), "masks")) == []
-    assert list(part_problems(CocoFile(path), "keypoints")) == []
+    assert list(check_annotation_type(CocoFile(path), "masks")) == []
+    assert list(check_annotation_type(CocoFile(path), "keypoints")) == []
