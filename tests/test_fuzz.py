@@ -767,7 +767,7 @@ def test_images(tmp_path, amount, capfd):
                 exit_on_user_error(error, path)
                 pixels = None
             try:
-                assert read_image(path, width=13, height=11).shape == (3, 11, 13)
+                assert read_image(path, size=(13, 11)).shape == (3, 11, 13)
             except DataError as error:
                 exit_on_user_error(error, path)
         assert not heard

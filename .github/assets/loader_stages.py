@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detector.data.dataset import CocoDetection, as_float, collate
+from detector.data.dataset import CocoDetection, as_float
 from detector.data.folder import DataFolder
 from detector.data.images import read_image
+from detector.data.loading import collate
 
 ROUNDS, IMAGES = 5, 160
 

@@ -29,12 +29,6 @@ AXES = "axes"  # of the image, in a target on its way through the augmentation
 LEAVE_OUT = "leave SanitizeBoundingBoxes and the like out, for objects whose box is gone are left out here"
 
 
-def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Keep images of different sizes as a list; the detector pads them to one batch."""
-    images, targets = zip(*items)
-    return list(images), list(targets)
-
-
 def as_float(image: Tensor) -> Tensor:
     """Convert an image to float32, on its device. Integers are scaled to 0..1, floats are only cast."""
     return v2.functional.to_dtype(image, torch.float32, scale=True)
@@ -198,7 +192,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         known = int(self._images[index])
         info, rows = self.annotations.image(known), self._rows_of(known)
         path, size = self.folder / info["file_name"], (info["height"], info["width"])
-        pixels = read_image(path, width=info["width"], height=info["height"], orientation=self.orientation)
+        pixels = read_image(path, size=(info["width"], info["height"]), orientation=self.orientation)
         image: Tensor = tv_tensors.Image(pixels)
         boxes, labels = torch.from_numpy(self._boxes[rows]), torch.from_numpy(self._labels[rows])
         target: Target = {

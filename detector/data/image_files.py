@@ -13,14 +13,20 @@ from urllib.parse import unquote
 from tqdm import tqdm
 
 from detector.data.checks import Finding
-from detector.data.images import DOUBTFUL, TOLD, Orientation, read_image, without_pillows_warnings
+from detector.data.images import (
+    AMBIGUOUS_ORIENTATION,
+    OVERRULED_ORIENTATION,
+    Orientation,
+    read_image_with_remarks,
+    without_pillow_warnings,
+)
 from detector.errors import DataError, SizeError, short_repr
 from detector.text import alike_file
 
 MOST_LISTED = 200_000  # files that are looked at to find the one that may be meant: three seconds
-ORIENTATION_KINDS = {  # the kinds of problems, by how the remarks on an image begin
-    DOUBTFUL: "images whose annotated size fits both orientations",
-    TOLD: "images whose annotated size decides against the orientation setting",
+ORIENTATION_KINDS = {  # the kinds of findings, by how the remarks on an image begin
+    AMBIGUOUS_ORIENTATION: "images whose annotated size fits both orientations",
+    OVERRULED_ORIENTATION: "images whose annotated size decides against the orientation setting",
 }
 
 
@@ -92,9 +98,8 @@ def check_image(folder: str | Path, image: Mapping[str, Any], orientation: Orien
     The image is decoded whole, as for training.
     """
     path = Path(folder) / image["file_name"]
-    remarks: list[str] = []
     try:
-        read_image(path, width=image["width"], height=image["height"], orientation=orientation, remarks=remarks)
+        _, remarks = read_image_with_remarks(path, size=(image["width"], image["height"]), orientation=orientation)
     except DataError as error:
         kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
         return Finding(kind, "error", " ".join(str(error).split()))
@@ -109,7 +114,7 @@ def open_images(
 ) -> Iterator[Finding | None]:
     """Open images, in threads and with a progress bar, and yield :func:`check_image` of each, in order."""
     # Also around all threads: what each of them sets and takes back is all threads' own.
-    with without_pillows_warnings(), ThreadPoolExecutor(workers) as executor:
+    with without_pillow_warnings(), ThreadPoolExecutor(workers) as executor:
         try:
             opened = executor.map(partial(check_image, folder, orientation=orientation), images)
             yield from tqdm(opened, "opening images", len(images), unit="image", leave=False, delay=1, disable=None)

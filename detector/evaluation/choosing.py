@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from detector.data.batches import ScoringBatches
 from detector.data.categories import match_categories
-from detector.data.dataset import CocoDetection, as_float, collate
+from detector.data.dataset import CocoDetection, as_float
+from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
 from detector.errors import ModelError
 from detector.evaluation.metric import evaluate
@@ -21,7 +21,6 @@ from detector.pretrained.detector import Detector
 from detector.refinement.config import RefinementConfig
 from detector.refinement.refining import refine
 from detector.refinement.seen import finding_boxes_alone
-from detector.signals import ignoring_signals
 
 CHANCE = 0.005  # of AP: on some dozens of images settings that are alike lie so far apart
 
@@ -58,13 +57,7 @@ def score_refinements(
     if refinement is None:
         raise ModelError("the detector has no refinement whose settings could be told")
     category_ids = match_categories(detector, data)
-    loader: DataLoader[Any] = DataLoader(
-        data.as_bytes(),
-        batch_sampler=ScoringBatches(len(data), batch_size),
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=ignoring_signals(),
-    )
+    loader = make_loader(data.as_bytes(), ScoringBatches(len(data), batch_size), workers=workers)
     results: list[list[Result]] = [[] for _ in candidates]
     known = refinement.config
     detector.eval()

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
 from detector.data.annotations import Annotations
 from detector.data.batches import ScoringBatches
-from detector.data.dataset import CocoDetection, Target, as_float, collate
+from detector.data.dataset import CocoDetection, Target, as_float
+from detector.data.loading import collate, make_loader
 from detector.data.results import Result, to_results
 from detector.errors import DataError, one_line
 from detector.evaluation.losses import detect_with_losses
@@ -22,7 +23,6 @@ from detector.evaluation.proposals import Hit, ProposalRecorder
 from detector.models.detecting import detect, sizes_of
 from detector.rcnn.sampling import seed_sampling
 from detector.seeds import seed_of
-from detector.signals import ignoring_signals
 
 
 @dataclass
@@ -168,12 +168,11 @@ def run_detector(
     images = len(split) if limit is None else min(limit, len(split))
     # Without losses nothing but boxes is looked at.
     split = (split.boxes_alone() if labels is None else split.with_layers()).as_bytes()
-    loader: DataLoader[Any] = DataLoader(
+    loader = make_loader(
         _Readable(split) if skip_broken else split,
-        batch_sampler=ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
-        num_workers=workers,
+        ScoringBatches(images, batch_size, ranks=ranks, rank=rank),
+        workers=workers,
         collate_fn=_collate_readable if skip_broken else collate,
-        worker_init_fn=ignoring_signals(),
     )
     found = Predictions()
     with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:
@@ -212,7 +211,7 @@ class _Readable(Dataset[Any]):
 
 
 def _collate_readable(items: list[Any]) -> tuple[list[Tensor], list[Target], dict[int, str]]:
-    """A batch as :func:`~detector.data.dataset.collate` makes it, and the images that cannot be read."""
+    """A batch as :func:`~detector.data.loading.collate` makes it, and the images that cannot be read."""
     readable = [item for item in items if isinstance(item[0], Tensor)]
     images, targets = collate(readable) if readable else ([], [])
     return images, targets, dict(item for item in items if not isinstance(item[0], Tensor))

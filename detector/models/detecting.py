@@ -8,6 +8,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.data.annotation_types import AnnotationType
 from detector.data.masks import encode_crops
+from detector.rcnn.forward import propose
 
 Found = dict[str, Any]  # of an image: torchvision's boxes, labels, scores, ...; and "segmentations", a list of RLE
 
@@ -25,13 +26,9 @@ def detect(model: Any, images: list[Tensor]) -> list[Found]:
     """What ``model(images)`` gives in eval mode, with ``segmentations``, RLE, in place of ``masks``."""
     if "masks" not in annotation_types_of(model):
         return model(images)
-    batch, _ = model.transform(images)
-    features = model.backbone(batch.tensors)
-    if isinstance(features, Tensor):
-        features = {"0": features}
-    proposals, _ = model.rpn(batch, features)
-    found, _ = model.roi_heads(features, proposals, batch.image_sizes)
-    return postprocessed(model, found, batch.image_sizes, sizes_of(images))
+    proposed = propose(model, images)
+    found, _ = model.roi_heads(proposed.features, proposed.boxes, proposed.image_sizes)
+    return postprocessed(model, found, proposed.image_sizes, sizes_of(images))
 
 
 def postprocessed(

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
-from detector.data.images import Orientation, as_rgb, oriented, read_image
+from detector.data.images import Orientation, pil_to_rgb, read_image
 from detector.errors import DataError
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -24,7 +23,7 @@ def image_tensor(image: ImageLike, *, orientation: Orientation = "upright", max_
     Args:
         image: a path; a PIL image of any mode; an array [H, W, 3], [H, W, 4] (alpha is dropped), [H, W, 1] or
             [H, W]; or a tensor [3, H, W] or [1, H, W]. Arrays and tensors are uint8, or float in 0..1; RGB. Images at
-            paths and PIL images of 16 bits or floats are scaled as :func:`~detector.data.images.as_rgb` says.
+            paths and PIL images of 16 bits or floats are scaled as :func:`~detector.data.images.read_image` says.
         orientation: "upright": images at paths and PIL images are turned upright by their EXIF orientation, as a viewer
             does; "stored": they are not.
         max_pixels: the most that the image at a path may have; ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
@@ -39,11 +38,11 @@ def image_tensor(image: ImageLike, *, orientation: Orientation = "upright", max_
         return read_image(image, orientation=orientation, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
         try:
-            turned = oriented(image, orientation=orientation)
-            turned.load()
+            pixels, _ = pil_to_rgb(image, orientation=orientation)
+        except DataError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:  # it was opened, and is read only now
             raise DataError(f"the PIL image cannot be read (broken or cut off): {error}") from None
-        pixels = v2.functional.pil_to_tensor(as_rgb(turned))
     elif isinstance(image, np.ndarray):
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
             raise DataError(f"an image array must be [H, W, 3], [H, W, 4] or [H, W], got {_shape(image)}")

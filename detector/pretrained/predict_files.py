@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from detector.data.annotations import Annotations
 from detector.data.drawing import draw
-from detector.data.images import FORMATS, Orientation, read_image
+from detector.data.images import FORMATS, Orientation, read_image_with_remarks
+from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
 from detector.errors import DataError
 from detector.files import read_json, write_json
@@ -23,7 +24,6 @@ from detector.models.detecting import Found, kept
 from detector.pretrained.detections import parts_as_values
 from detector.pretrained.detector import Detector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
-from detector.signals import ignoring_signals
 from detector.text import alike_file
 
 JPEG_SIDE = 65500  # pixels, the format's limit
@@ -196,9 +196,7 @@ def predict_files(
         if i is not None
     ]
     head = {**(about or {}), "min_score": min(by_label, default=0), "categories": categories}
-    loader: DataLoader[Any] = DataLoader(
-        _Files(files, orientation, max_pixels), batch_size=None, num_workers=workers, worker_init_fn=ignoring_signals()
-    )
+    loader = make_loader(_Files(files, orientation, max_pixels), None, workers=workers)
     done = Predicted()
     (folder / PICTURES if pictures else folder).mkdir(parents=True, exist_ok=True)
     for name in (*earlier, NUMBERS, RESULTS):
@@ -283,16 +281,9 @@ class _Files(Dataset[_Read]):
 
     def __getitem__(self, index: int) -> _Read:
         file = self.files[index]
-        width, height = file.size or (None, None)
-        remarks: list[str] = []
         try:
-            pixels = read_image(
-                file.path,
-                width=width,
-                height=height,
-                orientation=self.orientation,
-                max_pixels=self.max_pixels,
-                remarks=remarks,
+            pixels, remarks = read_image_with_remarks(
+                file.path, size=file.size, orientation=self.orientation, max_pixels=self.max_pixels
             )
         except DataError as error:
             return _Read(index, torch.zeros(3, 0, 0, dtype=torch.uint8), broken=str(error))

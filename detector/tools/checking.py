@@ -27,7 +27,7 @@ from detector.data.checks import (
 )
 from detector.data.entries import CocoFile, Entries
 from detector.data.image_files import ORIENTATION_KINDS, check_files, open_images
-from detector.data.images import TOLD, Orientation
+from detector.data.images import OVERRULED_ORIENTATION, Orientation
 from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, UsageError, UserError, exit_on_user_error, one_line, short_repr
@@ -168,7 +168,7 @@ def check_dataset(
         opened = open_images(images, described, orientation=orientation, workers=workers)
         found = [problem for problem in opened if problem is not None]
         problems += sorted(
-            found, key=lambda problem: problem.kind == ORIENTATION_KINDS[TOLD]
+            found, key=lambda problem: problem.kind == ORIENTATION_KINDS[OVERRULED_ORIENTATION]
         )  # those that matter less last
     counts = (_count(len(one), one.name.removesuffix("s")) for one in (entries, file.annotations))
     many = len(file.categories)

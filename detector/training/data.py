@@ -17,16 +17,16 @@ from detector.data.annotation_types import AnnotationType
 from detector.data.batches import ScoringBatches, TrainingBatches
 from detector.data.categories import label_as
 from detector.data.checks import Finding, no_box
-from detector.data.dataset import CocoDetection, Target, as_float, collate
+from detector.data.dataset import CocoDetection, Target, as_float
 from detector.data.digits import write_digits
 from detector.data.folder import DataFolder, find_root
 from detector.data.image_files import ORIENTATION_KINDS, open_images
 from detector.data.images import Orientation
 from detector.data.keypoints import PERSON, KeypointLayout
+from detector.data.loading import make_loader
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingAnnotationsError, short_repr
 from detector.models.narrow_images import NarrowShortestSize
-from detector.signals import ignoring_signals
 from detector.text import listed
 from detector.training.failures import TRAIN, TrainingError
 
@@ -348,14 +348,12 @@ class CocoDataModule(lightning.LightningDataModule):
         }
 
     def _loader(self, dataset: CocoDetection, batches: Sampler[Any]) -> DataLoader[Batch]:
-        return DataLoader(
-            dataset.as_bytes(),  # type: ignore[arg-type]
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=collate,
+        return make_loader(
+            dataset.as_bytes(),
+            batches,
+            workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.workers > 0,
-            worker_init_fn=ignoring_signals(),
         )
 
     def _ranks(self) -> tuple[int, int]:

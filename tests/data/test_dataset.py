@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection, as_float
-from detector.data.images import read_image
-from detector.errors import DataError
+from detector.data.images import read_image, read_image_with_remarks
+from detector.errors import DataError, ImageError
 
 
 def test_categories_with_gaps_are_mapped_and_back(tmp_path):
@@ -82,7 +82,7 @@ def test_any_mode_is_read_as_rgb(tmp_path, mode):
         image = Image.fromarray(values.astype(np.uint8)).convert("RGB").convert(mode)
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     image.save(path)
-    pixels = read_image(path, width=8, height=6)
+    pixels = read_image(path, size=(8, 6))
     assert pixels.shape == (3, 6, 8)
     assert pixels.dtype == torch.uint8
     if mode in ("L", "LA", "RGBA", "I;16"):
@@ -100,8 +100,7 @@ def test_16_bits_that_hold_fewer_are_scaled_by_those(tmp_path, largest, bits, su
     Image.fromarray(values).save(path)
     with Image.open(path) as image:
         assert image.mode.startswith("I")
-    remarks: list[str] = []
-    pixels = read_image(path, remarks=remarks)
+    pixels, remarks = read_image_with_remarks(path)
     expected = [[int(value) * 256 // 2**bits for value in row] for row in values]
     assert pixels.tolist() == [expected] * 3
     said = [f"values of 16 bits or more that use at most {bits}, scaled by those {bits}"]
@@ -114,8 +113,7 @@ def test_floats_are_scaled_if_they_lie_in_0_to_1(tmp_path):
     grey = np.arange(48).reshape(6, 8) * 5
     for values, remark in ((grey / 255, "floats from 0 to 1, scaled to 0 to 255"), (grey, None), (grey * 0, "floats")):
         Image.fromarray(values.astype(np.float32)).save(path)
-        remarks: list[str] = []
-        pixels = read_image(path, remarks=remarks)
+        pixels, remarks = read_image_with_remarks(path)
         assert pixels.tolist() == [(grey * 0 if values.max() == 0 else grey).tolist()] * 3
         assert len(remarks) == (remark is not None)
         assert remark is None or remarks[0].startswith(remark)
@@ -156,8 +154,8 @@ def test_dark_colours_of_16_bits_are_said(tmp_path):
         row = b"\0" + struct.pack(">24H", *[0] * 21, largest, 0, largest // 2)
         head = (b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0))
         path.write_bytes(chunks(head, (b"IDAT", zlib.compress(row * 6)), (b"IEND", b"")))
-        remarks: list[str] = []
-        assert read_image(path, remarks=remarks).max() == largest >> 8
+        pixels, remarks = read_image_with_remarks(path)
+        assert pixels.max() == largest >> 8
         assert remarks == ["dark colours of 16 bits, of which only the upper 8 are read; save them with 8"] * said
 
 
@@ -173,8 +171,8 @@ def test_of_several_frames_the_first_is_taken_and_that_is_said(tmp_path, suffix)
     first.save(several, FRAMES[suffix], save_all=True, append_images=[second])
     first.save(single, "JPEG" if suffix == "mpo" else FRAMES[suffix])
     for path in (several, single):
-        remarks: list[str] = []
-        pixels = read_image(path, remarks=remarks).float()
+        pixels, remarks = read_image_with_remarks(path)
+        pixels = pixels.float()
         assert (pixels - torch.tensor([255.0, 0, 0])[:, None, None]).abs().max() < 20
         said = path == several and suffix != "mpo"  # of a phone's second view nobody wants to hear
         assert remarks == ["several frames or pages, of which the first was taken"] * said
@@ -192,7 +190,7 @@ def test_what_is_broken_behind_the_first_frame_does_not_matter(tmp_path):
             pixels = read_image(path)
         except DataError:
             continue
-        assert torch.equal(read_image(path, remarks=[]), pixels)
+        assert torch.equal(read_image_with_remarks(path)[0], pixels)
         read += 1
     assert read > 10
 
@@ -210,13 +208,13 @@ def rotated(path: Path, orientation: int) -> torch.Tensor:
 def test_annotated_size_decides_about_exif_orientation(tmp_path):
     path = tmp_path / "image.jpg"
     stored = rotated(path, 6)  # a viewer turns it by 90 degrees: 8 wide, 16 high
-    as_stored = read_image(path, width=16, height=8)
+    as_stored = read_image(path, size=(16, 8))
     assert (as_stored.int() - stored.int()).abs().max() < 30
-    upright = read_image(path, width=8, height=16)
+    upright = read_image(path, size=(8, 16))
     assert (upright.int() - stored.rot90(-1, (1, 2)).int()).abs().max() < 30
     assert torch.equal(read_image(path), upright)
     with pytest.raises(DataError, match=r"image\.jpg.*16x8.*says 9x9"):
-        read_image(path, width=9, height=9)
+        read_image(path, size=(9, 9))
 
 
 def test_broken_images_are_named(tmp_path):
@@ -248,7 +246,7 @@ def test_one_limit_to_an_images_size_without_a_warning(tmp_path, recwarn):
     assert read_image(path).shape == (3, 6, 8)
     for width in (9_000, 15_000, 60_000):  # Pillow warns of the first two, and reads them
         path.write_bytes(png(width=width, height=10_000))
-        with pytest.raises(DataError, match=r"image\.png.*(more than the 89,478,485 that are read|exceeds limit)"):
+        with pytest.raises(DataError, match=r"image\.png.*(limit of 89,478,485|exceeds limit)"):
             read_image(path)
     assert not recwarn.list
 
@@ -259,12 +257,10 @@ def test_max_pixels_is_another_limit_for_one_image(tmp_path, monkeypatch, recwar
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself refuses more than 200
     for options, reason in (
         ({}, r"Image size \(600 pixels\) exceeds limit of 200 pixels"),
-        ({"max_pixels": 599}, "the image has 30x20 pixels, more than the 599 that are read"),
+        ({"max_pixels": 599}, "the image has 30x20 pixels, .* limit of 599"),
         ({"max_pixels": 299}, r"Image size \(600 pixels\) exceeds limit of 598 pixels"),
     ):
-        with pytest.raises(
-            DataError, match=f"^{path}: {reason}.*: a small file may say that.*--max_pixels of tools/pre"
-        ):
+        with pytest.raises(ImageError, match=f"^{path}: {reason}.*max_pixels"):
             read_image(path, **options)
         assert Image.MAX_IMAGE_PIXELS == 100
     assert read_image(path, max_pixels=600).shape == (3, 20, 30)
@@ -287,7 +283,7 @@ def test_a_file_that_is_no_photograph_is_not_given_to_other_programs(tmp_path):
 def test_exif_data_that_is_cut_off(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(png((b"eXIf", b"MM\0*")))
-    assert torch.equal(read_image(path, width=8, height=6), read_image(path))  # no orientation can be told
+    assert torch.equal(read_image(path, size=(8, 6)), read_image(path))  # no orientation can be told
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from support.annotation_files import VALID
 
 from detector.data.dataset import CocoDetection
-from detector.data.images import DOUBTFUL, TOLD, read_image
+from detector.data.images import AMBIGUOUS_ORIENTATION, OVERRULED_ORIENTATION, read_image, read_image_with_remarks
 from detector.errors import DataError
 from detector.pretrained.image_tensors import image_tensor
 from detector.tools.checking import check_dataset
@@ -58,12 +58,12 @@ def test_pixels_are_turned_as_the_setting_says(tmp_path, suffix, orientation, sh
     assert same(read_image(path), upright)
     assert same(read_image(path, orientation="stored"), stored)
     for pixels in (stored, upright):  # the annotation's size decides where it can
-        size = {"height": pixels.shape[0], "width": pixels.shape[1]}
+        size = (pixels.shape[1], pixels.shape[0])
         told = stored.shape != upright.shape
-        assert same(read_image(path, **size), pixels if told else upright)
-        assert same(read_image(path, **size, orientation="stored"), pixels if told else stored)
+        assert same(read_image(path, size=size), pixels if told else upright)
+        assert same(read_image(path, size=size, orientation="stored"), pixels if told else stored)
     with pytest.raises(DataError):
-        read_image(path, width=12, height=9)
+        read_image(path, size=(12, 9))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
@@ -96,11 +96,13 @@ def test_images_of_pillow_are_turned_as_files_are(tmp_path, suffix, orientation)
 def test_images_that_may_be_labelled_otherwise_are_remarked(tmp_path, orientation, height, width, setting, said):
     stored = (12, 12) if height == width else (8, 12)
     write(tmp_path / "image.jpg", orientation, *stored)
-    remarks = []
-    read_image(tmp_path / "image.jpg", width=width, height=height, orientation=setting, remarks=remarks)
+    _, remarks = read_image_with_remarks(tmp_path / "image.jpg", size=(width, height), orientation=setting)
     assert [remark.rpartition(": ")[2] for remark in remarks] == ([said] if said else [])
     told = height != width and orientation == 6
-    assert all(remark.startswith(f"{TOLD if told else DOUBTFUL} {orientation}: ") for remark in remarks)
+    assert all(
+        remark.startswith(f"{OVERRULED_ORIENTATION if told else AMBIGUOUS_ORIENTATION} {orientation}: ")
+        for remark in remarks
+    )
 
 
 def red_square(root, orientation):

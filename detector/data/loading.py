@@ -1,0 +1,38 @@
+"""Data loaders, whose workers leave signals to the main process."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from detector.signals import ignoring_signals
+
+
+def collate(items: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
+    """Keep images of different sizes as a list; the detector pads them to one batch."""
+    images, targets = zip(*items)
+    return list(images), list(targets)
+
+
+def make_loader(
+    dataset: Dataset[Any], batches: Sampler[Any] | None, *, workers: int, collate_fn: Any = collate, **options: Any
+) -> DataLoader[Any]:
+    """Build a loader.
+
+    Args:
+        dataset: images and targets.
+        batches: the indices of each batch. ``None``: the loader yields single items.
+        workers: number of processes that read images.
+        collate_fn: makes a batch of a list of items.
+        options: further arguments of ``DataLoader``.
+    """
+    if batches is None:
+        options["batch_size"], collate_fn = None, None
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate_fn,
+        worker_init_fn=ignoring_signals(),
+        **options,
+    )
