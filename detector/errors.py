@@ -90,9 +90,10 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= 500 else f"{text[:497]}..."
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line. From a data loader's worker it comes with a traceback before it."""
-    text = str(error).strip() or type(error).__name__
+def one_line(error: BaseException, flag_of: Callable[[str], str | None] = lambda name: name) -> str:
+    """Return the message of an error in one line, without the traceback that a loader's worker puts before it."""
+    text = error.describe(flag_of) if isinstance(error, UserError) else str(error).strip()
+    text = text or type(error).__name__
     if "Original Traceback" in text:
         text = text.splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
     return " ".join(text.split())
@@ -115,13 +116,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def exit_on_user_error(*others: type[Exception]) -> Iterator[None]:
-    """A user's mistake ends the program in one sentence, Ctrl-C and SIGTERM in a word, an unread output in silence.
+def exit_on_user_error(
+    *others: type[Exception], flag_of: Callable[[str], str | None] = lambda name: name
+) -> Iterator[None]:
+    """End the program with a one-line message for a user error, out of memory, Ctrl-C, SIGTERM or a closed pipe.
 
-    The exit code is 2 for a mistake in the command line, 1 for others, 130 for Ctrl-C.
+    The exit code is 1, but 2 for :class:`UsageError`, 130 for Ctrl-C and SIGTERM, and 141 for a closed pipe.
 
     Args:
-        others: exceptions besides :class:`UserError` and ``OSError`` whose words are meant for the user.
+        others: exceptions that count as user errors, besides :class:`UserError` and ``OSError``.
+        flag_of: see :meth:`UserError.describe`.
     """
     known: tuple[type[Exception], ...] = (UserError, OSError, *others)
     try:
@@ -134,9 +138,9 @@ def exit_on_user_error(*others: type[Exception]) -> Iterator[None]:
         # What the failed calls held goes now, such as a loader's workers: at exit Python would wait for them.
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, UsageError):
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {one_line(error, flag_of)}", file=sys.stderr)
             sys.exit(2)
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {one_line(error, flag_of)}")
     except (MemoryError, RuntimeError) as error:
         reader_died = "DataLoader worker (pid" in str(error)
         if not reader_died and not is_out_of_memory(error):

@@ -8,18 +8,17 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import ExifTags, Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from detector.choices import Orientation
 from detector.errors import DataError, ImageError, SizeError
 
 # Pillow knows more formats, and runs Ghostscript on a file whose content is EPS.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-Orientation = Literal["upright", "stored"]
 TURN_UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

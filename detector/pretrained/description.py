@@ -1,12 +1,13 @@
 """The description of a detector that lies beside its weights: in a checkpoint, and in a saved folder's config.json."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import FrozenBatchNorm2d
 
+from detector.choices import Crop
 from detector.data.keypoints import KeypointLayout
 from detector.errors import ModelError, one_line, short_repr
 from detector.models.build import build_detector
@@ -16,8 +17,6 @@ from detector.models.weights import load_weights
 from detector.rcnn.swap import swap_crop_head
 from detector.refinement.attach import add_refinement
 from detector.refinement.config import RefinementConfig
-
-Crop = Literal["affine", "roi_align"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,6 @@
+"""Values that settings of several folders choose from. Imports nothing heavy, for the command lines."""
+
+from typing import Literal
+
+Crop = Literal["affine", "roi_align"]
+Orientation = Literal["upright", "stored"]
