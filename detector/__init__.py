@@ -1,6 +1,7 @@
 """Affine-crop R-CNN: detectors whose boxes get gradients through the crop.
 
-What is imported here needs torch and torchvision alone. Below it lie, each using only what stands before it:
+What is imported here needs torch and torchvision alone, except ``load_detector``. Below it lie, each using only what
+stands before it:
 
 * ``crop``: a box becomes an affine matrix, by which feature maps are read where RoIAlign looks;
 * ``rcnn``: what changes in torchvision's R-CNN, so that the losses of its second stage move its proposals;
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         denormalize_boxes,
         normalize_boxes,
     )
+    from detector.pretrained import load_detector
     from detector.rcnn import BoxGradient, restore_roi_align, swap_crop_head, watch_box_gradient
     from detector.refinement import RefinementConfig, add_refinement, refinement_losses, remove_refinement
 
@@ -39,6 +41,7 @@ __all__ = [
     "affine_crop",
     "boxes_to_theta",
     "denormalize_boxes",
+    "load_detector",
     "normalize_boxes",
     "refinement_losses",
     "remove_refinement",
@@ -49,6 +52,7 @@ __all__ = [
 
 # Imported when first asked for: torch takes seconds, in which a command line could have been read.
 _FLOORS = {
+    "detector.pretrained": ("load_detector",),
     "detector.rcnn": ("BoxGradient", "restore_roi_align", "swap_crop_head", "watch_box_gradient"),
     "detector.refinement": ("RefinementConfig", "add_refinement", "refinement_losses", "remove_refinement"),
     "detector.crop": tuple(__all__),  # the others

@@ -1,7 +1,7 @@
-"""What was found in an image, to look at in a notebook."""
+"""The detections of an image, for notebooks and scripts."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,17 @@ from detector.text import clean
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in an image, the best first. A notebook shows it as a picture.
+    """The detections of an image, best first. Boxes are (x1, y1, x2, y2) in pixels; notebooks show a picture.
 
     Args:
         image: [3, H, W], uint8.
-        boxes: [L, 4], float32, (x1, y1, x2, y2) in pixels of the image.
+        boxes: [L, 4], float32.
         labels: [L], int64, from 1 on.
-        scores: [L], float32.
-        category_names: the name of each label, that of label 1 first.
-        segmentations: of a Mask R-CNN the mask of each, as COCO's RLE; see :attr:`masks`.
-        keypoints: of a Keypoint R-CNN, [L, K, 3], float32: x and y in pixels of the image, and 1.
-        keypoints_scores: [L, K], float32: the heatmap there, a logit; the higher, the surer.
+        scores: [L], float32, 0 to 1.
+        category_names: the name of each label, starting with label 1.
+        segmentations: a Mask R-CNN's masks, L RLE in COCO's format; see :attr:`masks`.
+        keypoints: a Keypoint R-CNN's keypoints, [L, K, 3], float32, (x, y, 1) in pixels.
+        keypoints_scores: [L, K], float32, the logits of the keypoints.
         layout: the names of the keypoints.
     """
 
@@ -43,7 +43,7 @@ class Detections:
 
     @property
     def masks(self) -> Tensor | None:
-        """The mask of each, [L, H, W], bool; ``None`` of a detector that finds none. Decoded anew each time."""
+        """The masks, [L, H, W], bool, decoded anew at each access; ``None`` without segmentations."""
         if self.segmentations is None:
             return None
         height, width = self.image.shape[1:]
@@ -58,22 +58,31 @@ class Detections:
         return len(self.boxes)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Plain values, a detection at a time: ``name``, ``label``, ``score`` and ``box`` (x1, y1, x2, y2).
+        """Yield a dict of plain values per detection: ``name``, ``label``, ``score`` and ``box``.
 
-        Of masks also ``segmentation``, COCO's RLE, of keypoints ``keypoints``, by name (x, y, score).
+        Masks add ``segmentation`` (RLE), keypoints add ``keypoints``: (x, y, logit) by the keypoint's name.
         """
-        for number, name in enumerate(self.names):
-            found = {"label": int(self.labels[number]), "score": float(self.scores[number])}
-            parts = parts_as_values(number, vars(self), self.layout)
-            yield {"name": name, **found, "box": self.boxes[number].tolist(), **parts}
+        columns: dict[str, Sequence[Any]] = {
+            "name": self.names,
+            "label": self.labels.tolist(),
+            "score": self.scores.tolist(),
+            "box": self.boxes.tolist(),
+        }
+        if self.segmentations is not None:
+            columns["segmentation"] = self.segmentations
+        if self.keypoints is not None:
+            points = self.keypoints[:, :, :2]
+            if self.keypoints_scores is not None:
+                points = torch.cat([points, self.keypoints_scores[:, :, None]], dim=2)
+            names = (self.layout or KeypointLayout.numbered(points.shape[1])).names
+            columns["keypoints"] = [dict(zip(names, of_one, strict=True)) for of_one in points.tolist()]
+        for row in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, row))
 
     def draw(self, *, min_score: float = 0.0) -> Image.Image:
-        """The picture with boxes, names and scores, masks and keypoints; enlarged if it is small."""
-        target: dict[str, Any] = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
-        if self.segmentations is not None:
-            target["segmentations"] = self.segmentations
-        if self.keypoints is not None:
-            target["keypoints"] = self.keypoints
+        """Return the image with its detections drawn on it, enlarged if it is small."""
+        fields = ("boxes", "labels", "scores", "segmentations", "keypoints")
+        target = {name: value for name in fields if (value := getattr(self, name)) is not None}
         return draw(self.image, target, self.category_names, min_score=min_score, layout=self.layout)
 
     def _repr_png_(self) -> bytes:
@@ -84,27 +93,7 @@ class Detections:
     def __repr__(self) -> str:
         height, width = self.image.shape[1:]
         lines = [f"{len(self)} detections in an image of {width} x {height} pixels (x1, y1, x2, y2):"]
-        for found in self:
-            corners = ", ".join(f"{side:.1f}" for side in found["box"])
-            lines.append(f"  {found['score']:.3f}  {clean(found['name'])}  ({corners})")
+        for one in self:
+            corners = ", ".join(f"{side:.1f}" for side in one["box"])
+            lines.append(f"  {one['score']:.3f}  {clean(one['name'])}  ({corners})")
         return "\n".join(lines)
-
-
-def parts_as_values(number: int, found: Mapping[str, Any], layout: KeypointLayout | None) -> dict[str, Any]:
-    """A detection's mask and keypoints as plain values: an RLE, and x, y and score by the point's name.
-
-    Args:
-        number: which detection.
-        found: ``segmentations``, ``keypoints`` and ``keypoints_scores``, if there are any: see :class:`Detections`.
-        layout: the names of the keypoints.
-    """
-    values: dict[str, Any] = {}
-    if found.get("segmentations") is not None:
-        values["segmentation"] = found["segmentations"][number]
-    if found.get("keypoints") is not None:
-        points = found["keypoints"][number, :, :2]
-        if found.get("keypoints_scores") is not None:
-            points = torch.cat([points, found["keypoints_scores"][number][:, None]], dim=1)
-        names = (layout or KeypointLayout.numbered(len(points))).names
-        values["keypoints"] = dict(zip(names, points.tolist(), strict=True))
-    return values

@@ -1,4 +1,4 @@
-"""Detectors on Hugging Face's hub."""
+"""Files on Hugging Face's hub."""
 
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,30 @@ from detector.errors import ModelError, one_line
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the hub's names
 
 
-def fetch(repository: str, local_files_only: bool, **options: Any) -> Path:
-    """The folder of the hub's cache that the files of a repository are fetched to."""
-    unreachable = None
+def fetch(repository: str, *, local_files_only: bool, **options: Any) -> Path:
+    """Fetch a repository's config and weights, and return the folder of the hub's cache that holds them."""
+    unreachable = None if local_files_only else _connection_error(repository, options["revision"], options["token"])
+    offline = local_files_only or unreachable is not None
     try:
-        if not local_files_only:
-            try:
-                address = hf_hub_url(repository, CONFIG, revision=options["revision"])
-                get_hf_file_metadata(address, token=options["token"])
-            except (HfHubHTTPError, ValueError):  # it answers, or is not asked: what is wrong is said below
-                pass
-            except Exception as error:  # of the network; the download would try again for half a minute
-                unreachable = error
-        local_files_only |= unreachable is not None
-        files = [
-            hf_hub_download(repository, name, local_files_only=local_files_only, **options)
-            for name in (CONFIG, WEIGHTS)
-        ]
-    except Exception as error:  # of the hub's client, and of what it fetches by
-        reason = f"cannot be reached: {one_line(unreachable)}" if unreachable else f"has it not to give: {error}"
+        files = [hf_hub_download(repository, name, local_files_only=offline, **options) for name in (CONFIG, WEIGHTS)]
+    except Exception as error:  # the hub's client and its transport raise many types
+        reason = f"cannot be reached: {one_line(unreachable)}" if unreachable else f"does not have it: {error}"
         raise ModelError(f"{repository}: no such folder, and the hub {' '.join(reason.split())}") from None
     return Path(files[-1]).parent
 
 
+def _connection_error(repository: str, revision: str | None, token: str | bool | None) -> Exception | None:
+    """Try the hub once. Without a network the download itself would retry for half a minute."""
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, CONFIG, revision=revision), token=token)
+    except (HfHubHTTPError, ValueError):  # the hub answered, or the name is invalid: the download says so
+        return None
+    except Exception as error:
+        return error
+    return None
+
+
 def is_hub_name(path: Path) -> bool:
-    """Whether it is no file or folder, and may be "owner/name" on Hugging Face's hub."""
+    """Whether a path is no file or folder and may be "owner/name" on Hugging Face's hub."""
     weights = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
     return not path.exists() and len(path.parts) == 2 and path.suffix not in weights

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,6 +58,19 @@ COMPARED = 15  # detections, at least, of each image that are compared: the scor
 MASK_IOU = 0.9
 
 
+@dataclass(frozen=True)
+class OnnxExport:
+    """The outcome of an export.
+
+    Args:
+        compared: whether onnxruntime was installed, and the graph compared with PyTorch.
+        left_out: what the graph lacks of the detector, as a sentence; ``None`` if it lacks nothing.
+    """
+
+    compared: bool
+    left_out: str | None
+
+
 class ExportError(UserError, RuntimeError):
     """Why a detector cannot be exported, or what is wrong with the file that came of it."""
 
@@ -71,7 +84,7 @@ def export_onnx(
     opset: int = 18,
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int | None] | None = None,
-) -> bool:
+) -> OnnxExport:
     """Write a Faster, Mask or Keypoint R-CNN as one ONNX file, in an atomic write. The model is left as it is.
 
     The graph takes ``images`` [batch_size, 3, height, width], float32, RGB in 0..1, of any height and width; it
@@ -103,7 +116,7 @@ def export_onnx(
         category_ids: of labels 1, 2, ..., in the data set; ``None`` for one that has none.
 
     Returns:
-        Whether onnxruntime was there to compare.
+        Whether the graph was compared, and what it lacks.
 
     Raises:
         ExportError: a package is missing, the model is not an R-CNN that can be exported, or the graph is wrong.
@@ -134,7 +147,7 @@ def export_onnx(
     for name, threshold in _thresholds(model).items():
         _fix_threshold(graph, name, threshold)
     write_atomically(Path(path), graph.SerializeToString())
-    return compared
+    return OnnxExport(compared, left_out(model))
 
 
 def fields_of(model: nn.Module) -> tuple[str, ...]:

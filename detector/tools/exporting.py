@@ -9,7 +9,7 @@ from detector.files import read_json
 from detector.pretrained.description import Crop
 from detector.pretrained.hub import CARD, CONFIG, WEIGHTS
 from detector.pretrained.model_card import is_generated
-from detector.pretrained.onnx_export import compare_speed, export_onnx, left_out
+from detector.pretrained.onnx_export import compare_speed
 from detector.run_folders import run_folder
 from detector.tools.source import load_source
 
@@ -45,7 +45,7 @@ def export(
                 raise UserError(f"--output {target}: holds something else already; give a folder of its own")
             report = newest_report(home, detector.digest())
             generated = is_generated(target / CARD)
-            detector.save_pretrained(target, model_card_kwargs={"report": report})
+            detector.save(target, report=report)
             print(f"{target}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
             if not generated:
                 print(f"{CARD} is as it was: it is not one that this program wrote.")
@@ -59,17 +59,13 @@ def export(
             raise UserError(f"--output {file}: is a folder; name a file, such as {file / 'detector.onnx'}")
         file.parent.mkdir(parents=True, exist_ok=True)
         network: Any = detector.model
-        compared = export_onnx(
-            network,
-            file,
-            batch_size=batch_size,
-            class_names=detector.category_names,
-            category_ids=detector.category_ids,
+        done = detector.export(file, batch_size=batch_size)
+        same = (
+            "onnxruntime detects what PyTorch does" if done.compared else "not compared: onnxruntime is not installed"
         )
-        same = "onnxruntime detects what PyTorch does" if compared else "not compared: onnxruntime is not installed"
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
-        if missing := left_out(network):
-            print(f"{missing}.")
+        if done.left_out:
+            print(f"{done.left_out}.")
         if speed:
             side = min(network.transform.min_size[-1], network.transform.max_size)
             seconds = compare_speed(network, file, (side, side), speed)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_ids, mixed_up, quoted
 from detector.data.images import Orientation
@@ -15,7 +13,7 @@ from detector.errors import DataError, ModelError, exit_on_user_error
 from detector.evaluation.report import newest_report
 from detector.pretrained.description import Crop
 from detector.pretrained.detector import Detector
-from detector.pretrained.predict_files import by_suffix, find_images, predict_files
+from detector.pretrained.predict_files import PredictOptions, count_by_suffix, find_images, predict_files
 from detector.run_folders import run_folder, unused_folder
 from detector.text import clean
 from detector.tools.source import load_source, pick_device, switch_refinement
@@ -41,9 +39,8 @@ def predict(
 ) -> int:
     """Detect objects in image files, as ``tools/predict.py --help`` says. Returns the exit code."""
     with exit_on_user_error():
-        left_out: set[Path] = set()
         known = None if annotations is None else read_annotations(annotations, labelled=False)
-        files = find_images(images, known, left_out=left_out)
+        found = find_images(images, known)
         detector, called = load_source(checkpoint, model, weights, crop)
         switch_refinement(detector, refine)
         category_ids = None if known is None else _ids_in(known, detector)
@@ -51,17 +48,11 @@ def predict(
         least = _scores_of_report(called, detector) if min_score == "auto" else min_score
         detector.to(pick_device(device))
         target = unused_folder(Path("runs") / "predict") if output is None else Path(output)
-        with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
-
-            def report(broken: str | None) -> None:
-                bar.update()
-                if broken is not None:
-                    tqdm.write(f"skipped: {broken}", file=sys.stderr)
-
-            done = predict_files(
-                detector,
-                files,
-                target,
+        done = predict_files(
+            detector,
+            found.files,
+            target,
+            PredictOptions(
                 min_score=least,
                 pictures=pictures,
                 batch_size=batch_size,
@@ -69,23 +60,24 @@ def predict(
                 orientation=orientation,
                 max_pixels=max_pixels,
                 category_ids=category_ids,
-                about={
-                    "model": called,
-                    "crop": detector.crop,
-                    "left_out": Counter(path.suffix.lower() for path in left_out),
-                },
-                on_image=report,
-            )
-        found = sum(len(image["detections"]) for image in done.images)
-        of = f" of {len(files):,}" if len(done.images) < len(files) else ""
+            ),
+            head={
+                "model": called,
+                "crop": detector.crop,
+                "left_out": Counter(path.suffix.lower() for path in found.skipped),
+            },
+        )
+        count = sum(len(image["detections"]) for image in done.images)
+        of = f" of {len(found.files):,}" if len(done.images) < len(found.files) else ""
         what = "pictures/, predictions.json and detections.json" if pictures else "predictions.json and detections.json"
-        print(f"{found:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
+        print(f"{count:,} objects in {len(done.images):,}{of} images; {what} are in {target}/")
         for remark, paths in done.remarks.items():
             name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
             print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
-        if left_out:
+        if found.skipped:
             print(
-                f"left out: {by_suffix(left_out)} (not read here; convert them to JPEG, PNG or TIFF)", file=sys.stderr
+                f"left out: {count_by_suffix(found.skipped)} (not read here; convert them to JPEG, PNG or TIFF)",
+                file=sys.stderr,
             )
         if done.broken:
             print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
