@@ -1,40 +1,51 @@
-"""Pictures of what a detector sees: boxes with names, masks, skeletons, and sheets of pictures side by side."""
+"""Pictures with boxes, captions, masks and skeletons that stay visible on any background.
 
+torchvision's drawing functions have no contrasting edges, no dashes and no mask contours, and write captions into the
+box.
+"""
+
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 from torchvision.transforms import v2
 
 from detector.data.keypoints import KeypointLayout
-from detector.data.part_drawing import Mask, contrast, draw_keypoints, draw_mask
+from detector.data.masks import decode_masks
 from detector.text import short
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; one a class, in turn.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Classes take them in turn.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
-LEGIBLE_SIDE = 440  # pixels; a picture whose longer side is smaller is enlarged, so that captions fit beside boxes
+LIGHT = ("#F0E442", "#E69F00", "#56B4E9", "#FFE600", "#FFFFFF")  # black contrasts with them
+LEFT, RIGHT, MIDDLE = "#56B4E9", "#E69F00", "#FFFFFF"  # of keypoints
+LEGIBLE_SIDE = 440  # pixels; smaller pictures are enlarged, so that captions fit
 FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
 DASH = 9  # pixels
+MASK_OPACITY = 0.45
+CONTOUR = 2  # pixels
 
 Stroke = Literal["thin", "thick", "dashed", "dotted"]
+Mask = Tensor | Mapping[str, Any]  # [H, W], above 0 on the object; or an RLE
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box to be drawn, and what is known of the object in it.
+    """A box to draw. Coordinates are pixels of the picture.
 
     Args:
-        corners: x1, y1, x2, y2, in pixels of the picture.
-        caption: on a plate above it.
-        color: of frame and plate.
-        stroke: "thick" has black edges, and is seen on any ground; "dashed" is as thick, in turns with black; "dotted"
-            is fine, in turns with black, and has no caption.
-        mask: of the image, in any size: it is stretched over the picture.
-        points: x, y, in pixels of the picture, and visibility of each keypoint.
+        corners: x1, y1, x2, y2.
+        caption: text on a plate above the box.
+        color: colour of the frame and the plate.
+        stroke: "thick" has black edges; "dashed" alternates with black; "dotted" is thin, alternates with black, and
+            has no caption.
+        mask: mask of the object in any size, stretched over the picture.
+        points: x, y and visibility of each keypoint.
     """
 
     corners: tuple[float, float, float, float]
@@ -53,16 +64,16 @@ def draw(
     min_score: float = 0.5,
     layout: KeypointLayout | None = None,
 ) -> Image.Image:
-    """Draw boxes with class names, and scores, masks and keypoints if there are any.
+    """Draw an image with boxes and class names, and with scores, masks and keypoints if there are any.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
-        target: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] from 1 on, and perhaps ``scores`` [L],
-            ``masks`` [L, H, W] uint8 or ``segmentations``, a list of L RLE (both of the image, in any size), and
-            ``keypoints`` [L, K, 3]: x, y in pixels, and visibility, 0 for points that are not there.
-        names: the class names, that of label 1 first.
-        min_score: detections below it are left out.
-        layout: of the keypoints; without it there are no lines between them.
+        target: ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels, ``labels`` [L] from 1 on; optionally ``scores`` [L],
+            ``masks`` [L, H, W] uint8 or ``segmentations``, a list of L RLE (both stretched over the image), and
+            ``keypoints`` [L, K, 3]: x, y in pixels, and visibility, 0 for missing points.
+        names: class names, starting with that of label 1.
+        min_score: minimum score of the drawn detections.
+        layout: the keypoints; without it no lines join them.
 
     Returns:
         The picture, enlarged if it is small.
@@ -70,27 +81,27 @@ def draw(
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image.cpu(), torch.uint8, scale=True))
     factor = max(round(LEGIBLE_SIDE / max(picture.size)), 1)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
-    nothing = [None] * len(target["labels"])
-    scores = target["scores"].tolist() if "scores" in target else nothing
-    masks = target.get("segmentations", target.get("masks", nothing))
-    points = target["keypoints"].tolist() if "keypoints" in target else nothing
+    missing = [None] * len(target["labels"])
+    scores = target["scores"].tolist() if "scores" in target else missing
+    masks = target.get("segmentations", target.get("masks", missing))
+    keypoints = target["keypoints"].tolist() if "keypoints" in target else missing
     boxes = []
-    for corners, label, score, mask, of_object in zip(
-        target["boxes"].tolist(), target["labels"].tolist(), scores, masks, points, strict=True
+    for corners, label, score, mask, points in zip(
+        target["boxes"].tolist(), target["labels"].tolist(), scores, masks, keypoints, strict=True
     ):
         if score is not None and score < min_score:
             continue
         x1, y1, x2, y2 = (coordinate * factor for coordinate in corners)
         name = short(names[label - 1], 40)
         caption = name if score is None else f"{name} {score:.2f}"
-        enlarged = of_object and [(x * factor, y * factor, visible) for x, y, visible in of_object]
-        boxes.append(Box((x1, y1, x2, y2), caption, class_color(label), mask=mask, points=enlarged))
+        scaled = points and [(x * factor, y * factor, visible) for x, y, visible in points]
+        boxes.append(Box((x1, y1, x2, y2), caption, class_color(label), mask=mask, points=scaled))
     draw_boxes(picture, boxes, layout=layout)
     return picture
 
 
 def class_color(label: int) -> str:
-    """Return the colour of a class, by its label, from 1 on."""
+    """Return the colour of a class by its label, from 1 on."""
     return COLORS[(label - 1) % len(COLORS)]
 
 
@@ -101,14 +112,10 @@ def draw_boxes(
     font_size: int = FONT_SIZE,
     layout: KeypointLayout | None = None,
 ) -> None:
-    """Draw boxes with captions on an RGB picture, in place; the last ones lie on top, masks and skeletons beneath.
-
-    torchvision's ``draw_bounding_boxes`` writes in a size of choice only with the file of a font, writes into the box,
-    over the object, and beyond the picture's edge, and draws neither edges around a frame nor dashes.
-    """
+    """Draw boxes on an RGB picture, in place: masks lowest, then skeletons, then boxes, the last ones on top."""
     boxes = list(boxes)
-    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (box.corners for box in boxes)]
-    for _, box in sorted(zip(areas, boxes), key=lambda one: -one[0]):  # a large mask would hide the small ones
+    # Large masks first, because they would hide small ones.
+    for box in sorted(boxes, key=lambda box: (box.corners[0] - box.corners[2]) * (box.corners[3] - box.corners[1])):
         if box.mask is not None:
             draw_mask(picture, box.mask, box.color)
     for box in boxes:
@@ -119,31 +126,31 @@ def draw_boxes(
     for box in boxes:
         x1, y1, x2, y2 = box.corners
         x2, y2 = max(x1, x2), max(y1, y2)
+        outside = 0 if box.stroke in ("thin", "dotted") else 3  # pixels of the frame outside the box
         if box.stroke == "thin":
             pen.rectangle((x1, y1, x2, y2), outline=box.color, width=2)
         elif box.stroke == "dotted":
             pen.rectangle((x1, y1, x2, y2), outline="black", width=2)
-            _dashes(pen, (x1, y1, x2, y2), box.color, length=DASH // 2, width=2)
+            _draw_dashes(pen, (x1, y1, x2, y2), box.color, length=DASH // 2, width=2)
             continue
         else:
             pen.rectangle((x1 - 3, y1 - 3, x2 + 3, y2 + 3), outline="black", width=6)
+            inner = (x1 - 2, y1 - 2, x2 + 2, y2 + 2)
             if box.stroke == "thick":
-                pen.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=box.color, width=4)
+                pen.rectangle(inner, outline=box.color, width=4)
             else:
-                _dashes(pen, (x1 - 2, y1 - 2, x2 + 2, y2 + 2), box.color, length=DASH, width=4)
-        # Above the box, where it hides none of the object; inside at the upper edge of the picture.
-        frame = 0 if box.stroke == "thin" else 3  # of it that lies outside
-        lower = y1 - frame if y1 - frame >= font_size + 3 else y1 + frame + font_size + 3
+                _draw_dashes(pen, inner, box.color, length=DASH, width=4)
+        # Above the box, or inside it at the upper edge of the picture.
+        lower = y1 - outside if y1 - outside >= font_size + 3 else y1 + outside + font_size + 3
         left = max(min(x1 + 2, picture.width - pen.textlength(box.caption, font) - 2), 2)
         plate = pen.textbbox((left, lower), box.caption, font, anchor="lb")
         pen.rectangle((plate[0] - 2, plate[1] - 1, plate[2] + 2, plate[3] + 1), fill=box.color)
-        pen.text((plate[0], plate[3]), box.caption, contrast(box.color), font, anchor="lb")
+        pen.text((plate[0], plate[3]), box.caption, _contrast(box.color), font, anchor="lb")
 
 
-def _dashes(
+def _draw_dashes(
     pen: ImageDraw.ImageDraw, frame: tuple[float, float, float, float], color: str, *, length: int, width: int
 ) -> None:
-    """Draw pieces of a frame, in pixels."""
     x1, y1, x2, y2 = (round(side) for side in frame)
     for x in range(x1, x2, 2 * length):
         for y in (y1, y2 - width + 1):
@@ -153,8 +160,85 @@ def _dashes(
             pen.rectangle((x, y, x + width - 1, min(y + length - 1, y2)), fill=color)
 
 
+def _contrast(color: str) -> str:
+    return "black" if color in LIGHT else "white"
+
+
+def draw_mask(picture: Image.Image, mask: Mask, color: str) -> None:
+    """Tint the object of a mask, stretched over an RGB picture, in place; its contour has the colour and a halo."""
+    pixels = mask.cpu() if isinstance(mask, Tensor) else decode_masks([mask], *mask["size"])[0]
+    is_object = pixels.numpy() > 0
+    rows, columns = (np.flatnonzero(is_object.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return
+    left, right, x1, x2 = _span(columns, is_object.shape[1], picture.width)
+    top, bottom, y1, y2 = _span(rows, is_object.shape[0], picture.height)
+    # The resampling reads one more pixel.
+    x, y = max(math.floor(x1) - 1, 0), max(math.floor(y1) - 1, 0)
+    cut = Image.fromarray(is_object[y : math.ceil(y2) + 1, x : math.ceil(x2) + 1].astype(np.uint8) * 255)
+    shape = cut.resize((right - left, bottom - top), Image.Resampling.BILINEAR, (x1 - x, y1 - y, x2 - x, y2 - y))
+    shape = shape.point([0] * 128 + [255] * 128)
+    # The filters replicate the border, so an object has no contour along the picture's edge.
+    contour = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(2 * CONTOUR + 1)))
+    halo = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
+    picture.paste(color, (left, top), shape.point([0] * 128 + [round(255 * MASK_OPACITY)] * 128))
+    picture.paste(color, (left, top), contour)
+    picture.paste(_contrast(color), (left, top), halo)
+
+
+def _span(places: np.ndarray, length: int, size: int) -> tuple[int, int, float, float]:
+    """Return start and end of an object and its contour along a side, in the picture and in the mask.
+
+    Args:
+        places: ascending positions of the object in the mask.
+        length: length of the mask's side.
+        size: length of the picture's side.
+    """
+    scale, margin = size / length, CONTOUR + 1
+    start = max(math.floor(places[0] * scale) - margin, 0)
+    end = min(math.ceil((places[-1] + 1) * scale) + margin, size)
+    return start, end, start / scale, end / scale
+
+
+def draw_keypoints(
+    picture: Image.Image, points: Iterable[Sequence[float]], layout: KeypointLayout | None, color: str
+) -> None:
+    """Draw keypoints (x, y, visibility) and their skeleton on an RGB picture, in place.
+
+    Points of visibility 0 and points outside the picture are left out, and so are their lines. The colour of a dot
+    shows its side, left or right, if the names do. Without a layout of as many keypoints no lines are drawn.
+    """
+    places = [
+        (x, y) if visible > 0 and 0 <= x <= picture.width and 0 <= y <= picture.height else None
+        for x, y, visible in points
+    ]
+    drawn = [place for place in places if place is not None]
+    if not drawn:
+        return
+    xs, ys = zip(*drawn)
+    size = round(min(max(max(max(xs) - min(xs), max(ys) - min(ys)) / 40, 1), 4))  # small dots on a small object
+    colors, ends = [color] * len(places), []
+    if layout is not None and len(layout) == len(places):
+        ends = [(places[a], places[b]) for a, b in layout.skeleton]
+        mirrored = layout.mirrored()
+        if mirrored != list(range(len(places))):
+            # Of two names that mirror each other, the one with "l" comes first in the alphabet.
+            names = [name.lower() for name in layout.names]
+            colors = [
+                MIDDLE if other == i else LEFT if names[i] < names[other] else RIGHT for i, other in enumerate(mirrored)
+            ]
+    pen = ImageDraw.Draw(picture)
+    for ink, width in ((_contrast(color), size + 2), (color, size)):
+        for start, end in ends:
+            if start is not None and end is not None:
+                pen.line((*start, *end), ink, width)
+    for place, fill in zip(places, colors, strict=True):
+        if place is not None:
+            pen.circle(place, size + 1, fill, _contrast(fill))
+
+
 def sheet(rows: Sequence[Sequence[Image.Image]], headings: Sequence[str] = ()) -> Image.Image:
-    """Put pictures of any sizes on one white sheet, row by row, with a heading over each column."""
+    """Arrange pictures of any sizes on a white sheet, with a heading over each column."""
     columns = [max(picture.width for picture in column) for column in zip(*rows)]
     heights = [max(picture.height for picture in row) for row in rows]
     top = GAP + (FONT_SIZE + GAP if headings else 0)

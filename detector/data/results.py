@@ -33,7 +33,7 @@ def to_results(
     Args:
         detections: per image ``boxes`` [L, 4] (x1, y1, x2, y2) in pixels of the annotated image, ``labels`` [L]
             and ``scores`` [L], as torchvision's detectors return them; and, if there are any, ``masks`` [L, 1, H, W],
-            or ``segmentations``, L RLE, see :func:`~detector.models.detecting.detect`, and ``keypoints`` [L, K, 3].
+            or ``segmentations``, L RLE, and ``keypoints`` [L, K, 3].
         image_ids: the images' ids.
         category_ids: the category id of each label, from label 1 on; ``None`` for one to leave out.
 

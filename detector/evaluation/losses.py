@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.data.masks import MaskLayers
-from detector.models.detecting import Found, postprocessed, sizes_of
+from detector.models.rle_detections import DetectionDict, postprocess, sizes_of
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 
@@ -17,7 +17,7 @@ from detector.refinement.attach import refinement_of
 @torch.no_grad()
 def detect_with_losses(
     model: nn.Module, images: list[Tensor], targets: Sequence[Mapping[str, Any]]
-) -> tuple[list[Found], dict[str, Tensor]]:
+) -> tuple[list[DetectionDict], dict[str, Tensor]]:
     """Detections and the training losses of the same images; of an R-CNN by one pass of backbone and RPN.
 
     The model is in eval mode, but for the flags by which its parts choose what to return: dropout drops nothing, and no
@@ -31,7 +31,7 @@ def detect_with_losses(
             of large images better as :class:`~detector.data.masks.MaskLayers`, which are resized before they are many.
 
     Returns:
-        What :func:`~detector.models.detecting.detect` returns, and the losses by torchvision's names.
+        What :func:`~detector.models.rle_detections.detect` returns, and the losses by torchvision's names.
     """
     training = model.training
     model.eval()
@@ -59,6 +59,6 @@ def detect_with_losses(
         with overridden(heads, training=True), plain:
             losses = losses | heads(features, proposals, batch.image_sizes, resized)[1]
         detections, _ = heads(features, proposals, batch.image_sizes)
-        return postprocessed(model, detections, batch.image_sizes, sizes_of(images)), losses
+        return postprocess(model, detections, batch.image_sizes, sizes_of(images)), losses
     finally:
         model.train(training)

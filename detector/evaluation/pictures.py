@@ -13,9 +13,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from detector.data.dataset import CocoDetection
-from detector.data.drawing import Box, class_color, draw, draw_boxes, sheet
+from detector.data.drawing import Box, Mask, class_color, draw, draw_boxes, sheet
 from detector.data.masks import as_rle
-from detector.data.part_drawing import Mask
 from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import BoxOutcome, Kind, match_boxes

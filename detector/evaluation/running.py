@@ -20,7 +20,7 @@ from detector.data.results import Result, to_results
 from detector.errors import DataError, one_line
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.proposals import Hit, ProposalRecorder
-from detector.models.detecting import detect, sizes_of
+from detector.models.rle_detections import detect, sizes_of
 from detector.rcnn.sampling import seed_sampling
 from detector.seeds import seed_of
 

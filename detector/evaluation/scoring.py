@@ -28,7 +28,7 @@ from detector.evaluation.ranks import gathered, joined
 from detector.evaluation.running import Predictions, run_detector
 from detector.evaluation.timing import WARM_UP, measure_stages
 from detector.evaluation.writing import EvaluationOptions, described, refinement_in_words, write_evaluation
-from detector.models.detecting import annotation_types_of
+from detector.models.rle_detections import annotation_types_of
 from detector.overriding import overridden
 from detector.pretrained.detector import Detector
 

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from detector.data.dataset import CocoDetection
-from detector.models.detecting import detect
+from detector.models.rle_detections import detect
 from detector.overriding import overridden
 from detector.refinement.roi_heads import RefinedRoIHeads
 

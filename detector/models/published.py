@@ -1,4 +1,4 @@
-"""torchvision's own detectors: their names, their published weights, what no state_dict holds."""
+"""torchvision's own detectors and their published weights."""
 
 import re
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.errors import ModelError
 from detector.models.config import DetectorConfig
-from detector.models.weights import load_weights, read_weights, refusing
+from detector.models.weights import as_model_error, load_weights, read_weights
 
-# The published files whose batch norms torchvision runs with an eps of 0 when it fetches them itself.
+# Published files for which torchvision sets the eps of the batch norms to 0.
 COCO_V1_FILES = (
     "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
     "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
@@ -25,8 +25,13 @@ COCO_V1_FILES = (
 )
 
 
+def torchvision_detectors() -> list[str]:
+    """Return the names of torchvision's detectors: R-CNNs and others."""
+    return torchvision.models.list_models(module=torchvision.models.detection)
+
+
 def starts_from_own_weights(config: DetectorConfig) -> bool:
-    """Whether ``config.weights`` is a file, a folder or a name on the hub, not one that torchvision publishes."""
+    """Whether ``config.weights`` names a file, a folder or a hub repository rather than published weights."""
     if config.weights is None or config.name not in torchvision_detectors():
         return config.weights is not None
     known = torchvision.models.get_model_weights(config.name)
@@ -34,32 +39,32 @@ def starts_from_own_weights(config: DetectorConfig) -> bool:
 
 
 def load_torchvision_detector(name: str, weights: str) -> nn.Module:
-    """A stock torchvision detector with weights, in eval mode.
+    """Load a torchvision detector with weights, in eval mode.
 
     Args:
-        name: one of :func:`torchvision_detectors`: an R-CNN, or one without a second stage.
-        weights: a file of its state_dict, or a name that torchvision publishes ("DEFAULT", "COCO_V1"; fetched).
+        name: one of :func:`torchvision_detectors`.
+        weights: a file with its state_dict, or a name that torchvision publishes ("DEFAULT", "COCO_V1").
 
     Raises:
-        ModelError: the name is not known, or the weights cannot be had or are another model's.
+        ModelError: the name is unknown, or the weights cannot be fetched or belong to another model.
     """
     if name not in torchvision_detectors():
         raise ModelError(f"{name!r} is not one of torchvision's detectors: {', '.join(torchvision_detectors())}")
     if weights in torchvision.models.get_model_weights(name).__members__ or weights == "DEFAULT":
         with fetching(name, "give a file of weights"):
             return torchvision.models.get_model(name, weights=weights).eval()
-    state = read_weights(weights, legacy=True)  # as torchvision's own older files are
-    with refusing(f"{weights}: not the weights of {name}"):
-        state = with_new_names(state.get("model", state))  # torchvision's own training script saves it so
-        classes, options = number_of_classes(name, state), _keypoints_in(name, state)
-        model = load_weights(lambda: _without_weights(name, classes, **options), state)
+    state = read_weights(weights, legacy=True)  # the format of torchvision's first files
+    with as_model_error(f"{weights}: not the weights of {name}"):
+        state = with_new_names(state.get("model", state))  # as torchvision's training script saves it
+        options = {"num_classes": number_of_classes(name, state), **_keypoint_option(name, state)}
+        model = load_weights(lambda: _without_weights(name, **options), state)
     if Path(weights).name in COCO_V1_FILES:
         set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.0))
     return model.eval()
 
 
 def with_new_names(state: dict[Any, Any]) -> dict[str, Any]:
-    """A Faster R-CNN's state_dict by the names of today's torchvision, whose first COCO weights have older ones."""
+    """Rename the keys of torchvision's first COCO weights to those of its current version."""
     renamed = {}
     for name, value in state.items():
         name = re.sub(r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2", str(name))
@@ -68,24 +73,20 @@ def with_new_names(state: dict[Any, Any]) -> dict[str, Any]:
 
 
 def batch_norm_eps(model: nn.Module) -> dict[str, float]:
-    """The eps of each batch norm, which no state_dict holds: torchvision sets 0 for its first COCO weights."""
-    eps = {}
-    for name, module in model.named_modules():
-        part: Any = module
-        if isinstance(getattr(part, "running_var", None), Tensor):  # timm has classes of its own for frozen ones
-            eps[name] = float(part.eps)
-    return eps
+    """Return the eps of each batch norm, which a state_dict lacks."""
+    modules: Any = model.named_modules()
+    return {name: float(m.eps) for name, m in modules if isinstance(getattr(m, "running_var", None), Tensor)}
 
 
 def set_batch_norm_eps(model: nn.Module, eps: dict[str, float]) -> None:
-    """Undo that a model built without its weights has torchvision's usual eps, by :func:`batch_norm_eps`."""
+    """Set the eps of batch norms, by :func:`batch_norm_eps`."""
     for name, value in eps.items():
         setattr(model.get_submodule(name), "eps", float(value))  # noqa: B010 (a Module's attributes are untyped)
 
 
 @contextmanager
 def fetching(name: str, instead: str) -> Iterator[None]:
-    """Weights that torchvision does not publish, or that cannot be fetched, as a :class:`ModelError`."""
+    """Raise a :class:`ModelError` for weights that torchvision does not publish or that cannot be fetched."""
     try:
         yield
     except KeyError as error:
@@ -97,28 +98,23 @@ def fetching(name: str, instead: str) -> Iterator[None]:
 
 
 def number_of_classes(name: str, state: dict[str, Any]) -> int:
-    """The classes, with the background, of a torchvision detector's state_dict.
+    """Return the number of classes, with the background, of a torchvision detector's state_dict.
 
     Raises:
-        ModelError: it is not one of that detector, or of no class.
+        ModelError: the state_dict belongs to another detector.
     """
     with torch.device("meta"):
-        two, three = (_without_weights(name, classes).state_dict() for classes in (2, 3))
-    grows = next(key for key in two if two[key].shape != three[key].shape)
-    a_class = len(three[grows]) - len(two[grows])  # the rows of the layer that each class adds
-    weight = state.get(grows)
-    if not isinstance(weight, Tensor) or weight.dim() != two[grows].dim() or len(weight) < len(two[grows]):
-        raise ModelError(f"it has no {grows} with the rows of a class")
-    return (len(weight) - len(two[grows])) // a_class + 2
+        two, three = (_without_weights(name, num_classes=classes).state_dict() for classes in (2, 3))
+    predictor = next(key for key in two if two[key].shape != three[key].shape)
+    rows_per_class = len(three[predictor]) - len(two[predictor])
+    weight = state.get(predictor)
+    if not isinstance(weight, Tensor) or weight.dim() != two[predictor].dim() or len(weight) < len(two[predictor]):
+        raise ModelError(f"it has no {predictor} with the rows of a class")
+    return (len(weight) - len(two[predictor])) // rows_per_class + 2
 
 
 def published_keypoints(name: str, model: nn.Module) -> KeypointLayout | None:
-    """The layout of a torchvision detector's keypoints: a person's, if there are as many, else numbers.
-
-    Args:
-        name: one of :func:`torchvision_detectors`.
-        model: the detector.
-    """
+    """Return the keypoints of a torchvision detector: a person's if their number fits, otherwise numbered ones."""
     if not name.startswith("keypointrcnn"):
         return None
     heads: Any = model.roi_heads
@@ -127,14 +123,14 @@ def published_keypoints(name: str, model: nn.Module) -> KeypointLayout | None:
 
 
 def published_names(name: str = "fasterrcnn_resnet50_fpn") -> list[str]:
-    """The names of a published detector's classes, the background first: COCO's 91 by id, with gaps, or a person."""
+    """Return the class names of a published detector, background first: COCO's 91 by id, or a person."""
     if name.startswith("keypointrcnn"):
         return ["__background__", "person"]
     return list(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 
 
 def settings_of(name: str, model: FasterRCNN) -> DetectorConfig:
-    """The settings that build a torchvision detector as its builder's own defaults did."""
+    """Return the settings that rebuild a torchvision detector."""
     rpn, heads, transform = model.rpn, model.roi_heads, model.transform
     return DetectorConfig(
         name=name,
@@ -156,18 +152,12 @@ def settings_of(name: str, model: FasterRCNN) -> DetectorConfig:
     )
 
 
-def _without_weights(name: str, classes: int, **options: int) -> nn.Module:
-    return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=classes, **options)
+def _without_weights(name: str, **options: int) -> nn.Module:
+    return torchvision.models.get_model(name, weights=None, weights_backbone=None, **options)
 
 
-def _keypoints_in(name: str, state: dict[str, Any]) -> dict[str, int]:
-    """The number of keypoints that a Keypoint R-CNN's state_dict has, as its builder's option."""
+def _keypoint_option(name: str, state: dict[str, Any]) -> dict[str, int]:
     bias = state.get("roi_heads.keypoint_predictor.kps_score_lowres.bias")
     if not name.startswith("keypointrcnn") or not isinstance(bias, Tensor) or bias.dim() != 1 or not len(bias):
-        return {}  # load_weights says what is missing
+        return {}  # load_weights reports what is missing
     return {"num_keypoints": len(bias)}
-
-
-def torchvision_detectors() -> list[str]:
-    """The names of torchvision's detectors, with an RoI pooler (R-CNN) or without."""
-    return torchvision.models.list_models(module=torchvision.models.detection)

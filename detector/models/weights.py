@@ -1,17 +1,12 @@
-"""Reading files of weights, of which nothing is trusted: the threat model of this project's files.
+"""Reading files of weights that anybody may have written.
 
-Checkpoints, saved folders and files of weights are passed around and may come from anybody. Loading one gives its
-detector, or a :class:`~detector.errors.ModelError` of one sentence that names the file; and:
-
-- It runs no code. Tensors and plain values are read (``weights_only=True``, safetensors, JSON); nothing is unpickled.
-  The network is built by a name that timm or torchvision lists; a file makes nobody fetch anything.
-- Damage is seen: by the checksum of each member of an archive, and in a saved folder by a hash of all weights. They are
-  no signatures. torchvision's files of before torch 1.6 have none, and are read only where such are expected.
-- It takes no more memory than its size. An archive must not say that it holds more, and the network that a file asks
-  for is compared by names and shapes on the meta device, before it takes any.
-- The numbers are finite and of the model's kind, so that a detector that finds nothing is not one of NaN.
-
-What a network was trained to detect, or not to detect, no check can tell.
+- Nothing in a file is executed: tensors and plain values are read (``weights_only=True``, safetensors, JSON), and the
+  network is built by a name that timm or torchvision lists.
+- Damage is detected by the checksum of each member of an archive, and in a saved folder by a hash of all weights.
+  Neither is a signature. The format before torch 1.6 has no checksums, and is read only where it is expected.
+- A file takes no more memory than its size: archives must not be compressed, and the network that a file asks for is
+  compared with its weights on the meta device first.
+- Numbers are finite and have the model's kind of dtype.
 """
 
 import math
@@ -32,22 +27,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """What goes wrong with a file's content, of whatever type, as a :class:`ModelError` that begins with ``what``."""
+def as_model_error(prefix: str) -> Iterator[None]:
+    """Raise any error about a file's content as a :class:`ModelError` that starts with ``prefix``."""
     try:
         yield
     except KeyError as error:
-        raise ModelError(f"{what}: it has no {error}") from None
+        raise ModelError(f"{prefix}: it has no {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{what}: {one_line(error)}") from None
+        raise ModelError(f"{prefix}: {one_line(error)}") from None
 
 
 def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
-    """Read a file of tensors and plain values; nothing in it is executed.
+    """Read a dict of tensors and plain values that ``torch.save`` wrote.
 
     Args:
-        path: what ``torch.save`` wrote.
-        legacy: also take the format before torch 1.6, in which damage to a number cannot be seen.
+        path: the file.
+        legacy: also read the format before torch 1.6.
 
     Raises:
         ModelError: the file is missing, broken, or holds anything else.
@@ -62,7 +57,7 @@ def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises what it likes on a broken file
+    except Exception as error:  # torch.load raises any type for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}: cannot be read as weights (cut off, or not a weights file?): {reason}") from None
     if not isinstance(content, dict):
@@ -71,34 +66,30 @@ def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
 
 
 def _check_archive(path: str | Path) -> None:
-    """What torch.load would take without a word: a damaged number, and a small file that fills the memory."""
+    """Check what ``torch.load`` does not: checksums, and members that would fill the memory."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if sum(member.file_size for member in members) > os.path.getsize(path):
-            raise ValueError("it holds more than its size, packed, as torch.save never writes it")
+            raise ValueError("it is compressed, as torch.save never writes it")
         if len({member.filename.lower() for member in members}) < len(members):
-            raise ValueError("it holds two members of one name")  # of which only one would be looked at
+            raise ValueError("it holds two members of one name")  # testzip would check only one of them
         damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         for member in members:
-            # The one function that weights_only=True calls and that makes any amount of memory out of a number.
+            # weights_only=True allows this call, which allocates any amount of memory.
             if member.filename.lower().endswith(".pkl") and b"\nbytearray\n" in archive.read(member):
-                raise ValueError("it holds a bytearray, which no weights are")
+                raise ValueError("it holds a bytearray, which weights never are")
 
 
 def load_weights(build: Callable[[], Model], state: Any) -> Model:
-    """Build a model and load a state_dict into it, of which neither names nor shapes are trusted.
-
-    Args:
-        build: makes the model, with random weights.
-        state: a state_dict, or what a file holds in its place.
+    """Build a model and load an untrusted state_dict into it.
 
     Raises:
-        ModelError: names, shapes or kinds of numbers differ from the model's, or a number is not finite.
+        ModelError: the model cannot be built; names, shapes or kinds of dtypes differ from its own; or a number is not
+            finite.
     """
-    # A ModelError; torchvision's; sizes whose product no integer holds.
-    with refusing("cannot be built"), torch.device("meta"):
+    with as_model_error("cannot be built"), torch.device("meta"):
         expected = build().state_dict()
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError("its weights are not tensors by name")
@@ -111,32 +102,32 @@ def load_weights(build: Callable[[], Model], state: Any) -> Model:
 
 
 def differences(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """What differs of the names and shapes of a file's tensors and a model's, a sentence each."""
+    """Return a message for each name or shape that differs between a file's tensors and a model's."""
     found = []
     for name in dict.fromkeys([*expected, *state]):
         shapes = [list(weights[name].shape) if name in weights else "missing" for weights in (state, expected)]
-        # torchvision's older files lack this count, which nothing reads.
+        # torchvision's older files lack this counter, which is never used.
         if shapes[0] != shapes[1] and not str(name).endswith("num_batches_tracked"):
             found.append(f"{short(str(name))} is {shapes[0]} in the file, {shapes[1]} in the model")
     return found
 
 
 def check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not stored as they are, and numbers that a model cannot compute with.
+    """Refuse tensors that are not plain ones with finite values.
 
     Args:
-        state: tensors of a file.
-        expected: those of the model, of any device; names that one of both lacks are passed over.
+        state: the tensors of a file.
+        expected: those of the model, on any device. Names in only one of the two are ignored.
 
     Raises:
-        ModelError: says which tensor, and what is wrong with it.
+        ModelError: names the tensor.
     """
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
             raise ModelError(f"{name} is no plain tensor")
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
     if sum(value.numel() * value.element_size() for value in state.values()) > sum(stored.values()):
-        raise ModelError("its weights are larger than what it holds of them")
+        raise ModelError("its weights are larger than the numbers it stores")  # expanded views
     for name in state.keys() & expected.keys():
         value, wanted = state[name], expected[name]
         if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():

@@ -9,9 +9,9 @@ from detector.choices import Crop
 from detector.data.keypoints import KeypointLayout
 from detector.errors import ModelError, short_repr
 from detector.models.build import build_detector
-from detector.models.config import DetectorConfig, saved_settings
+from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, set_batch_norm_eps
-from detector.models.weights import load_weights, refusing
+from detector.models.weights import as_model_error, load_weights
 from detector.rcnn.swap import swap_crop_head
 from detector.refinement.attach import add_refinement
 from detector.refinement.config import RefinementConfig
@@ -60,11 +60,11 @@ class DetectorDescription:
         Raises:
             ModelError: a value is invalid.
             LookupError, TypeError, AttributeError, ValueError: a value is missing or of the wrong type; see
-                :func:`~detector.models.weights.refusing`.
+                :func:`~detector.models.weights.as_model_error`.
         """
         if not isinstance(content, dict):
             raise ModelError(f"it must hold a dict, not a {type(content).__name__}")
-        settings, crop, eps = saved_settings(content["detector"]), content["crop"], content["batch_norm_eps"]
+        settings, crop, eps = DetectorConfig.from_dict(content["detector"]), content["crop"], content["batch_norm_eps"]
         ids, names = ([category[key] for category in content["categories"]] for key in ("id", "name"))
         if crop not in ("affine", "roi_align"):
             raise ModelError(f"crop must be affine or roi_align, got {short_repr(crop)}")
@@ -73,10 +73,10 @@ class DetectorDescription:
                 raise ModelError(f"categories: each needs an id and a name, got {short_repr(i)} and {short_repr(name)}")
         if not isinstance(eps, dict) or not all(type(e) in (int, float) and 0 <= e <= 1 for e in eps.values()):
             raise ModelError("batch_norm_eps must be numbers from 0 to 1")
-        with refusing("refinement"):
+        with as_model_error("refinement"):
             fields = content.get("refinement")
             refinement = None if fields is None else RefinementConfig.from_dict(fields)
-        with refusing("keypoints"):
+        with as_model_error("keypoints"):
             has_keypoints = "keypoints" in settings.annotation_types
             keypoints = KeypointLayout.from_dict(content.get("keypoints")) if has_keypoints else None
         return cls(settings, crop, ids, names, eps, refinement, keypoints)

@@ -19,10 +19,10 @@ from detector.data.keypoints import KeypointLayout
 from detector.errors import DataError, ModelError
 from detector.files import read_json, write_atomically, write_json
 from detector.models.config import DetectorConfig
-from detector.models.detecting import Found, detect, kept
-from detector.models.narrow_images import take_narrow_images
 from detector.models.published import batch_norm_eps
-from detector.models.weights import refusing
+from detector.models.resizing import accept_narrow_images
+from detector.models.rle_detections import DetectionDict, detect, select
+from detector.models.weights import as_model_error
 from detector.overriding import eval_mode
 from detector.pretrained.description import Crop, DetectorDescription
 from detector.pretrained.detections import Detections
@@ -68,7 +68,7 @@ class Detector(
         keypoints: KeypointLayout | None = None,
     ) -> None:
         super().__init__()
-        take_narrow_images(model)
+        accept_narrow_images(model)
         self.model = model
         self.category_ids, self.category_names = list(category_ids), list(category_names)
         self.settings, self.keypoints = settings, keypoints
@@ -156,7 +156,7 @@ class Detector(
         detections = [self.named(pixels, one, min_score) for pixels, one in zip(images, found, strict=True)]
         return detections if several else detections[0]
 
-    def named(self, pixels: Tensor, found: Found, min_score: float | Sequence[float]) -> Detections:
+    def named(self, pixels: Tensor, found: DetectionDict, min_score: float | Sequence[float]) -> Detections:
         """Return an image's detections with the names of their classes.
 
         Args:
@@ -166,11 +166,11 @@ class Detector(
         """
         least = [min_score] * len(self.category_names) if isinstance(min_score, float | int) else min_score
         by_label = torch.tensor([0.0, *least], dtype=torch.float64)  # the background has no detections
-        shown = kept(found, found["scores"].double() >= by_label[found["labels"]])
+        shown = select(found, found["scores"].double() >= by_label[found["labels"]])
         return Detections(pixels, category_names=self.category_names, layout=self.keypoints, **shown)
 
     @torch.no_grad()
-    def detect_batch(self, images: Sequence[Tensor]) -> list[Found]:
+    def detect_batch(self, images: Sequence[Tensor]) -> list[DetectionDict]:
         """Detect the objects in images of one size, in eval mode. The mode of each module is restored afterwards.
 
         Args:
@@ -190,7 +190,7 @@ class Detector(
         device = next(self.parameters()).device
         with eval_mode(self):
             found = detect(self.model, [pixels.to(device).float().div_(255) for pixels in images])
-        found = [kept(one, one["labels"] > 0) for one in found]  # one-stage detectors also return the background
+        found = [select(one, one["labels"] > 0) for one in found]  # one-stage detectors also return the background
         return [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
 
     def export(self, path: str | Path, **options: Any) -> OnnxExport:
@@ -310,7 +310,7 @@ class Detector(
             weights = safetensors.torch.load_file(folder / WEIGHTS)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder / WEIGHTS}: cannot be read (cut off?): {short(str(error), 300)}") from None
-        with refusing(f"{folder / CONFIG}: not a detector of this project, or damaged"):
+        with as_model_error(f"{folder / CONFIG}: not a detector of this project, or damaged"):
             description = DetectorDescription.from_dict(config)
             if config["weights_digest"] != digest_of(weights):
                 raise ModelError(f"{WEIGHTS} beside it is damaged, or another detector's")

@@ -18,7 +18,7 @@ from detector.data.keypoints import KeypointLayout
 from detector.errors import ModelError
 from detector.models.config import DetectorConfig
 from detector.models.published import COCO_V1_FILES, batch_norm_eps, published_names, set_batch_norm_eps, with_new_names
-from detector.models.weights import check_tensors, differences, read_weights, refusing
+from detector.models.weights import as_model_error, check_tensors, differences, read_weights
 from detector.pretrained.detector import Detector
 from detector.pretrained.hub import is_hub_name
 from detector.pretrained.loading import CHECKPOINT_KEY, checkpoint_of, detector_of, load_detector
@@ -84,7 +84,7 @@ def load_initial_weights(
     if keypoints is not None and theirs is not None and not keypoints.fits(theirs):
         found = {name: value for name, value in found.items() if not name.startswith(KEYPOINTS)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
-    with refusing(called):
+    with as_model_error(called):
         taken_of_body, whole_body = (_numbers(part) for part in (taken, body))
         if taken_of_body < LEAST * whole_body:
             rest = {name: value for name, value in found.items() if not name.startswith(BY_CLASS)}

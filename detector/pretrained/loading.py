@@ -14,7 +14,7 @@ from detector.models.published import (
     published_names,
     settings_of,
 )
-from detector.models.weights import read_weights, refusing
+from detector.models.weights import as_model_error, read_weights
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import Detector
 from detector.pretrained.hub import CONFIG, is_hub_name
@@ -57,7 +57,7 @@ def load_checkpoint(path: str | Path) -> Detector:
 
 def detector_of(checkpoint: dict[str, Any], path: str | Path) -> Detector:
     """Build the detector of a checkpoint's content; ``path`` is for messages."""
-    with refusing(f"{path}: not a checkpoint of tools/train.py, or damaged"):
+    with as_model_error(f"{path}: not a checkpoint of tools/train.py, or damaged"):
         description = DetectorDescription.from_dict(checkpoint[CHECKPOINT_KEY])
         weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
         return Detector.from_description(description, weights)

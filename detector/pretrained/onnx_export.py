@@ -29,8 +29,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.errors import UserError
 from detector.files import write_atomically
-from detector.models.detecting import annotation_types_of
-from detector.models.narrow_images import NarrowTransform
+from detector.models.resizing import DetectorTransform
+from detector.models.rle_detections import annotation_types_of
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 
@@ -247,7 +247,7 @@ class _Traced(nn.Module):
         if (refinement := refinement_of(model)) is not None:
             heads._modules = dict(heads._modules)
             heads.refinement = self.refinement = copy.copy(refinement)
-        if type(model.transform) in (GeneralizedRCNNTransform, NarrowTransform):
+        if type(model.transform) in (GeneralizedRCNNTransform, DetectorTransform):
             self.detector.transform = copy.copy(model.transform)
             self.detector.transform.__class__ = _TracedTransform
         self.fields = fields_of(model)

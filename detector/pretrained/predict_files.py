@@ -21,7 +21,7 @@ from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
 from detector.errors import DataError
 from detector.files import read_json, write_json
-from detector.models.detecting import Found
+from detector.models.rle_detections import DetectionDict
 from detector.pretrained.detections import Detections
 from detector.pretrained.detector import Detector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
@@ -270,7 +270,9 @@ class _Files(Dataset[_Read]):
         return _Read(index, pixels, remarks)
 
 
-def _detected(detector: Detector, files: Sequence[ImageFile], options: PredictOptions) -> Iterator[tuple[_Read, Found]]:
+def _detected(
+    detector: Detector, files: Sequence[ImageFile], options: PredictOptions
+) -> Iterator[tuple[_Read, DetectionDict]]:
     """Yield each file as it was read, with its detections, under a progress bar."""
     loader = make_loader(_Files(files, options), None, workers=options.workers)
     with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:

@@ -7,7 +7,7 @@ import torch
 from detector.data.dataset import CocoDetection
 from detector.data.folder import DataFolder
 from detector.errors import MissingAnnotationsError, ModelError, UsageError
-from detector.models.detecting import annotation_types_of
+from detector.models.rle_detections import annotation_types_of
 from detector.pretrained.description import Crop
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import checkpoint_of, load_detector, load_published

@@ -26,7 +26,7 @@ from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.loading import make_loader
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, MissingAnnotationsError, short_repr
-from detector.models.narrow_images import NarrowShortestSize
+from detector.models.resizing import RandomShortestSize
 from detector.text import listed
 from detector.training.failures import TRAIN, TrainingError
 
@@ -127,7 +127,7 @@ class CocoDataModule(lightning.LightningDataModule):
         if min_size is not None:
             # The detector resizes test images by itself, without antialiasing; training images must look the same.
             sizes = [min_size] if isinstance(min_size, int) else list(min_size)
-            transforms.append(NarrowShortestSize(sizes, max_size, antialias=False))
+            transforms.append(RandomShortestSize(sizes, max_size, antialias=False))
         self.train_transform = v2.Compose(transforms) if transforms else None
         self.notes: list[str] = []  # on what the splits lack, for the report
         self._position: dict[str, int] = {}  # where a checkpoint was written

@@ -17,7 +17,7 @@ from detector.evaluation.running import run_detector
 from detector.evaluation.scoring import scored_types
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
 from detector.files import read_json, write_json
-from detector.models.detecting import annotation_types_of
+from detector.models.rle_detections import annotation_types_of
 from detector.models.weights import read_weights
 from detector.overriding import overridden
 from detector.pretrained.detector import Detector

@@ -23,7 +23,7 @@ from detector.models.anchors import anchor_advice
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, set_batch_norm_eps, starts_from_own_weights
-from detector.models.weights import refusing
+from detector.models.weights import as_model_error
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import CHECKPOINT_KEY
@@ -219,7 +219,7 @@ class DetectionTask(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._starts = False  # the file that the run began from may be gone
         saved = checkpoint[CHECKPOINT_KEY]
-        with refusing("the checkpoint is of an earlier version of this project, or damaged"):
+        with as_model_error("the checkpoint is of an earlier version of this project, or damaged"):
             description = DetectorDescription.from_dict(saved)
         if self.trainer.state.fn == "fit":
             self._resumed = saved

@@ -10,9 +10,8 @@ from pycocotools import mask as coco_mask
 from torch.nn.functional import max_pool2d
 
 from detector.data.dataset import CocoDetection
-from detector.data.drawing import COLORS, Box, draw, draw_boxes
+from detector.data.drawing import COLORS, LEFT, MIDDLE, RIGHT, Box, draw, draw_boxes, draw_keypoints, draw_mask
 from detector.data.keypoints import PERSON, KeypointLayout
-from detector.data.part_drawing import LEFT, MIDDLE, RIGHT, draw_keypoints, draw_mask
 from detector.evaluation.confusion import BoxOutcome
 from detector.evaluation.page import MARKS
 from detector.evaluation.pictures import draw_examples, draw_outcomes

@@ -26,7 +26,7 @@ from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_types, match, 
 from detector.evaluation.scoring import evaluate_results, scored_types
 from detector.evaluation.truth import coco_of, index_coco
 from detector.evaluation.writing import EvaluationOptions
-from detector.models.detecting import detect
+from detector.models.rle_detections import detect
 
 SIZE = (90, 120)  # height, width
 

@@ -11,8 +11,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from detector.data.keypoints import PERSON
 from detector.errors import ModelError
 from detector.models.build import KeypointPredictor, _fit_predictors, build_detector
-from detector.models.config import DetectorConfig, saved_settings
-from detector.models.detecting import annotation_types_of, kept
+from detector.models.config import DetectorConfig
+from detector.models.rle_detections import annotation_types_of, select
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import Detector
 from detector.pretrained.initial_weights import load_initial_weights
@@ -77,7 +77,7 @@ def test_finds_is_of_timm_alone():
 
 
 def test_settings_of_before_find_boxes():
-    assert saved_settings({"name": "timm/test_efficientnet"}).annotation_types == ()
+    assert DetectorConfig.from_dict({"name": "timm/test_efficientnet"}).annotation_types == ()
 
 
 def test_a_backbone_of_published_weights_is_held_as_torchvision_holds_it():
@@ -164,6 +164,6 @@ def test_a_description_keeps_the_layout_and_refuses_damage():
 
 def test_some_of_the_detections():
     found = {"scores": torch.tensor([0.9, 0.2, 0.5]), "segmentations": [{"a": 1}, {"b": 2}, {"c": 3}]}
-    some = kept(found, found["scores"] > 0.3)
+    some = select(found, found["scores"] > 0.3)
     assert some["segmentations"] == [{"a": 1}, {"c": 3}]
     assert some["scores"].tolist() == pytest.approx([0.9, 0.5])

@@ -546,7 +546,7 @@ def test_a_config_with_a_hole_or_a_wrong_type(saved, field):
         ("name", "fasterrcnn_resnet50_fpn", "in the file"),
         ("name", "timm/test_resnet", "in the file"),
         ("name", "maskrcnn_resnet50_fpn", "is missing in the file"),
-        ("name", "retinanet_resnet50_fpn", "is not known"),
+        ("name", "retinanet_resnet50_fpn", "unknown"),
         ("name", None, "must be a name"),
         ("fpn_channels", 2**31 - 1, "detector of this project, or damaged"),
         ("fpn_channels", 10**6, r"is \[.*\] in the file, \[.*\] in the model"),

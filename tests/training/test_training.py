@@ -254,7 +254,7 @@ def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch)
     (start,) = json.loads((trained / "environment.json").read_text())
     assert start["settings"]["seed"] == 0
     assert start["settings"]["detector"]["fpn_channels"] == 16
-    assert "NarrowShortestSize" in start["settings"]["transform"]
+    assert "RandomShortestSize" in start["settings"]["transform"]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     if commit.returncode == 0:
@@ -980,8 +980,8 @@ def test_the_start_of_a_training_says_what_is_wrong_with_its_data(digits, tmp_pa
         )
         == 1
     )
-    (advice,) = [message for message in said if "outside the anchors" in message]
-    assert re.match(r"train: 100% of \d+ objects lie outside the anchors", advice)
+    (advice,) = [message for message in said if "with any anchor" in message]
+    assert re.match(r"train: 100% of \d+ objects", advice)
     assert '--model.detector.anchor_sizes "[' in advice
 
 

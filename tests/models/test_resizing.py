@@ -11,7 +11,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from detector.models.build import build_detector
-from detector.models.narrow_images import NarrowShortestSize, NarrowTransform
+from detector.models.resizing import DetectorTransform, RandomShortestSize
 from detector.pretrained.detector import Detector
 from detector.rcnn.swap import swap_crop_head
 
@@ -20,7 +20,7 @@ STOCK = GeneralizedRCNNTransform(64, 128, [0.0] * 3, [1.0] * 3)
 
 def narrow(min_size=64, max_size=128):
     transform = GeneralizedRCNNTransform(min_size, max_size, [0.0] * 3, [1.0] * 3).eval()
-    transform.__class__ = NarrowTransform
+    transform.__class__ = DetectorTransform
     return transform
 
 
@@ -49,14 +49,14 @@ def test_other_images_are_resized_as_torchvision_does(size):
 def test_training_images_are_resized_likewise():
     image = tv_tensors.Image(torch.rand(3, 2, 3000))
     box = tv_tensors.BoundingBoxes(torch.tensor([[0.0, 0, 3000, 2]]), format="XYXY", canvas_size=(2, 3000))
-    resized, boxes = NarrowShortestSize([64], 128, antialias=False)(image, box)
+    resized, boxes = RandomShortestSize([64], 128, antialias=False)(image, box)
     assert resized.shape == (3, 1, 128)
     assert boxes.tolist() == [[0, 0, 128, 1]]
     usual = tv_tensors.Image(torch.rand(3, 40, 60))
     torch.manual_seed(0)
     expected = v2.RandomShortestSize([32, 64, 96], 128, antialias=False)(usual)
     torch.manual_seed(0)
-    assert torch.equal(NarrowShortestSize([32, 64, 96], 128, antialias=False)(usual), expected)
+    assert torch.equal(RandomShortestSize([32, 64, 96], 128, antialias=False)(usual), expected)
 
 
 def test_detectors_take_them():
