@@ -5,7 +5,7 @@ stands before it:
 
 * ``crop``: a box becomes an affine matrix, by which feature maps are read where RoIAlign looks;
 * ``rcnn``: what changes in torchvision's R-CNN, so that the losses of its second stage move its proposals;
-* ``refinement``: detections that are looked at again, and climb the fit of their crops;
+* ``refinement``: refinement iterations and gradient ascent on the predicted IoU of detections;
 * ``data``: images and annotations in COCO's format, checked, batched and drawn, and the results format;
 * ``models``: detectors by their settings, and files of weights;
 * ``pretrained``: trained detectors, out of checkpoints and folders, applied to images, exported;

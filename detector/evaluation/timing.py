@@ -119,7 +119,7 @@ def _timed(stage_of: dict[nn.Module, str], spent: dict[str, float], now: Callabl
 
 @contextmanager
 def _refinement_timed(model: Any, spent: dict[str, float], now: Callable[[], float]) -> Iterator[None]:
-    """Within, the seconds of a refinement, all its looks and climbs, are spent in a stage of its own."""
+    """Time the refinement as a stage."""
     heads = getattr(model, "roi_heads", None)
     if not isinstance(heads, RefinedRoIHeads) or not heads.refinement.enabled:
         yield

@@ -134,11 +134,13 @@ def write_evaluation(
 
 
 def refinement_in_words(model: nn.Module) -> str | None:
-    """How often the boxes of a detector are looked at again, and how far they climb; ``None`` without a refinement."""
+    """Return a detector's refinement iterations and ascent steps, "off", or ``None`` without a refinement."""
     refinement = refinement_of(model)
     if refinement is None:
         return None
-    return f"{refinement.config.looks} looks, {refinement.config.climbs} climbs" if refinement.enabled else "off"
+    if not refinement.enabled:
+        return "off"
+    return f"{refinement.config.iterations} iterations, {refinement.config.ascent_steps} ascent steps"
 
 
 def described(

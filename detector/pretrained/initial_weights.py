@@ -29,7 +29,7 @@ MASKS = "roi_heads.mask_predictor.mask_fcn_logits."  # the layer of the mask pre
 BY_CLASS = (PREDICTOR, MASKS)
 KEYPOINTS = "roi_heads.keypoint_predictor."
 REFINEMENT = "roi_heads.refinement."
-TRUNK = re.compile(rf"{re.escape(REFINEMENT)}stages\.\d+\.trunk\.(.*)")  # copies of the box head
+TRUNK = re.compile(rf"{re.escape(REFINEMENT)}head\.trunk\.(.*)")  # copies of the box head
 CLASSES = f"{PREDICTOR}cls_score.bias"  # of as many rows as there are classes, with the background
 LEAST = 0.5  # of the numbers outside of the predictor that must fit: less is another network
 # What training scripts, and torch.compile, put before each name.

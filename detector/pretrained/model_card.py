@@ -147,8 +147,8 @@ def _refined(refinement: RefinementConfig | None) -> str:
         return ""
     return f"""
 
-Its boxes are refined: the detector looks at them again (looks: {refinement.looks}), and they climb the fit that it \
-expects (climbs: {refinement.climbs}). `detector.refinement.enabled = False` switches that off."""
+Its boxes are refined: {refinement.iterations} refinement iterations, {refinement.ascent_steps} steps of gradient ascent \
+on the predicted IoU. `detector.refinement.enabled = False` switches that off."""
 
 
 def _scores(report: dict[str, Any]) -> str:

@@ -99,9 +99,9 @@ def export_onnx(
     graph is checked: it is valid, and, where onnxruntime is installed, finds what PyTorch does in noise of another size
     than the example's: boxes, masks and keypoints.
 
-    A refinement is in the graph, if it is enabled: its looks, and the scores weighted by the fit; masks and keypoints
-    are those of the refined boxes. Climbing takes gradients, which no graph has; it is left out, and so is ``fit_nms``,
-    as :func:`left_out` says. Crops with ``sampling="exact"`` are refused.
+    A refinement is in the graph, if it is enabled: its iterations and the rescoring. Masks and keypoints are those of
+    the refined boxes. Gradient ascent needs gradients, which no graph has, so it is left out. Crops with
+    ``sampling="exact"`` are refused.
 
     Args:
         model: swapped or stock, in eval mode, on the CPU, in float32.
@@ -161,16 +161,11 @@ def _outputs(model: nn.Module) -> dict[str, str]:
 
 
 def left_out(model: nn.Module) -> str | None:
-    """What of a detector's refinement :func:`export_onnx` leaves out of the graph, in a sentence; ``None``: nothing."""
+    """Return what the graph lacks of a detector's refinement, as a sentence; ``None`` if it lacks nothing."""
     refinement = refinement_of(model)
-    if refinement is None or not refinement.enabled:
+    if refinement is None or not refinement.enabled or not refinement.config.ascent_steps:
         return None
-    config = refinement.config
-    missing = ["climbs (they take gradients)"] if config.climbs else []
-    missing += ["fit_nms"] if config.fit_nms else []
-    if not missing:
-        return None
-    return f"The graph has the refinement's looks, but not its {' nor its '.join(missing)}"
+    return "The graph has the refinement iterations, but not the gradient ascent, which needs gradients"
 
 
 @contextmanager
@@ -180,7 +175,7 @@ def _as_in_a_graph(model: nn.Module) -> Iterator[None]:
     if refinement is None:
         yield
         return
-    with overridden(refinement, config=replace(refinement.config, climbs=0, fit_nms=False)):
+    with overridden(refinement, config=replace(refinement.config, ascent_steps=0)):
         yield
 
 
@@ -196,7 +191,7 @@ def compare_speed(
         repeats: of each; both run once more before.
 
     Returns:
-        The median seconds of a call, "pytorch" and "onnxruntime", without what :func:`left_out` names, and "ratio",
+        The median seconds of a call, "pytorch" and "onnxruntime", without gradient ascent, and "ratio",
         onnxruntime's over PyTorch's.
 
     Raises:

@@ -111,13 +111,10 @@ class AttachedRoIHeads(RoIHeads):
             names = [name for loss, name in LOSSES[pool].items() if loss in settings.losses]
             if not names:
                 continue
-            rows: slice | Tensor = slice(None)
-            boxes = drawn
-            if pool != "box" or settings.positives_only:
-                positive = [image_labels > 0 for image_labels in labels]
-                boxes = [p[mask] for p, mask in zip(drawn, positive)]
-                if pool == "box":  # the other pools have crops of positives alone
-                    rows = torch.cat(positive)
+            positive = [image_labels > 0 for image_labels in labels]
+            boxes = [p[mask] for p, mask in zip(drawn, positive)]
+            # The other pools crop positives only.
+            rows = torch.cat(positive) if pool == "box" else slice(None)
             attached = getattr(self, f"{pool}_roi_pool")(constant, boxes, image_shapes)
             attached = attached.to(torch.promote_types(attached.dtype, torch.float32))
             zero = attached - attached.detach()

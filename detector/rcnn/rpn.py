@@ -21,7 +21,6 @@ class AttachedRPN(RegionProposalNetwork):
     """
 
     box_gradient = BoxGradient()
-    warmup_step = 0  # how many of box_gradient.warmup_steps are over
     box_gradient_watch: BoxGradientWatch | None = None
 
     def forward(
@@ -38,7 +37,8 @@ class AttachedRPN(RegionProposalNetwork):
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         objectness, deltas = objectness.to(anchors[0].dtype), deltas.to(anchors[0].dtype)
 
-        deltas, deltas_of_proposals = self._copies(deltas, training=targets is not None)
+        # Not self.training: the RoI heads may have losses while the RPN is in eval mode.
+        deltas, deltas_of_proposals = self._bounded(deltas, training=targets is not None)
         proposals = self.box_coder.decode(deltas_of_proposals, anchors).view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(proposals, objectness, images.image_sizes, anchors_per_level)
         if not self.training:
@@ -50,24 +50,12 @@ class AttachedRPN(RegionProposalNetwork):
         loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, regression_targets)
         return boxes, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
 
-    def _copies(self, deltas: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        """The deltas [N, 4] for the RPN's own box loss, and those that the proposals are decoded from.
-
-        What counts as training are targets: the RoI heads may have losses where the RPN itself is in eval mode.
-        """
+    def _bounded(self, deltas: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Return the deltas [N, 4] for the RPN's own box loss, and those for the proposals."""
         settings = self.box_gradient
         if not (training and settings.enabled and torch.is_grad_enabled()):
             return deltas, deltas
-        if settings.warmup_steps and self._warms_up():
-            return deltas, deltas.detach()
         own, others = bounded_copies(deltas, settings.bound)
         if self.box_gradient_watch is not None:
             self.box_gradient_watch.see_deltas(deltas, own, others)
         return own, others
-
-    @torch.compiler.disable  # or each step of the warm-up would be compiled anew
-    def _warms_up(self) -> bool:
-        """Count a step of the warm-up; whether it was one."""
-        warms_up = self.warmup_step < self.box_gradient.warmup_steps
-        self.warmup_step += warms_up
-        return warms_up

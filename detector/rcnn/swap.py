@@ -31,7 +31,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
 
     Args:
         model: a ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
-        box_gradient: which losses move the proposals, and how far. Its ``warmup_steps`` begin anew with each call.
+        box_gradient: which losses move the proposals, and how far.
         sampler: how the pools read the features, that of a refinement among them, see :func:`~detector.affine_crop`;
             ``None`` leaves it as it is, which in a stock model is "auto".
 
@@ -62,7 +62,6 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     mix_in(rpn, AttachedRPN, RegionProposalNetwork)
     mix_in(heads, AttachedRoIHeads, RoIHeads)
     rpn.box_gradient = heads.box_gradient = box_gradient
-    rpn.warmup_step = 0
     return model
 
 
@@ -90,7 +89,7 @@ def restore_roi_align(model: Model) -> Model:
     for part, attached in ((rpn, AttachedRPN), (heads, AttachedRoIHeads)):
         if isinstance(part, attached):
             take_out(part, attached)
-            for name in ("box_gradient", "warmup_step", "_drawn"):
+            for name in ("box_gradient", "_drawn"):
                 part.__dict__.pop(name, None)
     return model
 

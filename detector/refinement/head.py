@@ -1,59 +1,52 @@
-"""The head that looks at a box again: from the crop at it, where the object's box is, and how well this one fits."""
+"""The network of the refinement."""
 
 import copy
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.refinement.config import RefinementConfig
 
-# Deltas of boxes that are nearly right are small: twice the weights of the detector's own (Cai & Vasconcelos, "Cascade
-# R-CNN", 2018, section 4.1, likewise).
-CODER = BoxCoder((20.0, 20.0, 10.0, 10.0))
+SCORE_THRESHOLD = 0.05
 
 
 class RefinementHead(nn.Module):
-    """One set of weights: the detector's box head, copied, with an output of its own.
+    """A copy of the detector's box head with two outputs: class-agnostic deltas, and the IoU with the object."""
 
-    Args:
-        box_head: from crops [K, C, P, P] to [K, size].
-        size: features that it gives.
-    """
-
-    def __init__(self, box_head: nn.Module, size: int) -> None:
+    def __init__(self, heads: RoIHeads) -> None:
         super().__init__()
-        self.trunk = copy.deepcopy(box_head).requires_grad_()
+        size = heads.box_predictor.cls_score.in_features
+        self.trunk = copy.deepcopy(heads.box_head).requires_grad_()
         self.deltas = nn.Linear(size, 4)
-        self.fit = nn.Linear(size, 1)
-        for layer in (self.deltas, self.fit):  # at first all boxes stay where they are
+        self.iou = nn.Linear(size, 1)
+        for layer in (self.deltas, self.iou):  # an untrained refinement moves no box
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Deltas [K, 4], for :data:`CODER`, and the logit of the expected IoU [K], in float32 or better."""
+        """Return deltas [K, 4] and the logits of the predicted IoU [K] in float32 or better."""
         features = self.trunk(crops)
-        deltas, fit = self.deltas(features), self.fit(features).squeeze(1)
+        deltas, iou = self.deltas(features), self.iou(features).squeeze(1)
         dtype = torch.promote_types(deltas.dtype, torch.float32)
-        return deltas.to(dtype), fit.to(dtype)
+        return deltas.to(dtype), iou.to(dtype)
 
 
 class Refinement(nn.Module):
-    """What is added to a detector: the pool, the sets of weights, and the switch.
+    """The refinement of a detector: its pool, its head and its settings.
 
     Attributes:
-        config: the settings.
-        score_threshold: that of the settings; a tensor while a graph is made, in which it is an input.
-        enabled: ``False``: detections come back as if there were no refinement.
+        config: The settings.
+        score_threshold: Minimum score of the boxes that are refined. The ONNX export sets a tensor, a graph input.
+        enabled: Whether detections are refined.
     """
 
-    def __init__(self, heads: RoIHeads, config: RefinementConfig, *, size_divisible: int | None) -> None:
+    def __init__(self, heads: RoIHeads, config: RefinementConfig, size_divisible: int | None) -> None:
         super().__init__()
         pool = heads.box_roi_pool
         self.config = config
-        self.score_threshold: float | Tensor = config.score_threshold
+        self.score_threshold: float | Tensor = SCORE_THRESHOLD
         self.enabled = True
         self.pool = MultiScaleAffineCrop(
             pool.featmap_names,
@@ -65,17 +58,10 @@ class Refinement(nn.Module):
             sampler=getattr(pool, "sampler", "auto"),
             size_divisible=size_divisible,
         )
-        size = heads.box_predictor.cls_score.in_features
-        self.pool.sampling = config.sampling
-        self.stages = nn.ModuleList(RefinementHead(heads.box_head, size) for _ in range(config.stages))
+        self.head = RefinementHead(heads)
 
-    def configure(self, config: RefinementConfig) -> None:
-        """Change the settings, but for the number of stages."""
-        assert config.stages == len(self.stages)
-        self.config = config
-        self.pool.sampling = config.sampling
-        self.score_threshold = config.score_threshold
-
-    def stage(self, look: int) -> nn.Module:
-        """The weights of a look, from 0 on."""
-        return self.stages[min(look, len(self.stages) - 1)]
+    def forward(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Run the head on crops at the boxes [L, 4] of all images; see :meth:`RefinementHead.forward`."""
+        return self.head(self.pool(features, boxes, image_sizes))

@@ -1,24 +1,20 @@
-"""RoI heads whose detections are refined, and that learn to in training."""
-
-from contextvars import ContextVar
+"""RoI heads that refine their detections."""
 
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
+from detector.rcnn.forward import add_masks_and_keypoints, detect_boxes
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement.head import Refinement
-from detector.refinement.losses import boxes_to_learn_from, unrolled_losses
-from detector.refinement.refining import refine
-
-# Of the call under way, by name. Not of the heads, which several threads may call at once: each has a context of its
-# own.
-FEATURES: ContextVar[dict[str, Tensor] | None] = ContextVar("FEATURES", default=None)
+from detector.refinement.inference import refine_detections
+from detector.refinement.losses import sample_training_boxes, unrolled_losses
 
 
 class RefinedRoIHeads(RoIHeads):
-    """torchvision's RoI heads with a refinement; masks and keypoints are looked for in the refined boxes.
+    """torchvision's RoI heads with a refinement.
 
-    In training the refinement's losses come beside the heads' own.
+    In eval mode, masks and keypoints are predicted in the refined boxes. In training, the losses of the refinement are
+    added to those of the heads.
     """
 
     refinement: Refinement
@@ -30,44 +26,23 @@ class RefinedRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        outer = FEATURES.set(features)
-        try:
+        if self.training or not self.refinement.enabled:
             result, losses = super().forward(features, proposals, image_shapes, targets)
-        finally:
-            FEATURES.reset(outer)
-        if self.training and targets is not None and self.refinement.enabled:
-            boxes, truth = boxes_to_learn_from(
-                proposals, [target["boxes"] for target in targets], image_shapes, self.refinement
-            )
-            losses = losses | unrolled_losses(self.refinement, features, boxes, truth, image_shapes)
-        return result, losses
-
-    def postprocess_detections(
-        self,
-        class_logits: Tensor,
-        box_regression: Tensor,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        found = super().postprocess_detections(class_logits, box_regression, proposals, image_shapes)
-        if not self.refinement.enabled or FEATURES.get() is None:
-            return found
-        boxes, scores, labels = found
-        return self.refined(boxes, scores, labels, image_shapes)
+            if self.training and self.refinement.enabled and targets is not None:
+                truth = [target["boxes"] for target in targets]
+                boxes, matched = sample_training_boxes(proposals, truth, image_shapes)
+                losses = losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
+            return result, losses
+        detections = self.refined(features, detect_boxes(self, features, proposals, image_shapes), image_shapes)
+        add_masks_and_keypoints(self, features, detections, image_shapes)
+        return detections, {}
 
     def refined(
-        self,
-        boxes: list[Tensor],
-        scores: list[Tensor],
-        labels: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """The detections of the call under way, refined; whatever the refinement takes time for is in here."""
-        features = FEATURES.get()
-        assert features is not None
-        threshold = self.nms_thresh
-        return refine(self.refinement, features, boxes, scores, labels, image_shapes, nms_threshold=threshold)
+        self, features: dict[str, Tensor], detections: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Refine detections; a method of its own so that it can be timed."""
+        return refine_detections(self.refinement, features, detections, image_shapes)
 
 
 class AttachedRefinedRoIHeads(AttachedRoIHeads, RefinedRoIHeads):
-    """RoI heads with both, the swap's gradient outermost: a name by which pickle finds them again."""
+    """Both mix-ins, the box gradient outermost. A module-level class, so that pickle finds it."""

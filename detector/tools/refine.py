@@ -1,16 +1,14 @@
-"""Let a trained detector look again at its boxes: train a small head for that, and nothing else, in minutes.
+"""Train a refinement of a detector's boxes: a small head, and nothing else, in minutes.
 
 python tools/refine.py --checkpoint runs/bccd --root BCCD --train_split train --split val
 python tools/refine.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
 
-The detector stays as it is to the last bit. The head crops the detector's own feature maps at a box, and says where the
-object's box is and how well this one fits. It learns from the boxes of the train split, whatever their classes; the
-features of images are kept in memory, up to --cache_gb, for each comes many times. How often boxes are looked at again,
-and whether they climb the fit of their crops, is told by the AP on a part of the train split that is held apart
-(--choose false: as --looks and --climbs say). Then the split is scored without the refinement and with it.
+The detector stays as it is to the last bit. The head crops the detector's own feature maps at a box, and predicts where
+the object's box is, and the IoU of the two. It learns from the boxes of the train split, whatever their classes. The
+features of images are kept in memory, up to --cache_gb. Then the split is scored without the refinement and with it.
 
-Written to a run folder of its own are checkpoints/last.ckpt, which eval, predict, export and load_detector take as any
-other, scores.json with the scores before and after, chosen.json, detections.json, report.json and report.html.
+The run folder gets checkpoints/last.ckpt, which eval, predict, export and load_detector take as any other, scores.json
+with the scores before and after, detections.json, report.json and report.html.
 
 exit code: 0 all is well, 1 a mistake in what was given, 2 in the command line, 130 interrupted (--ckpt_path last goes
 on)
@@ -65,38 +63,28 @@ def make_parser() -> ToolParser:
     )
     add("--save_every", type=at_least(1), default=500, metavar="N", help="steps between checkpoints; default: 500")
     add = parser.add_argument_group("the refinement").add_argument
+    add("--iterations", type=at_least(0), default=2, metavar="N", help="refinement iterations; default: 2")
     add(
-        "--choose",
-        type=boolean,
-        default=True,
-        metavar="{true,false}",
-        help="hold a fifth of the train images (5 to 200) apart, and take the looks and climbs, of 1 to 3 and of 0 or "
-        "3, with the best AP there, if it is above that of --looks and --climbs by 0.005; of fewer than 25 images none "
-        "are held apart; default: true",
-    )
-    add("--looks", type=at_least(0), default=2, metavar="N", help="how often a box is looked at again; default: 2")
-    add("--climbs", type=at_least(0), default=0, metavar="N", help="most steps that it climbs its fit; default: 0")
-    add(
-        "--sampling",
-        choices=("points", "exact"),
-        default="points",
-        help="points: by bilinear samples, exact: by the exact integral of the map; default: points",
-    )
-    add(
-        "--stages",
+        "--train_iterations",
         type=at_least(1),
-        default=1,
+        default=3,
         metavar="N",
-        help="sets of weights, one a look of the training at most; default: 1",
+        help="refinement iterations in training; default: 3",
     )
-    add("--train_looks", type=at_least(1), default=3, metavar="N", help="looks in training; default: 3")
+    add(
+        "--ascent_steps",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="maximum number of gradient ascent steps on the predicted IoU; default: 0",
+    )
     add(
         "--box_gradient",
         type=switch,
         choices=("exact", "bound", "off"),
         default="exact",
-        help="how the losses of later looks flow into the earlier ones' boxes: exact: as the derivative says; bound: "
-        "held to a tenth of each look's own; off: boxes are constants, as in a cascade; default: exact",
+        help="gradient through the boxes between the training iterations: exact: the derivative; bound: at most a tenth "
+        "of each iteration's own gradient; off: boxes are constants, as in a cascade; default: exact",
     )
     add = parser.add_argument_group("the training").add_argument
     add("--max_steps", type=at_least(1), default=600, metavar="N", help="its length; default: 600")

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from itertools import product
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from detector.data.categories import match_categories
 from detector.data.folder import DataFolder, find_root
-from detector.errors import UsageError, exit_on_user_error
+from detector.errors import exit_on_user_error
 from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement.config import RefinementConfig
 from detector.run_folders import run_folder
@@ -28,7 +27,6 @@ BOX_GRADIENTS = {
     "bound": BoxGradient(),
     "off": BoxGradient(crop=0, coder=0),
 }
-LOOKS, CLIMBS = (1, 2, 3), (0, 3)  # that are tried
 
 
 def refine(flags: argparse.Namespace) -> int:
@@ -44,17 +42,12 @@ def refine(flags: argparse.Namespace) -> int:
         detector, called = load_source(flags.checkpoint, flags.model, flags.weights, flags.crop)
         score_on = split_for(detector, folder, flags.split)
         match_categories(detector, score_on)  # now, not after the training
-        try:
-            config = RefinementConfig(
-                looks=flags.looks,
-                climbs=flags.climbs,
-                sampling=flags.sampling,
-                stages=flags.stages,
-                train_looks=flags.train_looks,
-                box_gradient=BOX_GRADIENTS[flags.box_gradient],
-            )
-        except ValueError as error:
-            raise UsageError(str(error).replace("refinement.", "--")) from None
+        config = RefinementConfig(
+            iterations=flags.iterations,
+            train_iterations=flags.train_iterations,
+            ascent_steps=flags.ascent_steps,
+            box_gradient=BOX_GRADIENTS[flags.box_gradient],
+        )
         task = RefinementTask(
             detector,
             config,
@@ -70,7 +63,6 @@ def refine(flags: argparse.Namespace) -> int:
             steps=flags.max_steps,
             epochs=flags.epochs,
             flip=flags.flip,
-            hold_apart=flags.choose,
             batch_size=flags.batch_size,
             workers=flags.workers,
             seed=flags.seed,
@@ -85,9 +77,6 @@ def refine(flags: argparse.Namespace) -> int:
                 run_dir=flags.run_dir or _run_dir(flags, called),
                 ckpt_path=flags.ckpt_path,
                 save_every=flags.save_every,
-                candidates=[RefinementConfig(looks=n, climbs=m) for n, m in product(LOOKS, CLIMBS)]
-                if flags.choose
-                else (),
                 accelerator=device.type,
                 devices=[device.index] if devices == 1 and device.index is not None else devices,
                 precision=flags.precision,

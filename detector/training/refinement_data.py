@@ -1,22 +1,17 @@
-"""The images that a refinement learns from, and those of the train split that are held apart to tell its settings."""
+"""The images that a refinement learns from."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from detector.data.batches import Item, TrainingBatches
 from detector.data.checks import no_box
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError
-from detector.seeds import seed_of
 from detector.training.data import CocoDataModule
 from detector.training.failures import REFINE
-
-SHARE, LEAST, MOST = 0.2, 5, 200  # of the images, held apart
-FEWEST = 25  # images, of which some can be spared
 
 
 class RefinementData(CocoDataModule):
@@ -29,8 +24,6 @@ class RefinementData(CocoDataModule):
         steps: of the whole training.
         epochs: as many as give so many passes over the images, in place of ``steps``.
         flip: every second image is flipped.
-        hold_apart: a fifth of the images, 5 to 200, drawn by the seed, is not learned from but left in :attr:`apart`;
-            none where there are fewer than 25.
         train_split, options: see :class:`CocoDataModule`.
     """
 
@@ -43,7 +36,6 @@ class RefinementData(CocoDataModule):
         steps: int = 600,
         epochs: int | None = None,
         flip: bool = True,
-        hold_apart: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -53,13 +45,12 @@ class RefinementData(CocoDataModule):
             min_size=None,
             **options,
         )
-        self.steps, self.epochs, self.hold_apart = steps, epochs, hold_apart
-        self.apart: CocoDetection | None = None
+        self.steps, self.epochs = steps, epochs
 
     def setup(self, stage: str | None = None) -> None:
         if stage != "fit":
             return
-        self.train_set, self.apart = self.split(self.train_split, train=True), None
+        self.train_set = self.split(self.train_split, train=True)
         self._open_images()
         for note in self.notes:
             rank_zero_info(note)
@@ -67,15 +58,8 @@ class RefinementData(CocoDataModule):
         ids = [i for i, count in zip(train_set.image_ids, train_set.counts().tolist(), strict=True) if count]
         if not ids:
             raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
-        apart = held_apart(ids, self.seed) if self.hold_apart else []
-        if apart:
-            self.apart = self.folder.dataset(self.train_split, skip_missing=self.skip_broken)
-            self.apart.keep(apart)
-        train_set.keep(set(ids) - set(apart))
-        rank_zero_info(
-            f"{self.train_split}: {len(train_set):,} images with boxes to learn from"
-            + (f", {len(apart):,} held apart to tell the settings" if apart else "")
-        )
+        train_set.keep(ids)
+        rank_zero_info(f"{self.train_split}: {len(train_set):,} images with boxes to learn from")
 
     def _used(self) -> list[tuple[str, CocoDetection]]:
         return [(self.train_split, self.train_set)]
@@ -113,12 +97,3 @@ class RepeatedBatches(TrainingBatches):
         return [batch for number in range(passes) for batch in super(RepeatedBatches, self).batches(number)][
             : self.count
         ]
-
-
-def held_apart(image_ids: Sequence[int], seed: int) -> list[int]:
-    """Draw the images that are held apart; see :class:`RefinementData`."""
-    if len(image_ids) < FEWEST:
-        return []
-    count = min(max(round(SHARE * len(image_ids)), LEAST), MOST)
-    generator = torch.Generator().manual_seed(seed_of(seed, len(image_ids)))
-    return sorted(image_ids[number] for number in torch.randperm(len(image_ids), generator=generator)[:count].tolist())

@@ -11,9 +11,9 @@ from detector.models.published import batch_norm_eps
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.initial_weights import REFINEMENT
-from detector.refinement.attach import DEFAULT, add_refinement, freeze_detector, refinement_losses
+from detector.refinement.attach import add_refinement, refinement_losses
 from detector.refinement.config import RefinementConfig
-from detector.refinement.seen import FeatureCache
+from detector.refinement.feature_cache import FeatureCache
 from detector.training.failures import REFINE, TrainingError
 from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
@@ -28,14 +28,14 @@ class RefinementTask(DetectionTask):
     The classes of the data need not be the detector's, for the refinement is the same for all. What is drawn at random
     is a function of the seed and the step.
 
-    What the checkpoint calls ``box_gradient`` is the refinement's, between its looks; that which the detector was
+    What the checkpoint calls ``box_gradient`` is the refinement's, between its iterations; that which the detector was
     trained with stays in the detector's own checkpoint.
 
     Args:
         detector: is changed in place: it gets the refinement, and nothing else of it is trained.
         refinement: the settings.
         optimizer: how the refinement's weights are changed.
-        cache_bytes: memory for features of images that come again, see :class:`~detector.refinement.seen.FeatureCache`.
+        cache_bytes: memory for features of images that come again, see :class:`~detector.refinement.feature_cache.FeatureCache`.
 
     Raises:
         ModelError: the detector cannot be refined, or could not be saved.
@@ -46,7 +46,7 @@ class RefinementTask(DetectionTask):
     def __init__(
         self,
         detector: Detector,
-        refinement: RefinementConfig = DEFAULT,
+        refinement: RefinementConfig = RefinementConfig(),
         optimizer: OptimizerConfig = OPTIMIZER,
         *,
         cache_bytes: int = 2 * 10**9,
@@ -60,7 +60,8 @@ class RefinementTask(DetectionTask):
             self.model = add_refinement(detector.model, refinement)
         except TypeError as error:
             raise ModelError(f"the detector cannot be refined: {error}") from None
-        freeze_detector(self.model)
+        self.model.requires_grad_(False)
+        self.model.roi_heads.refinement.requires_grad_()
         self.cache = FeatureCache(cache_bytes)
         self.base = digest_of(
             {name: value for name, value in self.model.state_dict().items() if not name.startswith(REFINEMENT)}

@@ -28,7 +28,6 @@ from detector.training.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkp
 from detector.training.data import CocoDataModule
 from detector.training.divergence import Divergence, all_alike
 from detector.training.failures import Interrupted, TrainingError, explained
-from detector.training.guard import BoxGradientGuard
 from detector.training.record import FILE as RECORD
 from detector.training.record import RunRecord
 from detector.training.task import DetectionTask
@@ -116,7 +115,6 @@ class Run:
         callbacks: list[Callback] = [
             self.checkpoints,
             self.divergence,
-            *self._watches(),
             RunRecord(self.folder, self.checkpoint),
             StepTimes(self.checkpoints),
         ]
@@ -139,9 +137,6 @@ class Run:
             "callbacks": [*theirs, *callbacks],
             "plugins": [*_as_list(given.get("plugins")), AtomicCheckpointIO()],
         }
-
-    def _watches(self) -> list[Callback]:
-        return [BoxGradientGuard()]
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
         """Train, or go on, then score; see :func:`train`."""

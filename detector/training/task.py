@@ -127,8 +127,6 @@ class DetectionTask(lightning.LightningModule):
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """What a training step brings down."""
         self._draw_by_image(self.current_epoch)
-        if self.crop == "affine":
-            self.model.rpn.warmup_step = self.global_step  # also of a run that goes on, or accumulates batches
         return self.model(images, targets)
 
     def on_validation_start(self) -> None:
@@ -240,8 +238,7 @@ class DetectionTask(lightning.LightningModule):
         before: dict[str, Any] = {"category_names": description.category_names, "crop": description.crop}
         before |= {"keypoints": description.keypoints and list(description.keypoints.names)}
         before |= _settings(description.settings)
-        # Earlier versions had no bound and no warm-up.
-        gradient = {"bound": None, "warmup_steps": 0} | saved["box_gradient"]
+        gradient = saved["box_gradient"]
         before |= {f"box_gradient.{name}": value for name, value in gradient.items()}
         before |= _of_training(description.refinement)
         layout = self._keypoints()
@@ -314,9 +311,7 @@ def _settings(detector: DetectorConfig) -> dict[str, Any]:
     return asdict(detector) | ({"weights": "one's own"} if starts_from_own_weights(detector) else {})
 
 
-# What may change after the training.
-OF_TESTING = {"looks", "look_scale", "least_overlap", "climbs", "step_size", "score_threshold", "boxes_per_image"}
-OF_TESTING |= {"fit_power", "fit_nms"}
+OF_TESTING = ("iterations", "ascent_steps", "iou_power", "boxes_per_image")  # these may change after the training
 
 
 def _of_training(refinement: RefinementConfig | None) -> dict[str, Any]:
