@@ -1,4 +1,4 @@
-"""Draw the README's picture: boxes of a trained detector that look again, and boxes that climb the fit of their crops.
+"""Draw the README's picture: boxes moved by refinement iterations, and by gradient ascent.
 
     python .github/assets/refined.py runs/quickstart-refined data/digits refined.png
 
@@ -17,41 +17,38 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from detector.data.dataset import CocoDetection
-from detector.overriding import overridden
 from detector.pretrained import load_detector
-from detector.refinement.refining import refine
+from detector.rcnn.forward import detect_boxes, propose
+from detector.refinement.inference import refine_detections
 
 OBJECTS, SIDE, GAP, HEAD = 5, 190, 12, 24  # pictures in a row; pixels
 BEFORE, BETWEEN, AFTER = "#D55E00", "#E69F00", "#009E73"
-ROWS = (("looking again, twice", "looks", (0, 1, 2)), ("climbing by the gradient, 8 steps", "climbs", range(9)))
+ROWS = (("refinement iterations", "iterations", (0, 1, 2)), ("gradient ascent, 8 steps", "ascent_steps", range(9)))
 
 detector = load_detector(sys.argv[1]).eval()
 model: Any = detector.model
 refinement: Any = detector.refinement
 folder = Path(sys.argv[2])
 data = CocoDetection(folder / "val", folder / "annotations" / "instances_val.json")
-plain = replace(refinement.config, looks=0, climbs=0, fit_power=0.0)
+plain = replace(refinement.config, iterations=0, ascent_steps=0, iou_power=0.0)
 
 
 @torch.no_grad()
 def paths(image: Tensor) -> tuple[list[Tensor], Tensor]:
     """For each row boxes [steps, L, 4] in pixels of the image, and the scores [L]."""
-    batch, _ = model.transform([image])
-    features = model.backbone(batch.tensors)
-    proposals, _ = model.rpn(batch, features)
-    with overridden(refinement, enabled=False):
-        found, _ = model.roi_heads(features, proposals, batch.image_sizes)
-    given = [[one[name] for one in found] for name in ("boxes", "scores", "labels")]
-    factor = image.shape[-1] / batch.image_sizes[0][1]
+    proposed = propose(model, [image])
+    sizes = proposed.image_sizes
+    found = detect_boxes(model.roi_heads, proposed.features, proposed.boxes, sizes)
+    factor = image.shape[-1] / sizes[0][1]
     rows = []
     for _, setting, counts in ROWS:
         boxes = []
         for count in counts:
-            refinement.configure(replace(plain, **{setting: count}))
-            moved, _, _ = refine(refinement, features, *given, batch.image_sizes, nms_threshold=1.0)
-            boxes.append(moved[0] * factor)
+            refinement.config = replace(plain, **{setting: count})
+            (moved,) = refine_detections(refinement, proposed.features, found, sizes)
+            boxes.append(moved["boxes"] * factor)
         rows.append(torch.stack(boxes))
-    return rows, given[1][0]
+    return rows, found[0]["scores"]
 
 
 def panel(image: Tensor, boxes: Tensor, truth: Tensor, view: tuple[int, ...]) -> Image.Image:

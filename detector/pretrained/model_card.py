@@ -147,7 +147,7 @@ def _refined(refinement: RefinementConfig | None) -> str:
         return ""
     return f"""
 
-Its boxes are refined: {refinement.iterations} refinement iterations, {refinement.ascent_steps} steps of gradient ascent \
+Its boxes are refined: {refinement.iterations} refinement iterations, {refinement.ascent_steps} gradient ascent steps \
 on the predicted IoU. `detector.refinement.enabled = False` switches that off."""
 
 

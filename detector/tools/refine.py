@@ -83,8 +83,8 @@ def make_parser() -> ToolParser:
         type=switch,
         choices=("exact", "bound", "off"),
         default="exact",
-        help="gradient through the boxes between the training iterations: exact: the derivative; bound: at most a tenth "
-        "of each iteration's own gradient; off: boxes are constants, as in a cascade; default: exact",
+        help="gradient through the boxes between the training iterations: exact: the derivative; bound: at most a "
+        "tenth of each iteration's own gradient; off: boxes are constants, as in a cascade; default: exact",
     )
     add = parser.add_argument_group("the training").add_argument
     add("--max_steps", type=at_least(1), default=600, metavar="N", help="its length; default: 600")

@@ -60,9 +60,7 @@ def train_refinement(
         DataError, ModelError, TrainingError: the run cannot begin or go on; the message says why in a sentence.
         Interrupted: Ctrl-C or SIGTERM ended it; the same call with ``ckpt_path="last"`` goes on.
     """
-    run = RefinementRun(
-        run_dir, ckpt_path, save_every, score_on=score_on, split=split, batch_size=batch_size
-    )
+    run = RefinementRun(run_dir, ckpt_path, save_every, score_on=score_on, split=split, batch_size=batch_size)
     run.train(lightning.Trainer(**run.trainer_options(trainer_options)), task, data)
     return run.scores
 

@@ -35,7 +35,7 @@ class RefinementTask(DetectionTask):
         detector: is changed in place: it gets the refinement, and nothing else of it is trained.
         refinement: the settings.
         optimizer: how the refinement's weights are changed.
-        cache_bytes: memory for features of images that come again, see :class:`~detector.refinement.feature_cache.FeatureCache`.
+        cache_bytes: memory of the :class:`~detector.refinement.feature_cache.FeatureCache`.
 
     Raises:
         ModelError: the detector cannot be refined, or could not be saved.

@@ -6,7 +6,7 @@ from torch import nn
 from detector.refinement import RefinementConfig, add_refinement
 
 
-def refined(model, *, std=0.5, score_threshold=0.0, **settings):
+def refined(model, *, std=0.2, score_threshold=0.0, **settings):
     """Add a refinement of random weights, which by default refines all detections and keeps their scores."""
     add_refinement(model, RefinementConfig(**{"iou_power": 0.0} | settings))
     refinement = model.roi_heads.refinement

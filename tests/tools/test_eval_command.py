@@ -478,7 +478,7 @@ class TestStages:
         """All of it, climbing too, and once: the other stages take what they took."""
         ticks = iter(range(10**6))
         monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-        model = refined(swap_crop_head(tiny_rcnn()), looks=2, climbs=2)
+        model = refined(swap_crop_head(tiny_rcnn()), iterations=2, ascent_steps=2)
         refine = type(model.roi_heads).refined
 
         def slow(heads, *arguments):
@@ -824,7 +824,7 @@ def test_two_processes_give_the_results_of_one(checkpoint, data, scored, tmp_pat
 def refining(checkpoint, tmp_path_factory):
     """A folder of the detector of the checkpoint, with a refinement that moves its boxes."""
     detector = load_detector(checkpoint)
-    refined(detector.model, looks=2, climbs=1)
+    refined(detector.model, iterations=2, ascent_steps=1)
     folder = tmp_path_factory.mktemp("refined") / "saved"
     detector.save_pretrained(folder)
     return folder
@@ -846,7 +846,7 @@ class TestRefine:
 
     def test_on_is_the_default(self, refining, data, scored):
         report, scores, found, _ = self.scored(refining, data)
-        assert report["about"]["refinement"] == "2 looks, 1 climbs"
+        assert report["about"]["refinement"] == "2 iterations, 1 ascent steps"
         assert (scores, found) == self.scored(refining, data, refine="on")[1:3]
         before = json.loads((scored / "detections.json").read_text())
         assert [one["score"] for one in found] == [one["score"] for one in before]
@@ -869,7 +869,7 @@ class TestRefine:
         assert [list(results) for results in written[0]] == [on[2], off[2]]
         printed = capsys.readouterr().out
         assert (scores, found) == on[1:3]
-        assert report["about"]["refinement"] == "2 looks, 1 climbs"
+        assert report["about"]["refinement"] == "2 iterations, 1 ascent steps"
         for when, alone in (("before", off[0]), ("after", on[0])):
             assert report["refinement"][when] == {"scores": alone["scores"], "by_iou": alone["by_iou"]}
         assert report["losses"] == on[0]["losses"]

@@ -922,29 +922,6 @@ def test_the_learning_rate_is_that_of_the_images_there_are(digits, tmp_path, cap
     assert {group["max_lr"] for group in last["optimizer_states"][0]["param_groups"]} == {0.002}
 
 
-def test_the_warm_up_counts_the_steps_of_the_run(monkeypatch):
-    """Not the batches that this process has seen: a run that goes on, and accumulated batches, warm up alike."""
-    seen = []
-
-    class Model:
-        rpn = SimpleNamespace(warmup_step=None)
-
-        def __call__(self, images, targets):
-            seen.append(self.rpn.warmup_step)
-            self.rpn.warmup_step += 1  # as a forward pass does
-            return {"loss": torch.ones(())}
-
-    task = DetectionTask()
-    task.model = Model()
-    monkeypatch.setattr(DetectionTask, "_draw_by_image", lambda task, epoch: None)
-    monkeypatch.setattr(DetectionTask, "log", lambda *arguments, **options: None)
-    steps = iter([500, 500, 501])
-    monkeypatch.setattr(DetectionTask, "global_step", property(lambda task: next(steps)))
-    for number in range(3):
-        task.training_step(([], []), number)
-    assert seen == [500, 500, 501]
-
-
 @pytest.mark.slow
 def test_training_from_python(digits, tmp_path):
     """What the command line does is callable."""
