@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 import detector.crop.pyramid
 from detector import AffineCrop, MultiScaleAffineCrop, swap_crop_head
-from detector.pretrained.onnx_export import ExportError, _detect, compare_speed, export_onnx, has_ascent
+from detector.pretrained.onnx_export import ExportError, _detect, compare_speed, export_onnx, left_out
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -512,8 +512,8 @@ def test_one_image_of_two_without_detections_to_look_at_again(export):
 def test_gradient_ascent_is_left_out(export):
     model = refined(tiny(), ascent_steps=5)
     config = model.roi_heads.refinement.config
-    assert has_ascent(model)
-    assert not has_ascent(refined(tiny()))
+    assert left_out(model)
+    assert left_out(refined(tiny())) is None
     run = export(model)
     assert model.roi_heads.refinement.config is config
     assert_detects_alike(run, refined(tiny()), noise(48, 40))
