@@ -3,4 +3,5 @@
 from typing import Literal
 
 Crop = Literal["affine", "roi_align"]
+Evaluator = Literal["pycocotools", "faster-coco-eval"]
 Orientation = Literal["upright", "stored"]

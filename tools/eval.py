@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.tools.eval import main
+from detector.tools.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(main())

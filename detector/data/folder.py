@@ -42,13 +42,15 @@ class DataFolder:
         return CocoDetection(images, annotations, orientation=self.orientation, **options)
 
 
-def find_root(root: str | None, dataset: str | None, *, flag: str = "--data.root") -> Path:
-    """Find the folder of a data set by its path, or its name in the folder that DETECTOR_DATA names."""
+def find_root(root: str | Path | None, dataset: str | None) -> Path:
+    """Return the folder of a data set, by its path or by its name in the folder that DETECTOR_DATA names."""
     if root is not None:
         return Path(root)
-    where = f"where is the data? Give its folder with {flag} FOLDER"
     if dataset is None:
-        raise DataError(where)
+        raise DataError("the data set's folder is missing", hints=["give {root}"])
     if ROOT_VARIABLE not in os.environ:
-        raise DataError(f"{where}, or set {ROOT_VARIABLE} to the folder that {dataset!r} lies in")
+        hint = f"set {ROOT_VARIABLE} to the folder that holds it"
+        raise DataError(
+            "the data set's folder is unknown", setting="dataset", value=dataset, hints=["give {root}", hint]
+        )
     return Path(os.environ[ROOT_VARIABLE]) / dataset

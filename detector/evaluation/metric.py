@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
+from detector.choices import Evaluator
 from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import PERSON, layout_of
 from detector.data.masks import as_rle, mask_area
@@ -29,7 +30,6 @@ SUMMARIES: dict[IouType, tuple[str, ...]] = {
 IOU_TYPES: dict[AnnotationType, IouType] = {"masks": "segm", "keypoints": "keypoints"}
 # COCO measured one for each of its 17 points; of others nobody did, and all get the mean of these.
 SIGMA = float(Params("keypoints").kpt_oks_sigmas.mean())
-Evaluator = Literal["pycocotools", "faster-coco-eval"]
 
 
 def evaluate(

@@ -34,7 +34,7 @@ def refine(flags: argparse.Namespace) -> int:
     with exit_on_user_error(MisconfigurationException):
         device = pick_device(flags.device)
         folder = DataFolder(
-            find_root(flags.root, flags.dataset, flag="--root"),
+            find_root(flags.root, flags.dataset),
             flags.annotations or DataFolder.annotations,
             flags.images,
             flags.orientation,

@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stderr
 
 import pytest
 
-from detector.tools.eval import main
+from detector.tools.evaluate import main
 
 
 @contextmanager
