@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         affine_crop,
         boxes_to_theta,
         denormalize_boxes,
+        exact_crop,
         normalize_boxes,
     )
     from detector.pretrained import load_detector
@@ -41,6 +42,7 @@ __all__ = [
     "affine_crop",
     "boxes_to_theta",
     "denormalize_boxes",
+    "exact_crop",
     "load_detector",
     "normalize_boxes",
     "refinement_losses",

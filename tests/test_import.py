@@ -25,6 +25,7 @@ def test_import_detector_imports_neither_lightning_nor_what_training_needs():
         "affine_crop",
         "boxes_to_theta",
         "denormalize_boxes",
+        "exact_crop",
         "normalize_boxes",
         "restore_roi_align",
         "swap_crop_head",

@@ -44,8 +44,7 @@ from detector.rcnn.box_gradient import LossName
 STRIDES = (4, 8, 16, 32)
 REFERENCE = "torchvision"
 SAMPLERS: tuple[Sampler, ...] = ("grid_sample", "gather")
-EXACT = "gather, exact"
-POOLERS = (REFERENCE, *SAMPLERS, EXACT)
+POOLERS = (REFERENCE, *SAMPLERS)
 COPIED = "a map copied per RoI"
 DETERMINISTIC = "gather, deterministic"
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -161,7 +160,6 @@ def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module
     poolers: dict[str, nn.Module] = {REFERENCE: MultiScaleRoIAlign(*arguments)}
     for sampler in SAMPLERS:
         poolers[sampler] = MultiScaleAffineCrop(*arguments, sampler=sampler)
-    poolers[EXACT] = MultiScaleAffineCrop(*arguments, sampler="gather", sampling="exact")
     if case.maps == "single level" and case.rois <= 100 and options.sampling_ratio > 0:
         poolers[COPIED] = CopiedMapPooler(names[0], case.bins, options.sampling_ratio)
     if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", "channels_last"):
@@ -534,7 +532,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = {REFERENCE: "#000000", "grid_sample": "#E69F00", "gather": "#0072B2", EXACT: "#009E73"}
+    colors = {REFERENCE: "#000000", "grid_sample": "#E69F00", "gather": "#0072B2"}
     titles = {"forward": "Forward", "forward_backward": "Forward + backward"}
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     for panel, (key, title) in zip(panels, titles.items()):

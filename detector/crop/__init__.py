@@ -1,6 +1,7 @@
-"""The crop: a box becomes an affine matrix, by which feature maps are read where RoIAlign looks; needs torch alone."""
+"""Differentiable crops of boxes out of feature maps. Needs only torch and torchvision.ops."""
 
 from detector.crop.crop import AffineCrop, affine_crop
+from detector.crop.exact import exact_crop
 from detector.crop.geometry import boxes_to_theta, denormalize_boxes, normalize_boxes
 from detector.crop.pyramid import MultiScaleAffineCrop
 
@@ -10,5 +11,6 @@ __all__ = [
     "affine_crop",
     "boxes_to_theta",
     "denormalize_boxes",
+    "exact_crop",
     "normalize_boxes",
 ]

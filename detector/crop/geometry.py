@@ -1,7 +1,7 @@
-"""Boxes, the normalised frame and the affine matrix theta: the arithmetic before any pixel is read.
+"""Boxes, the normalised frame and the affine matrix theta.
 
-The *normalised frame* is that of ``torch.nn.functional.grid_sample`` with ``align_corners=False``:
--1 is the outer edge of a map's first column (row) of pixels, +1 the outer edge of its last one.
+The normalised frame is that of ``torch.nn.functional.grid_sample`` with ``align_corners=False``: -1 is the outer edge
+of a map's first column (row) of pixels, +1 the outer edge of its last.
 """
 
 import torch
@@ -9,10 +9,9 @@ from torch import Tensor
 
 
 def geometry_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which coordinates are computed: float32, or float64 if a tensor has that.
+    """Return the dtype for coordinates: float64 if a tensor has it, otherwise float32.
 
-    Coordinates lose whole pixels in bfloat16 and float16 (8 and 11 bits of mantissa), so geometry
-    is never computed in those, whatever dtype the features or an autocast region have.
+    bfloat16 and float16 would move coordinates by whole pixels, whatever the features or autocast use.
     """
     dtype = torch.float32
     for tensor in tensors:
@@ -21,19 +20,20 @@ def geometry_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def normalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float = 1.0, aligned: bool = True) -> Tensor:
-    """Map boxes from image pixels to the normalised frame of a map. Differentiable.
+    """Convert boxes from image pixels to the normalised frame of a map. Differentiable.
 
     Args:
-        boxes: [..., 4], (x1, y1, x2, y2) in pixels of the image. Inverted boxes are mapped as they are.
+        boxes: [..., 4], (x1, y1, x2, y2) in image pixels. Inverted boxes stay inverted.
         size: (height, width) of the map that will be sampled: an image, or a feature map.
         spatial_scale: map pixels per image pixel, 1/16 for a feature map of stride 16.
-        aligned: ``True``: the image's pixel ``i`` covers ``[i, i + 1]``. ``False``: the convention of
-            ``torchvision.ops.roi_align(aligned=False)``, which samples half a map pixel further.
+        aligned: ``True``: pixel ``i`` of the image covers ``[i, i + 1]``. ``False``: the convention of
+            ``torchvision.ops.roi_align(aligned=False)``, which samples half a map pixel further right and down.
 
     Returns:
-        [..., 4], (x1, y1, x2, y2) in the normalised frame; float32, or float64 where ``boxes`` is.
+        [..., 4], (x1, y1, x2, y2) in the normalised frame; float64 if ``boxes`` is, otherwise float32.
 
     Raises:
+        TypeError: ``boxes`` is not a floating point tensor.
         ValueError: ``boxes`` does not end in 4 coordinates, or ``size`` or ``spatial_scale`` is not positive.
 
     Example:
@@ -45,9 +45,9 @@ def normalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float =
 
 
 def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float = 1.0, aligned: bool = True) -> Tensor:
-    """The inverse of :func:`normalize_boxes`: from the normalised frame to image pixels.
+    """Convert boxes from the normalised frame to image pixels: the inverse of :func:`normalize_boxes`.
 
-    Args, dtypes and errors are those of :func:`normalize_boxes`; ``boxes`` is normalised, the result in pixels.
+    Arguments, dtypes and errors are those of :func:`normalize_boxes`, but ``boxes`` is normalised.
 
     Example:
         >>> denormalize_boxes(torch.tensor([-1.0, -1.0, 1.0, 0.0]), (240, 320)).round()
@@ -65,22 +65,21 @@ def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float
 def boxes_in_frame(
     boxes: Tensor, height: int | Tensor, width: int | Tensor, spatial_scale: float | Tensor, aligned: bool
 ) -> Tensor:
-    """:func:`normalize_boxes` without its checks, for RoIs in maps of unlike sizes: numbers, or a value an RoI, [K]."""
+    """:func:`normalize_boxes` without checks. Sizes and scale may differ between RoIs: numbers, or tensors [K]."""
     half_pixel = 0.0 if aligned else 1.0
     sides = []
     for axis, side in enumerate(boxes.unbind(-1)):
         pixels = height if axis % 2 else width
-        # Numbers are not made tensors: on a GPU each would be a copy that waits for it.
+        # Numbers stay numbers: copying them to a GPU would synchronise.
         sides.append(side * (2 * spatial_scale / pixels) + (half_pixel / pixels - 1))
     return torch.stack(sides, dim=-1)
 
 
 def boxes_to_theta(boxes: Tensor) -> Tensor:
-    """Turn boxes into the affine matrices that crop them. Differentiable.
+    """Convert normalised boxes to the affine matrices that crop them. Differentiable.
 
-    theta maps the unit crop frame onto the box: corner (-1, -1) to (x1, y1) and corner (1, 1) to
-    (x2, y2). These four equations have one solution without rotation or shear (Jaderberg et al.,
-    "Spatial Transformer Networks", 2015, equation 1)::
+    theta maps the unit crop frame onto the box: (-1, -1) to (x1, y1) and (1, 1) to (x2, y2), without rotation or shear
+    (Jaderberg et al., "Spatial Transformer Networks", 2015, equation 1)::
 
         theta = [[(x2 - x1) / 2, 0, (x2 + x1) / 2],
                  [0, (y2 - y1) / 2, (y2 + y1) / 2]]
@@ -89,8 +88,8 @@ def boxes_to_theta(boxes: Tensor) -> Tensor:
         boxes: [K, 4], (x1, y1, x2, y2) in the normalised frame.
 
     Returns:
-        [K, 2, 3], ready for ``torch.nn.functional.affine_grid(theta, size, align_corners=False)``;
-        float32, or float64 where ``boxes`` is.
+        [K, 2, 3] for ``torch.nn.functional.affine_grid(theta, size, align_corners=False)``; float64 if ``boxes`` is,
+        otherwise float32.
 
     Raises:
         TypeError: ``boxes`` is not a floating point tensor.
@@ -101,7 +100,7 @@ def boxes_to_theta(boxes: Tensor) -> Tensor:
         tensor([[[ 1.0000,  0.0000,  0.0000],
                  [ 0.0000,  0.5000, -0.5000]]])
     """
-    _check_coordinates("boxes", boxes)
+    _check_coordinates(boxes)
     if boxes.dim() != 2:
         raise ValueError(f"boxes must have shape [K, 4], got {list(boxes.shape)}")
     x1, y1, x2, y2 = boxes.to(geometry_dtype(boxes)).unbind(1)
@@ -110,16 +109,16 @@ def boxes_to_theta(boxes: Tensor) -> Tensor:
     return theta.view(-1, 2, 3)
 
 
-def _check_coordinates(name: str, boxes: Tensor) -> None:
+def _check_coordinates(boxes: Tensor) -> None:
     if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
         kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+        raise TypeError(f"boxes must be a floating point tensor, got {kind}")
     if boxes.dim() < 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"{name} must end in 4 coordinates (x1, y1, x2, y2), got shape {list(boxes.shape)}")
+        raise ValueError(f"boxes must end in 4 coordinates (x1, y1, x2, y2), got shape {list(boxes.shape)}")
 
 
 def _check_frame(boxes: Tensor, size: tuple[int, int], spatial_scale: float) -> None:
-    _check_coordinates("boxes", boxes)
+    _check_coordinates(boxes)
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"size must be (height, width), both at least 1, got {tuple(size)}")

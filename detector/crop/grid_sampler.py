@@ -1,4 +1,4 @@
-"""The crop by ``grid_sample``: every operation differentiable twice, and every one that can be exported."""
+"""The crop by ``grid_sample``: every operation can be differentiated twice, vmapped and exported."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detector.crop.positions import OUTSIDE, Samples, is_vmapped, makes_graph
 
-# The most elements that one call of grid_sample may return (float32: 256 MiB). More are taken in chunks.
+# Elements that one call of grid_sample may return (float32: 256 MiB). Larger crops are computed in chunks.
 MAX_SAMPLED_ELEMENTS = 2**26
 
 
@@ -19,10 +19,10 @@ def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: lis
     """Sample maps where the rows and columns of samples cross, and average over each bin.
 
     Args:
-        maps: one [N, C, H, W] per level, N and C of all alike, float32 or float64.
+        maps: one [N, C, H, W] per level, with the same N and C, float32 or float64.
         samples: the K RoIs, each in one of the groups.
-        counts: of a single map and a single group, the number of RoIs of each image, if known without looking at
-            the values; the RoIs are then in the order of the images.
+        counts: RoIs per image, if known without reading values. Only for a single map and group, whose RoIs are then in
+            the order of the images.
 
     Returns:
         [K, C, bins, bins]. RoIs on no level are zero.
@@ -43,13 +43,13 @@ def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None
     else:
         rois = [torch.where(group.level == level)[0] for level in range(len(maps))]
         crops = torch.cat([_average(source, group.select(r), None) for source, r in zip(maps, rois)])
-        # Not every RoI is on a level.
+        # Some RoIs may be on no level.
         crops = crops.new_zeros(len(group.level), *crops.shape[1:]).index_copy(0, torch.cat(rois), crops)
     return crops / group.count.to(crops.dtype)[:, None, None, None] if isinstance(group.count, Tensor) else crops
 
 
 def _average_selected(maps: Sequence[Tensor], group: Samples) -> Tensor:
-    """:func:`_average` of each level and image, whose RoIs are found in the graph. [M, C, bins, bins]"""
+    """Sample each level and image at its own RoIs, which are found in the traced graph. [M, C, bins, bins]"""
     rois, crops = [], []
     for level, source in enumerate(maps):
         for i, image in enumerate(source.split(1)):
@@ -62,9 +62,9 @@ def _average_selected(maps: Sequence[Tensor], group: Samples) -> Tensor:
 
 
 def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
-    """:func:`_average` without a look at the values: each image is sampled for all RoIs.
+    """Sample each image at all RoIs, without reading values. [M, C, bins, bins]
 
-    One that is not the image's own, or not of this level, reads nothing and adds zero. [M, C, bins, bins]
+    RoIs of another image or level read nothing and add zero.
     """
     images = torch.arange(source.shape[0], device=source.device)[:, None]
     own = (group.image == images) & (group.level == level)  # [N, M]
@@ -73,10 +73,9 @@ def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
 
 
 def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor:
-    """The bins of the RoIs of one map, [M, C, bins, bins]: means where all have one count, else sums.
+    """Sample one map at its RoIs. [M, C, bins, bins]; means if all RoIs have one count, otherwise sums.
 
-    Images go through one call on the batch axis, their grids padded to the same length: on a CPU grid_sample runs
-    one thread per image.
+    Images share one call, with their grids padded to one length: on a CPU grid_sample uses one thread per image.
     """
     images, rois = source.shape[0], group.image.shape[0]
     divisor = _divisor(group)
@@ -89,7 +88,7 @@ def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor
             order = group.image.argsort(stable=True)
             group = replace(group, y=group.y[order], x=group.x[order])
     y, x = group.y.split(counts), group.x.split(counts)
-    # Where padding would cost more than it saves; and it has no batching rule.
+    # One by one where padding would cost more than it saves, or has no batching rule.
     if makes_graph() or images * max(counts) > 2 * rois or is_vmapped(group.y):
         of_images = [
             _average_batched(source[i : i + 1], y_image[None], x_image[None], divisor)[0]
@@ -108,17 +107,21 @@ def _divisor(group: Samples) -> int:
 
 
 def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tensor:
-    """Bins of M RoIs in each image, sums over ``divisor``: [N, M, C, bins, bins].
+    """Sample each image at M RoIs and return the bins' sums over ``divisor``, [N, M, C, bins, bins].
 
-    ``y`` is [N, M, bins, rows] and ``x`` [N, M, bins, columns].
+    No map is copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
 
-    A map is never copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
+    Args:
+        source: [N, C, H, W].
+        y: [N, M, bins, rows].
+        x: [N, M, bins, columns].
+        divisor: samples per bin, or 1 for sums.
     """
     images, rois = y.shape[:2]
-    # Constants in ONNX too. A size that is computed onnxruntime infers, which it cannot where there are no RoIs.
+    # Constants in ONNX too: onnxruntime cannot infer a computed size where there are no RoIs.
     bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:], *x.shape[2:]))
     channels = source.shape[1]
-    if channels == 0:  # grid_sample takes no such map; the sum, of the wrong value for no element, keeps the graph
+    if channels == 0:  # which grid_sample refuses; adding sums of the inputs to no element keeps the graph
         return source.new_zeros(images, rois, 0, bins_y, bins_x) + (source.sum() + y.sum() + x.sum())
     if not makes_graph():
         row = images * channels * bins_y * bins_x * columns  # elements for one row of samples in each bin
@@ -126,7 +129,7 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
         if rois > fit:
             chunks = zip(y.split(fit, dim=1), x.split(fit, dim=1))
             return torch.cat([_average_batched(source, *chunk, divisor) for chunk in chunks], dim=1)
-        # A huge RoI is taken in slices of its rows of samples, so that even one RoI stays within the limit.
+        # A huge RoI is sliced along its rows of samples, so that even one RoI stays within the limit.
         fit = max(MAX_SAMPLED_ELEMENTS // max(row * rois, 1), 1)
         if rows > fit:
             slices = [_average_batched(source, y_slice, x, divisor) for y_slice in y.split(fit, dim=3)]
@@ -138,7 +141,7 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
     sampled = F.grid_sample(
         source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
     )  # [N, C, M * bins * rows, bins * columns]
-    if makes_graph():  # pooling takes no empty tensor, in onnxruntime either, and here it is not known
+    if makes_graph():  # pooling takes no empty tensor, in onnxruntime either, and emptiness is unknown here
         windows = sampled.reshape(images, channels, rois, bins_y, rows, bins_x, columns)
         return (windows.sum(dim=(4, 6)) / divisor).transpose(1, 2)
     if rois and images and rows * columns > 1:  # pooling takes no empty tensor
@@ -147,9 +150,9 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
 
 
 class _WindowMean(torch.autograd.Function):
-    """Sum over windows side by side, by a divisor: avg_pool2d (the fastest way found), but without keeping its input.
+    """Sum over adjacent windows, divided by a constant: avg_pool2d without keeping its input.
 
-    avg_pool2d saves the samples, the largest tensor here, for a backward that needs only their shape.
+    avg_pool2d would save the samples, the largest tensor here, for a backward that needs only their shape.
     """
 
     generate_vmap_rule = True

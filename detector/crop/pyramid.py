@@ -10,33 +10,33 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop.crop import Sampler, Sampling, check_sampler, check_sampling, crop_levels, describe, pair
+from detector.crop.crop import Sampler, check_sampler, crop_levels, describe
 from detector.crop.geometry import geometry_dtype
+from detector.crop.rois import pair
 
 
 class MultiScaleAffineCrop(MultiScaleRoIAlign):
-    """``torchvision.ops.MultiScaleRoIAlign`` with gradients to the boxes: its constructor, its call, its values.
+    """Crop boxes out of a feature pyramid, with gradients to the maps and the boxes.
 
-    An RoI is cropped from the level that its size maps to (Lin et al., "Feature Pyramid Networks", 2017,
-    equation 1). The level is piecewise constant in the box, so no gradient passes through its choice. Under
-    ``torch.compile`` and ``torch.export``, and under ``torch.vmap`` over boxes, each RoI is sampled in every level and
-    image, and all but one of these read nothing; in ONNX (:func:`~detector.pretrained.onnx_export.export_onnx`) only
-    where it is.
+    Boxes are (x1, y1, x2, y2) in pixels of the resized images, x to the right and y down. Constructor, call and values
+    are those of ``torchvision.ops.MultiScaleRoIAlign``, which gives boxes no gradient.
+
+    The level of an RoI follows from its size (Lin et al., "Feature Pyramid Networks", 2017, equation 1). It is
+    piecewise constant in the box, so no gradient passes through it. Under ``torch.compile``, ``torch.export`` and
+    ``torch.vmap`` over boxes every level and image is sampled for every RoI.
 
     Args:
         featmap_names: the feature maps to crop from; others are ignored.
         output_size: height and width of the crop in bins, or one number for both.
-        sampling_ratio: samples per bin and axis; 0 or less: see :func:`~detector.affine_crop`.
-        canonical_scale: the box size, in image pixels, that maps to ``canonical_level``.
-        canonical_level: the level of a box of that size (equation 1's k0), 4 for stride 16.
-        aligned: as in :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
-        sampler: as in :func:`~detector.affine_crop`.
-        sampling: as in :func:`~detector.affine_crop`.
-        size_divisible: the images were padded, on the right and below, to a multiple of this many pixels before the
-            backbone saw them; 1: not at all. It is the attribute of this name of torchvision's
-            ``GeneralizedRCNNTransform``, from which :func:`~detector.swap_crop_head` takes it. ``None``: 32, which is
-            torchvision's, or not at all, whichever fits the size of a map better; it may be the wrong one where images
-            are not padded and no side has 48 pixels.
+        sampling_ratio: see :func:`~detector.affine_crop`.
+        canonical_scale: box size, in image pixels, that maps to ``canonical_level``.
+        canonical_level: level of a box of that size (k0 in equation 1); 4 is stride 16.
+        aligned: see :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
+        sampler: see :func:`~detector.affine_crop`.
+        size_divisible: images are padded, right and below, to a multiple of this many pixels before the backbone;
+            1 means no padding. :func:`~detector.swap_crop_head` takes it from ``GeneralizedRCNNTransform``. ``None``
+            tries 32 (torchvision's value) and 1, and takes what fits a map's size better; for unpadded images below
+            48 pixels it may be wrong.
 
     Example:
         >>> pool = MultiScaleAffineCrop(["0", "1"], output_size=7, sampling_ratio=2)
@@ -47,10 +47,9 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         (torch.Size([2, 8, 7, 7]), True)
     """
 
-    # Of a module whose class was changed, which has no attributes of ours yet.
+    # Defaults for modules whose class was changed by swap_crop_head.
     aligned: bool = False
     sampler: Sampler = "auto"
-    sampling: Sampling = "points"
     size_divisible: int | None = None
 
     def __init__(
@@ -63,39 +62,33 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_level: int = 4,
         aligned: bool = False,
         sampler: Sampler = "auto",
-        sampling: Sampling = "points",
         size_divisible: int | None = None,
     ) -> None:
-        super().__init__(
-            list(featmap_names),
-            pair("output_size", output_size),
-            sampling_ratio,
-            canonical_scale=canonical_scale,
-            canonical_level=canonical_level,
-        )
+        bins = pair("output_size", output_size)
+        canonical = {"canonical_scale": canonical_scale, "canonical_level": canonical_level}
+        super().__init__(list(featmap_names), bins, sampling_ratio, **canonical)
         if size_divisible is not None and size_divisible < 1:
             raise ValueError(f"size_divisible must be at least 1, got {size_divisible}")
         self.aligned = aligned
         self.sampler = check_sampler(sampler)
-        self.sampling = check_sampling(sampling)
         self.size_divisible = size_divisible
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Crop RoIs out of a pyramid.
 
         Args:
-            x: feature maps by name, [N, C, H_level, W_level] each, from the finest level to the coarsest.
-            boxes: (x1, y1, x2, y2) in pixels of the (resized, unpadded) images, one [L, 4] tensor per image.
-            image_shapes: (height, width) of those images, from which, with ``size_divisible``, the levels' strides are
-                told.
+            x: feature maps by name, [N, C, H_level, W_level], from the finest level to the coarsest.
+            boxes: (x1, y1, x2, y2) in pixels of the resized, unpadded images, one [L, 4] tensor per image.
+            image_shapes: (height, width) of those images. They and ``size_divisible`` give the strides of the levels.
 
         Returns:
-            [K, C, *output_size] in the features' dtype, the RoIs of all images one after the other. An RoI of
-            negative area belongs to no level and is zero where there are several, as in torchvision.
+            [K, C, *output_size] in the dtype of the features, RoIs in the order of the images. With several levels,
+            RoIs of negative area belong to none and are zero, as in torchvision.
 
         Raises:
-            ValueError: no map of ``x`` is in ``featmap_names``, or ``image_shapes`` is empty; and what
-                :func:`~detector.affine_crop` raises.
+            TypeError: see :func:`~detector.affine_crop`.
+            ValueError: no map of ``x`` is in ``featmap_names``, ``image_shapes`` is empty, or see
+                :func:`~detector.affine_crop`.
         """
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
@@ -104,18 +97,9 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError("image_shapes must have the size of at least one image, got none")
         largest = [max(sides) for sides in zip(*image_shapes)]
         scales = [_scale(feature.shape[-2:], largest, self.size_divisible) for feature in features]
-        several = len(features) > 1
-        return crop_levels(
-            features,
-            boxes,
-            self._level_mapper(scales) if several else None,
-            self.output_size,
-            scales,
-            self.sampling_ratio,
-            self.aligned,
-            self.sampler,
-            self.sampling,
-        )
+        level_of = self._level_mapper(scales) if len(features) > 1 else None
+        options = (self.sampling_ratio, self.aligned, self.sampler)
+        return crop_levels(features, boxes, level_of, self.output_size, scales, *options)
 
     def _level_mapper(self, scales: list[float]) -> Callable[[Tensor], Tensor]:
         first, last = (
@@ -125,7 +109,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         mapper = LevelMapper(first, last, self.canonical_scale, self.canonical_level)
 
         def level_of(corners: Tensor) -> Tensor:
-            """-1 for a negative area, as in torchvision; 0 for what is not finite, for the crop to answer."""
+            """Return -1 for a negative area, as torchvision does, and 0 for boxes that are not finite."""
             corners = corners.to(geometry_dtype(corners))
             area = box_area(corners)
             level = torch.where(area < 0, -1, mapper([corners.nan_to_num()]))
@@ -134,20 +118,19 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         return level_of
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe(self.sampler, self.sampling)})"
+        return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe(self.sampler)})"
 
 
 def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:
-    """The power of two that is nearest to a map's pixels per pixel of the padded image, a number.
+    """Return map pixels per pixel of the padded image, rounded to a power of two.
 
-    torchvision divides by the image as it was before it was padded, of which a thin image is a small part: 20 pixels
-    are padded to 32, and a map of stride 4 would be taken for one of stride 2.
+    torchvision divides by the size before padding. For a thin image that doubles the scale: 20 pixels are padded to 32.
 
-    When a graph for ONNX is traced, sizes and scale are tensors: other images have others.
+    While a graph for ONNX is traced, sizes and scale are tensors, because they depend on the image.
     """
     exponents: list[Any] = []
     for multiple in (32, 1) if size_divisible is None else (size_divisible,):
-        # The sum of both sides: where a backbone rounds, the longer side, which tells more, counts more.
+        # Sums of both sides, so that the longer side counts more where a backbone rounds.
         ratio: Any = sum(map_size) / sum((side + multiple - 1) // multiple * multiple for side in image_size)
         if isinstance(ratio, Tensor):
             return torch.pow(2.0, torch.log2(ratio).round())

@@ -100,8 +100,7 @@ def export_onnx(
     than the example's: boxes, masks and keypoints.
 
     A refinement is in the graph, if it is enabled: its iterations and the rescoring. Masks and keypoints are those of
-    the refined boxes. Gradient ascent needs gradients, which no graph has, so it is left out. Crops with
-    ``sampling="exact"`` are refused.
+    the refined boxes. Gradient ascent needs gradients, which no graph has, so it is left out.
 
     Args:
         model: swapped or stock, in eval mode, on the CPU, in float32.
@@ -289,11 +288,6 @@ def _check_model(model: nn.Module) -> None:
     for name, pool in pools.items():
         if not isinstance(pool, MultiScaleAffineCrop):
             continue
-        if pool.sampling == "exact":
-            raise ExportError(
-                f"{name} crops with sampling exact, which no graph can; one with sampling points, the default, can be "
-                "exported"
-            )
         if pool.sampling_ratio <= 0:
             raise ExportError(
                 f"{name} takes a number of samples that goes with the box (sampling_ratio 0 or less), which no graph "

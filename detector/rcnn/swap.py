@@ -84,7 +84,7 @@ def restore_roi_align(model: Model) -> Model:
         raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign cannot do")
     for pool in pools:
         pool.__class__ = MultiScaleRoIAlign
-        for name in ("aligned", "sampler", "sampling", "size_divisible"):
+        for name in ("aligned", "sampler", "size_divisible"):
             pool.__dict__.pop(name, None)
     for part, attached in ((rpn, AttachedRPN), (heads, AttachedRoIHeads)):
         if isinstance(part, attached):

@@ -7,7 +7,7 @@ import pytest
 
 import detector
 
-MODULES = ("crop", "geometry", "pyramid")
+MODULES = ("crop", "exact", "geometry", "pyramid")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -20,6 +20,6 @@ def test_examples_run(name):
 def test_every_public_name_of_the_crop_has_an_example():
     public = [getattr(detector, name) for name in detector.__all__]
     of_the_crop = [one for one in public if one.__module__.startswith("detector.crop.")]
-    assert len(of_the_crop) == 6
+    assert len(of_the_crop) == 7
     for one in of_the_crop:
         assert ">>> " in one.__doc__, one

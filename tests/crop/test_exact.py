@@ -5,11 +5,11 @@ import pytest
 import torch
 from torchvision.ops import roi_align
 
-from detector import AffineCrop, MultiScaleAffineCrop, affine_crop
+from detector import affine_crop, exact_crop
 
 
 def exact(maps, boxes, *, scale=1.0, aligned=True, size=3, sampler="auto"):
-    return affine_crop(maps, boxes, size, scale, aligned=aligned, sampler=sampler, sampling="exact")
+    return exact_crop(maps, boxes, size, scale, aligned)
 
 
 def some_boxes(seed=0, count=24, low=-8.0, high=28.0):
@@ -79,14 +79,19 @@ def test_its_box_gradient_is_continuous_across_pixel_centres():
 
     def slope(x, **options):
         box = torch.tensor([[x, 2.0, x + 3, 5.0]], dtype=torch.float64, requires_grad=True)
-        affine_crop(maps, [box], 1, aligned=True, **options).sum().backward()
+        crop = (
+            affine_crop(maps, [box], 1, aligned=True, **options)
+            if options
+            else exact_crop(maps, [box], 1, aligned=True)
+        )
+        crop.sum().backward()
         return box.grad[0, 0].item()
 
     def jump_at(x, **options):
         return abs(slope(x + 1e-7, **options) - slope(x - 1e-7, **options))
 
     for x in (2.0, 2.5, 3.0):  # at 2 and 3 the only sample of the points lies on a pixel centre, at 2.5 both sides do
-        assert jump_at(x, sampling="exact") < 1e-6
+        assert jump_at(x) < 1e-6
     assert jump_at(2.0, sampling_ratio=1) > 1e-3
 
 
@@ -117,24 +122,3 @@ def test_huge_tiny_empty_inverted_and_far_boxes():
 
 def test_no_boxes():
     assert exact(torch.rand(2, 3, 8, 8), [torch.rand(0, 4), torch.rand(0, 4)]).shape == (0, 3, 3, 3)
-
-
-def test_levels_of_a_pyramid():
-    maps = {"0": torch.rand(2, 36, 40, 40), "1": torch.rand(2, 36, 20, 20)}
-    boxes = [torch.tensor([[3.0, 4.0, 30.0, 40.0], [0.0, 0.0, 159.0, 150.0]]), torch.tensor([[9.0, 9.0, 80.0, 99.0]])]
-    pool = MultiScaleAffineCrop(["0", "1"], 5, 2, canonical_scale=64, canonical_level=3, sampling="exact")
-    found = pool(maps, boxes, [(160, 160)] * 2)
-    with_ratio = MultiScaleAffineCrop(["0", "1"], 5, 60, canonical_scale=64, canonical_level=3)
-    assert torch.allclose(found, with_ratio(maps, boxes, [(160, 160)] * 2), atol=2e-3)
-    single = exact(maps["0"][:1], [boxes[0][:1]], scale=0.25, aligned=False, size=5)
-    assert torch.allclose(found[:1], single, atol=1e-6)
-
-
-def test_said_and_refused():
-    assert "sampling=exact" in repr(AffineCrop(7, sampling="exact"))
-    assert "sampling=" not in repr(AffineCrop(7))
-    with pytest.raises(ValueError, match="sampling must be one of points, exact, got 'mean'"):
-        AffineCrop(7, sampling="mean")
-    crop = AffineCrop(2, sampling="exact")
-    with pytest.raises(ValueError, match="cannot be compiled or traced"):
-        torch.jit.trace(crop, (torch.rand(1, 2, 8, 8), torch.tensor([[0.0, 1.0, 1.0, 5.0, 5.0]])))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.crops import both_samplers, randn
 
-from detector import affine_crop
+from detector import affine_crop, exact_crop
 
 HEIGHT, WIDTH = 6, 8
 MAP = randn(1, 1, HEIGHT, WIDTH)
@@ -85,8 +85,10 @@ def slopes(bins, ratio, aligned, step=1e-6):
     return least, greatest
 
 
-def options_of(ratio):
-    return {"sampling": EXACT} if ratio == EXACT else {"sampling_ratio": ratio}
+def crop_of(ratio, boxes, bins, aligned, sampler):
+    if ratio == EXACT:
+        return exact_crop(MAP, [boxes], bins, 1.0, aligned)
+    return affine_crop(MAP, [boxes], bins, 1.0, ratio, aligned, sampler=sampler)
 
 
 @both_samplers
@@ -100,7 +102,7 @@ def test_gradients_on_ties_are_those_of_a_side(bins, ratio, create_graph, aligne
     if ratio == -1 and aligned:  # an empty box has none, and is 0
         boxes, least, greatest = boxes[:-1], least[:-1], greatest[:-1]
     boxes.requires_grad_()
-    crops = affine_crop(MAP, [boxes], bins, aligned=aligned, sampler=sampler, **options_of(ratio))
+    crops = crop_of(ratio, boxes, bins, aligned, sampler)
     of_bins = crops.flatten(1).sum(0)
     keep = {"create_graph": create_graph, "retain_graph": True}
     gradient = torch.stack([torch.autograd.grad(of_bin, boxes, **keep)[0] for of_bin in of_bins], 1)
@@ -125,7 +127,7 @@ def test_second_derivatives_of_the_exact_crop_on_ties_are_those_to_the_right(ali
     boxes = torch.cat([starts.repeat(5, 1), starts.repeat(5, 1) + sides.repeat_interleave(6, 0)], 1)
 
     def crop(boxes):
-        return affine_crop(source, [boxes], 1, aligned=aligned, sampler=sampler, sampling="exact").flatten()
+        return exact_crop(source, [boxes], 1, 1.0, aligned).flatten()
 
     steps = step * torch.eye(4, dtype=torch.float64)
     expected = torch.stack(
@@ -148,6 +150,6 @@ def test_where_the_exact_gradient_was_wrong_by_a_border(sampler):
     torch.manual_seed(0)
     source = torch.randn(1, 1, 6, 8, dtype=torch.float64)
     boxes = torch.tensor([[0, 0, 5.3, 4.2], [0.7, 0.6, 7, 5]], dtype=torch.float64, requires_grad=True)
-    affine_crop(source, [boxes], 1, sampler=sampler, sampling="exact").sum().backward()
+    exact_crop(source, [boxes], 1).sum().backward()
     assert boxes.grad[0, 0].item() == pytest.approx(0.0239, abs=5e-5)
     assert boxes.grad[1, 2].item() == pytest.approx(0.0075, abs=5e-5)

@@ -582,18 +582,6 @@ def with_pool(kind, **settings):
             "^the RoI pool takes .*sampling_ratio 0 or less",
         ),
         (
-            lambda: tiny(box_roi_pool=MultiScaleAffineCrop(["0", "1", "2"], 3, 2, sampling="exact")),
-            {},
-            ExportError,
-            "^the RoI pool crops with sampling exact, which no graph can",
-        ),
-        (
-            lambda: with_pool("mask", sampling_ratio=2, sampling="exact"),
-            {},
-            ExportError,
-            "^the masks' RoI pool crops with sampling exact",
-        ),
-        (
             lambda: with_pool("keypoint", sampling_ratio=0),
             {},
             ExportError,
@@ -610,8 +598,6 @@ def with_pool(kind, **settings):
         "training",
         "double",
         "adaptive",
-        "exact",
-        "exact masks",
         "adaptive points",
         "batch",
         "opset",
