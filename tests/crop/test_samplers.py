@@ -487,7 +487,7 @@ def test_no_gradient_of_maps_that_need_none(monkeypatch, bags, ratio):
 
 @both_ratios
 def test_no_gradient_of_boxes_that_need_none(monkeypatch, bags, ratio):
-    monkeypatch.setattr(detector.crop.gather_sampler, "_add_position_gradients", refuse)
+    monkeypatch.setattr(detector.crop.gather_sampler, "_weight_gradients", refuse)
     features, boxes = levels(), [boxes_of_side(LEVEL_SIDES)]
     results = [crop(features, boxes, [SIZE]) for crop in (pool(ratio), stock_pool(ratio))]
     reads = len(bags)
@@ -559,14 +559,14 @@ def test_second_derivatives_through_a_pyramid(inputs, ratio):
 @both_ratios
 def test_autocast_leaves_the_geometry_in_float32(monkeypatch, ratio):
     dtypes = []
-    taps = detector.crop.gather_sampler._taps
+    taps = detector.crop.gather_sampler.point_taps
 
     def record(position, *args):
         result = taps(position, *args)
         dtypes.extend([position.dtype, result.weight.dtype])
         return result
 
-    monkeypatch.setattr(detector.crop.gather_sampler, "_taps", record)
+    monkeypatch.setattr(detector.crop.gather_sampler, "point_taps", record)
     conv = torch.nn.Conv2d(3, 32, 1)
     features = {name: source.detach().float() for name, source in levels(3).items()}
     boxes = [boxes_of_side(LEVEL_SIDES, dtype=torch.float32).requires_grad_()]
