@@ -1,4 +1,4 @@
-"""Names and notes from files that anybody may have written, made fit to be shown."""
+"""Preparing names and notes from files of unknown origin for display."""
 
 import re
 import unicodedata
@@ -11,7 +11,7 @@ BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-_](?=[^\W\d_])")
 
 
 def clean(text: str) -> str:
-    """Return one line without control characters or marks that turn the direction of what follows."""
+    """Return one line without control characters or marks that change the direction of text."""
     kept = []
     for character in text:
         category = unicodedata.category(character)
@@ -29,10 +29,7 @@ def short(text: str, longest: int = 60) -> str:
 
 
 def alike(name: str) -> str:
-    """Return a key that is the same for names that are easily mixed up.
-
-    It is without case, blanks, hyphens and underscores between letters, invisible characters and Unicode form.
-    """
+    """Return a key without case, blanks, hyphens and underscores between letters, and without Unicode form."""
     plain = BETWEEN_LETTERS.sub("", unicodedata.normalize("NFKC", name).casefold())
     return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
 
@@ -43,7 +40,7 @@ def alike_file(name: str) -> str:
 
 
 def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the categories' names, with the id where several are called the same."""
+    """Return the categories' names, with the id where several have the same name."""
     categories = list(categories)
     times = Counter(category["name"] for category in categories)
     return [
@@ -53,6 +50,6 @@ def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """List the first of some names, each :func:`short`, and say how many more there are."""
+    """List the first of some names, each :func:`short`, and count the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(short(name) for name in names[:most]) + more

@@ -35,6 +35,7 @@ from support.refined_models import refined
 from support.scored import read
 
 from detector.data.annotations import read_annotations
+from detector.data.check_dataset import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
 from detector.errors import DataError, ModelError
@@ -46,7 +47,6 @@ from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, load_torchvision_detector
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import CHECKPOINT_KEY, load_detector
-from detector.tools.checking import check_dataset
 
 HANG = 60  # seconds for one input
 

@@ -1,4 +1,4 @@
-"""Which category of a data set each label of a detector, or of another data set, stands for: that of the same name."""
+"""Matching the categories of detectors and data sets by name."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Category = tuple[int | None, str]  # id and name
 
 
 class Labelled(Protocol):
-    """What has labels, 1, 2, ...: a detector or a data set. A label's id is ``None`` if it has no category."""
+    """A detector or a data set with labels 1, 2, ...; the id of a label without a category is ``None``."""
 
     @property
     def category_ids(self) -> Sequence[int | None]: ...
@@ -22,7 +22,7 @@ class Labelled(Protocol):
 
 
 def same_names(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
-    """Find the place of each of our names in theirs; ``None`` if it is not there, or on either side more than once."""
+    """Find the place of each of our names in theirs; ``None`` if it is missing, or repeated on either side."""
     place = {name: number for number, name in enumerate(theirs)}
     once = {name for name, count in Counter(ours).items() if count == 1}
     once &= {name for name, count in Counter(theirs).items() if count == 1}
@@ -30,12 +30,10 @@ def same_names(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
 
 
 def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> list[int | None]:
-    """Find the id of their category with the name of each of ours; ``None`` if it is not there.
-
-    Where a name is there more than once, on either side, the ids must be the same too.
+    """Find the id of their category with the name of each of ours; ``None`` if it is missing.
 
     Raises:
-        DataError: they are not.
+        DataError: a name is repeated on either side, and the ids differ.
     """
     names = [name for _, name in theirs]
     ids = [None if place is None else theirs[place][0] for place in same_names([name for _, name in ours], names)]
@@ -43,35 +41,35 @@ def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> lis
         if ids[number] is None and name in names:
             if (category, name) not in theirs:
                 raise DataError(
-                    f"several categories are called {short_repr(name)}, and the one with id {category} has no "
-                    "other with that id and name: it cannot be told which is which"
+                    f"several categories are called {short_repr(name)}, and the one with id {category} has none with "
+                    "the same id and name on the other side: they cannot be matched"
                 )
             ids[number] = category
     return ids
 
 
 def match_categories(detector: Labelled, data: CocoDetection) -> Sequence[int | None]:
-    """Find the category ids that a detector's labels have in the data, by the same names, see :func:`match_ids`."""
+    """Find the category ids of a detector's labels in a data set, see :func:`match_ids`."""
     return match_ids(detector, _categories(data))
 
 
 def match_ids(detector: Labelled, categories: Sequence[Category]) -> Sequence[int | None]:
-    """Find the ids of a detector's classes in a data set: those of the categories with the same names.
+    """Find the ids of a detector's classes among categories, by name.
 
-    Of weights that name no classes only the number must be the data's: labels are its categories in order of their ids.
+    Weights without class names must have as many classes as there are categories, in the order of the ids.
 
     Returns:
-        The category id of each label, from label 1 on; ``None`` for one to leave out: the data has no such class.
+        The category id of each label, from label 1 on; ``None`` where no category has its name.
 
     Raises:
-        ModelError: not one class has the same name; or weights that name none have another number of them.
+        ModelError: no class has the name of a category, or the numbers of classes differ.
         DataError: see :func:`same_categories`.
     """
     if not any(category is not None for category in detector.category_ids):
         if len(detector.category_ids) != len(categories):
             raise ModelError(f"the weights have {len(detector.category_ids)} classes, the data has {len(categories)}")
         return [category for category, _ in categories]
-    ours = [category for category in _categories(detector) if category[0] is not None]  # others are gaps, as in COCO's
+    ours = [category for category in _categories(detector) if category[0] is not None]  # others are gaps, as in COCO
     found = dict(zip(ours, same_categories(ours, categories), strict=True))
     ids = [found.get(category) for category in _categories(detector)]
     if not any(category is not None for category in ids):
@@ -84,55 +82,52 @@ def match_ids(detector: Labelled, categories: Sequence[Category]) -> Sequence[in
 
 
 def label_as(data: CocoDetection, other: CocoDetection) -> list[str]:
-    """Give a data set the labels of another, in place, by the categories' names: a val split those of training.
+    """Give a data set the labels of another, in place, by the names of their categories.
 
-    Objects of classes that the other lacks go out of its targets; the annotations that it is scored by still have them.
+    Objects of other categories leave its targets, but stay in the annotations that scoring uses.
 
     Returns:
-        Sentences on what differs.
+        Notes, see :func:`match_notes`.
 
     Raises:
-        DataError: not one category has the same name; or see :func:`same_categories`.
+        DataError: no category has the same name; see also :func:`same_categories`.
     """
     ids = same_categories(_categories(other), _categories(data))
     if not any(category is not None for category in ids):
         raise DataError(no_shared_name(data.category_names, other.category_names))
-    notes = []
-    if moved := _moved(other, ids):
-        notes.append(f"categories are matched by name: {quoted(moved)} have other ids than in training")
-    if unknown := _unknown(ids, data):
-        names = quoted(list(unknown))
-        why = mixed_up(list(unknown), other.category_names)
-        notes.append(
-            f"objects of classes that are not trained on ({names}) count as missed: {unknown.total():,}"
-            + (f" ({why})" if why else "")
-        )
+    notes = match_notes(other, ids, data, name="training split")
     data.relabel(ids, other.category_names)
     return notes
 
 
-def match_notes(detector: Labelled, category_ids: Sequence[int | None], data: CocoDetection) -> list[str]:
-    """Say how :func:`match_categories` matched a detector's labels, the most important first."""
+def match_notes(
+    detector: Labelled, category_ids: Sequence[int | None], data: CocoDetection, *, name: str = "detector"
+) -> list[str]:
+    """Describe how the labels of a detector, or of a split, were matched, the most important first."""
     notes = []
-    if unknown := _unknown(category_ids, data):
+    unknown: Counter[str] = Counter()  # objects by class
+    for label, count in data.label_counts().items():
+        if data.category_ids[label - 1] not in category_ids:
+            unknown[data.category_names[label - 1]] += count
+    if unknown:
         why = mixed_up(detector.category_names, list(unknown))
         notes.append(
-            f"The detector does not know the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) "
+            f"The {name} does not have the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) "
             f"count as missed{f' ({why})' if why else ''}."
         )
-    if moved := _moved(detector, category_ids):
-        notes.append(f"Classes are matched by name: {quoted(moved)} have other ids in the data than in the detector.")
-    known = [(name, found) for (i, name), found in zip(_categories(detector), category_ids) if i is not None]
-    if left := [name for name, found in known if found is None]:
+    pairs = [(i, called, found) for (i, called), found in zip(_categories(detector), category_ids) if i is not None]
+    if moved := [called for i, called, found in pairs if found not in (None, i)]:
+        notes.append(f"Classes are matched by name: {quoted(moved)} have other ids in the data than in the {name}.")
+    if left := [called for _, called, found in pairs if found is None]:
         notes.append(
-            f"The data has {len(known) - len(left):,} of the detector's {len(known):,} classes: what is detected of "
-            f"the others ({quoted(left)}) is left out."
+            f"The data has {len(pairs) - len(left):,} of the {name}'s {len(pairs):,} classes: detections of the others "
+            f"({quoted(left)}) are left out."
         )
     return notes
 
 
 def quoted(names: Sequence[str]) -> str:
-    """List the first of some names in quotes, by which blanks at their ends are seen."""
+    """List the first of some names in quotes, which show blanks at their ends."""
     return listed([short_repr(name) for name in names])
 
 
@@ -144,14 +139,13 @@ def no_shared_name(ours: Sequence[str], theirs: Sequence[str], *, of: str = "to 
 
 def names_alike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
     """Find pairs of names that differ only by case, blanks, hyphens, underscores or Unicode form."""
-    mine, others = set(ours), set(theirs)
-    by_key = {alike(name): name for name in theirs if name not in mine}
-    pairs = [(name, by_key.get(alike(name))) for name in ours if name not in others]
+    by_key = {alike(name): name for name in theirs if name not in set(ours)}
+    pairs = [(name, by_key.get(alike(name))) for name in ours if name not in set(theirs)]
     return [(name, other) for name, other in pairs if other is not None]
 
 
 def difference(name: str, other: str) -> str:
-    """Say by what two names differ that are alike."""
+    """Describe the difference of two names that are alike."""
     one, two = ("".join(text.split()) for text in (name, other))
     if name.lower() == other.lower():
         what = "case"
@@ -163,7 +157,7 @@ def difference(name: str, other: str) -> str:
 
 
 def mixed_up(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
-    """Name the first pair of :func:`names_alike`, and how many more there are; ``None`` if there is none."""
+    """Describe the first pair of :func:`names_alike`, and count the others; ``None`` if there is none."""
     pairs = names_alike(ours, theirs)
     more = f", and {len(pairs) - 1:,} more" if len(pairs) > 1 else ""
     return f"{difference(*pairs[0])}{more}" if pairs else None
@@ -171,17 +165,3 @@ def mixed_up(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
 
 def _categories(labelled: Labelled) -> list[Category]:
     return list(zip(labelled.category_ids, labelled.category_names, strict=True))
-
-
-def _moved(labelled: Labelled, ids: Sequence[int | None]) -> list[str]:
-    """Name the classes that have another id where they were found."""
-    return [name for (i, name), found in zip(_categories(labelled), ids) if None not in (i, found) and found != i]
-
-
-def _unknown(ids: Sequence[int | None], data: CocoDetection) -> Counter[str]:
-    """Count the objects of other categories, by name, in the order of the labels."""
-    unknown: Counter[str] = Counter()
-    for label, count in data.label_counts().items():
-        if data.category_ids[label - 1] not in ids:
-            unknown[data.category_names[label - 1]] += count
-    return unknown

@@ -8,21 +8,21 @@ from torchvision.ops import box_iou
 
 from detector.data.annotations import Annotations
 
-MOST_IMAGES = 1000  # whose results are compared with the ground truth: a second's work
-FEWEST = 5  # results that are compared
-MEET, BETTER = 0.6, 0.3  # the share of the best results that must meet an object, and by how much it must be higher
-# Fitting a scale improves poor boxes, too, so it needs more evidence: results, images with results, and a larger gain.
-FEWEST_TO_SCALE, FEWEST_IMAGES, BETTER_BY_SCALE = 10, 3, 0.6
+MAX_IMAGES = 1000  # images whose results are compared with the annotations, which takes a second
+MIN_RESULTS = 5
+# The share of the best results that must meet an object, and by how much it must be higher than as they are.
+MIN_SHARE, MIN_GAIN = 0.6, 0.3
+# Scaling improves poor boxes, too, so it needs more evidence.
+MIN_RESULTS_TO_SCALE, MIN_IMAGES_TO_SCALE, MIN_GAIN_TO_SCALE = 10, 3, 0.6
 
-# How four numbers [L, 4] may be meant: as (x1, y1, x2, y2).
+# How four numbers [L, 4] may be meant, as (x1, y1, x2, y2).
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "x, y, width and height": lambda b: np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]),
     "corners (x1, y1, x2, y2)": lambda b: b,
     "centres (cx, cy, width, height)": lambda b: np.hstack([b[:, :2] - b[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2]),
     "corners with y before x (y1, x1, y2, x2)": lambda b: b[:, [1, 0, 3, 2]],
 }
-# In images that were resized to N pixels: what of the image's width and height, [L, 2], was made N. Only of the last
-# one the two numbers may differ.
+# The sides, by the images' width and height [L, 2], that were resized to a number of pixels. Only STRETCHED has two.
 STRETCHED = "of images resized to {0:,.0f} x {1:,.0f} pixels"
 RESIZED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "of images {0:.3g} times as large": np.ones_like,
@@ -33,9 +33,9 @@ RESIZED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray, truth: Annotations) -> str | None:
-    """Say if the boxes of results meet the objects of their images only when they are read in another way.
+    """Find out whether results meet the objects of their images only when their boxes are read in another way.
 
-    Of each image the results with the best scores are looked at, as many as it has objects.
+    Each image's best-scored results are compared, as many as it has objects.
 
     Args:
         boxes: [L, 4], the four numbers of each result.
@@ -44,42 +44,42 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
         truth: the annotations of the images.
 
     Returns:
-        What they look like, and how many meet an object so, and as they are; ``None`` if they are as they should be, or
-        if nothing fits.
+        What the boxes look like, with the number that meet an object; ``None`` if they are right, or if nothing fits.
     """
     best, objects = _best_of_images(scores, image_ids, truth)
     rows = np.concatenate(best) if best else np.empty(0, int)
-    if len(rows) < FEWEST:
+    if len(rows) < MIN_RESULTS:
         return None
-    of_image = np.repeat(np.arange(len(best)), [len(of) for of in best])
+    image_of = np.repeat(np.arange(len(best)), [len(found) for found in best])
     sizes = truth.sizes[truth.find(image_ids[rows])].astype(float)
-    read_as = {form: read(boxes[rows]) for form, read in FORMS.items()}
-    as_they_are = _met(next(iter(read_as.values())), of_image, objects)
-    if as_they_are > (1 - BETTER) * len(rows):  # as of any right file: nothing can be so much better
+    corners_of = {form: read(boxes[rows]) for form, read in FORMS.items()}
+    as_they_are = _met(next(iter(corners_of.values())), image_of, objects)
+    if as_they_are > (1 - MIN_GAIN) * len(rows):  # no reading can gain enough
         return None
     counts: dict[str, int] = {}
-    for form, corners in read_as.items():
-        counts[form] = _met(corners, of_image, objects)
-        counts[f"{form}, normalised (0..1)"] = _met(corners * np.tile(sizes, 2), of_image, objects)
-    for form, corners in read_as.items() if len(rows) >= FEWEST_TO_SCALE and len(best) >= FEWEST_IMAGES else ():
+    for form, corners in corners_of.items():
+        counts[form] = _met(corners, image_of, objects)
+        counts[f"{form}, normalised (0..1)"] = _met(corners * np.tile(sizes, 2), image_of, objects)
+    can_scale = len(rows) >= MIN_RESULTS_TO_SCALE and len(best) >= MIN_IMAGES_TO_SCALE
+    for form, corners in corners_of.items() if can_scale else ():
         for resized, sides_of in RESIZED.items():
-            pixels = _pixels(corners, of_image, objects, sides_of(sizes))
+            pixels = _pixels(corners, image_of, objects, sides_of(sizes))
             if pixels is None or (resized != STRETCHED and abs(pixels[0] - pixels[1]) > 0.05 * pixels[0]):
                 continue
-            met = _met(corners * np.tile(sides_of(sizes) / pixels, 2), of_image, objects)
-            if met - as_they_are >= BETTER_BY_SCALE * len(rows):
+            met = _met(corners * np.tile(sides_of(sizes) / pixels, 2), image_of, objects)
+            if met - as_they_are >= MIN_GAIN_TO_SCALE * len(rows):
                 counts[f"{form}, {resized.format(*pixels)}"] = met
-    looks = max(counts, key=lambda what: counts[what])  # of equals the first
-    if counts[looks] < MEET * len(rows) or counts[looks] - as_they_are < BETTER * len(rows):
+    looks = max(counts, key=lambda what: counts[what])  # the first of equals
+    if counts[looks] < MIN_SHARE * len(rows) or counts[looks] - as_they_are < MIN_GAIN * len(rows):
         return None
-    begin = f"{looks}: {counts[looks]:,} of the {len(rows):,} best-scored boxes overlap an object when read so"
-    return f"{begin}, {as_they_are:,} as they are"
+    read_so = f"{counts[looks]:,} of the {len(rows):,} best-scored boxes overlap an object when read so"
+    return f"{looks}: {read_so}, {as_they_are:,} as they are"
 
 
 def _best_of_images(
     scores: np.ndarray, image_ids: np.ndarray, truth: Annotations
 ) -> tuple[list[np.ndarray], list[torch.Tensor]]:
-    """The best results of each image that has some, and objects, and these as (x1, y1, x2, y2)."""
+    """The rows of each image's best results, and its objects (x1, y1, x2, y2), for images with both."""
     order = np.lexsort((-scores, image_ids))
     ids, starts = np.unique(image_ids[order], return_index=True)
     corners = FORMS["x, y, width and height"](truth.boxes)
@@ -90,22 +90,22 @@ def _best_of_images(
         if len(here):
             best.append(rows[: len(here)])
             objects.append(torch.from_numpy(here))
-        if len(best) == MOST_IMAGES:
+        if len(best) == MAX_IMAGES:
             break
     return best, objects
 
 
-def _met(corners: np.ndarray, of_image: np.ndarray, objects: Sequence[torch.Tensor]) -> int:
-    """How many boxes overlap an object of their image by half."""
-    own = torch.from_numpy(corners).split(np.bincount(of_image).tolist())
+def _met(corners: np.ndarray, image_of: np.ndarray, objects: Sequence[torch.Tensor]) -> int:
+    """The number of boxes with an IoU of at least 0.5 with an object of their image."""
+    own = torch.from_numpy(corners).split(np.bincount(image_of).tolist())
     return sum(int((box_iou(boxes, there).amax(dim=1) >= 0.5).sum()) for boxes, there in zip(own, objects, strict=True))
 
 
 def _pixels(
-    corners: np.ndarray, of_image: np.ndarray, objects: Sequence[torch.Tensor], sides: np.ndarray
+    corners: np.ndarray, image_of: np.ndarray, objects: Sequence[torch.Tensor], sides: np.ndarray
 ) -> np.ndarray | None:
-    """To how many pixels, [2], sides were resized, if the boxes' furthest corners are those of the objects."""
-    starts = np.searchsorted(of_image, np.arange(len(objects)))
+    """The number of pixels, [2], to which sides were resized, if the furthest corners are those of the objects."""
+    starts = np.searchsorted(image_of, np.arange(len(objects)))
     furthest = np.maximum.reduceat(corners[:, 2:], starts)
     there = np.stack([boxes[:, 2:].amax(dim=0).numpy() for boxes in objects])
     with np.errstate(divide="ignore", invalid="ignore"):

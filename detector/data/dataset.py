@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detector.data.annotation_types import AnnotationType
-from detector.data.annotations import Annotations, read_annotations, refuse
+from detector.data.annotations import Annotations, raise_errors, read_annotations
 from detector.data.checks import corners_in_images
 from detector.data.entries import find
 from detector.data.image_files import check_files
@@ -99,7 +99,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         problems = [problem for _, problem in check_files(annotations.file_names(), self.folder, self._where)]
         if skip_missing:
             problems = [problem for problem in problems if problem.kind != "missing image files"]
-        refuse(problems, f"{annotations.path} --images {self.folder}")
+        raise_errors(problems, f"{annotations.path} --images {self.folder}")
 
     def __len__(self) -> int:
         return len(self._images)

@@ -1,4 +1,4 @@
-"""The lists of COCO's files as columns: entries are decoded by type, and fields of a wrong type are recorded."""
+"""The lists of COCO's files as columns."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -14,8 +14,8 @@ from msgspec import Meta, Raw
 from detector.errors import short_repr
 from detector.files import decode_json
 
-MOST_AREA = 1e10  # square pixels: COCO's metric passes over objects of a larger area, or of one below 0
-LEAST = 1e-100  # size of a coordinate that is not 0: areas of smaller ones underflow, of ones above 1e9 overflow
+MAX_AREA = 1e10  # square pixels; COCO's metric ignores larger objects
+MIN_COORDINATE = 1e-100  # smallest size of a coordinate that is not 0: areas of smaller ones underflow
 Coordinate = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Length = Annotated[float, Meta(ge=0, le=1e9)]
 
@@ -23,7 +23,7 @@ Length = Annotated[float, Meta(ge=0, le=1e9)]
 class Field(NamedTuple):
     """A field of an entry: its type for msgspec, in messages and for numpy, and its value where it is missing."""
 
-    kind: Any
+    type: Any
     meant: str
     column: str
     blank: Any = 0
@@ -31,55 +31,56 @@ class Field(NamedTuple):
 
 
 FOUR = "4 finite numbers, x, y, width and height, each 0 or from 1e-100 to 1e9 in size"
-NOT_NEGATIVE = f"{FOUR}, the latter two not negative"
 ID = Field(Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], "an integer of 64 bits", "i8")
 SIZE = Field(Annotated[int, Meta(ge=1, le=2**63 - 1)], "an integer of at least 1", "i8")
 TEXT = Field(str, "a string", "O", None)
 BOX = Field(tuple[Coordinate, Coordinate, Coordinate, Coordinate], FOUR, "4f8", (nan,) * 4)
-FOUND_BOX = Field(tuple[Coordinate, Coordinate, Length, Length], NOT_NEGATIVE, "4f8", (nan,) * 4, optional=True)
-AREA = Field(Annotated[float, Meta(ge=0, le=MOST_AREA)], "a number from 0 to 1e10", "f8", nan, optional=True)
+RESULT_BOX = Field(
+    tuple[Coordinate, Coordinate, Length, Length], f"{FOUR}, the latter two not negative", "4f8", (nan,) * 4, True
+)
+AREA = Field(Annotated[float, Meta(ge=0, le=MAX_AREA)], "a number from 0 to 1e10", "f8", nan, True)
 FLAG = Field(bool | Annotated[float, Meta(ge=0, le=1, multiple_of=1)], "0 or 1", "?", optional=True)
 ANY = Field(Any, "", "O", None, optional=True)
 SCORE = Field(float, "a finite number", "f8")
-PARTS = dict.fromkeys(("segmentation", "keypoints"), Field(Raw, "", "O", Raw(), optional=True))  # decoded when used
+LAZY = dict.fromkeys(("segmentation", "keypoints"), Field(Raw, "", "O", Raw(), optional=True))  # decoded when used
 RESULTS = "results"  # the list of a results file
 FIELDS: dict[str, dict[str, Field]] = {
     "images": {"id": ID, "file_name": TEXT, "width": SIZE, "height": SIZE},
     "categories": {"id": ID, "name": TEXT},
     "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG}
     | {"ignore": ANY}
-    | PARTS,
-    RESULTS: {"image_id": ID, "category_id": ID, "score": SCORE, "bbox": FOUND_BOX} | PARTS,
+    | LAZY,
+    RESULTS: {"image_id": ID, "category_id": ID, "score": SCORE, "bbox": RESULT_BOX} | LAZY,
 }
 
 
 class Entries:
-    """A list of a file, as columns by field: ``entries["bbox"]`` is [N, 4].
+    """A list of a file as columns by field: ``entries["bbox"]`` is [N, 4].
 
     Args:
         path: the file, for messages.
-        name: which list, one of :data:`FIELDS`.
-        raws: the JSON of its entries. They stay, for messages.
+        name: the list's name, a key of :data:`FIELDS`.
+        raws: the JSON of each entry, kept for messages.
         without: fields that are not read.
 
     Attributes:
-        wrong: the fields that are missing or wrong, by the position of their entry; [] for an entry that is not a dict.
+        wrong: missing and wrong fields by the position of their entry; [] for an entry that is not a dict.
     """
 
     def __init__(self, path: str | Path, name: str, raws: list[Raw], *, without: Collection[str] = ()) -> None:
         self.path, self.name, self.raws = path, name, raws
-        self.fields = {field: of for field, of in FIELDS[name].items() if field not in without}
+        self.fields = {name: field for name, field in FIELDS[name].items() if name not in without}
         self.wrong: dict[int, list[str]] = {}
-        types = [(field, of.kind, *([of.blank] if of.optional else [])) for field, of in self.fields.items()]
+        types = [(name, field.type, *([field.blank] if field.optional else [])) for name, field in self.fields.items()]
         self._decode = msgspec.json.Decoder(msgspec.defstruct(name, types, gc=False)).decode
-        columns = np.dtype([(field, of.column) for field, of in self.fields.items()])
+        columns = np.dtype([(name, field.column) for name, field in self.fields.items()])
         try:
             self._rows = np.fromiter(map(msgspec.structs.astuple, map(self._decode, raws)), columns, len(raws))
         except ValueError:
             self._rows = np.fromiter(self._one_by_one(), columns, len(raws))
         if "bbox" in self.fields:
             size = np.abs(self["bbox"])
-            for position in np.flatnonzero(((size > 0) & (size < LEAST)).any(axis=1)).tolist():
+            for position in np.flatnonzero(((size > 0) & (size < MIN_COORDINATE)).any(axis=1)).tolist():
                 self._rows["bbox"][position] = BOX.blank
                 self.wrong.setdefault(position, []).append("bbox")
 
@@ -90,13 +91,13 @@ class Entries:
         return self._rows[field]
 
     def has(self, field: str) -> np.ndarray:
-        """Whether each entry has a field, and it is right; [N], bool."""
+        """Whether each entry has a valid field, [N] bool."""
         has = np.ones(len(self), dtype=bool)
         has[[at for at, fields in self.wrong.items() if not fields or field in fields]] = False
         return has
 
     def entry(self, position: int) -> Any:
-        """An entry as plain values, whatever it is; see :func:`value_of`."""
+        """The plain value of an entry, whether valid or not."""
         return value_of(self.raws[position])
 
     def where(self, position: int) -> str:
@@ -106,7 +107,7 @@ class Entries:
         return f"{self.path}: {self.name}[{position}]{called}"
 
     def _one_by_one(self) -> Iterator[tuple[Any, ...]]:
-        """The rows of the columns, where some entries are wrong."""
+        """The rows of a list in which some entries are wrong."""
         for position, raw in enumerate(self.raws):
             try:
                 yield msgspec.structs.astuple(self._decode(raw))
@@ -114,25 +115,24 @@ class Entries:
                 yield self._by_field(position, raw)
 
     def _by_field(self, position: int, raw: Raw) -> tuple[Any, ...]:
-        """The row of an entry of which not all is right."""
         try:
             given = msgspec.json.decode(raw, type=dict[str, Raw])
         except ValueError:
             self.wrong[position] = []
-            return tuple(of.blank for of in self.fields.values())
+            return tuple(field.blank for field in self.fields.values())
         row = []
-        for field, of in self.fields.items():
+        for name, field in self.fields.items():
             try:
-                row.append(msgspec.json.decode(given[field], type=of.kind))
+                row.append(msgspec.json.decode(given[name], type=field.type))
             except (KeyError, ValueError):
-                row.append(of.blank)
-                if field in given or not of.optional:
-                    self.wrong.setdefault(position, []).append(field)
+                row.append(field.blank)
+                if name in given or not field.optional:
+                    self.wrong.setdefault(position, []).append(name)
         return tuple(row)
 
 
 LISTS = ("images", "categories", "annotations")
-LIST = list[Raw] | str | int | float | bool | None  # the entries, or what is there in their place
+LIST = list[Raw] | str | int | float | bool | None  # the entries, or another value in their place
 _Lists: Any = msgspec.defstruct("_Lists", [(name, LIST | dict, None) for name in LISTS])
 
 
@@ -140,33 +140,30 @@ class CocoFile:
     """An annotation file: its lists :data:`LISTS`, each empty where it is missing.
 
     Args:
-        path: ``instances_*.json``, ``person_keypoints_*.json`` or one like them.
-        fields: those of :data:`PARTS` that are read.
+        path: ``instances_*.json``, ``person_keypoints_*.json`` or another file of their format.
+        fields: the fields among :data:`LAZY` that are read.
         labelled: whether annotations are read. COCO's test files have none.
 
     Attributes:
-        missing: for each list that is not there, or is not a list, a sentence that says so, by the list's name. A file
-            that does not hold a dict has one sentence, by "file".
+        missing: messages on lists that are missing or no lists, by name; by "file" if the file holds no dict.
 
     Raises:
         DataError: the file cannot be read, or is not JSON.
     """
 
-    def __init__(self, path: str | Path, *, fields: Collection[str] = tuple(PARTS), labelled: bool = True) -> None:
+    def __init__(self, path: str | Path, *, fields: Collection[str] = tuple(LAZY), labelled: bool = True) -> None:
         content = decode_json(path, _Lists | LIST)
         self.path = path
         self.missing: dict[str, str] = {}
         if not isinstance(content, _Lists):
-            what = f"must hold a dict with images, annotations and categories, not a {kind_of(content)}"
+            what = f"must hold a dict with images, annotations and categories, not a {type_name(content)}"
             self.missing["file"], content = what, _Lists([], [], [])
         lists: list[Entries] = []
         for name in LISTS:
-            raws = getattr(content, name)
-            if name == "annotations" and not labelled:
-                raws = []
+            raws = [] if name == "annotations" and not labelled else getattr(content, name)
             if not isinstance(raws, list):
-                self.missing[name], raws = f"{name!r} must be a list, got {kind_of(raws)}", []
-            lists.append(Entries(path, name, raws, without=PARTS.keys() - set(fields)))
+                self.missing[name], raws = f"{name!r} must be a list, got {type_name(raws)}", []
+            lists.append(Entries(path, name, raws, without=LAZY.keys() - set(fields)))
         self.images, self.categories, self.annotations = lists
 
     @cached_property
@@ -186,7 +183,7 @@ class CocoFile:
 
 
 def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place of each wanted id among ids; -1 where it is not there."""
+    """The place of each wanted id among ids; -1 where it is missing."""
     if not len(ids):
         return np.full(len(wanted), -1)
     order = np.argsort(ids, kind="stable")
@@ -195,21 +192,15 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def value_of(raw: Raw | bytes) -> Any:
-    """The plain value of some JSON; ``None`` of none at all."""
+    """The plain value of some JSON; ``None`` if it is empty."""
     text = bytes(raw)
     try:
         return msgspec.json.decode(text) if text else None
-    except ValueError:  # a number that is too large
-        return _LENIENT.decode(text.decode())
+    except ValueError:  # a number that is too large; decode_json writes NaN as 1e999
+        text = text.replace(b"1e999", b"NaN")
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else digits)
 
 
-# NaN is 1e999 here, see decode_json. Python reads no integers of more than some thousand digits.
-_LENIENT = json.JSONDecoder(
-    parse_float=lambda number: nan if number == "1e999" else float(number),
-    parse_int=lambda digits: int(digits) if len(digits) < 400 else digits,
-)
-
-
-def kind_of(value: Any) -> str:
+def type_name(value: Any) -> str:
     """The type of a JSON value, for messages."""
     return "nothing" if value is None else type(value).__name__

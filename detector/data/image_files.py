@@ -1,4 +1,4 @@
-"""The image files of a data set: whether they are there, and can be read."""
+"""Checking the image files of a data set."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +23,8 @@ from detector.data.images import (
 from detector.errors import DataError, SizeError, short_repr
 from detector.text import alike_file
 
-MOST_LISTED = 200_000  # files that are looked at to find the one that may be meant: three seconds
-ORIENTATION_KINDS = {  # the kinds of findings, by how the remarks on an image begin
+MAX_LISTED = 200_000  # files among which a similar name is looked for, which takes three seconds
+ORIENTATION_KINDS = {  # the kinds of findings by the beginnings of remarks
     AMBIGUOUS_ORIENTATION: "images whose annotated size fits both orientations",
     OVERRULED_ORIENTATION: "images whose annotated size decides against the orientation setting",
 }
@@ -33,87 +33,81 @@ ORIENTATION_KINDS = {  # the kinds of findings, by how the remarks on an image b
 def check_files(
     names: Iterable[str | None], folder: str | Path, where: Callable[[int], str]
 ) -> Iterator[tuple[int | None, Finding]]:
-    """Find image files that are not in their folder, by their names alone.
+    """Check that image files are in their folder, without opening them.
 
     Args:
-        names: of the images, relative to the folder; ``None`` is passed over.
+        names: of the images, relative to the folder; ``None`` is skipped.
         folder: of the images.
         where: names an image in a message, by its place in ``names``.
 
     Yields:
-        Problems, all of level "error", each with the place of its image; ``None`` for the folder's.
+        Errors, each with the place of its image; ``None`` for the folder.
     """
     try:
-        present = os.listdir(folder)  # one look, not one a file: COCO has 118,000
+        present = set(os.listdir(folder))  # faster than asking for each of COCO's 118,000 files
     except OSError as error:
         message = f"{folder}: no such image folder, or it cannot be read: {error.strerror}"
         yield None, Finding("missing image folder", "error", message)
         return
-    root, known = Path(folder).resolve(), set(present)
+    root = Path(folder).resolve()
     by_key: dict[str, list[str]] | None = None
     for position, name in enumerate(names):
-        if name is None or name in known:
+        if name is None or name in present:
             continue
-        inside, there = True, False
+        inside, is_file = True, False
         with suppress(OSError, ValueError):  # a name that no file can have: too long, with a NUL byte
             file = (root / name).resolve()
-            inside, there = file.is_relative_to(root), file.is_file()
-        if inside and there:
+            inside, is_file = file.is_relative_to(root), file.is_file()
+        if inside and is_file:
             continue
         by_key = by_key if by_key is not None else _names_by_key(root)
         message = f"{where(position)} has file_name {short_repr(name)}, {'not in' if inside else 'outside'} {folder}"
-        if fitting := _fitting(name, root, by_key):
+        if fitting := _similar(name, root, by_key):
             message += f"; did you mean {' or '.join(map(short_repr, fitting[:2]))}?"
         kind = "missing image files" if inside else "image files outside their folder"
         yield position, Finding(kind, "error", message)
 
 
 def _names_by_key(root: Path) -> dict[str, list[str]]:
-    """The files in a folder, and below it, by their :func:`_key`; the first ones, if it holds a whole disk."""
+    """The first :data:`MAX_LISTED` files in and below a folder by their :func:`_key`."""
     by_key: dict[str, list[str]] = {}
     files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    for file in islice(files, MOST_LISTED):
+    for file in islice(files, MAX_LISTED):
         by_key.setdefault(_key(file.name), []).append(file.relative_to(root).as_posix())
     return by_key
 
 
 def _key(name: str) -> str:
-    """The same for names of files that are easily mixed up: without folders and suffix, see :func:`alike_file`."""
+    """The same for similar names, also with other folders and suffixes."""
     return alike_file(name).rpartition(".")[0] or alike_file(name)
 
 
-def _fitting(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """The names by which a file may be in its folder that is called otherwise in the annotations."""
+def _similar(name: str, root: Path, by_key: Mapping[str, Sequence[str]]) -> Sequence[str]:
     path = unquote(name).replace("\\", "/")
     with suppress(OSError, ValueError):
         if not path.startswith("/") and (root / path).resolve().is_relative_to(root) and (root / path).is_file():
             return [path]
-    fitting = by_key.get(_key(name), ())
-    return [one for one in fitting if alike_file(one) == alike_file(name)] or fitting
+    similar = by_key.get(_key(name), ())
+    return [other for other in similar if alike_file(other) == alike_file(name)] or similar
 
 
 def check_image(folder: str | Path, image: Mapping[str, Any], orientation: Orientation = "upright") -> Finding | None:
-    """An error that keeps an image, an entry of ``images``, from being read, or a note on its orientation.
-
-    The image is decoded whole, as for training.
-    """
+    """Decode an image, an entry of ``images``: return an error, a note on its orientation, or ``None``."""
     path = Path(folder) / image["file_name"]
     try:
         _, remarks = read_image_with_remarks(path, size=(image["width"], image["height"]), orientation=orientation)
     except DataError as error:
         kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
         return Finding(kind, "error", " ".join(str(error).split()))
-    doubts = [
-        (kind, remark) for start, kind in ORIENTATION_KINDS.items() for remark in remarks if remark.startswith(start)
-    ]
+    doubts = [(kind, remark) for start, kind in ORIENTATION_KINDS.items() for remark in remarks if start in remark]
     return next((Finding(kind, "note", f"{path}: {remark}") for kind, remark in doubts), None)
 
 
 def open_images(
     folder: str | Path, images: Sequence[Mapping[str, Any]], *, orientation: Orientation = "upright", workers: int = 4
 ) -> Iterator[Finding | None]:
-    """Open images, in threads and with a progress bar, and yield :func:`check_image` of each, in order."""
-    # Also around all threads: what each of them sets and takes back is all threads' own.
+    """Yield :func:`check_image` of each image, in order, with threads and a progress bar."""
+    # Warning filters are shared by all threads.
     with without_pillow_warnings(), ThreadPoolExecutor(workers) as executor:
         try:
             opened = executor.map(partial(check_image, folder, orientation=orientation), images)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw
 
-from detector.data.entries import LEAST, Coordinate
+from detector.data.entries import MIN_COORDINATE, Coordinate
 from detector.errors import DataError, short_repr
 from detector.text import listed, short
 
@@ -142,8 +142,8 @@ def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = Tru
         return f"not a list of finite numbers: {error}"
     if len(value) != 3 * count:
         return f"{len(value)} numbers: {count} keypoints are {3 * count}, x, y and visibility of each"
-    if not all(number == 0 or abs(number) >= LEAST for number in value):
-        return f"a number that is not 0, but below {LEAST} in size"
+    if not all(number == 0 or abs(number) >= MIN_COORDINATE for number in value):
+        return f"a number that is not 0, but below {MIN_COORDINATE} in size"
     if visibility and not {0, 1, 2}.issuperset(value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None

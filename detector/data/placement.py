@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEWEST = 3  # objects that another reading must fit
-NOT_SCALED = 0.8, 1.25  # a factor in between is no other scale
+MIN_OBJECTS = 3  # that another reading must fit
+UNSCALED = 0.8, 1.25  # factors in between are no other scale
 
-Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of points, labelled, boxes
-# How points [L, P, 2] may be meant, by their boxes (x1, y1, x2, y2) and by the width and height of their images.
+# How points [L, P, 2] may be meant, given their boxes (x1, y1, x2, y2) and the width and height of their images.
 READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "coordinates normalised to 0..1: multiply x by the image's width and y by its height": lambda p, boxes, sizes: (
         p * sizes[:, None]
@@ -27,11 +26,11 @@ READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which of L objects have masks, or keypoints, that do not lie in their box, and what most look like.
+    """Where the masks, or keypoints, of L objects lie.
 
     Args:
-        outside: [L], bool.
-        wrong: whether most objects' numbers are wrong: far outside, or right when they are read in another way.
+        outside: [L] bool, whether they lie outside their box.
+        wrong: whether most objects' numbers are wrong: far outside, or right in another reading.
         looks: what the numbers look like, and what to do; ``None`` if no reading fits.
     """
 
@@ -41,46 +40,37 @@ class Placement:
 
 
 def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare the boxes around masks with the objects' own: by their IoU, and by how much of each mask's lies inside.
+    """Compare the boxes around masks with the objects' own. A mask with less than a tenth of its box inside is outside.
 
     Args:
         corners: [L, 2, 2], the upper left and the lower right corner around each mask, in pixels.
-        boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
+        boxes: [L, 4] (x1, y1, x2, y2) in pixels, of positive size.
         sizes: [L, 2], width and height of the images.
-
-    Returns:
-        The placement; outside is that of which less than a tenth lies in its box.
     """
-    everything = np.ones(corners.shape[:2], dtype=bool)
-    wrong, looks = _read(
-        corners, everything, boxes, sizes, _iou, _iou(corners, everything, boxes), right=0.8, better=0.2
-    )
-    both, areas, _ = _areas(corners + np.array([[-0.5], [0.5]]), boxes)  # a point and a line have an area, too
+    labelled = np.ones(corners.shape[:2], dtype=bool)
+    wrong, looks = _best_reading(corners, labelled, boxes, sizes, fit=_iou, right=0.8, better=0.2)
+    both, areas, _ = _areas(corners + np.array([[-0.5], [0.5]]), boxes)  # gives points and lines an area
     outside = both < 0.1 * areas
     return Placement(outside, wrong or 2 * outside.sum() > len(outside), looks)
 
 
 def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare keypoints with the objects' boxes, by the share of them that lies inside.
+    """Compare keypoints with the objects' boxes. An object with less than half of them in or near its box is outside.
 
     Args:
         points: [L, P, 2], x and y in pixels.
-        labelled: [L, P], bool: the points that count, one or more of each object.
-        boxes: [L, 4] (x1, y1, x2, y2) in pixels, with a size.
+        labelled: [L, P] bool, the points that count; at least one of each object.
+        boxes: [L, 4] (x1, y1, x2, y2) in pixels, of positive size.
         sizes: [L, 2], width and height of the images.
-
-    Returns:
-        The placement; outside is what has less than half of its points in or near its box.
     """
     outside = _share(points, labelled, boxes, margin=0.25, pixels=2) < 0.5
     far = _share(points, labelled, boxes, margin=1, pixels=10) < 0.5
-    inside = _share(points, labelled, boxes)
-    wrong, looks = _read(points, labelled, boxes, sizes, _share, inside, right=0.9, better=0.25)
+    wrong, looks = _best_reading(points, labelled, boxes, sizes, fit=_share, right=0.9, better=0.25)
     return Placement(outside, wrong or 2 * far.sum() > len(far), looks)
 
 
 def _areas(corners: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The areas of what two boxes have in common, and of each, [L] all, in square pixels."""
+    """The areas of the intersection of two boxes, and of each, [L] all, in square pixels."""
     low, high = np.maximum(corners[:, 0], boxes[:, :2]), np.minimum(corners[:, 1], boxes[:, 2:])
     shapes = (high - low, corners[:, 1] - corners[:, 0], boxes[:, 2:] - boxes[:, :2])
     both, first, second = (shape.clip(min=0).prod(axis=1) for shape in shapes)
@@ -107,21 +97,21 @@ def _share(
     return np.where(normalised, 0, inside.sum(axis=1) / labelled.sum(axis=1).clip(min=1))
 
 
-def _read(
+def _best_reading(
     points: np.ndarray,
     labelled: np.ndarray,
     boxes: np.ndarray,
     sizes: np.ndarray,
-    fit: Fit,
-    now: np.ndarray,
     *,
+    fit: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     right: float,
     better: float,
 ) -> tuple[bool, str | None]:
-    """Whether a reading fits by ``right`` on average, and beats the present fit ``now``, [L], by ``better``; and which.
+    """Whether a reading fits by ``right`` on average, and by ``better`` more than pixels do; and which.
 
-    Where the points of most objects do not fit their boxes, these objects alone are looked at.
+    Where most objects do not fit, only these are read.
     """
+    now = fit(points, labelled, boxes)
     misfits = now < 0.5
     if 2 * misfits.sum() > len(now):
         points, labelled, boxes, sizes, now = (one[misfits] for one in (points, labelled, boxes, sizes, now))
@@ -130,9 +120,9 @@ def _read(
     found = {words: fit(read(points, boxes, sizes), labelled, boxes).mean() for words, read in READINGS.items()}
     middles = points.mean(axis=(1, 2), where=labelled[..., None])
     scale = float(middles.sum() / boxes.mean(axis=1).sum())
-    if scale > 0 and not NOT_SCALED[0] < scale < NOT_SCALED[1]:
+    if scale > 0 and not UNSCALED[0] < scale < UNSCALED[1]:
         words = f"pixels of an image {scale:.3g} times as large: divide by {scale:.3g}"
         found[words] = fit(points / scale, labelled, boxes).mean()
     looks = next(words for words, mean in found.items() if mean > max(found.values()) - 0.05)
-    fits = found[looks] >= right and found[looks] - now.mean() >= better
-    return fits and len(points) >= FEWEST, looks if fits else None
+    fits = found[looks] >= right and found[looks] - now.mean() >= better and len(points) >= MIN_OBJECTS
+    return bool(fits), looks if fits else None

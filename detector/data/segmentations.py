@@ -1,4 +1,4 @@
-"""Segmentations of COCO's files: read from JSON, checked, and measured."""
+"""Reading, checking and measuring the segmentations of COCO's files."""
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ import numpy as np
 
 from detector.data.masks import as_rle, mask_area, mask_box, run_lengths
 
-# Of an image with masks, and of an object's outlines. pycocotools counts fifths of a pixel in 32 bits, writes runs of
-# more than 24 bits beyond its buffer, and takes 100 bytes a pixel of an outline.
-MOST_PIXELS, MOST_OUTLINE = 2**26, 2_000_000
+# pycocotools counts fifths of a pixel in 32 bits, writes runs of more than 24 bits beyond its buffer, and takes 100
+# bytes for each pixel of an outline.
+MAX_PIXELS, MAX_OUTLINE = 2**26, 2_000_000
 
 
 class _Rle(msgspec.Struct):
@@ -21,59 +21,57 @@ class _Rle(msgspec.Struct):
     counts: list[Annotated[int, msgspec.Meta(ge=0)]] | str
 
 
-def _polygons(least: float, most: float) -> Any:
-    """The type of polygons, each of 3 points or more with coordinates from the one to the other."""
-    coordinate = Annotated[float, msgspec.Meta(ge=least, le=most)]
+def _polygons(low: float, high: float) -> Any:
+    """The type of polygons of at least 3 points, with coordinates from ``low`` to ``high``."""
+    coordinate = Annotated[float, msgspec.Meta(ge=low, le=high)]
     polygon = Annotated[list[coordinate], msgspec.Meta(min_length=6)]
     return Annotated[list[polygon], msgspec.Meta(min_length=1)]
 
 
-_any = msgspec.json.Decoder(_polygons(-1e9, 1e9) | _Rle)
+_decode_any = msgspec.json.Decoder(_polygons(-1e9, 1e9) | _Rle).decode
 
 
 @cache
-def _near(side: int) -> Callable[[bytes | msgspec.Raw], list[list[float]]]:
-    """Decode polygons that are near any image whose shorter side is this one."""
+def _decoder_near(side: int) -> Callable[[bytes | msgspec.Raw], list[list[float]]]:
+    """A decoder of polygons near any image whose shorter side is ``side``."""
     decoder: msgspec.json.Decoder[list[list[float]]] = msgspec.json.Decoder(_polygons(-side, 2 * side))
     return decoder.decode
 
 
 def read_segmentation(segmentation: bytes | msgspec.Raw, width: int, height: int) -> tuple[Any, str | None]:
-    """Read the JSON of a segmentation, which is not empty, in an image of that size.
+    """Read the JSON of a segmentation in an image of that size.
 
-    pycocotools reads what it is given without looking: an RLE that is too long writes beyond its mask, and four numbers
-    are a box to it. COCO has 860,000 polygons, so the usual case is a single decoder call, of two microseconds.
+    pycocotools checks nothing: it writes beyond the mask if an RLE is too long, and takes four numbers for a box. The
+    usual case is a single decoder call, for COCO has 860,000 polygons.
 
     Returns:
-        Polygons or an RLE, for :func:`as_rle`, and ``None``; or ``None`` and what is wrong.
+        Polygons or an RLE, for :func:`~detector.data.masks.as_rle`, and ``None``; or ``None`` and what is wrong.
     """
-    if width * height > MOST_PIXELS:
-        return None, f"in an image of {width}x{height} pixels: masks are read in images of {MOST_PIXELS:,} at most"
+    if width * height > MAX_PIXELS:
+        return None, f"in an image of {width}x{height} pixels: masks are read in images of {MAX_PIXELS:,} at most"
     side, numbers = min(width, height), 0
     try:
-        polygons = _near(side)(segmentation)
+        polygons = _decoder_near(side)(segmentation)
         for polygon in polygons:
-            numbers += len(polygon) if len(polygon) % 2 == 0 else MOST_OUTLINE
-        if 1.5 * side * numbers <= MOST_OUTLINE:  # a step of an outline is at most 3 sides long
+            numbers += len(polygon) if len(polygon) % 2 == 0 else MAX_OUTLINE
+        if 1.5 * side * numbers <= MAX_OUTLINE:  # a step of an outline is at most 3 sides long
             return polygons, None
     except ValueError:
         pass
     try:
-        value = _any.decode(segmentation)
+        value = _decode_any(segmentation)
     except ValueError as error:
-        return None, f"neither polygons, each of 3 points or more, nor an RLE: {_what_is_wrong(segmentation, error)}"
+        what = str(error)
+        with suppress(ValueError):
+            numbers = len(msgspec.json.decode(segmentation, type=list[float]))
+            what = f"{numbers} numbers in a flat list: write [[x, y, ...]], a list of polygons"
+        return None, f"neither polygons, each of 3 points or more, nor an RLE: {what}"
     if isinstance(value, _Rle):
         problem = _rle_problem(value, width, height)
-        return (None, problem) if problem else ({"size": list(value.size), "counts": value.counts}, None)
-    problem = _polygons_problem(value, width, height)
+        value = {"size": list(value.size), "counts": value.counts}
+    else:
+        problem = _polygons_problem(value, width, height)
     return (None, problem) if problem else (value, None)
-
-
-def _what_is_wrong(segmentation: bytes | msgspec.Raw, error: ValueError) -> str:
-    with suppress(ValueError):
-        numbers = len(msgspec.json.decode(segmentation, type=list[float]))
-        return f"{numbers} numbers in a flat list: write [[x, y, ...]], a list of polygons"
-    return str(error)
 
 
 def _polygons_problem(polygons: list[list[float]], width: int, height: int) -> str | None:
@@ -85,8 +83,8 @@ def _polygons_problem(polygons: list[list[float]], width: int, height: int) -> s
         if x.min() < -width or x.max() > 2 * width or y.min() < -height or y.max() > 2 * height:
             return f"polygon {number} that reaches far outside the image of {width}x{height} pixels"
         outline += np.maximum(abs(x - np.roll(x, 1)), abs(y - np.roll(y, 1))).sum()
-    if outline > MOST_OUTLINE:  # a few lines to and fro would fill the memory
-        return f"polygons whose outlines are {outline:,.0f} pixels long: {MOST_OUTLINE:,} at most are read"
+    if outline > MAX_OUTLINE:  # few points with long outlines would fill the memory
+        return f"polygons whose outlines are {outline:,.0f} pixels long: {MAX_OUTLINE:,} at most are read"
     return None
 
 
@@ -102,17 +100,16 @@ def _rle_problem(rle: _Rle, width: int, height: int) -> str | None:
 
 
 def measure_masks(segmentations: Sequence[Any], sizes: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Where masks are, and how large.
+    """Measure the boxes and areas of masks.
 
     Args:
-        segmentations: as :func:`read_segmentation` gives them; ``None`` for those that are not measured.
-        sizes: width and height of the image of each.
+        segmentations: those of :func:`read_segmentation`; ``None`` for masks that are not measured.
+        sizes: width and height of each one's image.
 
     Returns:
         Boxes, [L, 4] float64 (x1, y1, x2, y2) in pixels, around the points of polygons or the pixels of an RLE; NaN for
-        an RLE without a pixel. And areas, [L] float64, in pixels: exact for RLE, for polygons of under 10 pixels, and
-        for those that leave their image; else the area that they enclose, overlaps counted twice. NaN where ``None``
-        was given.
+        an RLE without a pixel. Areas, [L] float64, in pixels: exact for RLE, for polygons of under 10 pixels and for
+        those that leave their image; otherwise the enclosed area, with overlaps counted twice. NaN for ``None``.
     """
     boxes, areas = np.full((len(segmentations), 4), np.nan), np.full(len(segmentations), np.nan)
     numbers, owners, lengths = array("d"), [], []
@@ -143,10 +140,7 @@ def measure_masks(segmentations: Sequence[Any], sizes: Sequence[Sequence[int]]) 
 
 
 def spans_a_pixel(segmentation: Any, left: float, top: float, right: float, bottom: float) -> bool:
-    """Whether three points of a polygon are within limits, and are the corners of a triangle of a pixel or more.
-
-    That takes a microsecond, and measuring it ten.
-    """
+    """Whether three points of a polygon lie within limits, and span a triangle of at least a pixel."""
     if not isinstance(segmentation, list):
         return False
     polygon = segmentation[0]
@@ -159,7 +153,7 @@ def spans_a_pixel(segmentation: Any, left: float, top: float, right: float, bott
 
 
 def _measure_polygons(points: np.ndarray, lengths: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The box around the polygons of each owner, and the sum of their areas, by the points of all, [P, 2]."""
+    """The box around each owner's polygons, and the sum of their areas, from the points of all, [P, 2]."""
     ends = np.cumsum(lengths)
     starts = ends - lengths
     following = np.arange(1, len(points) + 1)

@@ -1,4 +1,4 @@
-"""Images that two splits share, by the files' content."""
+"""Finding images that two splits share, by the content of their files."""
 
 import hashlib
 import os
@@ -11,11 +11,11 @@ from pathlib import Path
 def equal_files(first: Iterable[Path], second: Iterable[Path]) -> dict[Path, Path]:
     """Find the files of one list that are, byte for byte, also in another.
 
-    All are asked for their size; those of equal size are read a little, then whole. What is not there, or no regular
-    file, is passed over.
+    Only files of equal size are read, and only those with the same bytes in their middle are read whole. Missing and
+    irregular files are skipped.
 
     Returns:
-        Of the first, those that the second has too, in order; each with one of the second that is equal.
+        Each file of the first list that the second has too, in order, with the first one of the second that is equal.
     """
     first, second = list(dict.fromkeys(first)), list(dict.fromkeys(second))
     keys: tuple[Callable[[Path], int | bytes], ...] = (_size, _middle, _digest)
@@ -32,7 +32,7 @@ def equal_files(first: Iterable[Path], second: Iterable[Path]) -> dict[Path, Pat
 def _keys(key: Callable[[Path], int | bytes], paths: list[Path]) -> dict[Path, int | bytes]:
     keys = {}
     for path in paths:
-        with suppress(OSError, ValueError):  # the latter: a name that no file can have
+        with suppress(OSError, ValueError):  # ValueError: a name that no file can have
             keys[path] = key(path)
     return keys
 
@@ -45,8 +45,7 @@ def _size(path: Path) -> int:
 
 
 def _middle(path: Path) -> bytes:
-    """Read a little of a file: enough to tell bitmaps apart, which are all of one size, and begin alike."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # bitmaps are of one size, and begin alike
         file.seek(max(os.fstat(file.fileno()).st_size // 2 - 2048, 0))
         return file.read(4096)
 

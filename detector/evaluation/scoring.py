@@ -20,7 +20,6 @@ from detector.data.checks import FAR_FROM_BOX, IGNORED
 from detector.data.dataset import CocoDetection
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
-from detector.data.mask_keypoint_checks import EMPTY, FAR_FROM_MASK, OUTSIDE_BOX, OUTSIDE_IMAGE, PLACEHOLDERS
 from detector.data.results import Result, annotation_types_in, read_results, results_file
 from detector.errors import DataError, UserError, one_line, short_repr
 from detector.evaluation.metric import IOU_TYPES
@@ -39,16 +38,16 @@ COUNTED_WRONG = {
 }
 LACKING: dict[AnnotationType, dict[str, str]] = {
     "masks": {
-        EMPTY["masks"][0]: "In segm scores they count as missed.",
-        OUTSIDE_BOX["masks"][0]: "In segm scores the objects in the boxes count as missed.",
-        FAR_FROM_MASK[0]: "segm AP by size uses these areas.",
+        "masks without a pixel": "In segm scores they count as missed.",
+        "masks outside their boxes": "In segm scores the objects in the boxes count as missed.",
+        "areas that are far from their masks'": "segm AP by size uses these areas.",
         "objects without a segmentation": "In segm scores they count as missed.",
         "masks without an area": "The boxes' are taken, by which segm scores tell small objects from large ones.",
     },
     "keypoints": {
-        OUTSIDE_BOX["keypoints"][0]: "In keypoints scores they are compared as they are.",
-        PLACEHOLDERS[0]: "In keypoints scores they are compared as they are.",
-        OUTSIDE_IMAGE["keypoints"][0]: "In keypoints scores they are compared as they are; training leaves them out.",
+        "keypoints outside their boxes": "In keypoints scores they are compared as they are.",
+        "labelled keypoints at (0, 0) or (-1, -1)": "In keypoints scores they are compared as they are.",
+        "keypoints outside their image": "In keypoints scores they are compared as they are; training leaves them out.",
         "objects without keypoints": "In keypoints scores they count as neither found nor missed.",
         "objects whose keypoints are all unlabelled": "In keypoints scores they count as neither found nor missed.",
         "keypoints without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",

@@ -1,55 +1,125 @@
-"""Check a data set in COCO's format before training: everything that is wrong with it, at once.
-
-python tools/check.py data/digits/annotations/instances_val.json --images data/digits/val
-python tools/check.py instances.json --images photos --quick    # that the images are there, without opening them
-python tools/check.py instances.json                            # the annotation file alone
-python tools/check.py val.json --images val --other train.json --other_images train    # which images are in both
-python tools/check.py train.json --config configs/bccd.yaml     # whether the anchors of a training fit the boxes
-
-Errors are what training or scoring refuses: fields, ids, references, boxes in 0..1 instead of pixels, images that are
-missing, broken or of another size, files without a box to train on, masks or keypoints that have nothing to do with
-their boxes. Warnings are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image
-by more than a pixel (and whether they look like corners or centres), boxes given twice, areas far from the boxes' or
-the masks', file or category names used twice, category names that are almost the same, images that another split has,
-too; single masks and keypoints that are broken, which boxes can be trained without, or that some objects lack. Notes
-are worth knowing: images without annotations, categories never used, images whose EXIF orientation matters, annotations
-with ignore 1, anchors that most objects lie outside of, and which would fit.
-
-exit code: 0 nothing is wrong (but for notes), 1 warnings, 2 errors (or a mistake in the command line), 130 interrupted
-"""
+"""tools/check.py: check a data set before training."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from detector.tools.arguments import ToolParser, add_orientation, add_workers, at_least
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from detector.choices import Orientation
+from detector.tools.cli import read_yaml, run_tool
+
+if TYPE_CHECKING:
+    from detector.data.check_dataset import DatasetReport
 
 
-def make_parser() -> ToolParser:
-    """The flags of ``tools/check.py``."""
-    parser = ToolParser(__doc__)
-    add = parser.add_argument
-    add("annotations", metavar="ANNOTATIONS.json", help="the annotation file of a split")
-    add("--images", metavar="DIR", help="the folder that file_name is relative to; default: no image is looked at")
-    add("--quick", action="store_true", help="look whether the images are there, but open none")
-    add_workers(parser, default=4, least=1)
-    add_orientation(add)
-    add("--examples", type=at_least(0), default=3, metavar="N", help="problems to show of each kind; default: 3")
-    add("--other", metavar="OTHER.json", help="the annotation file of another split: say which images are in both")
-    add("--other_images", metavar="DIR", help="its folder of images; default: only file names are compared")
-    anchors = parser.add_argument_group(
-        "anchors", "what the boxes are compared with; tools/train.py's --model.detector.*"
+def check(
+    annotations: str,
+    images: str | None = None,
+    *,
+    quick: bool = False,
+    workers: PositiveInt = 4,
+    orientation: Orientation = "upright",
+    examples: NonNegativeInt = 3,
+    other: str | None = None,
+    other_images: str | None = None,
+    train_config: str | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    anchor_sizes: tuple[int, int, int, int, int] | None = None,
+    aspect_ratios: tuple[float, float, float] | None = None,
+) -> "DatasetReport":
+    """Check a data set in COCO's format before training, and print everything that is wrong with it.
+
+    python tools/check.py data/digits/annotations/instances_val.json --images data/digits/val
+    python tools/check.py instances.json --images photos --quick   # whether the images exist, without opening them
+    python tools/check.py instances.json                           # the annotation file alone
+    python tools/check.py val.json --images val --other train.json --other_images train   # images in both splits
+    python tools/check.py train.json --train_config configs/bccd.yaml   # whether its anchors fit the boxes
+
+    Errors are what training or scoring refuses: wrong fields, ids and references, normalised boxes, missing or broken
+    images or images of another size, files without a box to train on, masks or keypoints that do not lie in their
+    boxes. Warnings are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image by
+    more than a pixel (and whether they look like corners or centres), duplicate boxes, areas far from those of boxes
+    or masks, duplicate file or category names, category names that are almost the same, images that another split has,
+    masks and keypoints that are broken or missing. Notes: images without annotations, unused categories, images whose
+    EXIF orientation matters, annotations with ignore 1, anchors that fit few objects, and which fit more.
+
+    exit code: 0 nothing wrong (but for notes), 1 warnings, 2 errors (or a mistake in the command line), 130 interrupted
+
+    Args:
+        annotations: Annotation file of a split.
+        images: Folder that file_name is relative to. Without it no image is checked.
+        quick: Check whether the images exist, but open none.
+        workers: Threads that open images.
+        orientation: "upright" applies EXIF orientations, "stored" ignores them.
+        examples: Number of examples shown of each kind.
+        other: Annotation file of another split, to find images that are in both.
+        other_images: Its folder of images. Without it only file names are compared.
+        train_config: Training configuration whose anchors are compared with the boxes. The flags below override it.
+        min_size: Pixels of the shorter side of resized images. Default: 800.
+        max_size: Maximum pixels of their longer side. Default: 1333.
+        anchor_sizes: Five anchor sizes in pixels. Default: 32 64 128 256 512.
+        aspect_ratios: Three ratios of height to width. Default: 0.5 1 2.
+
+    Returns:
+        The findings.
+
+    Raises:
+        UsageError: the settings of the anchors are wrong, or ``other_images`` has no ``other``.
+    """
+    import io
+    import sys
+    from functools import partial
+
+    from detector.data.check_dataset import check_dataset
+    from detector.errors import UsageError, UserError, one_line
+    from detector.models.anchors import anchor_advice
+    from detector.models.config import DetectorConfig
+
+    if other_images is not None and other is None:
+        raise UsageError("needs the annotation file of the other split", setting="other_images", value=other_images)
+    given = {"min_size": min_size, "max_size": max_size, "anchor_sizes": anchor_sizes, "aspect_ratios": aspect_ratios}
+    try:
+        settings = {} if train_config is None else _detector_settings(train_config)
+        settings |= {name: value for name, value in given.items() if value is not None}
+        config = DetectorConfig(**{name: value for name, value in settings.items() if name in given})
+    except OSError as error:
+        raise UsageError(one_line(error)) from None
+    except UserError as error:
+        raise UsageError(error.message, setting=error.setting, value=error.value, hints=error.hints) from None
+    report = check_dataset(
+        annotations,
+        images,
+        decode=not quick,
+        orientation=orientation,
+        workers=workers,
+        other=other,
+        other_images=other_images,
+        anchor_advice=partial(anchor_advice, settings=config),
     )
-    add = anchors.add_argument
-    add("--config", metavar="CONFIG.yaml", help="take them from a training's settings; flags override it")
-    add("--min_size", type=int, metavar="N", help="pixels of the shorter side of an image as resized; default: 800")
-    add("--max_size", type=int, metavar="N", help="the most pixels of the longer side; default: 1333")
-    add("--anchor_sizes", type=int, nargs=5, metavar="N", help="default: 32 64 128 256 512")
-    add("--aspect_ratios", type=float, nargs=3, metavar="R", help="height over width; default: 0.5 1 2")
-    return parser
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters of file names
+    if images is None:
+        print("No image was checked: give --images DIR.\n")
+    elif quick:
+        print("No image was opened: run without --quick.\n")
+    if other is not None and (quick or None in (images, other_images)):
+        print("Only names were compared with the other split: give --images and --other_images, without --quick.\n")
+    print(report.to_text(examples))
+    return report
+
+
+def _detector_settings(path: str) -> dict:
+    from detector.errors import DataError
+
+    settings = read_yaml(path)
+    for name in ("model", "detector"):
+        if not isinstance(settings, dict) or not isinstance(settings.setdefault(name, {}), dict):
+            raise DataError(f"{path}: not a training configuration: {name} must be a dict")
+        settings = settings[name]
+    return settings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check a data set as a command line says. Returns the exit code."""
-    options = make_parser().read(arguments)
-    from detector.tools.checking import check
-
-    return check(options)
+    """Run tools/check.py. Returns the exit code."""
+    return run_tool(check, arguments, exit_code=lambda report: report.exit_code)

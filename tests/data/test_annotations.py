@@ -17,12 +17,12 @@ from support.annotation_files import VALID, changed, write
 
 from detector import files
 from detector.data.annotations import read_annotations
+from detector.data.check_dataset import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.entries import Entries
 from detector.errors import DataError
 from detector.evaluation.truth import coco_of
 from detector.files import read_json
-from detector.tools.checking import check_dataset
 
 FIELDS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 
@@ -193,7 +193,7 @@ def test_one_wrong_entry_of_many_is_named(tmp_path):
 
 @pytest.mark.parametrize("at_once", [2**24, 7])
 def test_text_that_is_not_utf_8_is_named(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(files, "AT_ONCE", at_once)  # pieces that end within letters, too
+    monkeypatch.setattr(files, "CHUNK", at_once)  # pieces that end within letters, too
     path = write(tmp_path)
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"dog"', '"dög, ägypten, ü"'.encode()))
@@ -237,7 +237,7 @@ def test_annotations_that_are_given_hold_the_parts(tmp_path):
     with_masks = read_annotations(path, annotation_types=["masks"])
     assert CocoDetection(tmp_path / "images", with_masks, annotation_types=["masks"])[0][1]["masks"].any()
     assert set(CocoDetection(tmp_path / "images", with_masks)[0][1]) == {"boxes", "labels", "image_id"}
-    with pytest.raises(ValueError, match="parts"):
+    with pytest.raises(ValueError, match="annotation_types"):
         CocoDetection(tmp_path / "images", read_annotations(path), annotation_types=["masks"])
 
 
@@ -250,7 +250,7 @@ def test_a_data_set_of_cocos_size_is_right_at_any_size(tmp_path):
     made = [sys.executable, scripts / "coco_sized.py", folder, "--images", "40", "--val_images", "5"]
     subprocess.run(made, check=True, capture_output=True)
     findings = check_dataset(folder / "annotations" / "instances_train2017.json", folder / "train2017")
-    assert {problem.level for problem in findings.problems} <= {"note"}
+    assert {problem.level for problem in findings.findings} <= {"note"}
     data = CocoDetection(
         folder / "train2017", folder / "annotations" / "instances_train2017.json", annotation_types=["masks"]
     )

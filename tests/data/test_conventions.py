@@ -155,7 +155,7 @@ def test_key_points_and_masks_of_results(tmp_path, monkeypatch):
     (note,) = notes(normalised)
     assert "keypoints" in note
     assert "normalised" in note
-    monkeypatch.setattr(results_module, "MOST_COMPARED", 3)  # a few of them say the same
+    monkeypatch.setattr(results_module, "MAX_COMPARED", 3)  # a few of them say the same
     (note,) = notes(normalised)
     assert "normalised" in note
     monkeypatch.undo()

@@ -7,10 +7,10 @@ import pytest
 from support.annotation_files import VALID, write
 
 from detector.data.annotations import read_annotations
+from detector.data.check_dataset import check_dataset
 from detector.data.entries import CocoFile
 from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.errors import DataError, MissingAnnotationsError
-from detector.tools.checking import check_dataset
 
 SQUARE = [[2, 3, 12, 3, 12, 13, 2, 13]]
 POINTS = {"masks": SQUARE, "keypoints": [1, 2, 2, 3, 4, 1]}
@@ -61,7 +61,7 @@ def test_what_is_broken_is_refused_where_it_is_read(tmp_path, part, value, kind,
 @pytest.mark.parametrize(("part", "value", "kind", "words"), BROKEN)
 def test_check_names_it_as_a_flaw(tmp_path, part, value, kind, words):
     path = write(tmp_path, with_parts(**{FIELD[part]: value}))
-    (problem,) = check_dataset(path, tmp_path / "images").problems
+    (problem,) = check_dataset(path, tmp_path / "images").findings
     assert (problem.level, problem.kind) == ("warning", kind)
     assert words in problem.message
     assert problem.message.endswith("cannot)")
@@ -69,14 +69,14 @@ def test_check_names_it_as_a_flaw(tmp_path, part, value, kind, words):
 
 
 def test_a_right_file_has_neither(tmp_path):
-    assert check_dataset(write(tmp_path, with_parts()), tmp_path / "images").problems == []
+    assert check_dataset(write(tmp_path, with_parts()), tmp_path / "images").findings == []
     # Nobody has any: nothing is missing.
-    assert check_dataset(write(tmp_path, VALID), tmp_path / "images").problems == []
+    assert check_dataset(write(tmp_path, VALID), tmp_path / "images").findings == []
 
 
 def test_check_says_nothing_of_them_where_boxes_are_wrong(tmp_path):
     path = write(tmp_path, with_parts(segmentation=[[1]], bbox=None))
-    (problem,) = check_dataset(path, tmp_path / "images").problems
+    (problem,) = check_dataset(path, tmp_path / "images").findings
     assert problem.kind == "annotations with a wrong bbox"
 
 
@@ -90,7 +90,7 @@ def test_objects_without_are_counted(tmp_path, nothing):
         assert (problem.level, problem.kind) == ("warning", warning)
         assert "annotations[1] (id 2)" in problem.message
         assert read_annotations(write(tmp_path, data), annotation_types=[part]).warnings == {warning: 1}
-    assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").problems] == [*warnings.values()]
+    assert [p.kind for p in check_dataset(write(tmp_path, data), tmp_path / "images").findings] == [*warnings.values()]
 
 
 def test_polygons_without_a_point_are_none(tmp_path):
@@ -152,7 +152,7 @@ def test_categories_that_name_other_points(tmp_path):
     path = write(tmp_path, data)
     with pytest.raises(DataError, match="different keypoints"):
         read_annotations(path, annotation_types=["keypoints"])
-    (problem,) = check_dataset(path, tmp_path / "images").problems
+    (problem,) = check_dataset(path, tmp_path / "images").findings
     assert (problem.level, problem.kind) == ("warning", "categories with keypoints that do not fit")
 
 

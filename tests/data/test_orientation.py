@@ -9,11 +9,11 @@ import torch
 from PIL import Image, ImageOps
 from support.annotation_files import VALID
 
+from detector.data.check_dataset import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import AMBIGUOUS_ORIENTATION, OVERRULED_ORIENTATION, read_image, read_image_with_remarks
 from detector.errors import DataError
 from detector.pretrained.image_tensors import image_tensor
-from detector.tools.checking import check_dataset
 from detector.training.data import CocoDataModule
 
 ORIENTATION = 0x0112
@@ -138,7 +138,7 @@ def test_labels_of_the_upright_picture_meet_its_pixels(tmp_path, orientation):
 def test_check_and_the_start_of_a_training_say_where_it_matters(tmp_path, setting, caplog):
     annotations = red_square(tmp_path, 3)
     found = check_dataset(annotations, tmp_path / "train2017", orientation=setting)
-    (note,) = [problem for problem in found.problems if "both orientations" in problem.kind]
+    (note,) = [problem for problem in found.findings if "both orientations" in problem.kind]
     assert note.level == "note"
     assert "a.png" in note.message
     data = CocoDataModule(root=str(tmp_path), workers=0, orientation=setting)

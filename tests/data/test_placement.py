@@ -8,12 +8,12 @@ from pycocotools import mask as coco_mask
 
 from detector.data import mask_keypoint_checks as checks_module
 from detector.data.annotations import read_annotations
+from detector.data.check_dataset import check_dataset
 from detector.data.entries import CocoFile
 from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.masks import as_rle, mask_area, mask_box
 from detector.data.segmentations import measure_masks
 from detector.errors import DataError
-from detector.tools.checking import check_dataset
 
 WIDTH, HEIGHT = 640, 480
 FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
@@ -70,7 +70,7 @@ def file(root, part, change=lambda points, box: points, *, some=lambda number: T
 
 def found(path):
     """What check.py finds, by level and kind; notes are left out."""
-    problems = check_dataset(path).problems
+    problems = check_dataset(path).findings
     return {(problem.level, problem.kind) for problem in problems if problem.level != "note"}
 
 
@@ -93,7 +93,7 @@ def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
     path = file(tmp_path, part, LOOKS[looks], some=lambda number: number <= 40 * share)
     (problem,) = [one for one in check_annotation_type(CocoFile(path), part) if one.level == "error"]
     assert looks in problem.message
-    assert problem in check_dataset(path).problems  # an error there, too
+    assert problem in check_dataset(path).findings  # an error there, too
     with pytest.raises(DataError, match=looks):
         read_annotations(path, annotation_types=[part])
     read_annotations(path)  # boxes can be trained
@@ -156,8 +156,8 @@ def test_labelled_placeholders_are_flaws(tmp_path, placeholder):
     ],
 )
 def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, change, expected):
-    monkeypatch.setattr(checks_module, "MOST_MEASURED", 0)
-    monkeypatch.setattr(checks_module, "AT_ONCE", 3)
+    monkeypatch.setattr(checks_module, "MAX_MEASURED", 0)
+    monkeypatch.setattr(checks_module, "BATCH", 3)
     path = file(tmp_path, "masks", change, some=lambda number: number == 7)
     assert expected <= found(path)
     assert not any(level == "error" for level, _ in found(path))

@@ -29,6 +29,7 @@ from support.annotation_files import (
 
 from detector.data import image_files
 from detector.data.annotations import read_annotations
+from detector.data.check_dataset import DatasetReport, check_dataset
 from detector.data.checks import Finding, check_annotations
 from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
@@ -38,7 +39,6 @@ from detector.errors import DataError
 from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
 from detector.models.config import DetectorConfig
-from detector.tools.checking import Findings, check_dataset, report
 
 NESTED = [[[[[]]]]]
 CASES = [
@@ -49,22 +49,27 @@ CASES = [
     (changed("categories", value="cat"), "not in COCO's format", "error", "'categories' must be a list, got str"),
     (changed("images", 1, value=3), "images that are no dicts", "error", "images[1] must be a dict, got int"),
     (changed("annotations", 1, value=None), "annotations that are no dicts", "error", "annotations[1] must"),
-    (changed("images", 0, "id", value=GONE), "images without id", "error", "images[0]: 'id' is missing"),
+    (changed("images", 0, "id", value=GONE), "images without id", "error", "images[0] has no id"),
     (
         changed("images", 0, "file_name", value=GONE),
         "images without file_name",
         "error",
-        "images[0] (id 4): 'file_name'",
+        "images[0] (id 4) has no file_name",
     ),
-    (changed("images", 0, "width", value=GONE), "images without width", "error", "'width' is missing"),
+    (changed("images", 0, "width", value=GONE), "images without width", "error", "has no width"),
     (
         changed("annotations", 1, "bbox", value=GONE),
         "annotations without bbox",
         "error",
-        "annotations[1] (id 2): 'bbox'",
+        "annotations[1] (id 2) has no bbox",
     ),
-    (changed("annotations", 1, "image_id", value=GONE), "annotations without image_id", "error", "missing"),
-    (changed("categories", 0, "name", value=GONE), "categories without name", "error", "categories[0] (id 7): 'name'"),
+    (changed("annotations", 1, "image_id", value=GONE), "annotations without image_id", "error", "no image_id"),
+    (
+        changed("categories", 0, "name", value=GONE),
+        "categories without name",
+        "error",
+        "categories[0] (id 7) has no name",
+    ),
     (changed("images", 0, "id", value="4"), "images with a wrong id", "error", "id '4', must be an integer"),
     (changed("images", 0, "id", value=True), "images with a wrong id", "error", "id True"),
     (changed("images", 0, "id", value=2**63), "images with a wrong id", "error", "id 9223372036854775808"),
@@ -211,7 +216,7 @@ def test_all_problems_are_found_at_once(tmp_path):
 
 def test_one_sentence_says_how_many_more_there_are(tmp_path):
     path = tmp_path / "a.json"
-    for wrong, more in ((1, None), (2, "1 more problem: "), (3, "2 more problems: ")):
+    for wrong, more in ((1, None), (2, "1 more error: "), (3, "2 more errors: ")):
         data = copy.deepcopy(VALID)
         for annotation in data["annotations"][:wrong]:
             annotation["bbox"] = None
@@ -264,7 +269,7 @@ def test_any_value_is_checked_and_what_has_no_error_is_read(tmp_path, data):
     except DataError:  # Infinity, and nothing else
         return
     assert all("\n" not in problem.message for problem in problems)
-    report(Findings(problems))
+    DatasetReport(problems).to_text()
     path.write_text(json.dumps(data))
     errors = [problem for problem in problems if problem.level == "error"]
     if errors:
@@ -277,8 +282,8 @@ def test_any_value_is_checked_and_what_has_no_error_is_read(tmp_path, data):
         assert all({"area", "iscrowd"} <= set(annotation) for annotation in coco.anns.values())
 
 
-def kinds(findings: Findings) -> list[tuple[str, str]]:
-    return [(problem.level, problem.kind) for problem in findings.problems]
+def kinds(findings: DatasetReport) -> list[tuple[str, str]]:
+    return [(problem.level, problem.kind) for problem in findings.findings]
 
 
 @pytest.mark.parametrize(
@@ -337,14 +342,14 @@ def test_image_folder_that_is_not_there(tmp_path):
     for folder in (tmp_path / "nowhere", path, tmp_path / ("l" * 5000)):
         findings = check_dataset(path, folder)
         assert kinds(findings) == [("error", "missing image folder")]
-        assert str(folder) in findings.problems[0].message
+        assert str(folder) in findings.findings[0].message
 
 
 def test_missing_files_are_counted_in_the_one_sentence(tmp_path):
     path = write(tmp_path)
     for name in ("a.png", "b.png"):
         (tmp_path / "images" / name).unlink()
-    rest = rf"\(and 1 more problem: tools/check\.py {path} --images {tmp_path / 'images'} lists them\)$"
+    rest = rf"\(and 1 more error: tools/check\.py {path} --images {tmp_path / 'images'} lists them\)$"
     with pytest.raises(DataError, match=rf"'a\.png', not in {tmp_path / 'images'} {rest}"):
         CocoDetection(tmp_path / "images", path)
 
@@ -399,13 +404,13 @@ def test_only_images_whose_entry_and_file_are_right_are_opened(tmp_path, monkeyp
     path = write(tmp_path, data)
     (tmp_path / "images" / "b.png").write_text("no image")
     findings = check_dataset(path, tmp_path / "images", workers=2)
-    opened = [problem for problem in findings.problems if problem.kind in ("unreadable images", "sizes that differ")]
+    opened = [problem for problem in findings.findings if problem.kind in ("unreadable images", "sizes that differ")]
     assert ["b.png" in opened[0].message, "31x20" in opened[1].message] == [True, True]
     assert len(opened) == 2
     assert findings.contents == "7 images with 3 annotations of 2 categories"
     monkeypatch.setattr("detector.data.image_files.check_image", None)
-    assert check_dataset(path, tmp_path / "images", decode=False) == Findings(
-        [problem for problem in findings.problems if problem not in opened], findings.contents
+    assert check_dataset(path, tmp_path / "images", decode=False) == DatasetReport(
+        [problem for problem in findings.findings if problem not in opened], findings.contents
     )
 
 
@@ -437,10 +442,10 @@ def test_files_that_are_no_json_are_one_problem(tmp_path):
         path.write_bytes(content)
         findings = check_dataset(path, tmp_path)
         assert kinds(findings) == [("error", "unreadable annotation file")]
-        assert str(path) in findings.problems[0].message
-        assert report(findings).endswith("\n1 error")
+        assert str(path) in findings.findings[0].message
+        assert findings.to_text().endswith("\n1 error")
     path.write_text(text[:-20])
-    assert "cut off" in check_dataset(path).problems[0].message
+    assert "cut off" in check_dataset(path).findings[0].message
     assert kinds(check_dataset(tmp_path / "none.json")) == [("error", "unreadable annotation file")]
     assert kinds(check_dataset(tmp_path)) == [("error", "unreadable annotation file")]
 
@@ -453,17 +458,17 @@ def test_report_is_grouped_and_counted():
         Finding("y", "warning", "y1"),
         Finding("e", "error", "e2"),
     ]
-    assert report(Findings(problems, "2 images"), examples=2).splitlines() == [
+    assert DatasetReport(problems, "2 images").to_text(2).splitlines() == [
         *("2 errors: e", "    e1", "    e2", ""),
         *("1,500 warnings: x", "    x0", "    x1", "    ... and 1,498 more", ""),
         *("1 warning: y", "    y1", ""),
         *("1 note: b", "    n1", ""),
         "2 errors, 1,501 warnings, 1 note in 2 images",
     ]
-    assert report(Findings([], "2 images")) == "nothing wrong in 2 images"
-    assert report(Findings(problems[:1], "2 images")).endswith("\nnothing wrong, 1 note in 2 images")
-    assert report(Findings(problems[3:5], "2 images"), examples=0).endswith(
-        "\n    ... and 2 more\n\n2 warnings in 2 images"
+    assert DatasetReport([], "2 images").to_text() == "nothing wrong in 2 images"
+    assert DatasetReport(problems[:1], "2 images").to_text().endswith("\nnothing wrong, 1 note in 2 images")
+    assert (
+        DatasetReport(problems[3:5], "2 images").to_text(0).endswith("\n    ... and 2 more\n\n2 warnings in 2 images")
     )
 
 
@@ -472,7 +477,7 @@ def test_digits_have_no_problem(tmp_path):
     for split, count in (("train", 12), ("val", 4)):
         path = tmp_path / "digits" / "annotations" / f"instances_{split}.json"
         findings = check_dataset(path, tmp_path / "digits" / split)
-        assert {problem.level for problem in findings.problems} <= {"note"}
+        assert {problem.level for problem in findings.findings} <= {"note"}
         assert findings.contents.startswith(f"{count} images with ")
 
 
@@ -490,13 +495,13 @@ def test_flaws_are_what_training_leaves_out(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_micrographs(bccd, split):
     findings = check_dataset(bccd / "annotations" / f"instances_{split}.json", bccd / split)
-    assert findings.problems == []
+    assert findings.findings == []
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
 def test_real_coco(coco_cc, split):
     findings = check_dataset(coco_cc / "annotations" / f"instances_{split}.json", coco_cc / split)
-    assert {problem.kind for problem in findings.problems} <= {"categories never used", "images without annotations"}
+    assert {problem.kind for problem in findings.findings} <= {"categories never used", "images without annotations"}
     assert findings.contents.endswith(" of 80 categories")
 
 
@@ -617,9 +622,9 @@ def test_a_byte_order_mark(tmp_path, encoding):
     findings = check_dataset(path)
     if encoding == "utf-16":
         assert kinds(findings) == [("error", "unreadable annotation file")]
-        assert "save it as UTF-8" in findings.problems[0].message
+        assert "save it as UTF-8" in findings.findings[0].message
     else:
-        assert findings.problems == []
+        assert findings.findings == []
         assert len(read_annotations(path).ids) == 3
 
 
@@ -633,14 +638,14 @@ def test_images_that_two_splits_share(splits):
     findings = check_dataset(val, images, other=train, other_images=train_images)
     assert kinds(findings) == [("warning", "images that the other split has, too")]
     where = f"{val}: images[1] (id 9), 'b.png', is byte for byte {train}: images[1] (id 1), 'a.png'"
-    assert findings.problems[0].message.startswith(where)
+    assert findings.findings[0].message.startswith(where)
     assert kinds(check_dataset(val, images)) == []
     # By their names alone it is another, and perhaps none.
     for arguments in ({}, {"images": images}, {"images": images, "other_images": train_images, "decode": False}):
         findings = check_dataset(val, other=train, **arguments)
         assert kinds(findings) == [("note", "file names that the other split has, too")]
-        assert f"{val}: images[0] (id 4), 'a.png', is called like {train}: images[1] (id 1)" in (
-            findings.problems[0].message
+        assert f"{val}: images[0] (id 4), 'a.png', has the name of {train}: images[1] (id 1)" in (
+            findings.findings[0].message
         )
 
 
@@ -660,10 +665,10 @@ def test_the_other_split_must_be_there(splits, tmp_path):
         (tmp_path / "broken.json").write_text(content)
         findings = check_dataset(val, images, other=tmp_path / "broken.json", other_images=train_images)
         assert kinds(findings) == [("error", kind)]
-        assert f"{tmp_path / 'broken.json'}: " in findings.problems[0].message
+        assert f"{tmp_path / 'broken.json'}: " in findings.findings[0].message
     findings = check_dataset(val, images, other=train, other_images=tmp_path / "nowhere")
     assert kinds(findings) == [("error", "missing image folder")]
-    assert str(tmp_path / "nowhere") in findings.problems[0].message
+    assert str(tmp_path / "nowhere") in findings.findings[0].message
 
 
 def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
@@ -691,7 +696,7 @@ def test_anchors_are_a_note_and_only_of_boxes_that_are_right(tmp_path):
     advice = anchor_advice(*CocoDetection(tmp_path, path).shapes(), settings)
     (note,) = [
         p
-        for p in check_dataset(path, anchor_advice=partial(anchor_advice, settings=settings)).problems
+        for p in check_dataset(path, anchor_advice=partial(anchor_advice, settings=settings)).findings
         if p.kind.startswith("anchors")
     ]
     assert note.message == f"{path}: {advice}"
@@ -728,7 +733,7 @@ def test_the_name_that_would_fit_is_said(tmp_path, named, there):
 
 
 def test_a_folder_that_holds_too_much_is_looked_at_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "MOST_LISTED", 1)
+    monkeypatch.setattr(image_files, "MAX_LISTED", 1)
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     found = list(check_files(["A.png", "B.png"], tmp_path, "images[{}]".format))
@@ -766,24 +771,24 @@ def test_category_names_that_are_almost_the_same(tmp_path, ours, theirs, how):
         return {**VALID, "categories": [{"id": i, "name": name} for i, name in zip((7, 3, 8), names)]}
 
     path = write(tmp_path, named(ours, "dog", theirs))
-    (warning,) = [p for p in check_dataset(path).problems if p.level == "warning"]
+    (warning,) = [p for p in check_dataset(path).findings if p.level == "warning"]
     assert warning.kind == "category names that are almost the same"
     assert warning.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
     other = tmp_path / "other.json"
     other.write_text(json.dumps(named(theirs, "dog")))
     path = write(tmp_path, named(ours, "dog"))
-    (warning,) = [p for p in check_dataset(path, other=other).problems if p.level == "warning"]
+    (warning,) = [p for p in check_dataset(path, other=other).findings if p.level == "warning"]
     assert warning.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
     other.write_text(json.dumps(named(theirs, "cat")))
-    (error,) = [p for p in check_dataset(path, other=other).problems if p.level == "error"]
+    (error,) = [p for p in check_dataset(path, other=other).findings if p.level == "error"]
     assert error.kind == "no category of the other split"
     assert error.message.endswith(f"{ours!r} and {theirs!r} differ only {how}")
     other.write_text(json.dumps({**VALID, "categories": [{"id": i, "name": ours} for i in (1, 2)]}))
-    (error,) = [p for p in check_dataset(path, other=other).problems if p.level == "error"]
+    (error,) = [p for p in check_dataset(path, other=other).findings if p.level == "error"]
     assert error.kind == "categories that cannot be matched"
-    assert any(p.kind == error.kind for p in check_dataset(other, other=path).problems)  # whichever is trained on
+    assert any(p.kind == error.kind for p in check_dataset(other, other=path).findings)  # whichever is trained on
     other.write_text(json.dumps(named(ours, "dog")))
-    assert not any("almost" in p.kind for p in check_dataset(path, other=other).problems)
+    assert not any("almost" in p.kind for p in check_dataset(path, other=other).findings)
 
 
 @pytest.mark.parametrize(
@@ -797,7 +802,7 @@ def test_category_names_that_are_almost_the_same(tmp_path, ours, theirs, how):
 )
 def test_what_training_refuses_is_an_error(tmp_path, annotations):
     path = write(tmp_path, {**VALID, "annotations": annotations})
-    (error,) = [p for p in check_dataset(path).problems if p.level == "error"]
+    (error,) = [p for p in check_dataset(path).findings if p.level == "error"]
     assert error.kind == "no box to train on"
     assert not CocoDetection(tmp_path / "images", path).counts().any()  # by which training goes
 
@@ -807,7 +812,7 @@ def test_ignore_is_a_note_that_is_counted(tmp_path):
     for annotation, value in zip(data["annotations"], (1, True, 0)):
         annotation["ignore"] = value
     path = write(tmp_path, data)
-    notes = [p for p in check_dataset(path).problems if "ignore" in p.kind]
+    notes = [p for p in check_dataset(path).findings if "ignore" in p.kind]
     assert [p.level for p in notes] == ["note", "note"]
     assert "annotations[0] (id 1)" in notes[0].message
     assert read_annotations(path).warnings == {"annotations with ignore 1": 2}
