@@ -83,7 +83,7 @@ def refine(flags: argparse.Namespace) -> int:
                 deterministic=flags.deterministic,
             )
         except Interrupted as stop:
-            rank_zero_only(print)(f"Stopped. {resuming_command(None, str(stop))}", file=sys.stderr)
+            rank_zero_only(print)(f"Stopped. {resuming_command(None, stop.checkpoint)}", file=sys.stderr)
             sys.exit(130)
     return 0
 

@@ -128,14 +128,15 @@ def train(args: list[str] | None = None, description: str = "") -> int:
         try:
             cli.run.train(cli.trainer, cli.model, cli.datamodule)
         except Interrupted as stop:
-            rank_zero_only(print)(f"Stopped. {resuming_command(args, str(stop))}", file=sys.stderr)
+            rank_zero_only(print)(f"Stopped. {resuming_command(args, stop.checkpoint)}", file=sys.stderr)
             sys.exit(130)
     return 0
 
 
-def resuming_command(args: list[str] | None, flag: str) -> str:
+def resuming_command(args: list[str] | None, checkpoint: Path | None) -> str:
     """How to go on: the same command with another ``--ckpt_path``."""
-    if not flag:
+    flag = f"--ckpt_path {checkpoint}"
+    if checkpoint is None:
         return "There is no checkpoint yet: the same command starts again."
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return f"To go on: the same command with {flag}"

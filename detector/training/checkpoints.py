@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, and in atomic writes."""
+"""When checkpoints are written, and how."""
 
 import io
 import math
@@ -21,23 +21,23 @@ from detector.errors import ModelError
 from detector.files import link_atomically, write_atomically
 from detector.models.weights import read_weights
 from detector.pretrained.loading import CHECKPOINT_KEY
-from detector.training.failures import TRAIN, TrainingError
+from detector.training.failures import START_AGAIN, TrainingError
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt``, from which a run goes on exactly, and ``best.ckpt``, with the weights of the best score.
+    """Writes ``last.ckpt``, to go on from exactly, and ``best.ckpt``, the weights with the best score.
 
-    ``last.ckpt`` is written every so many steps, at the end of each epoch, and a step before each scoring. Never
-    right before one: Lightning would take it as done when going on. Ctrl-C and SIGTERM end the step under way, write
-    it and stop. Where a callback, such as EarlyStopping, or a time limit ends the run, ``last.ckpt`` says so: a run
-    that goes on from it trains no further. Only one that ended by its time limit does, with a longer limit.
+    ``last.ckpt`` is written every few steps, at the end of each epoch, and a step before each validation: Lightning
+    would skip a validation right after the checkpoint. Ctrl-C and SIGTERM end the step under way, write it and stop. If
+    a callback such as EarlyStopping, or the time limit, ends the run, ``last.ckpt`` records that, and a resumed run
+    trains no further, unless it has a longer time limit.
 
     Args:
-        folder: where to.
-        every: the steps between two checkpoints.
-        monitor: the logged score that is best when highest.
+        folder: where checkpoints go.
+        every: steps between two checkpoints.
+        monitor: the logged score whose highest value is the best.
     """
 
     def __init__(self, folder: Path, *, every: int = 500, monitor: str = "val/AP") -> None:
@@ -45,14 +45,14 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self.written = 0
         self.signal: int | None = None  # that asked the run to stop
-        # Seconds of the time limit that ended the run; infinity: a callback ended it; None: neither did.
+        # The time limit in seconds that ended the run; infinity if a callback did; None if neither.
         self.ended: float | None = None
-        self._speaks = self._listens = False
+        self._verbose = self._handles_sigterm = False
         self._last_step: int | None = None  # of last.ckpt
 
     @property
     def last(self) -> Path:
-        """The file that a run goes on from."""
+        """The checkpoint to go on from."""
         return self.folder / LAST
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,41 +61,39 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if (self.folder / BEST).exists():
             self.best = state_dict["best"]
-        self.ended = state_dict.get("ended")  # which earlier versions did not say
+        self.ended = state_dict["ended"]
 
     @contextmanager
-    def stopping_on_signals(self, *, speaks: bool) -> Iterator[None]:
-        """Within, the first Ctrl-C or SIGTERM lets the step under way end, and a second one does not."""
+    def stopping_on_signals(self, *, verbose: bool) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM end the step under way; the second one stops at once."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python lets no other thread handle signals
+            yield  # only the main thread may handle signals
             return
-        self._speaks = speaks
+        self._verbose = verbose
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as nohup has it
+            if handler is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._handle)
-        self._listens = before[signal.SIGTERM] is not signal.SIG_IGN
+        self._handles_sigterm = before[signal.SIGTERM] is not signal.SIG_IGN
         try:
             yield
         finally:
-            self._listens = False
+            self._handles_sigterm = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        limit = _time_limit(trainer.callbacks)  # type: ignore[attr-defined]
-        if self.ended is not None and self.ended < limit:  # there is more time now
-            self.ended = None
-        if self.ended is not None:
-            trainer.should_stop = True  # set here, it keeps Lightning from training at all
+        if self.ended is not None and self.ended < _time_limit(trainer.callbacks):  # type: ignore[attr-defined]
+            self.ended = None  # there is more time now
+        trainer.should_stop |= self.ended is not None  # set here, Lightning does not train at all
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._listens:  # Lightning put its own in its place, which may wait for other ranks, and saves nothing
+        if self._handles_sigterm:  # Lightning has set its own handler, which saves nothing and may wait for other ranks
             signal.signal(signal.SIGTERM, self._handle)
         loop = trainer.fit_loop
         if loop.restarted_on_epoch_end:
-            # Under max_steps Lightning takes every run that goes on for one within an epoch: it would run the one
-            # that is done once more, empty, and count it twice.
+            # With max_steps, Lightning takes every resumed run to be within an epoch. It would run the finished epoch
+            # again, empty, and count it twice.
             loop.reset_restart_stage()
             loop.epoch_progress.increment_completed()
             _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
@@ -104,11 +102,11 @@ class Checkpoints(Checkpoint):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = batch_idx + 1
-        if done % trainer.accumulate_grad_batches or self._scoring_follows(trainer, done):
+        if done % trainer.accumulate_grad_batches or self._validation_follows(trainer, done):
             return
         stop = self._stop(trainer)
         following = min(done + trainer.accumulate_grad_batches, int(trainer.num_training_batches))
-        due = trainer.global_step % self.every == 0 or self._scoring_follows(trainer, following)
+        due = trainer.global_step % self.every == 0 or self._validation_follows(trainer, following)
         if stop or due or _ends(trainer) or trainer.global_step == trainer.max_steps:
             self._save(trainer, LAST)
         if stop:
@@ -117,7 +115,7 @@ class Checkpoints(Checkpoint):
     def on_validation_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any
     ) -> None:
-        # Ranks have different numbers of batches: each decides for itself.
+        # Each rank decides for itself, since their numbers of batches differ.
         if trainer.state.fn == "fit" and self.signal is not None:
             raise KeyboardInterrupt
 
@@ -128,10 +126,10 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if self._is_best(trainer):
-            # First: a run killed in between scores this epoch once more.
+            # Before last.ckpt: a run that is killed in between scores this epoch again.
             self._save(trainer, BEST)
             whole = trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches
-            # One that stopped early was saved where it did, within the epoch.
+            # A run that stopped within the epoch has saved last.ckpt there.
             if trainer.is_global_zero and (whole or self._last_step != trainer.global_step):
                 link_atomically(self.folder / BEST, self.last)
         elif self._last_step != trainer.global_step:
@@ -140,8 +138,8 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # Callbacks may ask later than the last save: only now it is certain. Only this entry of the file changes, since
-        # its position in the epoch decides how a run with more time goes on.
+        # Callbacks may stop the run after the last save, so it is certain only now. Nothing else in the file changes,
+        # since its position in the epoch decides how a run with more time goes on.
         if not _ends(trainer):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -152,34 +150,30 @@ class Checkpoints(Checkpoint):
             AtomicCheckpointIO().save_checkpoint(checkpoint, self.last)
 
     def _is_best(self, trainer: lightning.Trainer) -> bool:
-        """Whether these weights were scored just now, and better than any before."""
+        """Return whether these weights were scored just now, and better than any before."""
         score = trainer.callback_metrics.get(self.monitor)
         scored_step = getattr(trainer.lightning_module, "scored_step", None)
         if score is None or scored_step != trainer.global_step:
             return False
-        # Rank 0 decides: another may not see the file of the best.
+        # Rank 0 decides, since other ranks may not see best.ckpt.
         better = trainer.strategy.broadcast(self.best is None or bool(score > self.best))
         if better:
             self.best = score.item()
         return better
 
-    def _scoring_follows(self, trainer: lightning.Trainer, done: int) -> bool:
-        """Whether the epoch ends, or scoring begins, after so many batches of it."""
+    def _validation_follows(self, trainer: lightning.Trainer, done: int) -> bool:
+        """Return whether the epoch ends, or validation begins, after ``done`` batches of the epoch."""
         interval = trainer.val_check_batch
         if done >= trainer.num_training_batches or not isinstance(interval, int):
             return done >= trainer.num_training_batches
-        if trainer.check_val_every_n_epoch is None:  # counted from the beginning of the run
+        if trainer.check_val_every_n_epoch is None:  # counted from the start of the run
             done += trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx
         return done % interval == 0
 
     def _save(self, trainer: lightning.Trainer, name: str) -> None:
         weights: list[torch.Tensor] = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights)):
-            advice = getattr(trainer.lightning_module, "advice", TRAIN)
-            raise TrainingError(
-                f"the weights are no longer finite after step {trainer.global_step}: start again with a lower "
-                f"{advice.rate}{advice.clip}"
-            )
+            raise TrainingError(f"the weights are no longer finite after step {trainer.global_step}", hints=START_AGAIN)
         trainer.save_checkpoint(self.folder / name, weights_only=False)
         self.written += 1
         if name == LAST:
@@ -193,17 +187,21 @@ class Checkpoints(Checkpoint):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        if self._speaks:
-            print("\nStopping after this step. Once more: at once, without saving.", file=sys.stderr, flush=True)
+        if self._verbose:
+            print(
+                "\nStopping after this step. A second time: at once, without saving.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _ends(trainer: lightning.Trainer) -> bool:
-    """Whether a callback ends the run now: it asked for that, and there were enough epochs and steps."""
+    """Return whether a callback ends the run now: it asks for it, and min_epochs and min_steps are reached."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _time_limit(callbacks: Iterable[Callback]) -> float:
-    """The least of the callbacks' time limits, in seconds; infinity if they have none."""
+    """Return the shortest of the callbacks' time limits in seconds; infinity if they have none."""
     limits = [c._duration for c in callbacks if isinstance(c, Timer) and c._duration is not None]
     return min(limits, default=math.inf)
 
@@ -214,21 +212,21 @@ def _is_up(callback: Callback) -> bool:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint in an atomic write, and reads one without unpickling.
+    """Writes checkpoints atomically, and reads them without unpickling.
 
-    Lightning's own writes the file elsewhere and moves it, across file systems perhaps, without a sync.
+    Lightning's own writes the file elsewhere and moves it, perhaps across file systems, without a sync.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()  # torch.save straight to a file hides why it fails
+        buffer = io.BytesIO()  # torch.save to a file hides the reason of a failure
         torch.save(checkpoint, buffer)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), buffer.getbuffer())
         except OSError as error:
             raise TrainingError(
-                f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}; "
-                "make room, then go on"
+                f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}",
+                hints=("make room, then go on",),
             ) from error
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:

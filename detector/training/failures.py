@@ -1,82 +1,77 @@
-"""What goes wrong in a training run, in one sentence: what happened, on which images, and what to change."""
+"""Errors that end a training."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 from detector.errors import UserError, is_out_of_memory
 
-
-@dataclass(frozen=True)
-class Advice:
-    """What a user can change, by the flags of the tool that trains: here those of ``tools/train.py``.
-
-    Args:
-        memory: what to lower where memory runs out.
-        workers: how many processes read images.
-        rate: what to lower where the training diverges.
-        images: what makes up the images of a step,
-        length: and the length of the training.
-        anew: how a refusal to go on from a checkpoint with other settings ends.
-        skip_broken: what leaves broken images out.
-    """
-
-    memory: str = (
-        "--data.batch_size (and set --trainer.accumulate_grad_batches to keep the images a step), --data.max_size, "
-        "--data.workers, or --model.detector.rois_per_image"
-    )
-    workers: str = "--data.workers"
-    rate: str = "--model.optimizer.lr"
-    clip: str = ", or with --trainer.gradient_clip_val"
-    images: str = "--data.batch_size x --trainer.accumulate_grad_batches"
-    length: str = "--trainer.max_epochs"
-    anew: str = ", or start a new run from its weights, with any settings: --model.detector.weights FILE"
-    skip_broken: str | None = "--data.skip_broken true"
-
-
-TRAIN = Advice()
-REFINE = Advice(
-    memory="--batch_size or --workers",
-    workers="--workers",
-    rate="--lr",
-    clip="",
-    images="--batch_size",
-    length="--max_steps or --epochs",
-    anew=", or start a new run",
-    skip_broken=None,
-)
+START_AGAIN = ("start again with a lower {lr}", "start again with {gradient_clip_val}")
 
 
 class TrainingError(UserError, RuntimeError):
-    """Why training cannot go on."""
+    """Training cannot start or go on."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C or SIGTERM; says how to go on."""
+    """Ctrl-C or SIGTERM stopped the training.
+
+    Args:
+        checkpoint: the file to go on from; ``None`` if there is none yet.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        super().__init__("there is no checkpoint yet" if checkpoint is None else f"go on from {checkpoint}")
+        self.checkpoint = checkpoint
 
 
-def explained(
-    error: BaseException, step: int, images: Sequence[int], upcoming: Sequence[int], advice: Advice = TRAIN
-) -> TrainingError | None:
-    """The error of a training run in one sentence, or ``None`` for one that is not known: a bug, perhaps.
+def explain(error: BaseException, step: int, images: Sequence[int], upcoming: Sequence[int]) -> TrainingError | None:
+    """Return a user error for one that settings can avert, or ``None``.
 
     Args:
         error: what was raised.
         step: the optimizer step under way.
-        images: the ids of the images under way,
-        upcoming: and of those that were to come next, if they are known.
-        advice: the flags to change.
+        images: the ids of the images of the current batch.
+        upcoming: the ids of the images that follow, if they are known.
     """
     text = str(error)
     if is_out_of_memory(error):
-        ids = list(upcoming if "Original Traceback" in text else images)  # reading ahead, or computing
+        ids = list(upcoming if "Original Traceback" in text else images)  # a worker reads ahead
         where = f"on images {ids}" if ids else "while scoring"
-        return TrainingError(f"out of memory in step {step}, {where}: lower {advice.memory}")
+        smaller = tuple(f"lower {{{name}}}" for name in ("batch_size", "max_size", "workers", "rois_per_image"))
+        more = "set {accumulate_grad_batches} to keep the images a step"
+        return TrainingError(f"out of memory in step {step}, {where}", hints=(*smaller, more))
     if "DataLoader worker (pid" in text:
         reason = " ".join(str(error.__cause__ or error).splitlines()[0].split())
-        following = f"The next images were {list(upcoming)}." if upcoming else "It was scoring."
+        following = f"the next images were {list(upcoming)}" if upcoming else "it was scoring"
         return TrainingError(
-            f"a process that reads images died after step {step}, probably of too little memory or shared memory "
-            f"(/dev/shm): {reason} {following} Lower {advice.workers}, or set it to 0 to "
-            "see the reason"
+            f"a process that reads images died after step {step}, probably because memory or shared memory (/dev/shm) "
+            f"ran out ({reason}); {following}",
+            hints=("lower {workers}", "set {workers} to 0 to see the reason"),
         )
     return None
+
+
+def flattened(name: str, settings: Any) -> dict[str, Any]:
+    """Return the values of a dataclass by dotted names such as "optimizer.lr"; tuples become lists."""
+    if not is_dataclass(settings):
+        return {name: _plain(settings)}
+    values: dict[str, Any] = {}
+    for field in fields(settings):
+        values |= flattened(f"{name}.{field.name}", getattr(settings, field.name))
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, new_run: str = "start a new run") -> None:
+    """Raise a :class:`TrainingError` if a setting of this run differs from the checkpoint's."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise TrainingError(
+                f"the checkpoint was trained with {name} {before.get(name)}, this run has {value}",
+                hints=("go on with the same settings", new_run),
+            )

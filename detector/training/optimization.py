@@ -1,4 +1,4 @@
-"""How the weights are changed: optimizer, learning rate by the size of the step, its course, and their average."""
+"""Optimizer, learning rate, schedule, and averaging of the weights."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,22 +13,25 @@ from detector.training.failures import TrainingError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights are changed.
+    """How the weights are optimized.
 
     Args:
         name: "adamw" or "sgd".
-        lr: peak learning rate, for steps of lr_batch images.
-        lr_batch: the images a step, over all devices and accumulated batches, that lr is meant for.
-        lr_rule: how the rate follows another number of images a step: "linear" (Goyal et al. 2017, found with sgd),
-            "sqrt" (Malladi et al. 2022, found with adamw), or "constant".
-        weight_decay: of weights; norms and biases have none.
-        momentum: sgd only; the onecycle schedule takes its own, between 0.85 and 0.95.
-        schedule: after the warm-up "cosine" down to 0 or "multistep"; or "onecycle", which has its own warm-up. It is
-            made for max_epochs; max_steps beside them only stops a run early.
-        warmup_steps: steps over which the rate climbs linearly from a thousandth; half the run at most.
-        milestones: multistep only: the epochs at which the rate is divided by 10.
-        ema: decay of an exponential moving average of the weights, such as 0.9998, which is then what is scored and
-            saved; it starts lower, so that short runs forget their beginning. Default: no average.
+        lr: peak learning rate for steps of ``lr_batch`` images.
+        lr_batch: images a step, over all devices and accumulated batches, that ``lr`` is meant for.
+        lr_rule: how the rate scales with the images a step: "linear" (Goyal et al. 2017, for sgd), "sqrt" (Malladi et
+            al. 2022, for adamw), or "constant".
+        weight_decay: decay of the weights; norms and biases have none.
+        momentum: for sgd; the onecycle schedule sets its own, between 0.85 and 0.95.
+        schedule: "cosine" (to 0) or "multistep" after a warm-up, or "onecycle", which includes one. It is made for
+            max_epochs; max_steps beside it only stops a run early.
+        warmup_steps: steps of the linear warm-up from a thousandth of the rate, at most half the run.
+        milestones: for multistep: the epochs at which the rate is divided by 10.
+        ema: decay of an exponential moving average of the weights, such as 0.9998, which is scored and saved in their
+            place. It starts lower, so that short runs forget their beginning. Default: no average.
+
+    Raises:
+        TrainingError: a value is out of its range.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -43,42 +46,37 @@ class OptimizerConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
-        for name, right, what in (
+        for name, valid, words in (
             ("lr", self.lr > 0, "above 0"),
             ("lr_batch", self.lr_batch >= 1, "1 or more"),
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, such as 0.9998"),
         ):
-            if not right:
-                raise TrainingError(f"optimizer.{name} is {getattr(self, name)}: it must be {what}")
+            if not valid:
+                raise TrainingError(f"must be {words}", setting=f"optimizer.{name}", value=getattr(self, name))
 
     def rate(self, images_per_step: int) -> float:
-        """The peak learning rate for steps of so many images."""
+        """Return the peak learning rate for the given images a step."""
         share = images_per_step / self.lr_batch
         return self.lr * {"linear": share, "sqrt": share**0.5, "constant": 1.0}[self.lr_rule]
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are trained, at the peak rate ``lr``."""
-    groups = parameter_groups(model, settings.weight_decay)
+    """Return an optimizer of the trainable parameters with peak rate ``lr``."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # norms and biases
+    ]
+    groups = [group for group in groups if group["params"]]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr)
     return torch.optim.SGD(groups, lr, momentum=settings.momentum)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that are trained: those that decay, and those that do not, norms and biases: of one dimension."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
 def make_schedule(
     optimizer: torch.optim.Optimizer, settings: OptimizerConfig, steps: int, epochs: float
 ) -> LRScheduler:
-    """The course of the optimizer's learning rate over ``steps`` steps in ``epochs`` epochs; stepped once a step."""
+    """Return the learning rate schedule for ``steps`` steps in ``epochs`` epochs; it is stepped every step."""
     if settings.schedule == "onecycle":
         return OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], total_steps=max(steps, 1))
     warmup_steps = min(settings.warmup_steps, steps // 2)
@@ -95,9 +93,9 @@ def make_schedule(
 
 
 class WeightEMA(WeightAveraging):
-    """Lightning's averaging of the weights: validation and checkpoints have the average.
+    """An exponential moving average of the weights, for validation and checkpoints.
 
-    After n steps the decay is (1 + n) / (10 + n), but no more than ``decay``.
+    After n steps the decay is (1 + n) / (10 + n), at most ``decay``.
     """
 
     def __init__(self, decay: float) -> None:

@@ -1,4 +1,4 @@
-"""What a run was made with, beside its checkpoints: command, versions, settings, git state."""
+"""The record of a run: command, versions, settings and git state."""
 
 import os
 import platform
@@ -17,15 +17,15 @@ from detector.training.failures import TrainingError
 from detector.versions import circumstances
 
 FILE = "environment.json"
-HERE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class RunRecord(Callback):
-    """Adds each start of a run to ``environment.json`` in its folder; a change that is not committed as a patch.
+    """Adds each start of a run to ``environment.json`` in its folder, and saves uncommitted changes as a patch.
 
     Args:
-        folder: the folder of the run.
-        checkpoint: the checkpoint that the run goes on from.
+        folder: the run folder.
+        checkpoint: the checkpoint to go on from.
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None) -> None:
@@ -34,7 +34,7 @@ class RunRecord(Callback):
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._agree(trainer)
+        self._compare_ranks(trainer)
         if not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,8 @@ class RunRecord(Callback):
         starts = read_json(path) if path.exists() else []
         git, patch = git_state()
         if patch:
-            name = f"uncommitted-{len(starts) + 1}.patch"
-            write_atomically(self.folder / name, patch)
-            git["patch"] = name
-        checkpoint = self.checkpoint and str(self.checkpoint)
+            git["patch"] = f"uncommitted-{len(starts) + 1}.patch"
+            write_atomically(self.folder / git["patch"], patch)
         start = {
             **circumstances(trainer.strategy.root_device),
             "folder": os.getcwd(),
@@ -55,13 +53,13 @@ class RunRecord(Callback):
             "python": platform.python_version(),
             "executable": sys.executable,
             "git": git,
-            "ckpt_path": checkpoint,
+            "ckpt_path": self.checkpoint and str(self.checkpoint),
             "settings": settings(trainer),
         }
         write_json(path, [*starts, start], indent=2)
 
-    def _agree(self, trainer: lightning.Trainer) -> None:
-        """Each rank looks for the checkpoint by itself, and may not see the same disk."""
+    def _compare_ranks(self, trainer: lightning.Trainer) -> None:
+        """Raise an error if ranks, which may not see the same disk, found different checkpoints."""
         if trainer.world_size > 1:
             found: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(found, self.checkpoint and str(self.checkpoint))
@@ -70,31 +68,29 @@ class RunRecord(Callback):
 
 
 def settings(trainer: lightning.Trainer) -> dict[str, Any]:
-    """What the run does, however it was started: from a configuration file or from Python."""
+    """Return the settings of a run, whether it was started from a file or from Python."""
     task: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    names = ("train_split", "val_split", "annotations", "images", "batch_size", "val_batch_size", "group_by_shape")
+    of_data = ("train_split", "val_split", "annotations", "images", "batch_size", "val_batch_size", "group_by_shape")
+    of_trainer = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
     return {
         "seed": data.seed,
-        "data": {"root": str(data.root.resolve()), **{name: getattr(data, name) for name in names}},
+        "data": {"root": str(data.root.resolve()), **{name: getattr(data, name) for name in of_data}},
         "transform": str(data.train_transform),
         "detector": asdict(task.detector),
         "box_gradient": asdict(task.box_gradient),
         "crop": task.crop,
         "optimizer": asdict(task.optimizer),
         "refinement": None if task.refinement is None else asdict(task.refinement),
-        "trainer": {
-            name: getattr(trainer, name)
-            for name in ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
-        },
+        "trainer": {name: getattr(trainer, name) for name in of_trainer},
     }
 
 
 def git_state() -> tuple[dict[str, Any], bytes]:
-    """The commit that this package lies at, what is changed since, and how; nothing outside a git checkout."""
+    """Return the commit and changed files of this package's checkout, and the changes; empty outside a checkout."""
     try:
-        if Path(os.fsdecode(_git("rev-parse", "--show-toplevel").strip())).resolve() != HERE.parent.parent:
-            return {}, b""  # installed into some other project's checkout
+        if Path(os.fsdecode(_git("rev-parse", "--show-toplevel").strip())).resolve() != PACKAGE.parent:
+            return {}, b""  # installed in another project's checkout
         state: dict[str, Any] = {"commit": _git("rev-parse", "HEAD").decode().strip()}
         if changed := _git("status", "--porcelain").decode().splitlines():
             state["changed"] = changed
@@ -104,5 +100,4 @@ def git_state() -> tuple[dict[str, Any], bytes]:
 
 
 def _git(*arguments: str) -> bytes:
-    done = subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, check=True, timeout=30)
-    return done.stdout
+    return subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, check=True, timeout=30).stdout

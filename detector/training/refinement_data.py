@@ -1,4 +1,4 @@
-"""The images that a refinement learns from."""
+"""The data of a refinement: the images of a train split that have boxes."""
 
 import math
 from collections.abc import Iterator
@@ -8,26 +8,23 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from detector.data.batches import Item, TrainingBatches
 from detector.data.checks import no_box
-from detector.data.dataset import CocoDetection
 from detector.errors import DataError
 from detector.training.data import CocoDataModule
-from detector.training.failures import REFINE
 
 
 class RefinementData(CocoDataModule):
-    """The images of a train split that have boxes, in batches of as many epochs as it takes.
+    """The images of a train split that have boxes, in batches of several epochs.
 
-    To Lightning it is one epoch: a data set of five images would else write a checkpoint every other step. Images keep
-    their size; the detector resizes them as it does in testing.
+    Lightning sees them as one epoch; with five images it would otherwise write a checkpoint every other step. Images
+    keep their size, and the detector resizes them as in testing.
 
     Args:
-        steps: of the whole training.
-        epochs: as many as give so many passes over the images, in place of ``steps``.
-        flip: every second image is flipped.
-        train_split, options: see :class:`CocoDataModule`.
+        steps: number of training steps.
+        epochs: number of passes over the images; replaces ``steps``.
+        flip: flip every second image.
+        train_split: the split to learn from.
+        options: see :class:`CocoDataModule`.
     """
-
-    advice = REFINE
 
     def __init__(
         self,
@@ -38,42 +35,34 @@ class RefinementData(CocoDataModule):
         flip: bool = True,
         **options: Any,
     ) -> None:
+        augmentation: list[Any] | None = None if flip else []
         super().__init__(
-            train_split=train_split,
-            val_split=train_split,
-            augmentation=None if flip else [],
-            min_size=None,
-            **options,
+            train_split=train_split, val_split=train_split, augmentation=augmentation, min_size=None, **options
         )
         self.steps, self.epochs = steps, epochs
 
     def setup(self, stage: str | None = None) -> None:
-        if stage != "fit":
-            return
-        self.train_set = self.split(self.train_split, train=True)
-        self._open_images()
-        for note in self.notes:
-            rank_zero_info(note)
-        train_set = self.train_set
+        train_set = self.train_set = self.split(self.train_split, train=True)
+        self.notes = self._open_images([(self.train_split, train_set)])
         ids = [i for i, count in zip(train_set.image_ids, train_set.counts().tolist(), strict=True) if count]
         if not ids:
             raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
         train_set.keep(ids)
-        rank_zero_info(f"{self.train_split}: {len(train_set):,} images with boxes to learn from")
-
-    def _used(self) -> list[tuple[str, CocoDetection]]:
-        return [(self.train_split, self.train_set)]
+        for note in (*self.notes, f"{self.train_split}: {len(ids):,} images with boxes to learn from"):
+            rank_zero_info(note)
 
     def _training_batches(self) -> TrainingBatches:
-        return RepeatedBatches(count=None if self.epochs else self.steps, epochs=self.epochs or 1, **self._order())
+        return RepeatedBatches(
+            count=None if self.epochs else self.steps, epochs=self.epochs or 1, **self._batch_options()
+        )
 
 
 class RepeatedBatches(TrainingBatches):
-    """The batches of several epochs, one after the other, as those of one.
+    """The batches of several epochs as those of one.
 
     Args:
-        count: how many; ``None``: those of ``epochs`` whole ones.
-        epochs: see there.
+        count: number of batches; ``None``: those of ``epochs`` whole epochs.
+        epochs: number of epochs.
         options: see :class:`TrainingBatches`.
     """
 

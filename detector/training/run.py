@@ -1,4 +1,4 @@
-"""A training run from its start, or from where it stopped, to its score, in a folder of its own."""
+"""A training run: its folder, the trainer's callbacks, and the scoring at its end."""
 
 import logging
 import math
@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressB
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from detector.errors import DataError, ImageError, ModelError, one_line
+from detector.errors import ImageError, ModelError, UserError, one_line
 from detector.evaluation.running import Predictions, run_detector
 from detector.evaluation.scoring import scored_types
 from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
@@ -26,18 +26,16 @@ from detector.run_folders import newest_folder, run_folder, unused_folder
 from detector.signals import sigterm_as_ctrl_c
 from detector.training.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints
 from detector.training.data import CocoDataModule
-from detector.training.divergence import Divergence, all_alike
-from detector.training.failures import Interrupted, TrainingError, explained
+from detector.training.divergence import Divergence, warn_if_all_alike
+from detector.training.failures import Interrupted, TrainingError, explain
 from detector.training.record import FILE as RECORD
 from detector.training.record import RunRecord
 from detector.training.task import DetectionTask
 
-# Lightning's advertisement, at each start.
+# An advertisement of Lightning's.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in str(record.msg))
 
-
-# Precisions of Lightning whose weights have 16 bits.
-HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
+HALF_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")  # 16-bit weights
 
 
 def train(
@@ -49,42 +47,39 @@ def train(
     save_every: int = 500,
     **trainer_options: Any,
 ) -> dict[str, float] | None:
-    """Train, score and draw, as ``tools/train.py`` does.
+    """Train a detector, then score it on the val split, as ``tools/train.py`` does.
 
     Args:
-        task: what is trained.
-        data: what it is trained and scored on.
+        task: what to train.
+        data: the splits to train and score on.
         run_dir: folder for checkpoints, logs and scores; a new run beside an old one gets a number.
-        ckpt_path: "last": go on from the last checkpoint in the last folder of that name; or a checkpoint: go on
-            from it, in its own folder if it is a run's last one, in a new folder if not.
-        save_every: the steps between two checkpoints.
+        ckpt_path: "last" goes on from the last checkpoint of the last run in ``run_dir``. A file goes on from that
+            checkpoint, in its own folder if it is a run's ``last.ckpt``, else in a new one.
+        save_every: steps between two checkpoints.
         trainer_options: of ``lightning.Trainer``: ``max_epochs``, ``devices``, ``precision``, ...
 
     Returns:
         The scores on the val split, see :func:`detector.evaluation.evaluate`; ``None`` on ranks other than 0.
 
     Raises:
-        DataError, ModelError, TrainingError: the run cannot begin or go on; the message says why in a sentence.
-        Interrupted: Ctrl-C or SIGTERM ended it; the same call with ``ckpt_path="last"`` goes on.
+        DataError, ModelError, TrainingError: the run cannot start or go on.
+        Interrupted: Ctrl-C or SIGTERM stopped it; the same call with ``ckpt_path="last"`` goes on.
     """
     run = Run(run_dir, ckpt_path, save_every=save_every)
     return run.train(lightning.Trainer(**run.trainer_options(trainer_options)), task, data)
 
 
 class Run:
-    """A run's folder, and the parts of a trainer that fill it.
-
-    Args:
-        run_dir, ckpt_path, save_every: see :func:`train`.
+    """The folder of a run, and the callbacks that fill it. See :func:`train` for the arguments.
 
     Raises:
-        ModelError: ``ckpt_path`` is not there.
-        TrainingError: ``save_every`` is less than 1.
+        ModelError: there is no file at ``ckpt_path``.
+        TrainingError: ``save_every`` is below 1.
     """
 
     def __init__(self, run_dir: str | Path, ckpt_path: str | Path | None = None, *, save_every: int = 500) -> None:
         if save_every < 1:
-            raise TrainingError(f"--save_every is {save_every}: it must be 1 or more")
+            raise TrainingError("must be 1 or more", setting="save_every", value=save_every)
         self.checkpoint: Path | None = None
         if ckpt_path is None:
             self.folder = unused_folder(Path(run_dir))
@@ -92,13 +87,13 @@ class Run:
             self.folder = newest_folder(Path(run_dir))
             self.checkpoint = self.folder / "checkpoints" / LAST
             if not self.checkpoint.is_file():
-                _say_loudly(f"--ckpt_path last: there is no {self.checkpoint}. STARTING FROM THE BEGINNING.")
+                _print_loudly(f"There is no {self.checkpoint} to go on from. STARTING FROM THE BEGINNING.")
                 self.checkpoint = None
         else:
             self.checkpoint = Path(checkpoint_of(ckpt_path))
             if not self.checkpoint.is_file():
-                raise ModelError(f"--ckpt_path {ckpt_path}: no such file")
-            # From another than the last one, a run must not write over what came after it.
+                raise ModelError("no such file", setting="ckpt_path", value=str(ckpt_path))
+            # From an earlier checkpoint, a run must not write over later ones.
             last = self.checkpoint.name == LAST
             self.folder = run_folder(self.checkpoint) if last else unused_folder(Path(run_dir))
         self._is_new = not self.folder.exists()
@@ -106,10 +101,10 @@ class Run:
         self.divergence = Divergence()
 
     def trainer_options(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The options of ``lightning.Trainer``: those given, and what a run needs besides.
+        """Return the options of ``lightning.Trainer``: the given ones, and those that a run needs.
 
         Raises:
-            TrainingError: detectors cannot be trained in the precision.
+            TrainingError: the precision has 16-bit weights.
         """
         _refuse_half_precision(given.get("precision"))
         callbacks: list[Callback] = [
@@ -123,63 +118,61 @@ class Run:
             logger = TensorBoardLogger(str(self.folder), name="", version="")
         if logger:
             callbacks.append(LearningRateMonitor("step"))
-        theirs = _as_list(given.get("callbacks"))
-        # By default it would depend on whether rich is installed.
-        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in theirs):
+        others = _as_list(given.get("callbacks"))
+        # Lightning's default depends on whether rich is installed.
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in others):
             callbacks.append(TQDMProgressBar())
         return {
             **given,
             "default_root_dir": given.get("default_root_dir") or str(self.folder),
             "num_sanity_val_steps": given.get("num_sanity_val_steps") or 0,
-            "use_distributed_sampler": False,  # the batches know their ranks
+            "use_distributed_sampler": False,  # the batches are divided already
             "enable_checkpointing": True,
             "logger": logger,
-            "callbacks": [*theirs, *callbacks],
+            "callbacks": [*others, *callbacks],
             "plugins": [*_as_list(given.get("plugins")), AtomicCheckpointIO()],
         }
 
     def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
-        """Train, or go on, then score; see :func:`train`."""
+        """Train and score; see :func:`train`."""
         _refuse_half_precision(trainer.precision)  # which a plugin may have set
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
-            warnings.filterwarnings("ignore", message=message)  # the loader's order is a function of the position
+            warnings.filterwarnings("ignore", message=message)  # the loader resumes by itself
         try:
-            with sigterm_as_ctrl_c(), self._nothing_left_of_nothing(trainer):
-                with self.checkpoints.stopping_on_signals(speaks=trainer.is_global_zero):
+            with sigterm_as_ctrl_c(), self._removing_empty_folder(trainer):
+                with self.checkpoints.stopping_on_signals(verbose=trainer.is_global_zero):
                     trainer.fit(task, datamodule=data, ckpt_path=self.checkpoint, weights_only=True)
                 if self.checkpoint is not None and self.checkpoints.written == 0:
-                    self._say_that_it_had_ended(task)
+                    timed_out = self.checkpoints.ended is not None and self.checkpoints.ended < math.inf
+                    rank_zero_info(
+                        f"{self.checkpoint}: the run had ended, and is only scored now. To train further, "
+                        f"{'give a longer max_time, or ' if timed_out else ''}start a new run from its weights"
+                    )
                 return self._finish(trainer, task, data) if trainer.is_global_zero else None
-        except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of the former
+        except (KeyboardInterrupt, SystemExit):  # Lightning turns the former into the latter
             raise self._interrupted() from None
         except Exception as error:
-            if trainer.strategy.launcher is not None:  # or the other processes would wait for this one
+            if trainer.strategy.launcher is not None:  # else the other processes would wait for this one
                 trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
             if self.checkpoints.signal is not None:  # another rank stopped first
                 raise self._interrupted() from None
-            explanation = self._explanation(error, trainer, task, data)
-            if explanation is None or explanation is error:
+            explanation = self._explain(error, trainer, task, data)
+            if explanation is error:
                 raise
             raise explanation from error
 
     @contextmanager
-    def _nothing_left_of_nothing(self, trainer: lightning.Trainer) -> Iterator[None]:
-        """Remove the folder of a run that fails before its first step: it holds no more than the settings."""
+    def _removing_empty_folder(self, trainer: lightning.Trainer) -> Iterator[None]:
+        """Remove the folder of a run that fails before its first step, since it holds only the settings."""
         try:
             yield
         except BaseException:
-            # Lightning calls its loggers first, so they write there whatever comes next. Of two logs one is another's.
+            # Loggers write before anything else. A second log is another run's.
             logs = list(self.folder.glob("events.out.tfevents.*"))
-            nothing = trainer.global_step == 0 and not self.checkpoints.folder.exists() and len(logs) < 2
-            if self._is_new and nothing and trainer.is_global_zero:
+            empty = trainer.global_step == 0 and not self.checkpoints.folder.exists() and len(logs) < 2
+            if self._is_new and empty and trainer.is_global_zero:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
-
-    def _say_that_it_had_ended(self, task: DetectionTask) -> None:
-        limit = self.checkpoints.ended
-        longer = "give a longer --trainer.max_time" if limit is not None and limit < math.inf else ""
-        more = (longer + task.advice.anew).removeprefix(", or ")
-        rank_zero_info(f"{self.checkpoint}: the run had ended, and is only scored now. To train further, {more}")
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
         """Score the val split with the weights as they are, write it all, and say where everything lies."""
@@ -187,8 +180,8 @@ class Run:
         last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
         if last is None:
             raise TrainingError(
-                "the run ended before its first step, so nothing can be scored: give a longer --trainer.max_time, or "
-                "remove the callback that stops it"
+                "the run ended before its first step, so nothing can be scored",
+                hints=("give a longer {max_time}", "remove the callback that stops it"),
             )
         detector = load_checkpoint(last)  # with averaged weights, if there are any
         if task.scored_step == trainer.global_step:
@@ -235,37 +228,37 @@ class Run:
             if (self.folder / name).exists():
                 print(f"  {name:22} {what}")
         print(f"  tensorboard --logdir {self.folder}")
-        for warning in (self.divergence.verdict(task), all_alike(found.results)):
+        for warning in (self.divergence.warning(task), warn_if_all_alike(found.results)):
             if warning is not None:
                 print(f"\nWARNING: {warning}.")
         return scores
 
     def _interrupted(self) -> Interrupted:
         last = self.checkpoints.last
-        return Interrupted(f"--ckpt_path {last}" if last.exists() else "")
+        return Interrupted(last if last.exists() else None)
 
-    def _explanation(
+    def _explain(
         self, error: Exception, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule
-    ) -> Exception | None:
-        """The error in the words of a sentence, or ``None`` if it has to speak for itself."""
-        known: Exception | None
+    ) -> Exception:
+        """Return a user error that also names the last good checkpoint, or the error itself if it is unforeseen."""
         upcoming: list[int] = []
-        try:
-            if task.training:
+        if task.training:
+            with suppress(Exception):  # the run may not have come that far
                 upcoming = data.upcoming(2 * max(data.workers, 1))
-        except Exception:  # it had not come that far
-            pass
-        known = explained(error, trainer.global_step, task.image_ids, upcoming, task.advice)
-        if known is None and isinstance(error, (TrainingError, DataError, OSError)):
-            known = error
-        last = self.checkpoints.last
-        if known is None or (known is error and not last.exists() and not isinstance(error, ImageError)):
-            return known
-        stays = f". The last good checkpoint stays: {last}" if last.exists() else ""
-        if isinstance(error, ImageError) and task.advice.skip_broken and not data.skip_broken:
-            begins = f" --model.detector.weights {last}" if last.exists() else ""
-            stays += f". To leave such images out, begin a new run: {task.advice.skip_broken}{begins}"
-        return TrainingError(f"{one_line(known)}{stays}")
+        last, is_image = self.checkpoints.last, isinstance(error, ImageError) and not data.skip_broken
+        known: UserError | None = explain(error, trainer.global_step, task.image_ids, upcoming)
+        if known is None:
+            if not isinstance(error, (UserError, OSError)) or not (last.exists() or is_image):
+                return error
+            of_worker = "Original Traceback" in str(error)
+            known = error if isinstance(error, UserError) and not of_worker else TrainingError(one_line(error))
+        message, hints = known.message, list(known.hints)
+        if is_image:
+            weights = f" {{weights}} {last}" if last.exists() else ""
+            hints.append(f"leave such images out in a new run: {{skip_broken}} true{weights}")
+        if last.exists():
+            message += f". The last good checkpoint is {last}"
+        return TrainingError(message, setting=known.setting, value=known.value, hints=hints)
 
 
 class StepTimes(Callback):
@@ -309,11 +302,13 @@ class StepTimes(Callback):
 
 
 def _refuse_half_precision(precision: Any) -> None:
-    """Boxes and their targets would have 16 bits, too: bfloat16 has steps of 4 pixels above 512."""
-    if precision in HALF:
+    """Refuse 16-bit boxes and targets: bfloat16 has steps of 4 pixels above 512."""
+    if precision in HALF_PRECISIONS:
         raise TrainingError(
-            f"--trainer.precision is {precision}: weights of 16 bits lose small steps, and boxes of 16 bits whole "
-            "pixels; take bf16-mixed, which keeps both in 32 bits"
+            "16-bit weights lose small steps, and 16-bit boxes whole pixels",
+            setting="precision",
+            value=precision,
+            hints=("use bf16-mixed, which keeps both in 32 bits",),
         )
 
 
@@ -322,6 +317,6 @@ def _as_list(value: Any) -> list[Any]:
 
 
 @rank_zero_only
-def _say_loudly(message: str) -> None:
+def _print_loudly(message: str) -> None:
     line = "=" * min(len(message), 100)
     print(f"\n{line}\n{message}\n{line}\n", file=sys.stderr, flush=True)
