@@ -19,7 +19,7 @@ from detector.data.digits import write_digits
 from detector.rcnn.box_gradient import BoxGradient
 from detector.tools.training import parse
 from detector.training import divergence
-from detector.training.divergence import Divergence, all_alike
+from detector.training.divergence import Divergence, warn_if_all_alike
 from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
 
@@ -65,13 +65,13 @@ def test_a_loss_that_rises_and_stays_finite_is_said_once_while_it_happens(scale,
     assert int(batches) == 150
     assert "a lower --model.optimizer.lr (0.25), or --trainer.gradient_clip_val" in said
     assert "or hold the box gradient back: --model.box_gradient.bound 0.1" in said
-    assert "for 250 batches" in watch.verdict(TASK)  # at the end
+    assert "for 250 batches" in watch.warning(TASK)  # at the end
 
 
 def test_the_box_gradient_is_not_blamed_where_there_is_none_or_it_is_held_back():
     watch = feed(RISEN)
     for other in ({"crop": "roi_align"}, *({"box_gradient": g} for g in (BoxGradient(crop=0, coder=0), BoxGradient()))):
-        assert "box_gradient" not in watch.verdict(SimpleNamespace(**(vars(TASK) | other)))
+        assert "box_gradient" not in watch.warning(SimpleNamespace(**(vars(TASK) | other)))
 
 
 def test_a_training_that_was_wrecked_is_told_half_way(capsys):
@@ -100,14 +100,14 @@ def test_worse_than_untrained_from_the_start_is_said(capsys):
     ids=["falling", "flat", "bump", "trained on", "outliers", "recovers", "short", "none"],
 )
 def test_no_false_alarm(losses, capsys):
-    assert feed(losses).verdict(TASK) is None
+    assert feed(losses).warning(TASK) is None
     assert capsys.readouterr().err == ""
 
 
 def test_one_that_recovers_later_is_said_once_and_not_at_the_end(capsys):
     watch = feed(RISEN + [0.6] * 100 + [50.0] * 200 + [0.6] * 100)
     assert capsys.readouterr().err.count("diverges") == 1
-    assert watch.verdict(TASK) is None
+    assert watch.warning(TASK) is None
 
 
 @pytest.mark.parametrize("stop", [3, 10, 57, 333, 405])
@@ -119,17 +119,17 @@ def test_a_run_that_goes_on_judges_as_one_never_stopped(stop):
 
 def test_accumulation_may_change_on_the_way(capsys):
     watch = feed([1.0] * 60, accumulated=8)
-    assert feed([1.0] * 200, watch).verdict(TASK) is None
+    assert feed([1.0] * 200, watch).warning(TASK) is None
     assert watch.now == watch.best == 1
 
 
 def test_detections_that_are_all_alike():
-    assert "all 100 detections score between 0.550 and 0.555" in all_alike(
+    assert "all 100 detections score between 0.550 and 0.555" in warn_if_all_alike(
         [{"score": 0.55 + 0.005 * (number % 2)} for number in range(100)]
     )
-    assert all_alike([{"score": number / 100} for number in range(100)]) is None
-    assert all_alike([{"score": 0.55}] * 5) is None
-    assert all_alike([]) is None
+    assert warn_if_all_alike([{"score": number / 100} for number in range(100)]) is None
+    assert warn_if_all_alike([{"score": 0.55}] * 5) is None
+    assert warn_if_all_alike([]) is None
 
 
 def test_a_training_says_so_at_its_end_too(tmp_path, monkeypatch, capsys):

