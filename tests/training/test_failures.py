@@ -32,7 +32,7 @@ from detector.tools.training import parse, train
 from detector.training import run
 from detector.training.checkpoints import Checkpoints
 from detector.training.data import CocoDataModule
-from detector.training.failures import explained
+from detector.training.failures import explain
 from detector.training.task import DetectionTask
 
 
@@ -165,7 +165,7 @@ def test_an_augmentation_that_fails_is_named(stopped):
 
 
 def test_an_error_that_is_not_known_stays_what_it_is():
-    assert explained(RuntimeError("some bug"), 0, [], []) is None
+    assert explain(RuntimeError("some bug"), 0, [], []) is None
 
 
 def test_sigterm_ends_the_step_under_way_saves_and_stops(digits, tmp_path, monkeypatch, capsys):
