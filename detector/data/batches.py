@@ -1,6 +1,6 @@
-"""Which images make up which batch: a function of the seed, the epoch and the number of images a step.
+"""The images of each batch, as functions of the seed and the epoch only.
 
-It does not depend on the number of ranks that share a batch, nor on where a run stopped and went on.
+Neither the number of ranks that share a batch nor an interruption changes them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,23 +10,23 @@ from torch.utils.data import Sampler
 
 from detector.seeds import seed_of
 
-Item = tuple[int, int]  # (epoch, index): what a data set needs to draw the augmentation
+Item = tuple[int, int]  # (epoch, index)
 
 
 class TrainingBatches(Sampler[list[Item]]):
-    """Yields shuffled batches, each of images that are all wide or all tall, so that little is padded.
+    """Shuffled batches of images that are all wide or all tall, to reduce padding.
 
-    Images that fill no batch of their shape come together in a mixed one. As many as would fill no batch at all are
-    left out, others in each epoch, unless they are all there is.
+    Images that do not fill a batch of their shape form one mixed batch. The remainder that fills no batch at all is
+    left out; it differs between epochs.
 
     Args:
-        wide: of each image whether it is at least as wide as tall; all the same: no grouping.
-        batch_size: images of a batch, for one rank.
-        seed: 0 or more.
-        ranks: how many processes share the batches.
-        rank: this one's number.
-        epoch: the epoch to begin in.
-        start: the batches of that epoch that are left out, having been used before.
+        wide: whether each image is at least as wide as tall. Equal values do not group images.
+        batch_size: number of images in a batch of one rank.
+        seed: seed of the order, 0 or more.
+        ranks: number of processes that share the batches.
+        rank: index of this process.
+        epoch: first epoch.
+        start: number of batches of the first epoch to skip.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class TrainingBatches(Sampler[list[Item]]):
 
     @property
     def sampler(self) -> "TrainingBatches":
-        """Return itself: Lightning looks for ``set_epoch`` in a batch sampler's sampler."""
+        """Return itself, because Lightning calls ``set_epoch`` of a batch sampler's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration is of."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Count the batches of a whole epoch."""
+        """Return the number of batches of a whole epoch."""
         return max(len(self.wide) // (self.batch_size * self.ranks), 1)
 
     def __iter__(self) -> Iterator[list[Item]]:
@@ -64,23 +64,23 @@ class TrainingBatches(Sampler[list[Item]]):
             yield [(self.epoch, index) for index in indices]
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """Return the indices of this rank's batches of an epoch."""
+        """Return the image indices of this rank's batches."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         size = self.batch_size * self.ranks
         order = torch.randperm(len(self.wide), generator=generator)
-        order = order[: max(len(order) // size * size, min(size, len(order)))]  # others are left out in each epoch
+        order = order[: max(len(order) // size * size, min(size, len(order)))]
         groups = [order[self.wide[order]], order[~self.wide[order]]]
         mixed = torch.cat([group[len(group) // size * size :] for group in groups])  # none, or one batch
         batches = [batch for group in groups for batch in group.split(size) if len(batch) == size]
         batches += [mixed] if len(mixed) else []
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        mine = [batches[number].tolist()[self.rank * self.batch_size :][: self.batch_size] for number in shuffled]
-        # Ranks beyond the last image of the only, incomplete batch train on its first ones again.
-        return [batch or batches[0].tolist()[: self.batch_size] for batch in mine]
+        own = [batches[number].tolist()[self.rank * self.batch_size :][: self.batch_size] for number in shuffled]
+        # If the only batch is too small for all ranks, the last ranks repeat its first images.
+        return [batch or batches[0].tolist()[: self.batch_size] for batch in own]
 
 
 class ScoringBatches(Sampler[list[int]]):
-    """Yields all images once, in order; ranks take whole batches in turn, so that batches are those of one rank."""
+    """All images once, in order. Ranks take whole batches in turn, so the number of ranks does not change them."""
 
     def __init__(self, images: int, batch_size: int, *, ranks: int = 1, rank: int = 0) -> None:
         batches = [list(range(i, min(i + batch_size, images))) for i in range(0, images, batch_size)]

@@ -1,4 +1,4 @@
-"""A detection set that needs no download: scikit-learn's handwritten digits, scattered over cluttered canvases."""
+"""A synthetic data set: scikit-learn's handwritten digits on cluttered canvases."""
 
 import json
 import tempfile
@@ -15,10 +15,10 @@ from detector.errors import DataError
 
 SPLITS = {"train": 400, "val": 80}
 SIZES = ((240, 192), (192, 240), (224, 208))  # width, height of the canvases, in pixels
+INK = 127  # value of 255 above which a pixel belongs to the stroke
+SOURCE_SCALE = 8  # enlargement of the 8x8 digits before they are distorted, which keeps strokes smooth
 Corners = tuple[int, int, int, int]  # x1, y1, x2, y2
 Range = tuple[int, int]
-INK = 127  # of 255, from which on a pixel is of the stroke
-SOURCE_SCALE = 8  # the 8x8 digits are enlarged by this before they are bent, so that strokes stay smooth
 
 
 def write_digits(
@@ -31,19 +31,18 @@ def write_digits(
 ) -> None:
     """Write a data set in COCO's layout: ``annotations/instances_SPLIT.json`` and the folder ``SPLIT`` of PNGs.
 
-    Real strokes of 1,797 digits, of which no two splits share one, stretched, slanted, in any colour, partly
-    overlapping, among scribbles; one image in twenty has no digit. Masks are of the strokes that are seen, exact to the
-    pixel. The same bytes from the same seed. The folder appears when it is complete, or not at all.
+    Digits are distorted, coloured and partly overlapping. No digit is in two splits, and one image in twenty has none.
+    Masks cover the visible strokes. The seed determines every byte. The folder appears only when it is complete.
 
     Args:
-        root: the folder to make.
-        seed: of every choice.
-        splits: images of each split.
-        count: least and most digits of an image; fewer where there is no room for more.
-        height: the lowest and the highest digit, in pixels; canvases are 192 to 240 pixels wide and high.
+        root: the folder to create.
+        seed: random seed.
+        splits: number of images of each split.
+        count: minimum and maximum number of digits in an image; fewer if there is no space.
+        height: minimum and maximum height of digits in pixels.
 
     Raises:
-        DataError: scikit-learn is missing, or ``root`` is there already.
+        DataError: scikit-learn is missing, or ``root`` exists.
     """
     try:
         from sklearn.datasets import load_digits
@@ -51,7 +50,7 @@ def write_digits(
         raise DataError('the digits need scikit-learn: pip install "affine-crop-rcnn[quickstart]"') from None
     root = Path(root)
     if root.exists():
-        raise DataError(f"{root} is there already; delete it to write the digits anew")
+        raise DataError(f"{root} exists; delete it to write the digits again")
     digits = load_digits()
     rng = np.random.default_rng(seed)
     shares = np.array(list(splits.values())) / sum(splits.values())
@@ -78,10 +77,10 @@ def _write_split(
         size = SIZES[rng.integers(len(SIZES))]
         canvas = _background(*size, rng)
         boxes: list[Corners] = []
-        strokes: list[np.ndarray] = []  # of each digit, as large as the canvas
+        strokes: list[np.ndarray] = []  # masks of the canvas's size
         for _ in range(0 if rng.random() < 0.05 else rng.integers(*count, endpoint=True)):
             pick = rng.integers(len(digits))
-            shape = _bend(digits[pick], rng, height)
+            shape = _distort(digits[pick], rng, height)
             box = _paste(canvas, shape, boxes, rng)
             if box is None:
                 continue
@@ -90,7 +89,7 @@ def _write_split(
             stroke = np.zeros((size[1], size[0]), dtype=bool)
             stroke[y1:y2, x1:x2] = shape > INK
             for below in strokes:
-                below &= ~stroke  # what is seen of it
+                below &= ~stroke
             strokes.append(stroke)
             ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(classes[pick]) + 1}
             annotations.append(ids | {"bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0})
@@ -106,7 +105,7 @@ def _write_split(
 
 
 def _background(width: int, height: int, rng: Generator) -> Image.Image:
-    """Paint a blotchy canvas with scribbles: strokes that are no digits."""
+    """Paint blotches and scribbles."""
     blotches = Image.fromarray(rng.integers(60, 196, (4, 5, 3), dtype=np.uint8))
     canvas = blotches.resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
@@ -120,8 +119,8 @@ def _background(width: int, height: int, rng: Generator) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8))
 
 
-def _bend(digit: np.ndarray, rng: Generator, heights: Range) -> np.ndarray:
-    """Make of a digit [8, 8], 0 to 16, a tight mask, 0 to 255, of some size, slant and aspect ratio."""
+def _distort(digit: np.ndarray, rng: Generator, heights: Range) -> np.ndarray:
+    """Turn a digit [8, 8], 0 to 16, into a tight mask, 0 to 255, of random size, slant and aspect ratio."""
     ink = Image.fromarray(np.pad(digit * (255 / 16), 1).astype(np.uint8))
     ink = ink.resize((10 * SOURCE_SCALE, 10 * SOURCE_SCALE), Image.Resampling.BICUBIC)
     ink = ink.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC)
@@ -135,26 +134,26 @@ def _bend(digit: np.ndarray, rng: Generator, heights: Range) -> np.ndarray:
 
 
 def _paste(canvas: Image.Image, mask: np.ndarray, boxes: list[Corners], rng: Generator) -> Corners | None:
-    """Paint a digit where it covers a quarter of any other at most. Returns its box; ``None`` if there is no room."""
+    """Paint a digit where its box covers little of the others, and return the box, or ``None`` without space."""
     height, width = mask.shape
     if width >= canvas.width or height >= canvas.height:
         return None
     for _ in range(20):
         x, y = int(rng.integers(canvas.width - width)), int(rng.integers(canvas.height - height))
-        if all(_covered((x, y, x + width, y + height), other) <= 0.25 for other in boxes):
+        if all(_overlap((x, y, x + width, y + height), other) <= 0.25 for other in boxes):
             break
     else:
         return None
     ground = np.asarray(canvas)[y : y + height, x : x + width].mean(axis=(0, 1))
     color = rng.integers(0, 256, 3)
-    while np.abs(color - ground).max() < 90:  # legible on what lies below
+    while np.abs(color - ground).max() < 90:  # too little contrast
         color = rng.integers(0, 256, 3)
     ink = Image.new("RGB", (width, height), tuple(int(value) for value in color))
     canvas.paste(ink, (x, y), Image.fromarray(mask))
     return x, y, x + width, y + height
 
 
-def _covered(a: Corners, b: Corners) -> float:
+def _overlap(a: Corners, b: Corners) -> float:
     """Return the overlap of two boxes as a share of the smaller one."""
     overlap = max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
     return overlap / min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))

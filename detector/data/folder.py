@@ -1,12 +1,12 @@
-"""Where a data set in COCO's layout lies, and what its splits are called there."""
+"""The folder of a data set in COCO's layout, and the files of its splits."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from detector.choices import Orientation
 from detector.data.dataset import CocoDetection
-from detector.data.images import Orientation
 from detector.errors import DataError
 
 ROOT_VARIABLE = "DETECTOR_DATA"
@@ -14,13 +14,13 @@ ROOT_VARIABLE = "DETECTOR_DATA"
 
 @dataclass(frozen=True)
 class DataFolder:
-    """The folder of a data set, and the patterns of its splits' files; {split} stands for the split.
+    """The folder of a data set. In file patterns, {split} stands for the name of the split.
 
     Args:
         root: the folder.
-        annotations: the annotation file of a split, relative to ``root``.
-        images: the image folder of a split, relative to ``root``.
-        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
+        annotations: pattern of the annotation file, relative to ``root``.
+        images: pattern of the image folder, relative to ``root``.
+        orientation: see :func:`~detector.data.images.read_image`.
     """
 
     root: Path
@@ -37,20 +37,22 @@ class DataFolder:
         return self.root / self.images.replace("{split}", split)
 
     def dataset(self, split: str, **options: Any) -> CocoDetection:
-        """Read a split as a data set, with the options of :class:`~detector.data.dataset.CocoDetection`."""
+        """Read a split, with options of :class:`~detector.data.dataset.CocoDetection`."""
         images, annotations = self.image_folder(split), self.annotation_file(split)
         return CocoDetection(images, annotations, orientation=self.orientation, **options)
 
 
 def find_root(root: str | Path | None, dataset: str | None) -> Path:
-    """Return the folder of a data set, by its path or by its name in the folder that DETECTOR_DATA names."""
+    """Return ``root``, or the folder ``dataset`` of the folder in the environment variable DETECTOR_DATA.
+
+    Raises:
+        DataError: neither is known.
+    """
     if root is not None:
         return Path(root)
     if dataset is None:
         raise DataError("the data set's folder is missing", hints=["give {root}"])
     if ROOT_VARIABLE not in os.environ:
-        hint = f"set {ROOT_VARIABLE} to the folder that holds it"
-        raise DataError(
-            "the data set's folder is unknown", setting="dataset", value=dataset, hints=["give {root}", hint]
-        )
+        hints = ["give {root}", f"set {ROOT_VARIABLE} to the folder that holds it"]
+        raise DataError("the data set's folder is unknown", setting="dataset", value=dataset, hints=hints)
     return Path(os.environ[ROOT_VARIABLE]) / dataset

@@ -8,9 +8,11 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.Image import Transpose
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -19,16 +21,9 @@ from detector.errors import DataError, ImageError, SizeError
 
 # Pillow knows more formats, and runs Ghostscript on a file whose content is EPS.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-TURN_UPRIGHT = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-TURN_BACK = TURN_UPRIGHT | {6: TURN_UPRIGHT[8], 8: TURN_UPRIGHT[6]}
+FLIPS = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
+TURN_UPRIGHT = dict(enumerate((*FLIPS, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), start=2))
+TURN_BACK = TURN_UPRIGHT | {6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}  # both by EXIF orientation
 # Beginnings of the remarks on the orientation.
 AMBIGUOUS_ORIENTATION = "the annotated size fits the image upright and as stored, and its EXIF orientation is"
 OVERRULED_ORIENTATION = (
@@ -40,33 +35,9 @@ _pixel_limit_lock = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise it writes to stderr
 
 
-def read_image(
-    path: str | Path,
-    *,
-    size: tuple[int, int] | None = None,
-    orientation: Orientation = "upright",
-    max_pixels: int | None = None,
-) -> Tensor:
-    """Read an image of any mode as RGB. An alpha channel is dropped; only the first frame or page is read.
-
-    Integers of 16 or 32 bits are reduced to 8 bits. The largest value decides how many bits the image uses (8, 10, 12,
-    14 or 16), and the upper 8 of them are kept. Floats up to 1 are scaled to 0..255; larger floats are truncated.
-
-    Args:
-        path: a file in one of :data:`FORMATS`.
-        size: annotated (width, height) in pixels, which the image must have.
-        orientation: "upright" applies the EXIF orientation, as viewers and most label tools do; "stored" ignores it.
-            Where ``size`` fits only one of the two, that one is used.
-        max_pixels: maximum number of pixels. ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
-
-    Returns:
-        [3, H, W], uint8.
-
-    Raises:
-        ImageError: the file is missing, broken or too large, or its values are no colours.
-        SizeError: the image does not have ``size``.
-    """
-    return read_image_with_remarks(path, size=size, orientation=orientation, max_pixels=max_pixels)[0]
+def read_image(path: str | Path, **options: Any) -> Tensor:
+    """Read an image as :func:`read_image_with_remarks` does, without the remarks."""
+    return read_image_with_remarks(path, **options)[0]
 
 
 def read_image_with_remarks(
@@ -76,10 +47,26 @@ def read_image_with_remarks(
     orientation: Orientation = "upright",
     max_pixels: int | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Read an image as :func:`read_image` does, and return remarks on it for the user.
+    """Read an image of any mode as RGB. An alpha channel is dropped, and only the first frame or page is read.
 
-    They mention scaled values, further frames, and an annotated size that leaves the orientation open
-    (:data:`AMBIGUOUS_ORIENTATION`) or contradicts ``orientation`` (:data:`OVERRULED_ORIENTATION`).
+    Integers of 16 or 32 bits are reduced to 8 bits. The largest value decides how many bits the image uses (8, 10, 12,
+    14 or 16), and the upper 8 of them are kept. Floats up to 1 are scaled to 0..255; larger floats are truncated.
+
+    Args:
+        path: a file in one of :data:`FORMATS`.
+        size: annotated (width, height) in pixels, which the image must have.
+        orientation: "upright" applies the EXIF orientation, as viewers and most label tools do; "stored" ignores it.
+            If ``size`` fits only one of the two, that one is used.
+        max_pixels: maximum number of pixels. ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
+
+    Returns:
+        The image, [3, H, W] uint8, and remarks for the user: on scaled values, on further frames, and on an annotated
+        size that leaves the orientation open (:data:`AMBIGUOUS_ORIENTATION`) or contradicts ``orientation``
+        (:data:`OVERRULED_ORIENTATION`).
+
+    Raises:
+        ImageError: the file is missing, broken or too large, or its values are no colours.
+        SizeError: the image does not have ``size``.
     """
     Image.init()
     try:

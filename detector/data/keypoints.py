@@ -1,4 +1,4 @@
-"""Keypoints of objects: their names, which of them are each other's mirror image, and COCO's lists as tensors."""
+"""Keypoints of objects: their names, their mirror images, and COCO's lists of them."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -13,73 +13,71 @@ from detector.data.entries import MIN_COORDINATE, Coordinate
 from detector.errors import DataError, short_repr
 from detector.text import listed, short
 
-MOST = 1000  # keypoints of an object
-NUMBERS = msgspec.json.Decoder(list[Coordinate])
-SIDES = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
-# A word, or a capital at an end: "l_hip", "LHip", "Lhip", "hipL".
+MAX_KEYPOINTS = 1000  # per object
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lt": "rt", "rt": "lt"}
+# A word, or a capital letter at an end: "l_hip", "LHip", "Lhip", "hipL".
 SIDE = re.compile(
     r"(?i:left|right)|(?<![a-zA-Z])(?i:lt|rt|l|r)(?![a-z])|(?<![a-zA-Z])[LR](?=[a-z])|(?<=[a-z])[LR](?![a-zA-Z])"
 )
+_decode_numbers = msgspec.json.Decoder(list[Coordinate]).decode
 
 
 @dataclass(frozen=True)
 class KeypointLayout:
-    """What the keypoints of an object are.
+    """The keypoints of an object, in order.
 
     Args:
-        names: of each.
-        skeleton: pairs of keypoints, from 0 on, with a line between them in pictures.
+        names: name of each keypoint.
+        skeleton: pairs of indices, from 0 on, that a line joins in pictures.
 
     Raises:
-        ValueError: there is none, or too many, or two have one name; or a line between points that there are not.
+        ValueError: the number of names is wrong, a name is repeated, or a line joins unknown keypoints.
     """
 
     names: tuple[str, ...]
     skeleton: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.names) <= MOST or not all(type(name) is str for name in self.names):
-            raise ValueError(f"keypoints must be 1 to {MOST} names, got {short_repr(self.names)}")
+        if not 1 <= len(self.names) <= MAX_KEYPOINTS or not all(type(name) is str for name in self.names):
+            raise ValueError(f"keypoints must be 1 to {MAX_KEYPOINTS} names, got {short_repr(self.names)}")
         if len(set(self.names)) < len(self.names):
-            twice = next(name for name in self.names if self.names.count(name) > 1)
-            raise ValueError(f"the name {short_repr(twice)} is that of several keypoints")
+            raise ValueError(f"several keypoints have the same name: {short_repr(self.names)}")
         for line in self.skeleton:
-            if len(line) != 2 or not all(type(end) is int and 0 <= end < len(self.names) for end in line):
-                raise ValueError(
-                    f"a line of the skeleton must join two of {len(self.names)} points, got {short_repr(line)}"
-                )
+            if len(line) != 2 or not all(type(end) is int and 0 <= end < len(self) for end in line):
+                raise ValueError(f"a line of the skeleton must join two of {len(self)} keypoints: {short_repr(line)}")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def mirrored(self) -> list[int]:
-        """Of each point the place of the one that it becomes in a mirror: of "left_eye" that of "right_eye"."""
-        place = {name.lower(): number for number, name in enumerate(self.names)}
-        others = [place.get(_other_side(name), number) for number, name in enumerate(self.names)]
-        # Each other's: a name may be written in two ways.
-        return [other if others[other] == number else number for number, other in enumerate(others)]
+        """Return the index of each keypoint's mirror image: that of "right_eye" for "left_eye"."""
+        places = {name.lower(): place for place, name in enumerate(self.names)}
+        swapped = (SIDE.sub(lambda side: OTHER_SIDE[side[0].lower()], name).lower() for name in self.names)
+        others = [places.get(name, place) for place, name in enumerate(swapped)]
+        # Two names may have the same mirror image, as "left_eye" and "Left_eye".
+        return [other if others[other] == place else place for place, other in enumerate(others)]
 
     def fits(self, other: "KeypointLayout") -> bool:
-        """Whether both are of the same points in the same order; numbers, of points that nobody named, fit any name."""
+        """Whether both have the same keypoints. Numbered keypoints fit any names."""
         numbers = self.numbered(len(self)).names
         return len(self) == len(other) and (self.names == other.names or numbers in (self.names, other.names))
 
     @classmethod
     def numbered(cls, count: int) -> "KeypointLayout":
-        """That of points that nobody named."""
-        return cls(tuple(f"{i + 1}" for i in range(min(count, MOST))))
+        """Return a layout of nameless keypoints."""
+        return cls(tuple(str(i + 1) for i in range(min(count, MAX_KEYPOINTS))))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {"names": list(self.names), "skeleton": [list(line) for line in self.skeleton]}
 
     @classmethod
     def from_dict(cls, content: Any) -> "KeypointLayout":
-        """What :meth:`to_dict` made. Raises LookupError, TypeError or ValueError if it is not."""
+        """Restore :meth:`to_dict`'s output. Raises LookupError, TypeError or ValueError for anything else."""
         return cls(tuple(content["names"]), tuple((line[0], line[1]) for line in content["skeleton"]))
 
 
-# That of COCO's persons, which torchvision's published Keypoint R-CNN finds.
+# COCO's person, as in torchvision's published Keypoint R-CNN.
 PERSON = KeypointLayout(
     (
         *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
@@ -96,37 +94,35 @@ PERSON = KeypointLayout(
 def layout_of(
     path: str | Path, categories: Iterable[Mapping[str, Any]], points: Iterable[Any]
 ) -> KeypointLayout | None:
-    """The layout of a data set's keypoints, ``None`` if it has none.
+    """Return the keypoints of a data set, or ``None`` if it has none.
 
     Args:
-        path: of the annotation file, for messages.
-        categories: its categories; ``keypoints`` are names, ``skeleton`` pairs of numbers from 1 on, as in COCO.
-        points: the ``keypoints`` of its annotations: the first that has any tells their number where no category names
-            them.
+        path: annotation file, for messages.
+        categories: its categories. ``keypoints`` are names, ``skeleton`` pairs of numbers from 1 on.
+        points: ``keypoints`` of its annotations, which give the number of keypoints if no category names them.
 
     Raises:
-        DataError: the categories name different ones, which one detector cannot find, or not as COCO does.
+        DataError: the format is not COCO's, or categories have different keypoints.
     """
     found: dict[KeypointLayout, str] = {}
     for category in categories:
         if not category.get("keypoints"):
             continue
+        name = str(category.get("name"))
         try:
             if not isinstance(category["keypoints"], list):
                 raise TypeError(f"got {short_repr(category['keypoints'])}")
             lines = tuple((start - 1, end - 1) for start, end in category.get("skeleton") or ())
-            layout = KeypointLayout(tuple(category["keypoints"]), lines)
+            found.setdefault(KeypointLayout(tuple(category["keypoints"]), lines), name)
         except (TypeError, ValueError) as error:
-            name = short(str(category.get("name")))
             raise DataError(
-                f"{path}: the category {name!r} has keypoints that are not COCO's (keypoints, a list of names, and "
-                f"skeleton, pairs of numbers from 1 on): {error}"
+                f"{path}: the keypoints of the category {short(name)!r} are not in COCO's format (keypoints, a list of "
+                f"names, and skeleton, pairs of numbers from 1 on): {error}"
             ) from None
-        found.setdefault(layout, str(category.get("name")))
     if len({layout.names for layout in found}) > 1:
         raise DataError(
-            f"{path}: its categories ({listed(list(found.values()))}) have different keypoints, and a detector finds "
-            "the same of all classes: give them one list of names, or train them apart"
+            f"{path}: its categories ({listed(list(found.values()))}) have different keypoints, but a detector needs "
+            "one list for all classes: use the same names, or train one detector for each"
         )
     if found:
         return next(iter(found))
@@ -135,9 +131,15 @@ def layout_of(
 
 
 def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
-    """Say what is wrong with the JSON of an object's keypoints. A detection's third number may be anything."""
+    """Return what is wrong with the JSON of an object's keypoints.
+
+    Args:
+        points: JSON of a list of x, y and visibility of each keypoint.
+        count: expected number of keypoints.
+        visibility: ``False`` accepts any third number, as in detections.
+    """
     try:
-        value = NUMBERS.decode(points)
+        value = _decode_numbers(points)
     except ValueError as error:
         return f"not a list of finite numbers: {error}"
     if len(value) != 3 * count:
@@ -147,8 +149,3 @@ def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = Tru
     if visibility and not {0, 1, 2}.issuperset(value[2::3]):
         return "a visibility that is not 0 (not labelled), 1 (hidden) or 2 (visible)"
     return None
-
-
-def _other_side(name: str) -> str:
-    """A name, in small letters, with left and right exchanged. It need not be a name that there is."""
-    return SIDE.sub(lambda word: SIDES[word[0].lower()], name).lower()

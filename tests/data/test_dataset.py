@@ -36,7 +36,6 @@ def test_crowds_and_empty_boxes_are_left_out_and_counted(tmp_path):
     _, target = data[0]
     # The second box reaches beyond the image and is cut there.
     assert target["boxes"].tolist() == [[1, 2, 11, 7], [5, 5, 30, 15]]
-    assert data.dropped_boxes == 2
     assert len(data.annotations.ids) == 5  # the evaluation sees all of them
 
 
@@ -339,7 +338,7 @@ def test_real_coco(coco_cc):
     assert data.category_ids[-1] == 90
     crowds = data.annotations.crowds.sum()
     assert crowds == 8
-    assert data.counts().sum() + crowds + data.dropped_boxes == len(data.annotations.ids) == 560
+    assert data.counts().sum() + crowds == len(data.annotations.ids) == 560
     for index in (0, len(data) - 1):
         image, target = data[index]
         info = data.annotations.image(*data.annotations.find([int(target["image_id"])]))

@@ -58,7 +58,6 @@ def test_layout_and_boxes(tmp_path):
     data = CocoDetection(tmp_path / "a" / "train", tmp_path / "a" / "annotations" / "instances_train.json")
     assert len(data) == 40
     assert data.category_names == [str(digit) for digit in range(10)]
-    assert data.dropped_boxes == 0
     sizes, _ = data.shapes()
     assert sizes[:, 1].min() >= 19
     assert sizes[:, 1].max() > 70
