@@ -39,8 +39,10 @@ from detector.data.check_dataset import check_dataset
 from detector.data.dataset import CocoDetection
 from detector.data.images import read_image
 from detector.errors import DataError, ModelError
-from detector.evaluation.metric import evaluate, match
-from detector.evaluation.report import as_text, make_report
+from detector.evaluation.metric import evaluate
+from detector.evaluation.running import Predictions
+from detector.evaluation.scoring import evaluate_coco
+from detector.evaluation.tables import report_text
 from detector.evaluation.truth import coco_of
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
@@ -378,8 +380,9 @@ def is_number(value):
 
 def right_report(coco, data, results):
     """A report can be made and printed, and its numbers are the reference's."""
-    report, table = make_report(match(coco, results), results, about={})
-    assert "nan" not in as_text(report) + table
+    evaluation = evaluate_coco(coco, Predictions(list(coco.imgs), results), about={})
+    report = evaluation.report.to_dict()
+    assert "nan" not in report_text(evaluation.report) + evaluation.tables
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert all(is_number(value) for value in report["scores"].values())
     assert all(is_number(row[name]) for row in report["by_class"] for name in row if name.startswith("A"))

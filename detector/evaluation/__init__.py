@@ -1,8 +1,19 @@
-"""Scoring a detector: COCO's metric, and what else tells how it does."""
+"""Evaluation: COCO's metric, and a report with plots and pictures."""
 
 from detector.data.results import Result, to_results
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.metric import SUMMARY, evaluate
-from detector.evaluation.running import Predictions, predict
+from detector.evaluation.report import Report
+from detector.evaluation.running import EvaluationOptions, Predictions, predict
 
-__all__ = ["SUMMARY", "Predictions", "Result", "detect_with_losses", "evaluate", "predict", "to_results"]
+__all__ = [
+    "SUMMARY",
+    "EvaluationOptions",
+    "Predictions",
+    "Report",
+    "Result",
+    "detect_with_losses",
+    "evaluate",
+    "predict",
+    "to_results",
+]

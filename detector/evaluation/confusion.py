@@ -1,6 +1,6 @@
-"""Which class is taken for which, and which images go well or badly: detections are matched with the ground truth."""
+"""Detections matched with objects of any class: confusion matrix, and counts per image."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,22 +10,22 @@ from pycocotools.coco import COCO
 from detector.data.results import Result
 from detector.evaluation.metric import match
 
-Kind = Literal["found", "confused", "missed", "false", "crowd"]
+Outcome = Literal["found", "confused", "missed", "false", "crowd"]
 
 
 @dataclass(frozen=True)
 class BoxOutcome:
-    """What became of an object and the detection that covers it, or of either where it is alone.
+    """The outcome of an object, of a detection, or of both where the detection covers the object.
 
     Args:
         kind: "found" is an object detected as its class, "confused" one detected as another class, "missed" one that
-            is not detected, "false" a detection of nothing, "crowd" a crowd, or a detection on one: these are not
-            counted.
+            is not detected, "false" a detection without an object, "crowd" a crowd or a detection on one, which is
+            not counted.
         truth: the object's annotation, if there is an object.
         detection: the result, if there is a detection.
     """
 
-    kind: Kind
+    kind: Outcome
     truth: dict[str, Any] | None
     detection: Result | None
 
@@ -33,35 +33,30 @@ class BoxOutcome:
 def match_boxes(
     truth: COCO, results: list[Result], image_ids: Iterable[int], *, min_score: float = 0.5, iou: float = 0.5
 ) -> dict[int, list[BoxOutcome]]:
-    """Match detections with objects whatever their classes, the best score first.
-
-    pycocotools does the matching: crowds are neither right nor wrong.
+    """Match detections with objects of any class, in the order of their scores.
 
     Args:
         truth: the ground truth.
         results: detections in COCO's results format.
-        image_ids: the images that were looked at.
-        min_score: detections below it are left out.
-        iou: a detection covers an object from this IoU on.
+        image_ids: the images.
+        min_score: minimum score of a detection.
+        iou: minimum IoU of a detection with the object that it covers.
 
     Returns:
-        For each image every object once, and every detection.
+        For each image, every object once and every detection once.
     """
     kept = [result for result in results if result["score"] >= min_score]
-    most = max(len(kept), 1)  # no limit to an image's detections
+    no_limit = max(len(kept), 1)
     image_ids = list(image_ids)
-    scorer = match(truth, kept, image_ids, by_class=False, iou=(iou,), max_detections=(most,), all_sizes=False)
+    scorer = match(truth, kept, image_ids, by_class=False, iou=(iou,), max_detections=(no_limit,), all_sizes=False)
     outcomes: dict[int, list[BoxOutcome]] = {image_id: [] for image_id in image_ids}
-    for matched in scorer.evalImgs:
-        if matched is None:
-            continue
+    for matched in filter(None, scorer.evalImgs):
         of_image = outcomes[matched["image_id"]]
-        paired = set()  # by the detections' numbers: pycocotools keeps ids as floats, which large ones do not survive
-        for object_id, number, ignored in zip(
-            matched["gtIds"], matched["gtMatches"][0], matched["gtIgnore"], strict=True
-        ):
+        paired = set()  # numbers of detections: pycocotools keeps ids as floats, which changes large ones
+        pairs = zip(matched["gtIds"], matched["gtMatches"][0], matched["gtIgnore"], strict=True)
+        for object_id, number, is_crowd in pairs:
             annotation = truth.anns[object_id]
-            if ignored:
+            if is_crowd:
                 of_image.append(BoxOutcome("crowd", annotation, None))
             elif not number:
                 of_image.append(BoxOutcome("missed", annotation, None))
@@ -70,53 +65,54 @@ def match_boxes(
                 paired.add(int(number))
                 same = found["category_id"] == annotation["category_id"]
                 of_image.append(BoxOutcome("found" if same else "confused", annotation, found))
-        for number, covers in zip(matched["dtIds"], matched["dtMatches"][0], strict=True):
+        for number, on_crowd in zip(matched["dtIds"], matched["dtMatches"][0], strict=True):
             if number not in paired:
-                of_image.append(BoxOutcome("crowd" if covers else "false", None, kept[number - 1]))
+                of_image.append(BoxOutcome("crowd" if on_crowd else "false", None, kept[number - 1]))
     return outcomes
 
 
-def confusion(
-    truth: COCO, results: list[Result], image_ids: Iterable[int], *, min_score: float = 0.5, iou: float = 0.5
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Count the outcomes of :func:`match_boxes`, whose arguments these are.
+def confusion_matrix(outcomes: Mapping[int, Sequence[BoxOutcome]], category_ids: Sequence[int]) -> np.ndarray:
+    """Count the outcomes of :func:`match_boxes` by class.
 
     Returns:
-        [n + 1, n + 1] counts for n classes in the order of their ids: the rows are the ground truth, the last one
-        background (false detections); the columns what was detected, the last one nothing (missed). And of each
-        image, the worst first, its ``id``, the number of its ``objects`` without crowds, how many of them are
-        ``found``, ``confused`` and ``missed``, how many detections are ``false``, and ``f1``: 2 found / (objects +
-        detections), or 1 where there is nothing and nothing was found.
+        [n + 1, n + 1] counts for n classes. Rows are the ground truth, the last one for false detections; columns are
+        the detected classes, the last one for missed objects.
     """
-    place = {category: i for i, category in enumerate(sorted(truth.cats))}
+    place = {category: i for i, category in enumerate(category_ids)}
     matrix = np.zeros((len(place) + 1, len(place) + 1), dtype=int)
-    images: list[dict[str, Any]] = []
-    for image_id, boxes in match_boxes(truth, results, image_ids, min_score=min_score, iou=iou).items():
-        kinds = dict.fromkeys(("found", "confused", "missed", "false"), 0)
-        for box in boxes:
-            if box.kind != "crowd":
-                kinds[box.kind] += 1
-                row, column = (
-                    len(place) if one is None else place[one["category_id"]] for one in (box.truth, box.detection)
-                )
-                matrix[row, column] += 1
-        objects = kinds["found"] + kinds["confused"] + kinds["missed"]
-        total = objects + kinds["found"] + kinds["confused"] + kinds["false"]
-        f1 = 2 * kinds["found"] / total if total else 1.0
-        images.append({"id": image_id, "objects": objects, **kinds, "f1": f1})
-    images.sort(key=lambda one: (one["f1"], -(one["missed"] + one["confused"] + one["false"]), one["id"]))
-    return matrix, images
+    for box in (box for boxes in outcomes.values() for box in boxes if box.kind != "crowd"):
+        row, column = (len(place) if one is None else place[one["category_id"]] for one in (box.truth, box.detection))
+        matrix[row, column] += 1
+    return matrix
 
 
-def confused_pairs(confusion: Mapping[str, Any], most: int) -> list[tuple[str, str, int]]:
-    """The most frequent confusions, as (truth, detected as, count).
+def image_rows(outcomes: Mapping[int, Sequence[BoxOutcome]]) -> list[dict[str, Any]]:
+    """Count the outcomes of :func:`match_boxes` by image, the worst image first.
+
+    Returns:
+        For each image its ``id``, the number of its ``objects`` without crowds, how many of them are ``found``,
+        ``confused`` and ``missed``, the number of ``false`` detections, and ``f1``: 2 found / (objects + detections),
+        or 1 where there are neither objects nor detections.
+    """
+    rows: list[dict[str, Any]] = []
+    for image_id, boxes in outcomes.items():
+        counts = {kind: sum(box.kind == kind for box in boxes) for kind in ("found", "confused", "missed", "false")}
+        objects = counts["found"] + counts["confused"] + counts["missed"]
+        total = objects + counts["found"] + counts["confused"] + counts["false"]
+        rows.append({"id": image_id, "objects": objects, **counts, "f1": 2 * counts["found"] / total if total else 1.0})
+    rows.sort(key=lambda row: (row["f1"], -(row["missed"] + row["confused"] + row["false"]), row["id"]))
+    return rows
+
+
+def confused_pairs(confusion: Mapping[str, Any], limit: int) -> list[tuple[str, str, int]]:
+    """Return the most frequent confusions as (true class, detected class, count).
 
     Args:
         confusion: ``names`` and ``matrix``, as in a report.
-        most: how many, at most.
+        limit: maximum number of pairs.
     """
     names, n = confusion["names"], len(confusion["names"])
     confused = np.array(confusion["matrix"], dtype=np.int64).reshape(n + 1, n + 1)[:-1, :-1]
     confused = confused * ~np.eye(n, dtype=bool)
-    order = np.argsort(-confused, axis=None, kind="stable")[:most].tolist()
+    order = np.argsort(-confused, axis=None, kind="stable")[:limit].tolist()
     return [(names[i // n], names[i % n], int(confused.flat[i])) for i in order if confused.flat[i]]

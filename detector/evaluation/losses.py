@@ -1,4 +1,4 @@
-"""The training losses of images that a detector is scored on, beside its detections."""
+"""Detections of images, together with their training losses and their proposals."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -7,58 +7,69 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.transform import resize_boxes
 
 from detector.data.masks import MaskLayers
 from detector.models.rle_detections import DetectionDict, postprocess, sizes_of
-from detector.overriding import overridden
+from detector.overriding import eval_mode, overridden
+from detector.rcnn.forward import propose
 from detector.refinement.attach import refinement_of
+
+Targets = Sequence[Mapping[str, Any]]
 
 
 @torch.no_grad()
 def detect_with_losses(
-    model: nn.Module, images: list[Tensor], targets: Sequence[Mapping[str, Any]]
+    model: nn.Module, images: list[Tensor], targets: Targets
 ) -> tuple[list[DetectionDict], dict[str, Tensor]]:
-    """Detections and the training losses of the same images; of an R-CNN by one pass of backbone and RPN.
+    """Return the detections of images and their training losses; an R-CNN runs its backbone and its RPN once.
 
-    The model is in eval mode, but for the flags by which its parts choose what to return: dropout drops nothing, and no
-    statistic of batch norm changes. The losses of an R-CNN are those of the proposals of testing, which are fewer than
-    in training. Those of a refinement are not among them: they are of boxes drawn by chance.
+    All modules are in eval mode: no dropout, and no statistic of batch norm changes. The losses of an R-CNN are those
+    of the test-time proposals, and a refinement has none.
 
     Args:
-        model: a torchvision detector; put in eval mode for the call.
+        model: a torchvision detector in any mode, which it keeps.
         images: [3, H, W] in 0..1.
-        targets: of each image, as in training: boxes, labels, and the masks or keypoints that the model finds; masks
-            of large images better as :class:`~detector.data.masks.MaskLayers`, which are resized before they are many.
+        targets: as in training. Masks may be :class:`~detector.data.masks.MaskLayers`.
 
     Returns:
-        What :func:`~detector.models.rle_detections.detect` returns, and the losses by torchvision's names.
+        See :func:`~detector.models.rle_detections.detect`, and the losses by torchvision's names.
     """
-    training = model.training
-    model.eval()
-    try:
-        if not isinstance(model, GeneralizedRCNN):
-            detections = model(images)
-            with overridden(model, training=True):
-                return detections, model(images, targets)
-        given = [dict(target) for target in targets]
-        layers = [one.pop("masks") if isinstance(one.get("masks"), MaskLayers) else None for one in given]
-        batch, resized = model.transform(images, given)
-        for target, laid, size in zip(resized, layers, batch.image_sizes, strict=True):
-            if laid is not None:
-                target["masks"] = laid.resized(size)
-        features = model.backbone(batch.tensors)
-        if isinstance(features, Tensor):
-            features = {"0": features}
-        rpn, heads = model.rpn, model.roi_heads
-        pre_nms, post_nms = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
-        # In training mode it returns its losses; its proposals are still those of testing.
-        with overridden(rpn, training=True, pre_nms_top_n=lambda: pre_nms, post_nms_top_n=lambda: post_nms):
-            proposals, losses = rpn(batch, features, resized)
+    with eval_mode(model):
+        if isinstance(model, GeneralizedRCNN):
+            return run_rcnn(model, images, targets)[:2]
+        detections = model(images)
+        with overridden(model, training=True):
+            return detections, model(images, targets)
+
+
+def run_rcnn(
+    model: Any, images: list[Tensor], targets: Targets | None = None, *, min_proposals: int = 0
+) -> tuple[list[DetectionDict], dict[str, Tensor], list[Tensor]]:
+    """Run an R-CNN in eval mode. Returns its detections, its losses (none without targets), and its proposals.
+
+    The proposals [P, 4] of each image are (x1, y1, x2, y2) in pixels of the image, in the order of their objectness.
+    There are up to ``min_proposals`` if the model uses fewer.
+    """
+    rpn, heads = model.rpn, model.roi_heads
+    pre_nms, post_nms = rpn.pre_nms_top_n(), rpn.post_nms_top_n()
+    given = None if targets is None else [dict(target) for target in targets]
+    layers = [one.pop("masks") if isinstance(one.get("masks"), MaskLayers) else None for one in given or ()]
+    numbers = {"pre_nms_top_n": lambda: pre_nms, "post_nms_top_n": lambda: max(post_nms, min_proposals)}
+    with overridden(rpn, training=targets is not None, **numbers):
+        first = propose(model, images, given)
+    # Suppression comes before the cut, so additional proposals do not change the first ones.
+    proposals = [boxes[:post_nms] for boxes in first.boxes]
+    losses = first.losses
+    if first.targets is not None:
+        for target, mask, size in zip(first.targets, layers, first.image_sizes, strict=True):
+            if mask is not None:
+                target["masks"] = mask.resized(size)
         refinement = refinement_of(model)
-        plain = nullcontext() if refinement is None else overridden(refinement, enabled=False)
-        with overridden(heads, training=True), plain:
-            losses = losses | heads(features, proposals, batch.image_sizes, resized)[1]
-        detections, _ = heads(features, proposals, batch.image_sizes)
-        return postprocess(model, detections, batch.image_sizes, sizes_of(images)), losses
-    finally:
-        model.train(training)
+        unrefined = nullcontext() if refinement is None else overridden(refinement, enabled=False)
+        with overridden(heads, training=True), unrefined:
+            losses = losses | heads(first.features, proposals, first.image_sizes, first.targets)[1]
+    detections, _ = heads(first.features, proposals, first.image_sizes)
+    sizes = sizes_of(images)
+    resized = [resize_boxes(*one) for one in zip(first.boxes, first.image_sizes, sizes, strict=True)]
+    return postprocess(model, detections, first.image_sizes, sizes), losses, resized

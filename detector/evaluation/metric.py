@@ -27,6 +27,7 @@ SUMMARIES: dict[IouType, tuple[str, ...]] = {
     # Of keypoints 10: by object keypoint similarity (OKS), at 20 detections an image; COCO labels no small persons.
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"),
 }
+MASKS_AND_KEYPOINTS: dict[IouType, str] = {"segm": "Masks", "keypoints": "Keypoints"}  # in titles
 IOU_TYPES: dict[AnnotationType, IouType] = {"masks": "segm", "keypoints": "keypoints"}
 # COCO measured one for each of its 17 points; of others nobody did, and all get the mean of these.
 SIGMA = float(Params("keypoints").kpt_oks_sigmas.mean())
@@ -89,6 +90,15 @@ def scores_of(scorers: Iterable[COCOeval]) -> dict[str, float]:
         before = "" if scorer.params.iouType == "bbox" else f"{scorer.params.iouType}/"
         scores |= {f"{before}{name}": score for name, score in summary(scorer)[0].items()}
     return scores
+
+
+def summary_tables(scorers: Iterable[COCOeval]) -> str:
+    """Return pycocotools' tables of several scorers."""
+    tables = []
+    for scorer in scorers:
+        name, table = scorer.params.iouType, summary(scorer)[1]
+        tables.append(table if name == "bbox" else f"{MASKS_AND_KEYPOINTS[name]} ({name})\n{table}")
+    return "\n\n".join(tables)
 
 
 def match(

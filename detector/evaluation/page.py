@@ -5,7 +5,7 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,9 @@ from PIL import Image
 
 from detector.data.drawing import COLORS, Stroke
 from detector.evaluation.confusion import confused_pairs
-from detector.evaluation.report import PARTS, refined_rows
+from detector.evaluation.metric import MASKS_AND_KEYPOINTS as PARTS
+from detector.evaluation.report import Report
+from detector.evaluation.tables import refined_rows
 from detector.text import clean, short
 
 if TYPE_CHECKING:
@@ -90,12 +92,16 @@ class Picture:
     Args:
         kind: of which end of the list it is.
         entry: its row of ``report["images"]``.
-        image: with its boxes, marked by their outcome; of any size.
+        uri: the image with its boxes, as a JPEG in a data URI.
+        width: pixels.
+        height: pixels.
     """
 
     kind: Literal["worst", "best"]
     entry: dict[str, Any]
-    image: Image.Image
+    uri: Markup
+    width: int
+    height: int
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,12 @@ class Plot:
     remark: str = ""
 
 
-def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
+def render_page(evaluated: Report, pictures: Sequence[Picture]) -> str:
     """The HTML page of an evaluation.
 
     Args:
-        report: the numbers, JSON types; ``None`` for one that there is none of. Names and texts may hold anything.
-        pictures: the images to show, in this order; one at a time is kept, as a JPEG.
+        evaluated: the numbers. Names and texts may hold anything.
+        pictures: the images to show, in this order.
 
     Returns:
         The page. The same report and pictures give the same text with the same versions of the libraries.
@@ -126,8 +132,8 @@ def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
     )
     environment.filters |= {"num": number, "count": count, "short": short, "verbatim": verbatim, "part": part}
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    shown = [{"kind": one.kind, "entry": one.entry, **_jpeg(one.image)} for one in pictures]  # may add to the notes
-    sections, absent = _sections(report, shown)
+    report = evaluated.to_dict()
+    sections, absent = _sections(report, pictures)
     return template.render(
         report,
         sections=sections,
@@ -136,13 +142,13 @@ def render_page(report: Mapping[str, Any], pictures: Iterable[Picture]) -> str:
         worst=WORST,
         plots=_plots(report),
         report=report,
-        annotation_types=PARTS,
+        masks_and_keypoints=PARTS,
         part_scores={kind: list(report[kind]["scores"].items()) for kind in PARTS if report.get(kind)},
         part_columns={kind: _part_columns(report[kind]) for kind in PARTS if report.get(kind)},
         refined=refined_rows(report["refinement"]) if report["refinement"] else [],
         matrix=confusion_table(report["confusion"]),
         marks=MARKS,
-        pictures={kind: [one for one in shown if one["kind"] == kind] for kind in ("worst", "best")},
+        pictures={kind: [one for one in pictures if one.kind == kind] for kind in ("worst", "best")},
         first=OPEN,
     )
 
@@ -206,14 +212,14 @@ def _finalize(value: object) -> object:
     return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _jpeg(picture: Image.Image) -> dict[str, Any]:
-    """A picture as a data URI of at most :data:`SIDE` pixels, with its ``width`` and ``height``."""
+def encode_jpeg(picture: Image.Image) -> tuple[Markup, int, int]:
+    """Encode a picture of at most :data:`SIDE` pixels as a data URI. Returns it with its width and height."""
     picture = picture.convert("RGB")
     picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=85, optimize=True)
-    uri = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"uri": Markup(uri), "width": picture.width, "height": picture.height}
+    uri = Markup("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
+    return uri, picture.width, picture.height
 
 
 # Confusions

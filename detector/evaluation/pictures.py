@@ -1,6 +1,6 @@
 """Images of a split drawn with their ground truth and with what was detected in them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +17,15 @@ from detector.data.drawing import Box, Mask, class_color, draw, draw_boxes, shee
 from detector.data.masks import as_rle
 from detector.data.results import Result
 from detector.errors import DataError
-from detector.evaluation.confusion import BoxOutcome, Kind, match_boxes
-from detector.evaluation.page import MARKS, SIDE, Picture
-from detector.evaluation.truth import coco_of
+from detector.evaluation.confusion import BoxOutcome, Outcome
+from detector.evaluation.page import MARKS, SIDE, Picture, encode_jpeg
+from detector.evaluation.report import Report, Section
 from detector.text import short
 
 EXAMPLES = 4
 FONT_SIZE = 15
 BEFORE = "#FFFFFF"  # in turns with black
-ORDER: tuple[Kind, ...] = ("crowd", "found", "confused", "false", "missed")
+ORDER: tuple[Outcome, ...] = ("crowd", "found", "confused", "false", "missed")
 
 
 def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> None:
@@ -40,50 +40,46 @@ def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> No
 
 def worst_and_best(
     split: CocoDetection,
-    results: list[Result],
-    report: dict[str, Any],
-    *,
+    report: Report,
+    outcomes: Mapping[int, Sequence[BoxOutcome]],
     unrefined: Sequence[Result] = (),
-    each: int = 6,
-) -> Iterator[Picture]:
-    """The pictures of a page: images that went worst, and of those with objects the ones that went best.
-
-    One that cannot be read is left out, and the report's notes say so.
+    *,
+    number: int = 6,
+) -> tuple[list[Picture], list[str]]:
+    """Draw the images with the lowest F1, and of those with objects the ones with the highest.
 
     Args:
         split: the images.
-        results: detections in COCO's results format.
-        report: what :func:`~detector.evaluation.report.make_report` returned.
-        unrefined: what was detected without the refinement; drawn, too, from the report's score on.
-        each: how many of the worst and of the best, at most.
+        report: its rows of images.
+        outcomes: of the boxes in each image.
+        unrefined: detections without the refinement, which are drawn from the report's minimum score on.
+        number: maximum number of the worst images, and of the best.
+
+    Returns:
+        The pictures, and notes on images that cannot be read.
     """
-    outcomes = report["images"]
-    best = [one for one in reversed(outcomes) if one["objects"]]
-    best.sort(key=lambda one: (-one["f1"], -one["objects"]))
-    chosen: list[tuple[Literal["worst", "best"], dict[str, Any]]] = [
-        *(("worst", one) for one in outcomes[:each] if one["f1"] < 1),
-        *(("best", one) for one in best[:each] if one["f1"] > 0),
+    best = [row for row in reversed(report.images) if row["objects"] and row["f1"] > 0]
+    best.sort(key=lambda row: (-row["f1"], -row["objects"]))
+    worst = [row for row in report.images if row["f1"] < 1]
+    chosen: list[tuple[Literal["worst", "best"], Section]] = [
+        *(("worst", row) for row in worst[:number]),
+        *(("best", row) for row in best[:number]),
     ]
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
-    ids = {one["id"] for _, one in chosen}
-    matched = match_boxes(
-        coco_of(split.annotations, ids),
-        [result for result in results if result["image_id"] in ids],
-        ids,
-        min_score=report["confusion"]["min_score"],
-        iou=report["confusion"]["iou"],
-    )
-    before: dict[int, list[Result]] = {image_id: [] for image_id in ids}
+    before: dict[int, list[Result]] = {row["id"]: [] for _, row in chosen}
     for result in unrefined:
-        if result["image_id"] in ids and result["score"] >= report["confusion"]["min_score"]:
+        if result["image_id"] in before and result["score"] >= report.confusion["min_score"]:
             before[result["image_id"]].append(result)
-    for kind, one in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=None, delay=1):
+    pictures, notes = [], []
+    for kind, row in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=None, delay=1):
         try:
-            image, _ = split[index_of[one["id"]]]
-        except DataError as error:  # of a results file's images nothing was read before
-            report["notes"].append(f"No picture of image {one['id']}: {error}")
+            image, _ = split[index_of[row["id"]]]
+        except DataError as error:  # the images of a results file have not been read before
+            notes.append(f"No picture of image {row['id']}: {error}")
             continue
-        yield Picture(kind, one, draw_outcomes(image, matched[one["id"]], split, before[one["id"]]))
+        drawn = draw_outcomes(image, outcomes[row["id"]], split, before[row["id"]])
+        pictures.append(Picture(kind, row, *encode_jpeg(drawn)))
+    return pictures, notes
 
 
 def draw_outcomes(

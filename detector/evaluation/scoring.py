@@ -1,14 +1,14 @@
-"""Scoring from end to end: a detector on a split, or a file of detections."""
+"""Evaluations: a detector on a split, its predictions, or a file of detections."""
 
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
@@ -22,27 +22,35 @@ from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
 from detector.data.results import Result, annotation_types_in, read_results, results_file
 from detector.errors import DataError, UserError, one_line, short_repr
-from detector.evaluation.metric import IOU_TYPES
+from detector.evaluation.confusion import BoxOutcome, match_boxes
+from detector.evaluation.metric import IOU_TYPES, evaluator_version, match_types, scores_of, summary_tables
+from detector.evaluation.page import render_page
+from detector.evaluation.pictures import draw_examples, worst_and_best
 from detector.evaluation.ranks import gathered, joined
-from detector.evaluation.running import Predictions, run_detector
+from detector.evaluation.report import Report, make_report
+from detector.evaluation.running import DEFAULT_OPTIONS, EvaluationOptions, Predictions, run_detector
+from detector.evaluation.tables import report_text
 from detector.evaluation.timing import WARM_UP, measure_stages
-from detector.evaluation.writing import EvaluationOptions, described, refinement_in_words, write_evaluation
+from detector.evaluation.truth import coco_of
+from detector.files import write_atomically, write_json
 from detector.models.rle_detections import annotation_types_of
 from detector.overriding import overridden
 from detector.pretrained.detector import Detector
+from detector.refinement.attach import refinement_of
+from detector.versions import circumstances
 
-# What a warning of the annotations does to the scores.
-COUNTED_WRONG = {
-    FAR_FROM_BOX: "AP by size and keypoints' errors use these areas.",
-    IGNORED: "They are scored as any other.",
+# The effects of warnings about the annotations on the scores.
+EFFECTS = {
+    FAR_FROM_BOX: "AP by size and the errors of keypoints use these areas.",
+    IGNORED: "They are scored as all others.",
 }
-LACKING: dict[AnnotationType, dict[str, str]] = {
+EFFECTS_ON: dict[AnnotationType, dict[str, str]] = {
     "masks": {
         "masks without a pixel": "In segm scores they count as missed.",
         "masks outside their boxes": "In segm scores the objects in the boxes count as missed.",
         "areas that are far from their masks'": "segm AP by size uses these areas.",
         "objects without a segmentation": "In segm scores they count as missed.",
-        "masks without an area": "The boxes' are taken, by which segm scores tell small objects from large ones.",
+        "masks without an area": "segm AP by size uses the areas of the boxes.",
     },
     "keypoints": {
         "keypoints outside their boxes": "In keypoints scores they are compared as they are.",
@@ -50,288 +58,365 @@ LACKING: dict[AnnotationType, dict[str, str]] = {
         "keypoints outside their image": "In keypoints scores they are compared as they are; training leaves them out.",
         "objects without keypoints": "In keypoints scores they count as neither found nor missed.",
         "objects whose keypoints are all unlabelled": "In keypoints scores they count as neither found nor missed.",
-        "keypoints without an area": "The boxes' are taken, which are larger: keypoints scores are too high.",
+        "keypoints without an area": "The larger areas of the boxes are used, so keypoints scores are too high.",
     },
 }
+MAX_PER_CLASS = 100  # detections of a class in an image that COCO's metric uses
 
 
-def score_split(
-    model: nn.Module,
-    split: CocoDetection,
-    folder: Path,
-    *,
-    category_ids: Sequence[int | None] | None = None,
-    device: torch.device | str = "cpu",
-    batch_size: int = 1,
-    workers: int = 2,
-    about: Mapping[str, Any] | None = None,
-    notes: Sequence[str] = (),
-) -> dict[str, float]:
-    """Score a detector on a split, print pycocotools' tables, and write what a training run leaves to a folder.
+@dataclass
+class Evaluation:
+    """The outcome of an evaluation.
 
     Args:
-        model: a detector on ``device``.
-        split: the data, without a transform.
-        folder: see :func:`~detector.evaluation.writing.write_evaluation`.
-        category_ids: the category id of each label, from label 1 on; those of ``split`` by default.
-        device: where to run.
-        batch_size: images at a time.
-        workers: processes that read images.
-        about: what the report says of how it was made.
-        notes: sentences for the report.
-
-    Returns:
-        The scores, as :func:`~detector.evaluation.evaluate`.
-
-    Raises:
-        DataError: an image cannot be read; nothing is written.
+        report: all numbers.
+        results: the detections, in COCO's results format.
+        scores: COCO's numbers of boxes, and those of masks and keypoints as "segm/AP", "keypoints/AP", ...; -1 where
+            there is no object.
+        tables: pycocotools' tables.
+        outcomes: of the boxes in each image.
+        images: the images, if some are to be drawn.
+        unrefined: the detections without the refinement, to be drawn.
+        skipped: why an image could not be read and was left out, by its id.
+        stopped: why the evaluation covers a part of the images: Ctrl-C, or an image that cannot be read.
+        warning: a sentence on the images that were left out.
     """
-    ids = split.category_ids if category_ids is None else category_ids
-    found = run_detector(model, split, ids, device=device, batch_size=batch_size, workers=workers)
-    name, data = type(model).__name__, str(split.folder)
-    made = described(None, model=name, data=data, split=None, device=device)
-    made |= {"refinement": refinement_in_words(model), **(about or {})}
-    options = EvaluationOptions()
-    parts, of_parts = scored_types(split, annotation_types_of(model))
-    notes = [*notes, *of_parts]
-    return write_evaluation(
-        found,
-        split.annotations,
-        folder,
-        options,
-        about=made,
-        split=split,
-        annotation_types=parts,
-        notes=notes,
-        of_training=True,
-    )
+
+    report: Report
+    results: list[Result]
+    scores: dict[str, float]
+    tables: str
+    outcomes: dict[int, list[BoxOutcome]]
+    images: CocoDetection | None = None
+    unrefined: list[Result] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+    stopped: KeyboardInterrupt | DataError | None = None
+    warning: str = ""
+
+    def write(self, folder: Path, *, pictures: int = 6, of_training: bool = False) -> None:
+        """Write detections.json, scores.json, report.json and report.html to a folder, and print the tables.
+
+        Args:
+            folder: made if it does not exist.
+            pictures: number of the worst images on the page, and of the best.
+            of_training: also write examples.png, and print pycocotools' tables alone.
+        """
+        report = self.report
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "detections.json", self.results)
+            write_json(folder / "scores.json", self.scores)
+            write_json(folder / "report.json", report.to_dict(), indent=1)  # before the drawing, which may fail
+            if self.images is not None:
+                drawn, notes = worst_and_best(self.images, report, self.outcomes, self.unrefined, number=pictures)
+                report = replace(report, notes=[*report.notes, *notes])
+            else:
+                drawn, notes = [], []
+            write_atomically(folder / "report.html", render_page(report, drawn).encode())
+            if notes:
+                write_json(folder / "report.json", report.to_dict(), indent=1)
+            if of_training and self.images is not None:
+                draw_examples(self.images, self.results, folder / "examples.png")
+        finally:  # last, because nobody may read it; but on a full disk, too
+            print(self.tables)
+            if not of_training:
+                print(report_text(report))
+        if not of_training:
+            print(f"\nreport.html, report.json, scores.json and detections.json are in {folder}/")
+        if self.warning:
+            print(self.warning, file=sys.stderr)
 
 
 def evaluate_detector(
-    detector: Detector,
-    data: CocoDetection,
-    folder: Path,
-    options: EvaluationOptions,
-    *,
-    model: str,
-    root: str,
-    split: str,
-) -> Predictions | None:
-    """Score a detector on a split, or, of several processes that torchrun started, on this one's part of it.
+    detector: Detector, split: CocoDetection, options: EvaluationOptions, *, model: str, root: str, split_name: str
+) -> Evaluation | None:
+    """Evaluate a detector on a split. Processes that torchrun started share the images.
 
     Args:
-        detector: is moved to the device.
-        data: the split, without a transform. Images that cannot be read are left out of it.
-        folder: see :func:`~detector.evaluation.writing.write_evaluation`.
-        options: how.
+        detector: moved to the device.
+        split: the data, without a transform. Images that cannot be read are left out of it.
+        options: see :class:`EvaluationOptions`.
         model: where the detector comes from, for the report.
         root: the data set, for the report.
-        split: the split's name, for the report.
+        split_name: the name of the split, for the report.
 
     Returns:
-        What was found, with the images that were left out, and with what ended the run early; ``None`` on all
-        processes but the first.
+        The evaluation; ``None`` on all ranks but 0.
 
     Raises:
-        DataError: an image cannot be read, before anything was found, or in one of several processes.
+        DataError: no image can be read; or the first one, or one in several processes, cannot.
         ModelError: the detector has no class of the data.
     """
-    category_ids = match_categories(detector, data)
-    folder.mkdir(parents=True, exist_ok=True)  # now: it would be late to find out after the run that it cannot be
+    category_ids = match_categories(detector, split)
     detector.to(options.device)
-    notes = match_notes(detector, category_ids, data)
-    total = len(data)
+    notes = match_notes(detector, category_ids, split)
+    total = len(split)
     with joined() as (rank, ranks):
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
-        parts, of_parts = scored_types(data, annotation_types_of(detector.model), detector.keypoints)
-        labels, of_losses = _labels_for_losses(detector.model, category_ids, data, parts)
-        run = partial(
-            run_detector,
-            detector.model,
-            data,
-            category_ids,
-            device=options.device,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            limit=options.limit,
-            skip_broken=options.skip_broken,
-            partial=ranks == 1,
-            ranks=ranks,
-            rank=rank,
+        labels, loss_notes = _labels_for_losses(detector, category_ids, split)
+        shared: Any = {"partial": ranks == 1, "share": (rank, ranks)}
+        proposals = isinstance(detector.model, GeneralizedRCNN)
+        found = gathered(
+            run_detector(detector.model, split, category_ids, options, labels=labels, proposals=proposals, **shared)
         )
-        found = gathered(run(labels=labels, proposals=isinstance(detector.model, GeneralizedRCNN)))
         unrefined = None
         if options.compare_refinement and detector.refinement is not None and (found is None or not found.stopped):
             with overridden(detector.refinement, enabled=False):
-                unrefined = gathered(run())
+                unrefined = gathered(run_detector(detector.model, split, category_ids, options, **shared))
     if found is None:
         return None
-    notes += of_parts + of_losses
-    left_out = [data.leave_out(found.broken)] if found.broken else []
-    if left_out and not found.image_ids:
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
-        raise DataError(f"none of the images that were asked for can be read: {left_out[0]}")
-    seen = f"these are the first {len(found.broken) + len(found.image_ids):,} of {total:,} images."
-    if isinstance(found.stopped, KeyboardInterrupt):
-        notes.append(f"Stopped by Ctrl-C: {seen}")
-    elif found.stopped is not None:
-        notes.append(f"Stopped by an image ({one_line(found.stopped)}): {seen}")
-    elif options.limit is not None:
-        notes.append(f"Limited: {seen}")
-    notes += [f"{note}." for note in left_out]
-    if options.compare_refinement and (unrefined is None or unrefined.stopped):
-        notes.append("Not compared with the detector without its refinement: stopped before the end.")
-        unrefined = None
-    speed = None
+    warning = split.leave_out(found.broken) if found.broken else ""
+    if warning and not found.image_ids:
+        raise DataError(f"none of the images that were asked for can be read: {warning}")
+    later = [*loss_notes, *_coverage_notes(found, options.limit, total), *([f"{warning}."] if warning else [])]
+    if unrefined is not None and not unrefined.stopped:
+        found.unrefined = unrefined.results
+    elif options.compare_refinement:
+        later.append("Not compared with the detector without its refinement: stopped before the end.")
+    sources = {"model": model, "root": root, "split_name": split_name}
+    evaluation = evaluate_predictions(found, split, options, detector=detector, notes=notes, **sources)
+    evaluation.report.notes += later
+    evaluation.warning = warning
     if options.speed and found.stopped is None and found.image_ids:
-        speed = _times(detector.model, data, options, len(found.image_ids), notes)
-    write_evaluation(
+        evaluation.report.speed, speed_notes = _measure_speed(detector.model, split, options, len(found.image_ids))
+        evaluation.report.notes += speed_notes
+    return evaluation
+
+
+def evaluate_predictions(
+    found: Predictions,
+    split: CocoDetection,
+    options: EvaluationOptions,
+    *,
+    detector: Detector,
+    model: str,
+    root: str,
+    split_name: str,
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Evaluate the predictions of a detector on a split.
+
+    Args:
+        found: the predictions.
+        split: the data, without a transform.
+        options: of which ``min_score``, ``evaluator`` and ``device`` are used.
+        detector: the detector that made them.
+        model: where the detector comes from, for the report.
+        root: the data set, for the report.
+        split_name: the name of the split, for the report.
+        notes: sentences for the report.
+    """
+    about = _about(detector, model=model, data=root, split=split_name, device=options.device)
+    annotation_types, type_notes = scored_types(split, annotation_types_of(detector.model), detector.keypoints)
+    return evaluate_coco(
+        coco_of(split.annotations, found.image_ids),
         found,
-        data.annotations,
-        folder,
-        options,
-        about=described(detector, model=model, data=root, split=split, device=options.device),
-        split=data,
-        annotation_types=parts,
-        unrefined=unrefined,
-        speed=speed,
-        notes=notes,
+        about=about,
+        annotation_types=annotation_types,
+        options=options,
+        images=split,
+        notes=[*notes, *type_notes],
     )
-    for note in left_out:
-        print(note, file=sys.stderr)
-    return found
 
 
 def evaluate_results(
     results: str,
     annotations: Path,
-    folder: Path,
     options: EvaluationOptions,
     *,
     images: Path | None = None,
     orientation: Orientation = "upright",
-    split: str | None = None,
-) -> None:
-    """Score a results file.
+    split_name: str | None = None,
+) -> Evaluation:
+    """Evaluate a results file.
 
     Args:
         results: the file, in COCO's results format.
         annotations: the annotation file, which is the ground truth.
-        folder: see :func:`~detector.evaluation.writing.write_evaluation`.
-        options: how; those of running a detector have no effect.
-        images: the folder of the images, which are looked at only to draw them, and may be missing.
-        orientation: whether EXIF orientations are applied there, see :func:`~detector.data.images.read_image`.
-        split: the split's name, for the report.
+        options: of which ``limit``, ``min_score`` and ``evaluator`` are used.
+        images: the folder of the images, which are needed for pictures only.
+        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
+        split_name: the name of the split, for the report.
     """
     entries = results_file(results)
-    given = annotation_types_in(entries)
-    truth = read_annotations(annotations, annotation_types=given, needed=False)
+    found_types = annotation_types_in(entries)
+    truth = read_annotations(annotations, annotation_types=found_types, needed=False)
     listed, notes = read_results(entries, truth)
-    layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in given else None
-    parts, of_parts = _scored(given, layout, list(truth.annotation_types), truth.keypoint_layout(), truth.warnings)
-    notes += of_parts
-    data = None
+    layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in found_types else None
+    given = (list(truth.annotation_types), truth.keypoint_layout())
+    annotation_types, type_notes = _scored_types(found_types, layout, *given, truth.warnings)
+    notes += type_notes
+    split = None
     if images is not None:
         try:
-            data = CocoDetection(images, truth, annotation_types=parts, orientation=orientation)
+            split = CocoDetection(images, truth, annotation_types=annotation_types, orientation=orientation)
         except DataError as error:
             notes.append(f"No pictures: {error}")
     image_ids = truth.image_ids[: options.limit].tolist()
     if options.limit is not None:
         notes.append(f"Limited to the first {len(image_ids):,} of {len(truth):,} images.")
-    if count := _crowded(listed):
-        notes.append(f"{count:,} images have more than 100 results of one class; the metric looks at the best 100.")
+    counts = Counter((result["image_id"], result["category_id"]) for result in listed)
+    if crowded := len({image for (image, _), count in counts.items() if count > MAX_PER_CLASS}):
+        notes.append(f"{crowded:,} images have more than 100 results of one class; the metric uses the best 100.")
     kept = set(image_ids)
-    write_evaluation(
-        Predictions(image_ids, [result for result in listed if result["image_id"] in kept]),
-        truth,
-        folder,
-        options,
-        about=described(None, model=results, data=str(annotations), split=split, device=None),
-        split=data,
-        annotation_types=parts,
-        notes=notes,
+    found = Predictions(image_ids, [result for result in listed if result["image_id"] in kept])
+    about = _about(None, model=results, data=str(annotations), split=split_name, device=None)
+    coco = coco_of(truth, image_ids)
+    return evaluate_coco(
+        coco, found, about=about, annotation_types=annotation_types, options=options, images=split, notes=notes
     )
 
 
-def _crowded(results: list[Result], most: int = 100) -> int:
-    """Count the images that have more results of one class than COCO's metric looks at."""
-    counts = Counter((result["image_id"], result["category_id"]) for result in results)
-    return len({image for (image, _), count in counts.items() if count > most})
+def evaluate_coco(
+    truth: COCO,
+    found: Predictions,
+    *,
+    about: Mapping[str, Any],
+    annotation_types: Sequence[AnnotationType] = (),
+    options: EvaluationOptions = DEFAULT_OPTIONS,
+    images: CocoDetection | None = None,
+    notes: Sequence[str] = (),
+) -> Evaluation:
+    """Evaluate predictions with pycocotools.
+
+    Args:
+        truth: the ground truth.
+        found: the predictions.
+        about: how they were made, for the report.
+        annotation_types: what is scored besides boxes.
+        options: of which ``min_score`` and ``evaluator`` are used.
+        images: the images, to draw some of them.
+        notes: sentences for the report.
+    """
+    how: Any = {"annotation_types": annotation_types, "evaluator": options.evaluator}
+    scorers = match_types(truth, found.results, found.image_ids, **how)
+    unrefined = [] if found.unrefined is None else match_types(truth, found.unrefined, found.image_ids, **how)
+    outcomes = match_boxes(truth, found.results, found.image_ids, min_score=options.min_score)
+    report = make_report(
+        scorers,
+        found,
+        outcomes,
+        about={**about, "evaluator": evaluator_version(options.evaluator)},
+        min_score=options.min_score,
+        unrefined=unrefined,
+        notes=notes,
+    )
+    return Evaluation(
+        report=report,
+        results=found.results,
+        scores=scores_of(scorers),
+        tables=summary_tables(scorers),
+        outcomes=outcomes,
+        images=images,
+        unrefined=found.unrefined or [],
+        skipped=found.broken,
+        stopped=found.stopped,
+    )
 
 
 def scored_types(
-    data: CocoDetection, found: Sequence[AnnotationType], layout: KeypointLayout | None = None
+    split: CocoDetection, found: Sequence[AnnotationType], layout: KeypointLayout | None = None
 ) -> tuple[list[AnnotationType], list[str]]:
-    """What a detector is scored by besides boxes, and notes on what it is not scored by, and on objects that lack it.
+    """Return the annotation types that are scored besides boxes, and notes on the others and on warnings.
 
     Args:
-        data: the split; what is not read of it, since it has none, is not scored.
-        found: what the detector finds.
-        layout: of its keypoints, if it is known.
+        split: the data.
+        found: the annotation types that the detector finds.
+        layout: that of its keypoints, if it is known.
     """
-    return _scored(found, layout, data.annotation_types, data.keypoints, data.annotations.warnings)
+    return _scored_types(found, layout, split.annotation_types, split.keypoints, split.annotations.warnings)
 
 
-def _scored(
+def _scored_types(
     found: Sequence[AnnotationType],
     layout: KeypointLayout | None,
     given: Sequence[AnnotationType],
-    layout_given: KeypointLayout | None,
+    given_layout: KeypointLayout | None,
     warnings: Mapping[str, int],
 ) -> tuple[list[AnnotationType], list[str]]:
-    """See :func:`scored_types`; what is given is what the annotations have, and the warnings are theirs by kind."""
-    parts: list[AnnotationType] = []
-    notes = _counted(warnings, COUNTED_WRONG)
-    for part in found:
-        if part not in given:
-            notes.append(f"No {IOU_TYPES[part]} scores: the annotations have no {part}.")
-        elif part == "keypoints" and layout and layout_given and len(layout) != len(layout_given):
-            notes.append(
-                f"No keypoints scores: {len(layout)} keypoints of an object are found, the annotations have "
-                f"{len(layout_given)}."
+    scored: list[AnnotationType] = []
+    notes = _effect_notes(warnings, EFFECTS)
+    for kind in found:
+        reason = None
+        if kind not in given:
+            reason = f"the annotations have no {kind}"
+        elif kind == "keypoints" and layout and given_layout and len(layout) != len(given_layout):
+            reason = f"detections have {len(layout)} keypoints, the annotations {len(given_layout)}"
+        elif kind == "keypoints" and layout and given_layout and not layout.fits(given_layout):
+            reason = (
+                f"the detector's keypoints are {short_repr(layout.names)}, those of the annotations "
+                f"{short_repr(given_layout.names)}"
             )
-        elif part == "keypoints" and layout and layout_given and not layout.fits(layout_given):
-            notes.append(
-                f"No keypoints scores: the detector's keypoints are {short_repr(layout.names)}, those of the "
-                f"annotations {short_repr(layout_given.names)}."
-            )
+        if reason is None:
+            scored.append(kind)
+            notes += _effect_notes(warnings, EFFECTS_ON[kind])
         else:
-            parts.append(part)
-            notes += _counted(warnings, LACKING[part])
-    return parts, notes
+            notes.append(f"No {IOU_TYPES[kind]} scores: {reason}.")
+    return scored, notes
 
 
-def _counted(warnings: Mapping[str, int], effects: Mapping[str, str]) -> list[str]:
-    return [
-        f"{kind[0].upper()}{kind[1:]}: {warnings[kind]:,}. {what}" for kind, what in effects.items() if kind in warnings
-    ]
+def _effect_notes(warnings: Mapping[str, int], effects: Mapping[str, str]) -> list[str]:
+    found = [(kind, effect) for kind, effect in effects.items() if kind in warnings]
+    return [f"{kind[0].upper()}{kind[1:]}: {warnings[kind]:,}. {effect}" for kind, effect in found]
+
+
+def _coverage_notes(found: Predictions, limit: int | None, total: int) -> list[str]:
+    """Say that an evaluation covers a part of the images, and why."""
+    covered = f"these are the first {len(found.broken) + len(found.image_ids):,} of {total:,} images."
+    if isinstance(found.stopped, KeyboardInterrupt):
+        return [f"Stopped by Ctrl-C: {covered}"]
+    if found.stopped is not None:
+        return [f"Stopped by an image ({one_line(found.stopped)}): {covered}"]
+    return [] if limit is None else [f"Limited: {covered}"]
 
 
 def _labels_for_losses(
-    model: Any, category_ids: Sequence[int | None], data: CocoDetection, annotation_types: Sequence[AnnotationType]
+    detector: Detector, category_ids: Sequence[int | None], split: CocoDetection
 ) -> tuple[Tensor | None, list[str]]:
-    """The model's label for each of the data's, if its losses can be computed; and if not, a note that says why."""
-    if missing := [part for part in annotation_types_of(model) if part not in annotation_types]:
-        return None, [f"No losses: those of {' and '.join(part for part in missing)} have nothing to go by."]
+    """Return the model's label for each label of the data, or a note on why there are no losses."""
+    scored, _ = scored_types(split, annotation_types_of(detector.model), detector.keypoints)
+    if missing := [kind for kind in annotation_types_of(detector.model) if kind not in scored]:
+        return None, [f"No losses: the annotations have no {' and '.join(missing)} for them."]
     label = {category: label for label, category in enumerate(category_ids, start=1)}
-    if any(data.category_ids[one - 1] not in label for one in data.label_counts()):
-        return None, ["No losses: of some classes the detector has no label."]
-    return torch.tensor([0, *(label.get(category, 0) for category in data.category_ids)]), []  # 0: the background
+    if any(split.category_ids[one - 1] not in label for one in split.label_counts()):
+        return None, ["No losses: the detector lacks some of the classes."]
+    return torch.tensor([0, *(label.get(category, 0) for category in split.category_ids)]), []  # 0: the background
 
 
-def _times(
-    model: nn.Module, data: CocoDetection, options: EvaluationOptions, images: int, notes: list[str]
-) -> dict[str, Any] | None:
-    """The times of the stages on the images that were scored. Whatever happens: the scores are worth keeping."""
+def _measure_speed(
+    model: nn.Module, split: CocoDetection, options: EvaluationOptions, images: int
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Time the stages on the images that were scored. Errors become a note: the scores are worth keeping."""
     with tqdm(total=options.speed + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
         try:
-            return measure_stages(
-                model, data, images=options.speed, among=images, device=options.device, on_image=bar.update
+            times = measure_stages(
+                model, split, images=options.speed, among=images, device=options.device, on_image=bar.update
             )
+            return times, []
         except (KeyboardInterrupt, UserError, RuntimeError, MemoryError) as stop:
             reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else one_line(stop)[:200]
-            notes.append(f"No times: stopped by {reason} while they were taken.")
-            return None
+            return None, [f"No times: the measurement was stopped by {reason}."]
+
+
+def _about(
+    detector: Detector | None, *, model: str, data: str, split: str | None, device: torch.device | str | None
+) -> dict[str, Any]:
+    """Say how detections were made. The digest of the weights tells a model card which scores are its own."""
+    return {
+        "model": model,
+        "crop": None if detector is None else detector.crop,
+        "refinement": None if detector is None else _refinement_text(detector.model),
+        "weights": None if detector is None else detector.digest(),
+        "data": data,
+        "split": split,
+        **circumstances(device),
+    }
+
+
+def _refinement_text(model: nn.Module) -> str | None:
+    refinement = refinement_of(model)
+    if refinement is None:
+        return None
+    config = refinement.config
+    return f"{config.iterations} iterations, {config.ascent_steps} ascent steps" if refinement.enabled else "off"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from detector.run_folders import run_folder, unused_folder
 from detector.tools.cli import run_tool
 
 if TYPE_CHECKING:
-    from detector.evaluation.running import Predictions
+    from detector.evaluation.scoring import Evaluation
 
 
 def evaluate(
@@ -40,7 +41,7 @@ def evaluate(
     batch_size: PositiveInt = 1,
     workers: NonNegativeInt = 2,
     device: str | None = None,
-) -> "Predictions | None":
+) -> "Evaluation | None":
     """Score a detector, or a file of detections, on a split of a data set in COCO's format.
 
     Boxes are scored, and masks and keypoints where both sides have them. Classes are matched by name. The output folder
@@ -89,8 +90,8 @@ def evaluate(
         130: interrupted. The images before it are scored.
     """
     from detector.evaluation.metric import evaluator_version
+    from detector.evaluation.running import EvaluationOptions
     from detector.evaluation.scoring import evaluate_detector, evaluate_results
-    from detector.evaluation.writing import EvaluationOptions
     from detector.tools.source import data_folder, load_source, pick_device, split_for, switch_refinement
 
     if sum(source is not None for source in (checkpoint, model, results)) != 1:
@@ -101,7 +102,6 @@ def evaluate(
         limit=limit,
         min_score=min_score,
         evaluator=evaluator,
-        pictures=pictures,
         skip_broken=skip_broken,
         speed=speed,
         batch_size=batch_size,
@@ -117,16 +117,17 @@ def evaluate(
         if int(os.environ.get("RANK", 0)) > 0:  # nothing to share
             return None
         folder = data_folder("." if alone else root, dataset, annotations, images, orientation)
-        evaluate_results(
+        evaluation = evaluate_results(
             str(results),
             folder.annotation_file(split),
-            Path(output) if output is not None else unused_folder(Path("runs") / f"eval-{Path(results).stem}"),
             options,
             images=None if alone else folder.image_folder(split),
             orientation=orientation,
-            split=None if alone else split,
+            split_name=None if alone else split,
         )
-        return None
+        target = Path(output) if output is not None else unused_folder(Path("runs") / f"eval-{Path(results).stem}")
+        evaluation.write(target, pictures=pictures)
+        return evaluation
     folder = data_folder(root, dataset, annotations, images, orientation)
     detector, name = load_source(checkpoint, model, weights, crop)
     data = split_for(detector, folder, split, skip_missing=skip_broken)
@@ -137,12 +138,18 @@ def evaluate(
         target = unused_folder(run_folder(Path(name)) / f"eval-{split}")
     else:
         target = unused_folder(Path("runs") / f"eval-{model or Path(name).stem}-{split}")
+    target.mkdir(parents=True, exist_ok=True)  # fails before the run
     try:
-        found = evaluate_detector(detector, data, target, options, model=name, root=str(folder.root), split=split)
-        if found is not None and isinstance(found.stopped, Exception):
-            raise found.stopped  # itself: its traceback holds the loader, which goes with it
-    except ImageError as error:
-        error.hints += ("{skip_broken} true goes on without such images",)
+        found = evaluate_detector(detector, data, options, model=name, root=str(folder.root), split_name=split)
+        if found is not None:
+            found.write(target, pictures=pictures)
+            if isinstance(found.stopped, Exception):
+                raise found.stopped  # itself: its traceback holds the loader, which goes with it
+    except BaseException as error:
+        with suppress(OSError):  # the folder is not empty
+            target.rmdir()
+        if isinstance(error, ImageError):
+            error.hints += ("{skip_broken} true goes on without such images",)
         raise
     return found
 
@@ -152,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_tool(evaluate, arguments, exit_code=_exit_code, files=("checkpoint", "results"))
 
 
-def _exit_code(found: "Predictions | None") -> int:
-    if found is None or not (found.stopped or found.broken):
+def _exit_code(found: "Evaluation | None") -> int:
+    if found is None or not (found.stopped or found.skipped):
         return 0
     if found.stopped is not None:
         return 130

@@ -45,14 +45,14 @@ def export(
                 raise UserError(f"--output {target}: holds something else already; give a folder of its own")
             report = newest_report(home, detector.digest())
             generated = is_generated(target / CARD)
-            detector.save(target, report=report)
+            detector.save(target, report=None if report is None else report.to_dict())
             print(f"{target}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
             if not generated:
                 print(f"{CARD} is as it was: it is not one that this program wrote.")
             elif report is None:
                 print("The card has no scores: tools/eval.py has not scored these weights in this run's folder.")
             else:
-                print(f"The card has the scores of {report['about']['time']}.")
+                print(f"The card has the scores of {report.about['time']}.")
             return
         file = home / "detector.onnx" if output is None else Path(output)
         if file.is_dir():

@@ -99,10 +99,10 @@ def _scores_of_report(called: str, detector: Detector) -> list[float]:
             f"--min_score auto: tools/eval.py has not scored these weights (of all report.json in {places} none is of "
             "them); run it first, or give a score"
         )
-    newest = max(reports, key=lambda report: str(report["about"].get("time", "")))
-    which = f"--min_score auto: the report of {clean(str(newest['about'].get('time', '')))}"
-    points = newest.get("operating_points")
-    if points is None:
+    newest = max(reports, key=lambda report: str(report.about.get("time", "")))
+    which = f"--min_score auto: the report of {clean(str(newest.about.get('time', '')))}"
+    points = newest.operating_points
+    if points == {}:
         raise ModelError(f"{which} has no scores to take; run tools/eval.py again, or give a score")
     try:
         rows = points["by_class"]
@@ -119,7 +119,7 @@ def _scores_of_report(called: str, detector: Detector) -> list[float]:
             raise
         raise DataError(f"{which} is damaged: operating_points: {type(error).__name__} {error}") from None
     span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
-    about = newest["about"]
+    about = newest.about
     on = f" on {about['images']} images of {clean(str(about['data']))}" if {"images", "data"} <= about.keys() else ""
     print(f"{which}: scores from {span} on, where F1 was highest{on}")
     return scores

@@ -1,10 +1,9 @@
-"""Training and scoring with Lightning; what ``tools/train.py`` and ``tools/eval.py`` do is callable from here."""
+"""Training and scoring with Lightning; what ``tools/train.py`` does is callable from here."""
 
-from detector.evaluation.scoring import score_split
 from detector.pretrained.loading import load_checkpoint
 from detector.training.data import CocoDataModule
 from detector.training.optimization import OptimizerConfig
 from detector.training.run import train
 from detector.training.task import DetectionTask
 
-__all__ = ["CocoDataModule", "DetectionTask", "OptimizerConfig", "load_checkpoint", "score_split", "train"]
+__all__ = ["CocoDataModule", "DetectionTask", "OptimizerConfig", "load_checkpoint", "train"]

@@ -7,12 +7,9 @@ import lightning
 
 from detector.data.categories import match_categories, match_notes
 from detector.data.dataset import CocoDetection
-from detector.evaluation.report import refinement_table, text_table
-from detector.evaluation.running import run_detector
-from detector.evaluation.scoring import scored_types
-from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
-from detector.files import read_json, write_json
-from detector.models.rle_detections import annotation_types_of
+from detector.evaluation.running import EvaluationOptions, run_detector
+from detector.evaluation.scoring import evaluate_predictions
+from detector.evaluation.tables import refinement_table, text_table
 from detector.models.weights import read_weights
 from detector.overriding import overridden
 from detector.pretrained.loading import load_checkpoint
@@ -40,9 +37,8 @@ def train_refinement(
 ) -> dict[str, dict[str, float]] | None:
     """Train a refinement, and score the detector without it and with it, as ``tools/refine.py``.
 
-    The folder gets ``checkpoints/last.ckpt``, which is the refined detector, ``scores.json`` with the scores
-    ``before`` and ``after``, and what :func:`~detector.evaluation.writing.write_evaluation` writes of the refined
-    detector.
+    The folder gets ``checkpoints/last.ckpt``, which is the refined detector, and what an evaluation of it writes:
+    ``scores.json`` with its scores, ``report.json`` with those before and after, ...
 
     Args:
         task: what is trained.
@@ -100,27 +96,26 @@ class RefinementRun(Run):
         assert refinement is not None
         split = self.score_on
         ids = match_categories(detector, split)
-        parts, of_parts = scored_types(split, annotation_types_of(detector.model), detector.keypoints)
-        running: dict[str, Any] = {"device": device, "batch_size": self.batch_size, "workers": data.workers}
+        options = EvaluationOptions(device=device, batch_size=self.batch_size, workers=data.workers)
         with overridden(refinement, enabled=False):
-            unrefined = run_detector(detector.model, split, ids, **running)
-        found = run_detector(detector.model, split, ids, **running)
-        after = write_evaluation(
+            unrefined = run_detector(detector.model, split, ids, options)
+        found = run_detector(detector.model, split, ids, options)
+        found.unrefined = unrefined.results
+        evaluation = evaluate_predictions(
             found,
-            split.annotations,
-            self.folder,
-            EvaluationOptions(),
-            about=described(detector, model=str(last), data=str(data.root), split=self.split, device=device),
-            split=split,
-            annotation_types=parts,
-            unrefined=unrefined,
-            notes=[*match_notes(detector, ids, split), *of_parts],
-            of_training=True,
+            split,
+            options,
+            detector=detector,
+            model=str(last),
+            root=str(data.root),
+            split_name=self.split,
+            notes=match_notes(detector, ids, split),
         )
-        refinement_report = read_json(self.folder / "report.json")["refinement"]
-        before = refinement_report["before"]["scores"]
-        self.scores = {"before": {name: -1.0 if of is None else of for name, of in before.items()}, "after": after}
-        write_json(self.folder / "scores.json", self.scores)
-        print(f"\n{text_table(refinement_table(refinement_report))}")
+        evaluation.write(self.folder, of_training=True)
+        compared = evaluation.report.refinement
+        assert compared is not None
+        before = {name: -1.0 if score is None else score for name, score in compared["before"]["scores"].items()}
+        self.scores = {"before": before, "after": evaluation.scores}
+        print(f"\n{text_table(refinement_table(compared))}")
         print(f"\nThe refined detector is {last}, and scores.json, report.html and detections.json are beside it.")
-        return after
+        return evaluation.scores

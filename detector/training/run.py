@@ -18,9 +18,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from detector.errors import ImageError, ModelError, UserError, one_line
-from detector.evaluation.running import Predictions, run_detector
-from detector.evaluation.scoring import scored_types
-from detector.evaluation.writing import EvaluationOptions, described, write_evaluation
+from detector.evaluation.running import EvaluationOptions, Predictions, run_detector
+from detector.evaluation.scoring import evaluate_predictions
 from detector.pretrained.loading import checkpoint_of, load_checkpoint
 from detector.run_folders import newest_folder, run_folder, unused_folder
 from detector.signals import sigterm_as_ctrl_c
@@ -184,34 +183,27 @@ class Run:
                 hints=("give a longer {max_time}", "remove the callback that stops it"),
             )
         detector = load_checkpoint(last)  # with averaged weights, if there are any
+        options = EvaluationOptions(device=device, batch_size=data.val_batch_size, workers=data.workers)
         if task.scored_step == trainer.global_step:
             found = Predictions(data.val_set.image_ids, task.results)
         else:  # it stopped within an epoch, or had been finished before
             if self.checkpoints.signal is not None:  # that came after the last step
                 raise KeyboardInterrupt
             with trainer.precision_plugin.forward_context():
-                found = run_detector(
-                    detector.model.to(device),
-                    data.val_set,
-                    data.val_set.category_ids,
-                    device=device,
-                    batch_size=data.val_batch_size,
-                    workers=data.workers,
-                )
-        parts, of_parts = scored_types(data.val_set, task.annotation_types)
-        notes = [*data.notes, *of_parts]
-        scores = write_evaluation(
+                found = run_detector(detector.model.to(device), data.val_set, data.val_set.category_ids, options)
+        evaluation = evaluate_predictions(
             found,
-            data.val_set.annotations,
-            self.folder,
-            EvaluationOptions(),
-            about=described(detector, model=str(last), data=str(data.root), split=data.val_split, device=device),
-            split=data.val_set,
-            annotation_types=parts,
-            notes=notes,
-            of_training=True,
+            data.val_set,
+            options,
+            detector=detector,
+            model=str(last),
+            root=str(data.root),
+            split_name=data.val_split,
+            notes=data.notes,
         )
-        for note in notes:
+        evaluation.write(self.folder, of_training=True)
+        scores = evaluation.scores
+        for note in evaluation.report.notes:
             print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
         for name, what in {

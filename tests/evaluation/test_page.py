@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from detector.evaluation import page
-from detector.evaluation.page import MARKS, Picture, confusion_table, render_page
+from detector.evaluation.page import MARKS, confusion_table, encode_jpeg
+from detector.evaluation.report import Report
 from detector.text import clean, short
 
 COUNTS = ("objects", "objects_small", "objects_medium", "objects_large")
@@ -128,6 +129,14 @@ def make_report(classes=3, images=40, seed=0, names=None):
         },
         "notes": ["Crowds are left out of the confusion matrix."],
     }
+
+
+def Picture(kind, entry, image):  # noqa: N802
+    return page.Picture(kind, entry, *encode_jpeg(image))
+
+
+def render_page(report, pictures):
+    return page.render_page(Report.from_dict({"segm": None, "keypoints": None} | report), list(pictures))
 
 
 def make_empty_report():

@@ -23,9 +23,9 @@ from detector.data.results import to_results
 from detector.errors import DataError
 from detector.evaluation import evaluate
 from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_types, match, scores_of
+from detector.evaluation.running import EvaluationOptions
 from detector.evaluation.scoring import evaluate_results, scored_types
 from detector.evaluation.truth import coco_of, index_coco
-from detector.evaluation.writing import EvaluationOptions
 from detector.models.rle_detections import detect
 
 SIZE = (90, 120)  # height, width
@@ -298,7 +298,7 @@ def test_a_file_of_masks_is_told_from_one_of_boxes(tmp_path, capsys):
     masks = write(
         tmp_path / "r.json", [{n: v for n, v in r.items() if n not in ("bbox", "keypoints")} for r in results]
     )
-    evaluate_results(str(masks), annotations, tmp_path / "masks", EvaluationOptions(pictures=0))
+    evaluate_results(str(masks), annotations, EvaluationOptions()).write(tmp_path / "masks", pictures=0)
     assert "Masks (segm)" in capsys.readouterr().out
     report = json.loads((tmp_path / "masks" / "report.json").read_text())
     scores = json.loads((tmp_path / "masks" / "scores.json").read_text())
@@ -319,7 +319,7 @@ def test_a_file_of_masks_is_told_from_one_of_boxes(tmp_path, capsys):
     boxes = write(
         tmp_path / "r.json", [{n: r[n] for n in ("image_id", "category_id", "bbox", "score")} for r in results]
     )
-    evaluate_results(str(boxes), annotations, tmp_path / "boxes", EvaluationOptions(pictures=0))
+    evaluate_results(str(boxes), annotations, EvaluationOptions()).write(tmp_path / "boxes", pictures=0)
     assert json.loads((tmp_path / "boxes" / "report.json").read_text())["segm"] is None
     assert 'id="segm"' not in (tmp_path / "boxes" / "report.html").read_text()  # the word may be in the command
 
@@ -330,8 +330,8 @@ def test_truth_without_masks_leaves_them_unscored_and_says_so(tmp_path):
     for annotation in content["annotations"]:
         del annotation["segmentation"]
     annotations = write(tmp_path / "a.json", content)
-    evaluate_results(
-        str(write(tmp_path / "r.json", results)), annotations, tmp_path / "e", EvaluationOptions(pictures=0)
+    evaluate_results(str(write(tmp_path / "r.json", results)), annotations, EvaluationOptions()).write(
+        tmp_path / "e", pictures=0
     )
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert report["segm"] is None
@@ -342,11 +342,11 @@ def test_truth_without_masks_leaves_them_unscored_and_says_so(tmp_path):
 def test_another_number_of_key_points_is_not_scored_and_that_is_said(tmp_path):
     results = write(tmp_path / "r.json", detections(truth(5)))
     annotations = write(tmp_path / "a.json", truth(17))
-    evaluate_results(str(results), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    evaluate_results(str(results), annotations, EvaluationOptions()).write(tmp_path / "e", pictures=0)
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert report["keypoints"] is None
     assert report["segm"] is not None
-    said = "No keypoints scores: 5 keypoints of an object are found, the annotations have 17."
+    said = "No keypoints scores: detections have 5 keypoints, the annotations 17."
     assert report["notes"] == [said]
 
 
@@ -364,7 +364,7 @@ def test_objects_that_lack_something_are_counted_in_the_notes(tmp_path):
         del annotation["area"]
     annotations = write(tmp_path / "a.json", content)
     file = write(tmp_path / "r.json", results)
-    evaluate_results(str(file), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    evaluate_results(str(file), annotations, EvaluationOptions()).write(tmp_path / "e", pictures=0)
     notes = json.loads((tmp_path / "e" / "report.json").read_text())["notes"]
     counts = [note.partition(".")[0] for note in notes]
     assert counts == [
@@ -389,7 +389,7 @@ def test_what_is_counted_wrong_is_said_in_the_notes(tmp_path):
     given[0]["ignore"] = 1
     given[1]["segmentation"] = [[given[1]["bbox"][0], given[1]["bbox"][1]] * 3]
     file, annotations = write(tmp_path / "r.json", results), write(tmp_path / "a.json", content)
-    evaluate_results(str(file), annotations, tmp_path / "e", EvaluationOptions(pictures=0))
+    evaluate_results(str(file), annotations, EvaluationOptions()).write(tmp_path / "e", pictures=0)
     report = json.loads((tmp_path / "e" / "report.json").read_text())
     assert [note.partition(".")[0] for note in report["notes"]] == [
         f"Areas that are far from their boxes': {len(given)}",
@@ -398,7 +398,9 @@ def test_what_is_counted_wrong_is_said_in_the_notes(tmp_path):
     ]
     # Of boxes alone, too.
     boxes = [{n: r[n] for n in ("image_id", "category_id", "bbox", "score")} for r in results]
-    evaluate_results(str(write(tmp_path / "r.json", boxes)), annotations, tmp_path / "b", EvaluationOptions(pictures=0))
+    evaluate_results(str(write(tmp_path / "r.json", boxes)), annotations, EvaluationOptions()).write(
+        tmp_path / "b", pictures=0
+    )
     notes = json.loads((tmp_path / "b" / "report.json").read_text())["notes"]
     assert notes == report["notes"][:2]
 
@@ -411,9 +413,9 @@ def test_results_of_another_convention_are_scored_and_remarked(tmp_path):
         x, y, w, h = result["bbox"]
         result["bbox"] = [x, y, x + w, y + h]
     corners = write(tmp_path / "corners.json", results)
-    annotations, options = write(tmp_path / "a.json", content), EvaluationOptions(pictures=0)
+    annotations, options = write(tmp_path / "a.json", content), EvaluationOptions()
     for file in (right, corners):
-        evaluate_results(str(file), annotations, tmp_path / file.stem, options)
+        evaluate_results(str(file), annotations, options).write(tmp_path / file.stem, pictures=0)
     noted = [json.loads((tmp_path / name / "report.json").read_text())["notes"] for name in ("right", "corners")]
     assert noted[0] == []
     (note,) = noted[1]
@@ -427,7 +429,7 @@ def test_notes_made_while_the_page_is_drawn_are_in_the_report_as_well(tmp_path):
     (tmp_path / "images").mkdir()
     for image in content["images"]:
         (tmp_path / "images" / image["file_name"]).write_bytes(b"broken")
-    evaluate_results(str(file), annotations, tmp_path / "e", EvaluationOptions(), images=tmp_path / "images")
+    evaluate_results(str(file), annotations, EvaluationOptions(), images=tmp_path / "images").write(tmp_path / "e")
     notes = json.loads((tmp_path / "e" / "report.json").read_text())["notes"]
     assert any("No picture of image" in note for note in notes)
     page = (tmp_path / "e" / "report.html").read_text()
@@ -471,7 +473,7 @@ def test_images_without_key_points_are_scored_as_part_of_a_set_that_has_them(tmp
         if annotation["image_id"] == first:
             annotation.pop("keypoints", None)
     annotations, results = write(tmp_path / "a.json", content), write(tmp_path / "r.json", detections(truth(5)))
-    evaluate_results(str(results), annotations, tmp_path / "e", EvaluationOptions(pictures=0, limit=1))
+    evaluate_results(str(results), annotations, EvaluationOptions(limit=1)).write(tmp_path / "e", pictures=0)
     scores = json.loads((tmp_path / "e" / "scores.json").read_text())
     assert scores["keypoints/AP"] == -1
     assert scores["AP"] > 0

@@ -17,13 +17,37 @@ from detector.data.annotations import read_annotations
 from detector.data.results import results_file
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, predict
-from detector.evaluation.confusion import confusion, match_boxes
+from detector.evaluation.confusion import confusion_matrix, image_rows, match_boxes
+from detector.evaluation.losses import run_rcnn
 from detector.evaluation.metric import match
 from detector.evaluation.operating_points import operating_points
-from detector.evaluation.proposals import COUNTS, Hit, ProposalRecorder, recall
-from detector.evaluation.report import as_text, make_report, newest_report, text_table
+from detector.evaluation.proposals import COUNTS, CoveringProposal, covering_proposals, recall
+from detector.evaluation.report import Report, newest_report
+from detector.evaluation.running import EvaluationOptions, Predictions
+from detector.evaluation.scoring import evaluate_coco
+from detector.evaluation.tables import report_text, text_table
 from detector.evaluation.truth import coco_of, index_coco
 from detector.rcnn.swap import swap_crop_head
+
+
+def make_report(coco, found, *, evaluator="pycocotools", min_score=0.5, **predicted):
+    """The report as a dict, and pycocotools' table."""
+    predictions = Predictions(sorted(coco.imgs), found, **predicted)
+    options = EvaluationOptions(evaluator=evaluator, min_score=min_score)
+    evaluation = evaluate_coco(coco, predictions, about={}, options=options)
+    return evaluation.report.to_dict(), evaluation.tables
+
+
+def predicted(*arguments, **options):
+    whole = Predictions()
+    for part in predict(*arguments, **options):
+        whole.add(part)
+    return whole
+
+
+def confusion(coco, found, image_ids, **options):
+    outcomes = match_boxes(coco, found, image_ids, **options)
+    return confusion_matrix(outcomes, sorted(coco.cats)), image_rows(outcomes)
 
 
 def jittered(coco, seed=0, spread=0.05):
@@ -67,7 +91,7 @@ def official(coco, found, categories):
 
 def test_classes_sizes_and_thresholds_are_those_of_pycocotools(coco):
     found = jittered(coco)
-    report, table = make_report(match(coco, found), found, about={"model": "jitter"})
+    report, table = make_report(coco, found)
     assert report["scores"]["AP"] == pytest.approx(official(coco, found, sorted(coco.cats))["AP"], abs=1e-12)
     assert "Average Precision" in table
     assert len(report["by_class"]) == 80
@@ -94,7 +118,7 @@ def test_classes_sizes_and_thresholds_are_those_of_pycocotools(coco):
 
 def test_the_area_under_a_curve_is_the_ap(coco):
     found = jittered(coco)
-    report, _ = make_report(match(coco, found), found, about={})
+    report, _ = make_report(coco, found)
     curves = report["curves"]
     assert len(curves["recall"]) == 101
     assert np.mean(curves["mean"]["0.50"]) == pytest.approx(report["scores"]["AP50"], abs=1e-12)
@@ -277,7 +301,7 @@ class TestScoreThreshold:
 
     def test_on_real_data_with_crowds(self, coco):
         found = jittered(coco)
-        report, _ = make_report(match(coco, found), found, about={})
+        report, _ = make_report(coco, found)
         check_points(coco, found, report["operating_points"])
         assert 0.3 < report["operating_points"]["mean"]["f1"] < 0.9
 
@@ -332,9 +356,9 @@ class TestScoreThreshold:
 
     def test_the_text_has_every_digit(self, scattered):
         coco, found = scattered
-        report, _ = make_report(match(coco, found), found, about={})
+        report, _ = make_report(coco, found)
         report["operating_points"]["mean"]["score"] = 0.43756
-        lines = as_text(report).split("Objects by class and size")[1].splitlines()
+        lines = report_text(Report.from_dict(report)).split("Objects by class and size")[1].splitlines()
         rows = {line.split()[0]: line.split()[1:] for line in lines[2:6]}
         best = report["operating_points"]["mean"]
         three = [f"{best[name]:.3f}" for name in ("precision", "recall", "f1")]
@@ -344,7 +368,7 @@ class TestScoreThreshold:
 
 
 def test_objects_are_counted_by_class_and_size(coco):
-    report, _ = make_report(match(coco, []), [], about={})
+    report, _ = make_report(coco, [])
     bounds = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
     counts = Counter(
         (a["category_id"], size)
@@ -382,18 +406,18 @@ def test_confusion_adds_up_on_real_data(coco):
 
 def test_nothing_found_and_nothing_to_find():
     for coco in (truth([(1, 5, [0, 0, 20, 20])]), truth([])):
-        report, _ = make_report(match(coco, []), [], about={})
+        report, _ = make_report(coco, [])
         assert report["scores"]["APl"] is None
-        text = as_text(report)
+        text = report_text(Report.from_dict(report))
         assert "None" not in text
         assert "nan" not in text
     assert report["scores"]["AP"] is None
     assert report["curves"]["mean"] == {}
     no_classes = index_coco({"images": [], "annotations": [], "categories": []})
-    report, _ = make_report(match(no_classes, []), [], about={}, proposals=[])
+    report, _ = make_report(no_classes, [], proposals=[])
     assert report["by_class"] == []
     assert report["proposals"]["rows"] == []
-    as_text(report)
+    report_text(Report.from_dict(report))
 
 
 def test_text_shows_every_table():
@@ -403,37 +427,30 @@ def test_text_shows_every_table():
         "images": 3,
         "rows": [{"stage": "backbone", "ms": 1.25, "low": 1.0, "high": 2.0, "images_per_second": 800}],
     }
-    report, _ = make_report(
-        match(coco, found),
-        found,
-        about={},
-        losses={"loss": 0.5, "loss_classifier": 0.25},
-        proposals=[Hit(1, 5, [0, 0, 20, 20])],
-        kept_proposals=200,
-        speed=speed,
-        notes=["A note."],
-    )
+    proposals = [CoveringProposal(1, 5, [0, 0, 20, 20])]
+    losses = Counter({"loss_classifier": 0.5, "loss_box_reg": 0.25})
+    report, _ = make_report(coco, found, losses=losses, proposals=proposals, kept_proposals=200)
     assert report["proposals"]["kept"] == 200
-    text = as_text(report)
-    for words in ("0.50   0.55", "small", "missed", "nothing", "0.2500", "backbone", "800.0", "Note: A note.", "1000"):
+    text = report_text(Report.from_dict(report | {"speed": speed, "notes": ["A note."]}))
+    for words in ("0.50   0.55", "small", "missed", "nothing", "0.3750", "backbone", "800.0", "Note: A note.", "1000"):
         assert words in text, words
     row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["300"])
     assert row == ["300", "0.500", "1.000", "0.000", "-"]
 
 
-def test_many_classes_are_listed_by_what_is_confused_most(coco):
-    found = jittered(coco)
-    report, _ = make_report(match(coco, found), found, about={}, min_score=0.0)
-    text = as_text(report, classes=5)
-    assert "75 with fewer objects left out" in text
-    assert "most often" in text
-    assert " for " in text
+def test_many_classes_are_listed_by_what_is_confused_most(coco, monkeypatch):
+    monkeypatch.setattr("detector.evaluation.tables.MAX_CLASSES", 5)
+    report, _ = make_report(coco, jittered(coco), min_score=0.0)
+    text = report_text(Report.from_dict(report))
+    assert "75 with fewer objects" in text
+    assert "most frequent" in text
+    assert " as " in text
 
 
 def test_two_classes_of_one_name_have_a_curve_each():
     coco = truth([(1, 5, [0, 0, 20, 20]), (2, 7, [0, 0, 90, 90])])
     coco = index_coco({**coco.dataset, "categories": [{"id": 7, "name": "a"}, {"id": 5, "name": "a"}]})
-    report, _ = make_report(match(coco, []), [], about={})
+    report, _ = make_report(coco, [])
     assert set(report["curves"]["by_class"]) == {"a (5)", "a (7)"}
 
 
@@ -456,36 +473,25 @@ class TestProposals:
         with torch.no_grad():
             wanted = model(images)
             more(images)
-            recorder = ProposalRecorder()
-            with recorder.recording(model):
-                found = model(images)
-                with_losses, _ = detect_with_losses(model, images, copies(targets))
+            found, none, proposals = run_rcnn(model, images, min_proposals=1000)
+            with_losses, losses, _ = run_rcnn(model, images, copies(targets), min_proposals=1000)
+        assert (none, set(losses)) == ({}, set(detect_with_losses(model, images, copies(targets))[1]))
         for one, two, three in zip(wanted, found, with_losses, strict=True):
             for name in one:
                 assert torch.equal(one[name], two[name])
                 torch.testing.assert_close(one[name], three[name])
         assert len(seen[0][0]) > 20
-        for boxes, all_of_them in zip(recorder._boxes, seen[0], strict=True):
-            torch.testing.assert_close(boxes, all_of_them)
+        for boxes, all_of_them in zip(proposals, seen[0], strict=True):
+            torch.testing.assert_close(boxes, all_of_them)  # 64-pixel images are not resized
         assert "post_nms_top_n" not in model.rpn.__dict__
-        assert not model.rpn._forward_hooks
-
-    def test_hits_are_in_pixels_of_the_annotated_image(self):
-        coco = truth([(1, 5, [20, 20, 40, 40]), (1, 5, [0, 0, 90, 90])], crowd=(2,))
-        recorder = ProposalRecorder()
-        recorder._boxes = [torch.tensor([[0.0, 0.0, 5.0, 5.0], [10.0, 10.0, 30.0, 30.0]])]
-        recorder._sizes = [(50, 50)]
-        assert recorder.hits(annotations_of(coco.dataset), [1], [(100, 100)]) == [Hit(1, 1, [20.0, 20.0, 40.0, 40.0])]
 
     def test_what_covers_no_object_may_be_left_out(self, coco):
-        """Recall of all proposals by pycocotools, against that of the hits alone."""
+        """Recall of all proposals by pycocotools, against that of the covering ones alone."""
         generator = np.random.default_rng(0)
-        everything, hits = [], []
+        everything, kept = [], []
         known = annotations_of(coco.dataset)
         image_ids = sorted(coco.imgs)[:30]
-        recorder = ProposalRecorder()
         for image_id in image_ids:
-            info = coco.imgs[image_id]
             boxes = [[*generator.uniform(0, 300, 2), *generator.uniform(5, 300, 2)] for _ in range(350)]
             for annotation in coco.imgToAnns[image_id]:
                 x, y, w, h = annotation["bbox"]
@@ -494,19 +500,17 @@ class TestProposals:
                     boxes.append([x + dx * w, y + dy * h, w * np.exp(dw), h * np.exp(dh)])
             generator.shuffle(boxes)
             xywh = torch.tensor(np.array(boxes))
-            size = (info["height"], info["width"])
-            recorder._boxes, recorder._sizes = [torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)], [size]
-            hits += recorder.hits(known, [image_id], [size])
-            everything += [Hit(image_id, rank, list(box)) for rank, box in enumerate(boxes)]
-        assert len(hits) < len(everything) / 4
+            kept += covering_proposals(known, image_id, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1))
+            everything += [CoveringProposal(image_id, rank, list(box)) for rank, box in enumerate(boxes)]
+        assert len(kept) < len(everything) / 4
         wanted = recall(coco, everything, image_ids)
-        assert recall(coco, hits, image_ids) == wanted
+        assert recall(coco, kept, image_ids) == wanted
         assert [row["at"] for row in wanted] == list(COUNTS)
         assert 0.05 < wanted[0]["AR"] < wanted[1]["AR"] < wanted[2]["AR"]
 
     def test_a_proposal_counts_from_its_rank_on(self):
         coco = truth([(1, 5, [0, 0, 20, 20])])
-        rows = recall(coco, [Hit(1, 250, [0, 0, 20, 20])], [1, 2])
+        rows = recall(coco, [CoveringProposal(1, 250, [0, 0, 20, 20])], [1, 2])
         assert [row["AR"] for row in rows] == [0, 1, 1]
         assert [row["ARl"] for row in rows] == [-1, -1, -1]
 
@@ -524,7 +528,7 @@ def test_losses_and_proposals_of_a_split():
     ]
     info = [{"id": i, "file_name": "", "width": SIZE, "height": image.shape[1]} for i, image in enumerate(images, 1)]
     coco = index_coco({"images": info, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]})
-    found = predict(model, batches, [5, 6], labels=torch.tensor([0, 2, 1]), proposals_of=annotations_of(coco.dataset))
+    found = predicted(model, batches, [5, 6], labels=torch.tensor([0, 2, 1]), proposals_of=annotations_of(coco.dataset))
     swapped = [{**copies([target])[0], "labels": 3 - target["labels"]} for target in targets]
     torch.manual_seed(0)
     wanted = [detect_with_losses(model, [image], [target])[1] for image, target in zip(images, swapped)]
@@ -534,7 +538,7 @@ def test_losses_and_proposals_of_a_split():
     assert losses["loss_objectness"] == pytest.approx(mean, abs=0.1)  # anchors are drawn
     assert set(losses) == {"loss", *wanted[0]}
     assert {hit.image_id for hit in found.proposals} == {1, 2}
-    assert predict(model, batches, [5, 6]).mean_losses() is None
+    assert predicted(model, batches, [5, 6]).mean_losses() is None
 
 
 def test_every_loss_is_of_the_labels_that_were_given():
@@ -543,7 +547,8 @@ def test_every_loss_is_of_the_labels_that_were_given():
     images, targets = batch()
     batches = [([image], [target | {"image_id": torch.tensor(1)}]) for image, target in zip(images, targets)]
     kept, exchanged = (
-        predict(model, batches, [5, 6], labels=torch.tensor(labels)).mean_losses() for labels in ([0, 1, 2], [0, 2, 1])
+        predicted(model, batches, [5, 6], labels=torch.tensor(labels)).mean_losses()
+        for labels in ([0, 1, 2], [0, 2, 1])
     )
     assert kept["loss_rpn_box_reg"] == pytest.approx(exchanged["loss_rpn_box_reg"])
     assert kept["loss_classifier"] != pytest.approx(exchanged["loss_classifier"], rel=1e-3)
@@ -628,8 +633,7 @@ class TestFasterEvaluator:
             assert len(fast) == 13
             assert fast_table == table
             reports = [
-                make_report(match(coco, found, evaluator=evaluator), found, about={})[0]
-                for evaluator in ("pycocotools", "faster-coco-eval")
+                make_report(coco, found, evaluator=evaluator)[0] for evaluator in ("pycocotools", "faster-coco-eval")
             ]
             for one, two in zip(*(report["by_class"] for report in reports), strict=True):
                 assert one == pytest.approx(two, abs=1e-6)
@@ -669,7 +673,7 @@ def test_a_box_of_a_negative_size_is_an_object_that_nobody_finds(tmp_path):
         del annotation["area"]
     (tmp_path / "truth.json").write_text(json.dumps(data))
     coco, found = coco_of(read_annotations(tmp_path / "truth.json")), [result(1, [0, 0, 20, 20])]
-    report, _ = make_report(match(coco, found), found, about={})
+    report, _ = make_report(coco, found)
     assert report["scores"]["AR100"] == pytest.approx(1 / 3)
     assert report["about"]["objects"] == sum(report["confusion"]["matrix"][0]) == 3
 
@@ -688,14 +692,14 @@ def test_the_newest_report_of_the_same_weights_is_found(tmp_path):
     write("eval-other", "v", "2026-01-04", 0.4)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "report.json").write_text("[1]")
-    assert newest_report(tmp_path, "w")["scores"]["AP"] == 0.3
+    assert newest_report(tmp_path, "w").scores["AP"] == 0.3
 
 
 def test_what_a_refinement_did_is_scored_before_and_after():
     """The object is found by an IoU of 0.8 before, and of 1 after."""
     coco = truth([(1, 5, [0, 0, 100, 100])])
     before, after = [result(1, [0, 0, 100, 80])], [result(1, [0, 0, 100, 100])]
-    report, _ = make_report(match(coco, after), after, about={}, unrefined=[match(coco, before)])
+    report, _ = make_report(coco, after, unrefined=before)
     assert report["scores"]["AP"] == pytest.approx(1)
     section = report["refinement"]
     assert section["after"] == {"scores": report["scores"], "by_iou": report["by_iou"]}
@@ -704,9 +708,9 @@ def test_what_a_refinement_did_is_scored_before_and_after():
     assert [row["iou"] for row in section["before"]["by_iou"]] == ious
     assert [row["AP"] for row in section["before"]["by_iou"]] == pytest.approx([1] * 7 + [0] * 3)
     assert [row["AP"] for row in section["after"]["by_iou"]] == pytest.approx([1] * 10)
-    lines = [line.split() for line in as_text(report).splitlines()]
+    lines = [line.split() for line in report_text(Report.from_dict(report)).splitlines()]
     assert ["AP", "0.700", "1.000", "+0.300"] in lines
     assert ["AP75", "1.000", "1.000", "+0.000"] in lines
     assert ["AP90", "0.000", "1.000", "+1.000"] in lines
     assert section["before"]["scores"]["APs"] is None  # there are no small ones
-    assert make_report(match(coco, after), after, about={})[0]["refinement"] is None
+    assert make_report(coco, after)[0]["refinement"] is None

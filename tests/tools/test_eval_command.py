@@ -27,11 +27,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from detector import swap_crop_head
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError, exit_on_user_error
-from detector.evaluation import detect_with_losses, scoring, to_results
-from detector.evaluation.confusion import confusion
+from detector.evaluation import Report, detect_with_losses, scoring, to_results
+from detector.evaluation.confusion import image_rows, match_boxes
+from detector.evaluation.losses import run_rcnn
 from detector.evaluation.pictures import worst_and_best
-from detector.evaluation.running import run_detector
-from detector.evaluation.scoring import score_split
+from detector.evaluation.running import EvaluationOptions, run_detector
+from detector.evaluation.scoring import evaluate_detector
 from detector.evaluation.timing import STAGES, measure_stages
 from detector.evaluation.truth import coco_of
 from detector.models.published import published_names
@@ -205,7 +206,7 @@ def test_results_that_do_not_belong_to_the_data(tmp_path, data):
 
 def test_ctrl_c_scores_what_was_seen(checkpoint, data, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("detector.evaluation.running.detect_with_losses", stopping_after(3, seen))
+    monkeypatch.setattr("detector.evaluation.running.run_rcnn", stopping_after(3, seen))
     with pytest.raises(SystemExit) as stop:
         score(checkpoint=str(checkpoint), root=str(data), split="val", output=str(tmp_path / "out"), workers=0)
     assert stop.value.code == 130
@@ -229,7 +230,7 @@ def test_scores_are_printed_on_a_full_disk(fails, scored, data, monkeypatch, cap
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"detector.evaluation.writing.{fails}", full)
+    monkeypatch.setattr(f"detector.evaluation.scoring.{fails}", full)
     with pytest.raises(SystemExit, match="No space left"):
         score(results=str(scored / "detections.json"), root=str(data), split="val", output="full")
     printed = capsys.readouterr().out
@@ -237,32 +238,20 @@ def test_scores_are_printed_on_a_full_disk(fails, scored, data, monkeypatch, cap
     assert "Objects by class and size" in printed
 
 
-class Blind(torch.nn.Module):
-    """Finds nothing."""
-
-    def forward(self, images):
-        return [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)} for _ in images]
-
-
-def test_a_split_is_scored_from_python_with_any_model(split, tmp_path, capsys):
-    """As a training run leaves it, though nothing is known of the model."""
-    scores = score_split(Blind(), split, tmp_path / "run", workers=0, about={"model": "a blind one"})
-    assert scores["AP"] == 0
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"examples.png"}
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "a blind one" in page
-    assert page.count("data:image/jpeg") == 5
-    assert "Objects by class and size" not in capsys.readouterr().out
-
-
-def test_scores_of_a_training_are_printed_on_a_full_disk(split, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_of_a_training_prints_the_scores_on_a_full_disk(checkpoint, split, tmp_path, monkeypatch, capsys):
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("detector.evaluation.writing.draw_examples", full)
+    options = EvaluationOptions(workers=0)
+    evaluation = evaluate_detector(load_detector(checkpoint), split, options, model="m", root="r", split_name="val")
+    evaluation.write(tmp_path / "run", of_training=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES | {"examples.png"}
+    assert (tmp_path / "run" / "report.html").read_text().count("data:image/jpeg") >= 5
+    assert "Objects by class and size" not in capsys.readouterr().out
+    monkeypatch.setattr("detector.evaluation.scoring.draw_examples", full)
     with pytest.raises(OSError, match="No space left"):
-        score_split(Blind(), split, tmp_path / "run", workers=0)
-    assert json.loads((tmp_path / "run" / "scores.json").read_text())["AP"] == 0
+        evaluation.write(tmp_path / "full", of_training=True)
+    assert json.loads((tmp_path / "full" / "scores.json").read_text()) == evaluation.scores
     assert "IoU=0.90" in capsys.readouterr().out
 
 
@@ -374,18 +363,19 @@ def test_as_many_pictures_as_are_asked_for(pictures, shown, scored, data, tmp_pa
 def test_pictures_show_what_was_counted(scored, data, split, monkeypatch):
     """The boxes that are drawn are those of the counts beside them."""
     found = json.loads((scored / "detections.json").read_text())
-    report = json.loads((scored / "report.json").read_text())
-    report["confusion"]["min_score"] = least = float(np.median([one["score"] for one in found]))
-    _, report["images"] = confusion(coco_of(split.annotations), found, split.image_ids, min_score=least)
+    least = float(np.median([one["score"] for one in found]))
+    outcomes = match_boxes(coco_of(split.annotations), found, split.image_ids, min_score=least)
+    report = Report({}, confusion={"min_score": least}, images=image_rows(outcomes))
     seen = []
     before = []
 
     def draw(image, boxes, split, unrefined):
         seen.append(boxes)
         before.append(unrefined)
+        return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", draw)
-    pictures = list(worst_and_best(split, found, report, each=5, unrefined=found))
+    pictures, _ = worst_and_best(split, report, outcomes, found, number=5)
     for picture, boxes in zip(pictures, before, strict=True):
         of_image = [one for one in found if one["image_id"] == picture.entry["id"]]
         assert boxes == [one for one in of_image if one["score"] >= least]
@@ -409,11 +399,11 @@ def test_a_gpu_scores_as_the_cpu_does(checkpoint, data, scored, tmp_path):
 
 
 def stopping_after(images, seen):
-    def detect(model, given, targets):
+    def detect(*arguments, **options):
         if len(seen) == images:
             raise KeyboardInterrupt
         seen.append(1)
-        return detect_with_losses(model, given, targets)
+        return run_rcnn(*arguments, **options)
 
     return detect
 
@@ -504,7 +494,7 @@ class TestStages:
 
 
 @pytest.mark.parametrize("stop", [DataError("broken"), KeyboardInterrupt()])
-def test_the_scores_of_a_run_are_of_all_images_or_there_are_none(split, tmp_path, monkeypatch, stop):
+def test_the_scores_of_a_run_are_of_all_images_or_there_are_none(split, monkeypatch, stop):
     """As tools/train.py scores at its end: a part would score as if the other objects had been missed."""
     get = CocoDetection.__getitem__
 
@@ -515,8 +505,7 @@ def test_the_scores_of_a_run_are_of_all_images_or_there_are_none(split, tmp_path
 
     monkeypatch.setattr(CocoDetection, "__getitem__", fail)
     with pytest.raises(type(stop)):
-        score_split(tiny_rcnn(), split, tmp_path / "out", category_ids=[3, 5], workers=0)
-    assert not (tmp_path / "out").exists()
+        run_detector(tiny_rcnn(), split, [3, 5], EvaluationOptions(workers=0))
 
 
 def test_nothing_of_an_images_size_is_kept(split):
@@ -531,7 +520,7 @@ def test_nothing_of_an_images_size_is_kept(split):
             boxes = torch.tensor([[1.0, 2, 30, 40]], requires_grad=True) + images[0].sum() * 0
             return [{"boxes": boxes, "labels": torch.ones(1).long(), "scores": torch.ones(1)}]
 
-    found = run_detector(Watching(), split, split.category_ids, workers=0)
+    found = run_detector(Watching(), split, split.category_ids, EvaluationOptions(workers=0))
     assert len(alive) == 5
     assert found.image_ids == [1, 2, 3, 4, 5]
     assert all(isinstance(result["bbox"][0], float) for result in found.results)
@@ -547,7 +536,7 @@ def test_mask_rcnn_is_scored_without_losses(data, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["losses"] is None
     assert report["notes"][0] == "No segm scores: the annotations have no masks."
-    assert "No losses: those of masks" in report["notes"][1]
+    assert "No losses: the annotations have no masks" in report["notes"][1]
     assert report["proposals"]["rows"]
     assert report["about"]["crop"] == "affine"
 
@@ -558,7 +547,7 @@ def test_objects_of_classes_that_a_checkpoint_does_not_know_are_missed(data, tmp
     score(model="some", weights="w.pth", root=str(data), split="val", workers=0, output="out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     note = "The detector does not know the classes '<b>8</b>': their objects (2) count as missed."
-    assert report["notes"] == [note, "No losses: of some classes the detector has no label."]
+    assert report["notes"] == [note, "No losses: the detector lacks some of the classes."]
     assert note in capsys.readouterr().err  # before the run
     assert report["by_class"][2]["name"] == "<b>8</b>"
     assert report["by_class"][2]["AR"] == 0
@@ -750,7 +739,7 @@ def test_memory_that_runs_out_is_a_sentence(checkpoint, data, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr("detector.evaluation.running.detect_with_losses", fail)
+    monkeypatch.setattr("detector.evaluation.running.run_rcnn", fail)
     with pytest.raises(SystemExit, match="out of memory: take fewer or smaller images"):
         score(checkpoint=str(checkpoint), root=str(data), split="val", workers=0, output="out")
 
@@ -858,13 +847,13 @@ class TestRefine:
         off, on = self.scored(refining, data, refine="off"), self.scored(refining, data, refine="on")
         capsys.readouterr()
         written = []
-        write = scoring.write_evaluation
+        write = scoring.evaluate_predictions
 
         def spied(found, *arguments, **options):
-            written.append((found.results, options["unrefined"].results))
+            written.append((found.results, found.unrefined))
             return write(found, *arguments, **options)
 
-        monkeypatch.setattr(scoring, "write_evaluation", spied)
+        monkeypatch.setattr(scoring, "evaluate_predictions", spied)
         report, scores, found, page = self.scored(refining, data, refine="both")
         assert [list(results) for results in written[0]] == [on[2], off[2]]
         printed = capsys.readouterr().out

@@ -244,7 +244,7 @@ def boom(*arguments, **options):
         (DetectionTask, "on_validation_epoch_end"),
         slow(Checkpoints, "on_train_epoch_end"),
         slow(run, "load_checkpoint"),
-        (run, "write_evaluation"),
+        (run, "evaluate_predictions"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -37,7 +37,7 @@ from detector.data.folder import find_root
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses
 from detector.evaluation.metric import evaluate_types
-from detector.evaluation.running import run_detector
+from detector.evaluation.running import EvaluationOptions, run_detector
 from detector.evaluation.truth import coco_of
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
@@ -434,7 +434,7 @@ def test_a_finished_run_is_trained_longer_from_its_weights(trained, digits, tmp_
     detector = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert set(batch_norm_eps(detector.model).values()) == {0.01}
     split = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
-    results = run_detector(detector, split, split.category_ids, workers=0).results
+    results = run_detector(detector, split, split.category_ids, EvaluationOptions(workers=0)).results
     assert results == json.loads((tmp_path / "whole" / "detections.json").read_text())
 
 

@@ -1,0 +1,116 @@
+"""A report as tables of text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detector.evaluation.confusion import confused_pairs
+from detector.evaluation.metric import MASKS_AND_KEYPOINTS
+from detector.evaluation.report import SIZE_RANGES, Report, Section
+from detector.text import short
+
+Table = list[list[Any]]
+MAX_CLASSES = 100  # rows of the tables by class
+MAX_MATRIX = 12  # classes of a confusion matrix; of more, the most frequent confusions are listed
+REFINED = ("AP", "AP50", "AP75", "AP90")  # the scores that are compared before and after a refinement
+
+
+def report_text(report: Report) -> str:
+    """Return the tables of a report that pycocotools does not print, and its notes."""
+    classes = sorted(report.by_class, key=lambda row: -row["objects"])[:MAX_CLASSES]
+    tables = [
+        ("AP by IoU", [[f"{row['iou']:.2f}" for row in report.by_iou], [row["AP"] for row in report.by_iou]]),
+        ("By object size", _table(report.by_size, ("size", "objects", "AP", "AR"))),
+    ]
+    if classes:
+        hidden = len(report.by_class) - len(classes)
+        title = "By class" + (f" ({hidden} with fewer objects are not shown)" if hidden else "")
+        columns = [name for name in classes[0] if name != "id" and not name.startswith("objects_")]
+        tables += [(title, _table(classes, columns)), _operating_points(report, classes)]
+    for iou_type, name in MASKS_AND_KEYPOINTS.items():
+        if section := getattr(report, iou_type):
+            known = {row["id"]: row for row in section["by_class"]}
+            if rows := [known[row["id"]] for row in classes if row["id"] in known]:
+                tables.append((f"{name} by class", _table(rows, [column for column in rows[0] if column != "id"])))
+    if report.proposals and report.proposals["rows"]:
+        rows = [{"proposals": row["at"], **row} for row in report.proposals["rows"]]
+        title = "Recall of the RPN's proposals, before the box head, for all classes together"
+        tables.append((title, _table(rows, ("proposals", "AR", "ARs", "ARm", "ARl"), first="proposals")))
+    tables += _confusion(report.confusion)
+    if report.refinement:
+        tables.append(("Before and after the refinement", refinement_table(report.refinement)))
+    if report.losses:
+        tables.append(("Losses", [list(report.losses), [f"{value:.4f}" for value in report.losses.values()]]))
+    if report.speed:
+        rows = [[row["stage"], *(f"{row[key]:.1f}" for key in SPEED_COLUMNS)] for row in report.speed["rows"]]
+        title = f"Milliseconds per image, median of {report.speed['images']} images (and the middle 80 %)"
+        tables.append((title, [["", "ms", "from", "to", "images per second"], *rows]))
+    texts = [f"\n{title}\n{text_table(rows)}" for title, rows in tables]
+    return "\n".join([*texts, *(f"\nNote: {note}" for note in report.notes)])
+
+
+SPEED_COLUMNS = ("ms", "low", "high", "images_per_second")
+
+
+def refined_rows(refinement: Section) -> list[Section]:
+    """Return ``score``, ``before``, ``after`` and ``difference`` of each of :data:`REFINED`; ``None`` if undefined."""
+    rows = []
+    for name in (name for name in refinement["after"]["scores"] if name.rpartition("/")[2] in REFINED):
+        before, after = (refinement[when]["scores"][name] for when in ("before", "after"))
+        difference = None if before is None or after is None else after - before
+        rows.append({"score": name, "before": before, "after": after, "difference": difference})
+    return rows
+
+
+def refinement_table(refinement: Section) -> Table:
+    """Return :func:`refined_rows` for :func:`text_table`."""
+    rows = refined_rows(refinement)
+    signed = [None if row["difference"] is None else f"{row['difference']:+.3f}" for row in rows]
+    table = [[row["score"], row["before"], row["after"], difference] for row, difference in zip(rows, signed)]
+    return [["", "before", "after", "difference"], *table]
+
+
+def text_table(rows: Table) -> str:
+    """Align cells: words on the left, numbers on the right with three decimals, "-" for ``None``."""
+    cells = [
+        ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else short(str(c), 30) for c in row] for row in rows
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*cells)]
+    words = any(isinstance(row[0], str) for row in rows[1:])
+    lines = []
+    for first, *others in cells:
+        line = [first.ljust(widths[0]) if words else first.rjust(widths[0])]
+        line += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append(f"  {'  '.join(line)}".rstrip())
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, first: str = "") -> Table:
+    return [[first, *columns[1:]], *([row[column] for column in columns] for row in rows)]
+
+
+def _operating_points(report: Report, classes: Sequence[Section]) -> tuple[str, Table]:
+    """The objects by class and size, and the thresholds; of all classes together first."""
+    points = report.operating_points
+    best = {row["id"]: row for row in points["by_class"]}
+    counts = [report.about["objects"], *(row["objects"] for row in report.by_size)]
+    counted = [("all", counts, points["mean"] or {})]
+    keys = ("objects", *(f"objects_{size}" for size in SIZE_RANGES))
+    counted += [(row["name"], [row[key] for key in keys], best[row["id"]]) for row in classes]
+    table: Table = [["", "objects", *SIZE_RANGES, "score", "precision", "recall", "F1"]]
+    for name, numbers, point in counted:
+        score = point.get("score")  # with all its digits: rounded, it may admit another detection
+        measures = [point.get(key) for key in ("precision", "recall", "f1")]
+        table.append([name, *numbers, None if score is None else str(score), *measures])
+    return f"Objects by class and size, and the score threshold with the highest F1 at IoU {points['iou']:.2f}", table
+
+
+def _confusion(confusion: Section) -> list[tuple[str, Table]]:
+    """The confusion matrix; of many classes the most frequent confusions."""
+    names = confusion["names"]
+    title = f"Confusion (minimum score {confusion['min_score']}, minimum IoU {confusion['iou']})"
+    if len(names) <= MAX_MATRIX:
+        heads = ["", *(short(name, 12) for name in names), "missed"]
+        rows = [[name, *row] for name, row in zip([*names, "nothing"], confusion["matrix"])]
+        return [(f"{title}: rows are the ground truth, columns the detected classes", [heads, *rows])]
+    pairs = [[true, "as", detected, count] for true, detected, count in confused_pairs(confusion, 10)]
+    return [(f"{title}: the most frequent ones", pairs)] if pairs else []
