@@ -18,7 +18,11 @@ MODULES = {
 
 # Modules above their own floor that a function may import when it is called.
 LAZY = {
-    "detector.pretrained.detector": {"detector.tools.evaluate", "detector.pretrained.onnx_export"},
+    "detector.pretrained.detector": {
+        "detector.evaluation.running",
+        "detector.evaluation.scoring",
+        "detector.tools.source",
+    },
 }
 
 

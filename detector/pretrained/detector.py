@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import safetensors.torch
 import torch
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.data.folder import DataFolder
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
 from detector.errors import DataError, ModelError
@@ -34,6 +35,9 @@ from detector.rcnn.swap import restore_roi_align, swap_crop_head
 from detector.refinement.attach import refinement_of
 from detector.refinement.head import Refinement
 from detector.text import short
+
+if TYPE_CHECKING:
+    from detector.evaluation.scoring import Evaluation
 
 BATCH_SIZE = 8  # maximum number of images that detect() runs together
 
@@ -192,6 +196,30 @@ class Detector(
             found = detect(self.model, [pixels.to(device).float().div_(255) for pixels in images])
         found = [select(one, one["labels"] > 0) for one in found]  # one-stage detectors also return the background
         return [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
+
+    def evaluate(
+        self, root: str | Path, split: str, *, output: str | Path | None = None, **options: Any
+    ) -> "Evaluation":
+        """Score the detector on a split of a data set, see ``tools/eval.py`` for other layouts of folders.
+
+        Args:
+            root: the folder of the data set, with ``annotations/instances_SPLIT.json`` and the images in ``SPLIT/``.
+            split: the name of the split.
+            output: a folder to write the report to; ``None``: nothing is written.
+            options: see :class:`~detector.evaluation.running.EvaluationOptions`.
+        """
+        from detector.evaluation.running import EvaluationOptions
+        from detector.evaluation.scoring import evaluate_detector
+        from detector.tools.source import split_for
+
+        data = split_for(self, DataFolder(Path(root)), split)
+        options = {"device": next(self.parameters()).device} | options
+        names = {"model": type(self.model).__name__, "root": str(root), "split_name": split}
+        evaluation = evaluate_detector(self, data, EvaluationOptions(**options), **names)
+        assert evaluation is not None  # there is one process
+        if output is not None:
+            evaluation.write(Path(output))
+        return evaluation
 
     def export(self, path: str | Path, **options: Any) -> OnnxExport:
         """Write the detector to an ONNX file with :func:`~detector.pretrained.onnx_export.export_onnx`."""

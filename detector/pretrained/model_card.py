@@ -1,21 +1,18 @@
-"""The text beside a saved detector: what it is, how to use it, how well it scores."""
+"""The model card of a saved detector."""
 
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import KeypointLayout
 from detector.errors import DataError
 from detector.models.config import DetectorConfig
 from detector.refinement.config import RefinementConfig
 from detector.text import clean
 
-# The numbers of a report that the card shows, and what they are.
-SCORES = {
+SCORES = {  # of a report, with their meaning
     "AP": "mean over IoU 0.50 to 0.95",
     "AP50": "at IoU 0.50",
     "AP75": "at IoU 0.75",
@@ -25,41 +22,25 @@ SCORES = {
     "APl": "larger",
     "AR100": "recall, up to 100 detections an image",
 }
-KINDS: dict[tuple[AnnotationType, ...], str] = {
-    (): "Faster R-CNN",
-    ("masks",): "Mask R-CNN",
-    ("keypoints",): "Keypoint R-CNN",
+NETWORKS = {(): "Faster R-CNN", ("masks",): "Mask R-CNN", ("keypoints",): "Keypoint R-CNN"}
+# Hugging Face's task, and the name of the scores, by their section in the report.
+SECTIONS = {
+    "": ("object-detection", ""),
+    "segm": ("image-segmentation", "mask "),
+    "keypoints": ("keypoint-detection", "keypoints "),
 }
-PIPELINES: dict[tuple[AnnotationType, ...], str] = {  # Hugging Face's
-    (): "object-detection",
-    ("masks",): "image-segmentation",
-    ("keypoints",): "keypoint-detection",
-}
-TASKS = {"segm": "mask", "keypoints": "keypoints"}  # of scores beside the boxes'
-PARTS: dict[str, tuple[AnnotationType, ...]] = {"": (), "segm": ("masks",), "keypoints": ("keypoints",)}
-LISTED = 100  # class names
-PACKAGE = "affine-crop-rcnn"
-# By this line a card is known as one that nobody wrote by hand.
-GENERATED = (
-    "<!-- Written by affine-crop-rcnn, which replaces this file when it saves again; to keep it, delete this line -->"
-)
+PIPELINES = {(): "object-detection", ("masks",): "image-segmentation", ("keypoints",): "keypoint-detection"}
+MAX_NAMES = 100
+# Cards with this line may be replaced.
+GENERATED = "<!-- Written by affine-crop-rcnn. Delete this line to keep the file when the detector is saved again. -->"
 
 
 def is_generated(path: Path) -> bool:
-    """Whether the file is a card of :func:`model_card`, or not there."""
+    """Whether a file is a card that may be replaced, or does not exist."""
     try:
         return GENERATED in path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return True
-
-
-def project_url() -> str | None:
-    """Where the project is at home: the first of pyproject.toml's ``[project.urls]``, if it has any."""
-    try:
-        addresses = metadata.metadata(PACKAGE).get_all("Project-URL") or []
-    except metadata.PackageNotFoundError:
-        return None
-    return next((address.partition(", ")[2] for address in addresses), None)
 
 
 def model_card(
@@ -72,143 +53,129 @@ def model_card(
     refinement: RefinementConfig | None = None,
     keypoints: KeypointLayout | None = None,
 ) -> ModelCard:
-    """A model card in Hugging Face's format.
+    """Return a model card in Hugging Face's format.
 
     Args:
-        data: the metadata that all cards of this project have.
-        settings: what the detector was built by.
+        data: the metadata that all cards share.
+        settings: the settings that the detector was built with.
         crop: "affine" or "roi_align".
-        names: of the classes.
-        refinement: that of the boxes, if there is one.
-        keypoints: the layout of the keypoints, if it finds any.
-        report: the dict of a ``report.json``; without one the card says that there are no scores.
+        names: the class names.
+        report: the content of a ``report.json``. Without one the card says that there are no scores.
+        refinement: the settings of the refinement, if there is one.
+        keypoints: the layout of the keypoints, if there are any.
 
     Raises:
         DataError: the report lacks what the card shows.
     """
+    network = NETWORKS[settings.annotation_types]
     data = ModelCardData(**data.to_dict())
     data.pipeline_tag = PIPELINES[settings.annotation_types]
-    data.tags = sorted(
-        {*(data.tags or []), KINDS[settings.annotation_types].lower().replace("-", "").replace(" ", "-")}
-    )
+    data.tags = sorted({*(data.tags or []), network.lower().replace(" ", "-")})
     title = f"Affine-crop R-CNN: {settings.name}"
-    by = "an affine grid, whose boxes get gradients (RoIAlign's values)" if crop == "affine" else "RoIAlign"
-    listed = ", ".join(map(_code, names[:LISTED])) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-    url = project_url()
-    project, clone = (PACKAGE, "its repository") if url is None else (f"[{PACKAGE}]({url})", f"[its repository]({url})")
+    cropping = (
+        "the affine crop, which has RoIAlign's values and gradients to the boxes" if crop == "affine" else "RoIAlign"
+    )
     install = 'pip install -e ".[timm]"' if settings.name.startswith("timm/") else "pip install -e ."
+    found = ", each with a mask" if "masks" in settings.annotation_types else ""
+    if keypoints is not None:
+        found = f", each with {len(keypoints)} keypoints ({_listed(keypoints.names)})"
     text = f"""{GENERATED}
 
 # {title}
 
-A {KINDS[settings.annotation_types]} (`{settings.name}`) that crops its features by {by}, made with {project}.
-It finds {len(names)} classes{_parts(settings, keypoints)}: {listed}. \
-Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.\
-{_refined(refinement)}
-
-To load it, `{install}` in a clone of {clone}.
+A {network} (`{settings.name}`) that crops its feature maps with {cropping}, made with affine-crop-rcnn.
+It detects {len(names)} classes{found}: {_listed(names)}.
+Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.
+{_refinement(refinement)}
+To load it, run `{install}` in a clone of the project's repository.
 
 ```python
-from detector.pretrained import Detector
+from detector import load_detector
 
-detector = Detector.from_pretrained("FOLDER OR HUB NAME")
+detector = load_detector("FOLDER OR HUB NAME")
 found = detector.detect("photo.jpg")  # a path, a PIL image, an array or a tensor
-print(found)  # names, scores, boxes; a notebook draws it
+print(found)  # names, scores and boxes; a notebook shows a picture
 ```
 
 ## Scores
 
 """
     if report is None:
-        text += "It was not scored before it was saved (`tools/eval.py` does that).\n"
+        text += "It was not evaluated before it was saved (`tools/eval.py` does that).\n"
     else:
         try:
             text += _scores(report)
-            data.model_name = title
-            data.eval_results = _results(report)
+            data.model_name, data.eval_results = title, _results(report)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"report: not of tools/eval.py, or damaged: {type(error).__name__} {error}") from None
-    # Not a template: names come from files that anybody wrote.
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")  # not from a template: the names are untrusted
 
 
-def _parts(settings: DetectorConfig, keypoints: KeypointLayout | None) -> str:
-    if "masks" in settings.annotation_types:
-        return ", each with a mask"
-    return (
-        f", each with {len(keypoints)} keypoints ({', '.join(map(_code, keypoints.names[:LISTED]))})"
-        if keypoints
-        else ""
-    )
-
-
-def _refined(refinement: RefinementConfig | None) -> str:
-    if refinement is None:
+def _refinement(config: RefinementConfig | None) -> str:
+    if config is None:
         return ""
+    steps = f" and {config.ascent_steps} steps of gradient ascent on the predicted IoU" if config.ascent_steps else ""
     return f"""
+Its boxes are refined in {config.iterations} iterations{steps}. `detector.refinement.enabled = False` stops that.
+"""
 
-Its boxes are refined: {refinement.iterations} refinement iterations, {refinement.ascent_steps} gradient ascent steps \
-on the predicted IoU. `detector.refinement.enabled = False` switches that off."""
+
+def _scored_sections(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    others = {section: report[section]["scores"] for section in SECTIONS if section and report.get(section)}
+    return {"": report["scores"]} | others
 
 
 def _scores(report: dict[str, Any]) -> str:
-    about, scores = report["about"], report["scores"]
-    rows = "\n".join(f"| {name} | {_number(scores.get(name))} | {meaning} |" for name, meaning in SCORES.items())
-    rows += "".join(
-        f"\n| {what} {name} | {_number(report[kind]['scores'].get(name))} | {_meaning(kind, name)} |"
-        for kind, what in TASKS.items()
-        if report.get(kind)
-        for name in ("AP", "AP50", "AP75")
-    )
+    about, rows = report["about"], []
+    for section, scores in _scored_sections(report).items():
+        for name in ("AP", "AP50", "AP75") if section else SCORES:
+            score = scores.get(name)
+            meaning = SCORES[name].replace("IoU", "OKS") if section == "keypoints" else SCORES[name]
+            rows.append(f"| {SECTIONS[section][1]}{name} | {'-' if score is None else f'{score:.3f}'} | {meaning} |")
     unrefined = ", without the refinement" if about.get("refinement") == "off" else ""
+    table = "\n".join(["| | | |", "|---|---|---|", *rows])
     notes = "".join(f"- {_code(note)}\n\n" for note in report["notes"])
+    command = " ".join(about["command"].split()).replace("`", "'")
     return f"""By {_code(about["evaluator"])} on {int(about["images"])} images with {int(about["objects"])} objects of \
-{_code(_where(about))}, {_code(about["time"][:10])}{unrefined}:
+{_code(_data_name(about))}, {_code(about["time"][:10])}{unrefined}:
 
-| | | |
-|---|---|---|
-{rows}
+{table}
 
 {notes}```sh
-{" ".join(about["command"].split()).replace("`", "'")}
+{command}
 ```
 """
 
 
 def _results(report: dict[str, Any]) -> list[EvalResult]:
-    about, scores = report["about"], report["scores"]
-    kinds = {"": scores} | {kind: report[kind]["scores"] for kind in TASKS if report.get(kind)}
+    about = report["about"]
     return [
         EvalResult(
-            task_type=PIPELINES[PARTS[kind]],
+            task_type=SECTIONS[section][0],
             dataset_type=Path(about["data"]).name,
-            dataset_name=_where(about),
+            dataset_name=_data_name(about),
             metric_type=name,
-            metric_name=f"{TASKS[kind]} {name}" if kind else name,
-            metric_value=round(of_kind[name], 4),
+            metric_name=SECTIONS[section][1] + name,
+            metric_value=round(scores[name], 4),
         )
-        for kind, of_kind in kinds.items()
+        for section, scores in _scored_sections(report).items()
         for name in ("AP", "AP50", "AP75")
-        if of_kind.get(name) is not None
+        if scores.get(name) is not None
     ]
 
 
-def _meaning(kind: str, name: str) -> str:
-    """Of a score of masks or keypoints; the latter are compared by object keypoint similarity."""
-    return SCORES[name].replace("IoU", "OKS") if kind == "keypoints" else SCORES[name]
-
-
-def _where(about: dict[str, Any]) -> str:
-    """The data set's name, not where it lies on somebody's disk."""
+def _data_name(about: dict[str, Any]) -> str:
+    """Return the name of the data set, without its folder, which is private."""
     name = Path(about["data"]).name
     return f"{name}, {about['split']}" if about.get("split") else name
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(map(_code, names[:MAX_NAMES])) + more
 
 
 def _code(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Quote text so that Markdown shows it as it is, on one line."""
     plain = clean(text).replace("`", "'").replace("|", "/")
     return f"`{plain or ' '}`"

@@ -1,36 +1,134 @@
-"""Take a detector elsewhere: one ONNX file, or a folder for Hugging Face's hub.
-
-python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output detector.onnx
-python tools/export.py --checkpoint runs/quickstart/checkpoints/last.ckpt --output my-detector --format pretrained
-
-The ONNX file holds the whole detector, from pixels to boxes, masks and keypoints, in standard operators; it takes
-images of any size. It is run by onnxruntime and compared with PyTorch before it is called done. The folder holds
-model.safetensors, config.json and a model card with the scores of the last evaluation of these weights.
-
-exit code: 0 done, 1 a mistake in what was given, 2 in the command line, 130 interrupted
-"""
+"""tools/export.py: write a detector as an ONNX file, or as a folder for Hugging Face's hub."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from detector.tools.arguments import ToolParser, add_batch_size, add_detector, add_output, add_speed
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from detector.choices import Crop
+from detector.errors import DataError, UsageError
+from detector.tools.cli import run_tool
+
+if TYPE_CHECKING:
+    from detector.pretrained import Detector
 
 
-def make_parser() -> ToolParser:
-    """The flags of ``tools/export.py``."""
-    parser = ToolParser(__doc__, settings=True, files=("config", "checkpoint"))
-    add_detector(parser)
-    formats = ("onnx", "pretrained")
-    parser.add_argument("--format", choices=formats, default="onnx", help="a file or a folder; default: onnx")
-    add_output(parser, default="detector.onnx or pretrained/ beside the checkpoint, or in runs/")
-    add_batch_size(parser, default=1, note="of the ONNX file, which takes just so many")
-    add_speed(parser, what="of onnxruntime beside PyTorch on so many rounds, of an ONNX file")
-    return parser
+def export(
+    *,
+    checkpoint: str | Path | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    format: Literal["onnx", "pretrained"] = "onnx",
+    output: str | Path | None = None,
+    batch_size: PositiveInt = 1,
+    speed: NonNegativeInt = 0,
+) -> Path:
+    """Export a detector: one ONNX file, or a folder for Hugging Face's hub.
+
+    The ONNX file holds the whole detector, from pixels to boxes, masks and keypoints, in standard operators. It takes
+    images of any size. Before it is written, onnxruntime runs it, and its detections are compared with PyTorch's.
+
+    The folder holds model.safetensors, config.json and a model card, README.md, with the scores of the last evaluation
+    of these weights.
+
+    Examples:
+        python tools/export.py --checkpoint runs/quickstart --output detector.onnx
+        python tools/export.py --checkpoint runs/quickstart --output my-detector --format pretrained
+
+    Args:
+        checkpoint: A checkpoint, its run folder (the last checkpoint), a saved folder, or OWNER/NAME on Hugging Face.
+        model: A torchvision detector, such as fasterrcnn_resnet50_fpn. Needs weights.
+        weights: A state_dict file for the model, or the name of published weights, such as DEFAULT.
+        crop: Crop with the affine crop or with RoIAlign. Default: as the detector was trained.
+        format: onnx writes a file, pretrained a folder.
+        output: The file or folder. Default: detector.onnx or pretrained/ in the run folder, or in runs/.
+        batch_size: Number of images that the ONNX file takes.
+        speed: Number of calls to time, of onnxruntime and of PyTorch.
+
+    Returns:
+        The file or folder.
+
+    Exit codes:
+        0: success.
+        1: wrong input, or a detector that cannot be exported.
+        2: wrong command line.
+        130: interrupted.
+    """
+    from detector.run_folders import run_folder
+    from detector.tools.source import load_source
+
+    suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
+    if format == "onnx" and suffix not in ("", ".onnx"):
+        hint = "name the file NAME.onnx, or write a folder with {format} pretrained"
+        raise UsageError(f"no {suffix} file can be written", setting="output", value=str(output), hints=[hint])
+    if format == "pretrained" and suffix == ".onnx":
+        raise UsageError("pretrained writes a folder", setting="output", value=str(output), hints=["use {format} onnx"])
+    if format == "pretrained" and (batch_size > 1 or speed):
+        raise UsageError("batch_size and speed need onnx", setting="format", value=format)
+    detector, called = load_source(checkpoint, model, weights, crop)
+    home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
+    if format == "pretrained":
+        target = home / "pretrained" if output is None else Path(output)
+        _save(detector, target, home)
+    else:
+        target = home / "detector.onnx" if output is None else Path(output)
+        _export_onnx(detector, target, batch_size, speed)
+    return target
+
+
+def _save(detector: "Detector", folder: Path, home: Path) -> None:
+    from detector.evaluation.report import newest_report
+    from detector.pretrained.hub import CARD, CONFIG, WEIGHTS
+    from detector.pretrained.model_card import is_generated
+
+    if not _may_replace(folder):
+        raise DataError("holds other files; give another folder", setting="output", value=str(folder))
+    report = newest_report(home, detector.digest())
+    generated = is_generated(folder / CARD)
+    detector.save(folder, report=None if report is None else report.to_dict())
+    print(f"{folder}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
+    if not generated:
+        print(f"{CARD} was edited, and stays as it is.")
+    elif report is None:
+        print("The card has no scores: tools/eval.py has not scored these weights in this run folder.")
+    else:
+        print(f"The card has the scores of {report.about['time']}.")
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether a folder is missing, empty, or a saved detector."""
+    from detector.files import read_json
+    from detector.pretrained.hub import CONFIG
+
+    try:
+        return not folder.exists() or not any(folder.iterdir()) or "weights_digest" in read_json(folder / CONFIG)
+    except (DataError, TypeError, NotADirectoryError):  # another program's
+        return False
+
+
+def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) -> None:
+    from detector.pretrained.onnx_export import compare_speed
+
+    if file.is_dir():
+        raise DataError("is a folder; name a file in it", setting="output", value=str(file))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    done = detector.export(file, batch_size=batch_size)
+    same = "onnxruntime's detections equal PyTorch's" if done.compared else "not compared: onnxruntime is not installed"
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
+    if done.left_out:
+        print(done.left_out)
+    if speed:
+        network: Any = detector.model
+        times = compare_speed(network, file, speed)
+        pytorch, onnxruntime, size = 1000 * times.pytorch, 1000 * times.onnxruntime, " x ".join(map(str, times.size))
+        print(
+            f"{batch_size} x {size} pixels, {speed} calls: PyTorch {pytorch:.1f} ms, onnxruntime {onnxruntime:.1f} ms, "
+            f"{onnxruntime / pytorch:.2f} times"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Export a detector as a command line says. Returns the exit code."""
-    options = make_parser().read(arguments)
-    from detector.tools.exporting import export
-
-    export(**vars(options))
-    return 0
+    """Run the command line. Returns the exit code."""
+    return run_tool(export, arguments, files=("checkpoint",))

@@ -1,85 +1,199 @@
-"""Detect objects in images: pictures with boxes, names, scores, masks and keypoints, and the numbers as JSON.
+"""tools/predict.py: detect objects in image files."""
 
-python tools/predict.py photo.jpg --checkpoint runs/quickstart/checkpoints/last.ckpt
-python tools/predict.py photos "more/*.png" --checkpoint FOLDER --output found --min_score 0.3
-python tools/predict.py photos --checkpoint runs/bccd/checkpoints/last.ckpt --min_score auto
-python tools/predict.py val2017 --model fasterrcnn_resnet50_fpn --weights DEFAULT --annotations instances_val2017.json
-
-Of the detector: a checkpoint of tools/train.py, a folder of save_pretrained, a name on Hugging Face's hub, or one of
-torchvision's with weights. Of the images: files, folders with all below them, patterns. Written are pictures/,
-predictions.json (by image and name) and detections.json (all detections in COCO's results format, which
-tools/eval.py --results scores if --annotations gave the image ids). Of an earlier run in the same --output those
-pictures go that its predictions.json names, and nothing else.
-
-Of a folder are taken whatever Pillow reads here: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM, JPEG 2000 and AVIF. Images of
-other kinds (.heic, camera raw, .svg, ...) are counted at the end. Of several frames or pages the first is taken. Images
-of 16 bits are scaled by as many as their largest value needs (8, 10, 12, 14 or 16), floats up to 1 to 0 to 255, in
-training as well. The end says what was done to how many images, predictions.json to which.
-
-exit code: 0 every image was looked at (those of other kinds in a folder are none), 1 a mistake in what was given, 2 in
-the command line, 3 some images could not be read (they are named, also in predictions.json), 130 interrupted (what was
-found by then is written)
-"""
-
+import sys
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from detector.tools.arguments import (
-    ToolParser,
-    add_batch_size,
-    add_detector,
-    add_device,
-    add_min_score,
-    add_orientation,
-    add_output,
-    add_refine,
-    add_workers,
-    at_least,
-    score,
-)
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
+from detector.choices import Crop, Orientation
+from detector.errors import DataError, ModelError
+from detector.tools.cli import run_tool
 
-def score_or_auto(text: str) -> float | str:
-    """The type of a flag: a score, or "auto"."""
-    return text if text == "auto" else score(text)
+if TYPE_CHECKING:
+    from detector.data.annotations import Annotations
+    from detector.pretrained import Detector
+    from detector.pretrained.predict_files import FoundImages, Predicted
 
 
-def make_parser() -> ToolParser:
-    """The flags of ``tools/predict.py``."""
-    parser = ToolParser(__doc__, files=("checkpoint", "annotations"))
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="what to look at")
-    add_detector(parser)
-    add_refine(parser, choices=("on", "off"), effect="off leaves the boxes as they were")
-    add_device(parser)
-    add_output(parser, default="runs/predict, or the next free number")
-    add_min_score(
-        parser,
-        effect="in pictures and predictions.json; auto: of each class that with the highest F1 in the last report of "
-        "tools/eval.py on these weights, beside the checkpoint or in runs/",
-        kind=score_or_auto,
+def predict(
+    images: Sequence[str],
+    *,
+    checkpoint: str | Path | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    refine: Literal["on", "off"] | None = None,
+    output: str | Path | None = None,
+    min_score: ClosedUnitInterval | Literal["auto"] = 0.5,
+    pictures: bool = True,
+    annotations: str | None = None,
+    orientation: Orientation = "upright",
+    max_pixels: PositiveInt | None = None,
+    batch_size: PositiveInt = 8,
+    workers: NonNegativeInt = 2,
+    device: str | None = None,
+) -> "Predicted":
+    """Detect objects in images. Writes pictures with the detections, and the detections as JSON.
+
+    The output folder gets pictures/, predictions.json (the detections of each image, by class name) and
+    detections.json (all detections in COCO's results format, which tools/eval.py --results scores). The pictures of an
+    earlier run in the same folder are deleted.
+
+    Images are read in all formats that Pillow reads here: JPEG, PNG, GIF, BMP, TIFF, WebP, PPM, JPEG 2000 and AVIF.
+    Files of other image formats in a folder are counted at the end. Only the first frame or page of an image is read.
+    Images of 16 bits or floats are scaled to 8 bits, as in training; predictions.json names them.
+
+    Examples:
+        python tools/predict.py photo.jpg --checkpoint runs/quickstart
+        python tools/predict.py photos "more/*.png" --checkpoint FOLDER --output found --min_score 0.3
+        python tools/predict.py photos --checkpoint runs/bccd --min_score auto
+        python tools/predict.py val2017 --model fasterrcnn_resnet50_fpn --weights DEFAULT --annotations instances.json
+
+    Args:
+        images: Image files, folders (with their subfolders) and patterns.
+        checkpoint: A checkpoint, its run folder (the last checkpoint), a saved folder, or OWNER/NAME on Hugging Face.
+        model: A torchvision detector, such as fasterrcnn_resnet50_fpn. Needs weights.
+        weights: A state_dict file for the model, or the name of published weights, such as DEFAULT.
+        crop: Crop with the affine crop or with RoIAlign. Default: as the detector was trained.
+        refine: Whether the refinement moves the boxes. Default: on, if the detector has one.
+        output: The output folder. Default: runs/predict, with a number if that exists.
+        min_score: Minimum score of detections in pictures and predictions.json. auto takes the score with the highest
+            F1 per class from the last report of tools/eval.py on these weights, beside the checkpoint or in runs/.
+        pictures: Whether pictures are written.
+        annotations: A COCO file that gives the image ids, by file name. Images and categories are enough.
+        orientation: upright applies the EXIF orientation of photographs; stored ignores it. Where the annotated size
+            fits only one of the two, that one is used.
+        max_pixels: Maximum number of pixels of an image, which takes about 40 bytes of memory per pixel. Default:
+            89478485, Pillow's limit.
+        batch_size: Maximum number of images per batch. A batch holds images of one size.
+        workers: Number of processes that read images.
+        device: cpu, cuda, cuda:1, ... Default: cuda if available.
+
+    Returns:
+        The detections, and the images that could not be read.
+
+    Exit codes:
+        0: all images were read.
+        1: wrong input, or a file cannot be written.
+        2: wrong command line.
+        3: some images could not be read. predictions.json names them.
+        130: interrupted. The detections so far are written.
+    """
+    from detector.data.annotations import read_annotations
+    from detector.pretrained.predict_files import PredictOptions, find_images, predict_files
+    from detector.run_folders import unused_folder
+    from detector.tools.source import load_source, pick_device, switch_refinement
+
+    known = None if annotations is None else read_annotations(annotations, labelled=False)
+    found = find_images(images, known)
+    detector, called = load_source(checkpoint, model, weights, crop)
+    switch_refinement(detector, refine)
+    options = PredictOptions(
+        min_score=_best_scores(detector, called) if min_score == "auto" else min_score,
+        pictures=pictures,
+        batch_size=batch_size,
+        workers=workers,
+        orientation=orientation,
+        max_pixels=max_pixels,
+        category_ids=None if known is None else _annotated_ids(detector, known),
     )
-    add(
-        "--annotations",
-        metavar="FILE.json",
-        help="a COCO file that gives the images' ids, by file name; images and categories are enough",
-    )
-    add_orientation(add)
-    add("--no_pictures", action="store_true", help="the numbers alone")
-    add_batch_size(parser, default=8, note="of one size each, and at most so many")
-    add_workers(parser, default=2)
-    add(
-        "--max_pixels",
-        type=at_least(1),
-        metavar="N",
-        help="read images of up to so many pixels; default: 89478485, Pillow's limit, for a small file may unpack to "
-        "anything; a large image takes about 40 bytes of memory a pixel",
-    )
-    return parser
+    detector.to(pick_device(device))
+    folder = unused_folder(Path("runs", "predict")) if output is None else Path(output)
+    head = {
+        "model": called,
+        "crop": detector.crop,
+        "left_out": Counter(path.suffix.lower() for path in found.skipped),
+    }
+    done = predict_files(detector, found.files, folder, options, head=head)
+    _print_summary(done, found, f"{'pictures/, ' if pictures else ''}predictions.json and detections.json", folder)
+    return done
+
+
+def _best_scores(detector: "Detector", called: str) -> list[float]:
+    """Return the score with the highest F1 for each label, from the last report on these weights, and print it."""
+    from detector.data.categories import match_ids
+    from detector.evaluation.report import newest_report
+    from detector.run_folders import run_folder
+    from detector.text import clean
+
+    folders = [run_folder(Path(called)), Path("runs")] if Path(called).exists() else [Path("runs")]
+    digest = detector.digest()
+    reports = [report for folder in folders if (report := newest_report(folder, digest)) is not None]
+    if not reports:
+        places = " or ".join(f"{folder}/" for folder in folders)
+        raise ModelError(
+            f"no report.json in {places} is on these weights; run tools/eval.py, or give a score",
+            setting="min_score",
+            value="auto",
+        )
+    report = max(reports, key=lambda report: str(report.about.get("time", "")))
+    about, points = report.about, report.operating_points
+    which = f"the report of {clean(str(about.get('time', '')))}"
+    if points == {} or (isinstance(points, dict) and points.get("mean", 0) is None):
+        raise ModelError(f"{which} has no best score; give one", setting="min_score", value="auto")
+    try:
+        ids = match_ids(detector, [(row["id"], row["name"]) for row in points["by_class"]])
+        by_id = {row["id"]: row["score"] for row in points["by_class"] if row["score"] is not None}
+        scores = [by_id.get(category, points["mean"]["score"]) for category in ids]
+        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+            raise ValueError("a score must be a number from 0 to 1")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        what = f"{which} is damaged: operating_points: {type(error).__name__} {error}"
+        raise DataError(what, setting="min_score", value="auto") from None
+    span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
+    on = f", on {about['images']} images of {clean(str(about['data']))}" if {"images", "data"} <= about.keys() else ""
+    print(f"minimum score {span}: the highest F1 in {which}{on}")
+    return scores
+
+
+def _annotated_ids(detector: "Detector", annotations: "Annotations") -> "Sequence[int | None] | None":
+    """Return the annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
+    from detector.data.categories import match_ids, mixed_up, quoted
+
+    try:
+        ids = match_ids(detector, [(category["id"], category["name"]) for category in annotations.categories])
+    except (DataError, ModelError) as error:
+        print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
+        return None
+    classes = zip(detector.category_ids, detector.category_names, ids, strict=True)
+    if missing := [name for own, name, found in classes if own is not None and found is None]:
+        why = mixed_up(missing, [category["name"] for category in annotations.categories])
+        hint = f" ({why})" if why else ""
+        print(
+            f"Note: the annotations have no {quoted(missing)}{hint}; detections.json leaves them out.", file=sys.stderr
+        )
+    return ids
+
+
+def _print_summary(done: "Predicted", found: "FoundImages", files: str, folder: Path) -> None:
+    from detector.pretrained.predict_files import count_by_suffix
+    from detector.text import clean
+
+    count = sum(len(image["detections"]) for image in done.images)
+    of = f" of {len(found.files):,}" if len(done.images) < len(found.files) else ""
+    print(f"{count:,} objects in {len(done.images):,}{of} images; {files} are in {folder}/")
+    for remark, paths in done.remarks.items():
+        name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
+        print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
+    if found.skipped:
+        skipped = count_by_suffix(found.skipped)
+        print(f"left out: {skipped} (not read here; convert them to JPEG, PNG or TIFF)", file=sys.stderr)
+    if done.broken:
+        print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
+    if done.stopped:
+        print("interrupted", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Detect objects as a command line says. Returns the exit code."""
-    options = vars(make_parser().read(arguments))
-    from detector.tools.predicting import predict
-
-    return predict(options.pop("images"), pictures=not options.pop("no_pictures"), **options)
+    """Run the command line. Returns the exit code."""
+    return run_tool(
+        predict,
+        arguments,
+        exit_code=lambda done: 130 if done.stopped else 3 if done.broken else 0,
+        files=("checkpoint", "annotations"),
+    )

@@ -38,7 +38,7 @@ from detector.evaluation.truth import coco_of
 from detector.models.published import published_names
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import load_detector
-from detector.tools.exporting import export
+from detector.tools.export import export
 
 REPOSITORY = Path(__file__).parents[2]
 TOOLS = REPOSITORY / "tools"
