@@ -63,6 +63,8 @@ def draw(
     *,
     min_score: float = 0.5,
     layout: KeypointLayout | None = None,
+    max_side: int | None = None,
+    caption: str = "",
 ) -> Image.Image:
     """Draw an image with boxes and class names, and with scores, masks and keypoints if there are any.
 
@@ -74,13 +76,18 @@ def draw(
         names: class names, starting with that of label 1.
         min_score: minimum score of the drawn detections.
         layout: the keypoints; without it no lines join them.
+        max_side: maximum length of the picture's longer side in pixels.
+        caption: text in the lower left corner.
 
     Returns:
         The picture, enlarged if it is small.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image.cpu(), torch.uint8, scale=True))
-    factor = max(round(LEGIBLE_SIDE / max(picture.size)), 1)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
+    factor: float = max(round(LEGIBLE_SIDE / max(picture.size)), 1)
+    if max_side is not None:
+        factor = min(factor, max_side / max(picture.size))
+    width, height = (max(round(side * factor), 1) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     missing = [None] * len(target["labels"])
     scores = target["scores"].tolist() if "scores" in target else missing
     masks = target.get("segmentations", target.get("masks", missing))
@@ -93,10 +100,14 @@ def draw(
             continue
         x1, y1, x2, y2 = (coordinate * factor for coordinate in corners)
         name = short(names[label - 1], 40)
-        caption = name if score is None else f"{name} {score:.2f}"
+        text = name if score is None else f"{name} {score:.2f}"
         scaled = points and [(x * factor, y * factor, visible) for x, y, visible in points]
-        boxes.append(Box((x1, y1, x2, y2), caption, class_color(label), mask=mask, points=scaled))
+        boxes.append(Box((x1, y1, x2, y2), text, class_color(label), mask=mask, points=scaled))
     draw_boxes(picture, boxes, layout=layout)
+    if caption:
+        pen, place = ImageDraw.Draw(picture), (4, picture.height - 4)
+        pen.rectangle(pen.textbbox(place, caption, anchor="lb"), fill="white")
+        pen.text(place, caption, "black", anchor="lb")
     return picture
 
 
