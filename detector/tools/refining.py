@@ -18,9 +18,8 @@ from detector.tools.source import load_source, pick_device, split_for
 from detector.tools.training import resuming_command
 from detector.training.failures import Interrupted
 from detector.training.optimization import OptimizerConfig
-from detector.training.refinement_data import RefinementData
-from detector.training.refinement_run import train_refinement
-from detector.training.refinement_task import RefinementTask
+from detector.training.refinement import RefinementData, RefinementTask
+from detector.training.run import train
 
 BOX_GRADIENTS = {
     "exact": BoxGradient.exact(),
@@ -55,8 +54,10 @@ def refine(flags: argparse.Namespace) -> int:
             cache_bytes=int(max(flags.cache_gb, 0) * 1e9),
         )
         data = RefinementData(
+            score_on,
             root=str(folder.root),
             train_split=flags.train_split,
+            val_split=flags.split,
             annotations=folder.annotations,
             images=folder.images,
             orientation=folder.orientation,
@@ -69,11 +70,9 @@ def refine(flags: argparse.Namespace) -> int:
         )
         devices = flags.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         try:
-            train_refinement(
+            train(
                 task,
                 data,
-                score_on,
-                split=flags.split,
                 run_dir=flags.run_dir or _run_dir(flags, called),
                 ckpt_path=flags.ckpt_path,
                 save_every=flags.save_every,

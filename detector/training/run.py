@@ -18,9 +18,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from detector.errors import ImageError, ModelError, UserError, one_line
-from detector.evaluation.running import EvaluationOptions, Predictions, run_detector
-from detector.evaluation.scoring import evaluate_predictions
-from detector.pretrained.loading import checkpoint_of, load_checkpoint
+from detector.evaluation.running import EvaluationOptions
+from detector.evaluation.tables import refinement_table, text_table
+from detector.files import link_atomically
+from detector.pretrained.loading import checkpoint_of
 from detector.run_folders import newest_folder, run_folder, unused_folder
 from detector.signals import sigterm_as_ctrl_c
 from detector.training.checkpoints import BEST, LAST, AtomicCheckpointIO, Checkpoints
@@ -35,6 +36,17 @@ from detector.training.task import DetectionTask
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in str(record.msg))
 
 HALF_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")  # 16-bit weights
+FILES = {
+    f"checkpoints/{LAST}": "the weights that were scored",
+    f"checkpoints/{BEST}": "those with the highest val AP",
+    "scores.json": "the scores",
+    "report.json": "the scores by class, by size and by image",
+    "report.html": "a page of them, with the worst and the best images",
+    "detections.json": "detections in COCO's results format",
+    "examples.png": "val images: the ground truth on the left, detections on the right",
+    "config.yaml": "all settings; --config takes it, for the same run again",
+    RECORD: "versions, seed, data and git state",
+}
 
 
 def train(
@@ -65,7 +77,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM stopped it; the same call with ``ckpt_path="last"`` goes on.
     """
     run = Run(run_dir, ckpt_path, save_every=save_every)
-    return run.train(lightning.Trainer(**run.trainer_options(trainer_options)), task, data)
+    return run.train(lightning.Trainer(**run.trainer_options(task.trainer_defaults | trainer_options)), task, data)
 
 
 class Run:
@@ -174,56 +186,36 @@ class Run:
             raise
 
     def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
-        """Score the val split with the weights as they are, write it all, and say where everything lies."""
-        device = trainer.strategy.root_device
-        last = self.checkpoints.last if self.checkpoints.last.exists() else self.checkpoint
-        if last is None:
-            raise TrainingError(
-                "the run ended before its first step, so nothing can be scored",
-                hints=("give a longer {max_time}", "remove the callback that stops it"),
-            )
-        detector = load_checkpoint(last)  # with averaged weights, if there are any
-        options = EvaluationOptions(device=device, batch_size=data.val_batch_size, workers=data.workers)
-        if task.scored_step == trainer.global_step:
-            found = Predictions(data.val_set.image_ids, task.results)
-        else:  # it stopped within an epoch, or had been finished before
-            if self.checkpoints.signal is not None:  # that came after the last step
-                raise KeyboardInterrupt
-            with trainer.precision_plugin.forward_context():
-                found = run_detector(detector.model.to(device), data.val_set, data.val_set.category_ids, options)
-        evaluation = evaluate_predictions(
-            found,
-            data.val_set,
-            options,
-            detector=detector,
-            model=str(last),
-            root=str(data.root),
-            split_name=data.val_split,
-            notes=data.notes,
+        """Score the last checkpoint, and print what the folder holds."""
+        last = self.checkpoints.last
+        if self.checkpoints.signal is not None and task.scored_step != trainer.global_step:
+            raise KeyboardInterrupt  # it came after the last step
+        if not last.exists():
+            if self.checkpoint is None:
+                raise TrainingError(
+                    "the run ended before its first step, so nothing can be scored",
+                    hints=("give a longer {max_time}", "remove the callback that stops it"),
+                )
+            last.parent.mkdir(parents=True, exist_ok=True)
+            link_atomically(self.checkpoint, last)  # there was nothing left to train
+        options = EvaluationOptions(
+            device=trainer.strategy.root_device, batch_size=data.val_batch_size, workers=data.workers
         )
+        evaluation = task.evaluate(last, options)
         evaluation.write(self.folder, of_training=True)
-        scores = evaluation.scores
+        if evaluation.report.refinement is not None:
+            print(f"\n{text_table(refinement_table(evaluation.report.refinement))}")
         for note in evaluation.report.notes:
             print(f"Note: {note}")
         print(f"\nThe run is in {self.folder}/")
-        for name, what in {
-            f"checkpoints/{LAST}": "the weights that were scored",
-            f"checkpoints/{BEST}": "those with the highest val AP",
-            "scores.json": f"the scores, AP {scores['AP']:.3f}",
-            "report.json": "the scores by class, by size, image by image",
-            "report.html": "a page of them, with the worst and the best images",
-            "detections.json": "detections in COCO's results format",
-            "examples.png": "val images: the ground truth on the left, detections on the right",
-            "config.yaml": "all settings: --config takes it, for the same run again",
-            RECORD: "versions, seed, data and git state",
-        }.items():
+        for name, content in FILES.items():
             if (self.folder / name).exists():
-                print(f"  {name:22} {what}")
-        print(f"  tensorboard --logdir {self.folder}")
-        for warning in (self.divergence.warning(task), warn_if_all_alike(found.results)):
+                print(f"  {name:22} {content}")
+        print(f"  AP {evaluation.scores['AP']:.3f}\n  tensorboard --logdir {self.folder}")
+        for warning in (self.divergence.warning(task), warn_if_all_alike(evaluation.results)):
             if warning is not None:
                 print(f"\nWARNING: {warning}.")
-        return scores
+        return evaluation.scores
 
     def _interrupted(self) -> Interrupted:
         last = self.checkpoints.last

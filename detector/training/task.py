@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import lightning
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from detector.data.annotation_types import AnnotationType
 from detector.data.results import Result, to_results
-from detector.evaluation import Predictions, detect_with_losses
+from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.metric import evaluate_types
 from detector.evaluation.ranks import gathered
+from detector.evaluation.running import EvaluationOptions, Predictions, run_detector
+from detector.evaluation.scoring import Evaluation, evaluate_predictions
 from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
 from detector.models.build import build_detector
@@ -24,7 +27,7 @@ from detector.models.published import batch_norm_eps, set_batch_norm_eps, starts
 from detector.models.weights import as_model_error
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.initial_weights import load_initial_weights
-from detector.pretrained.loading import CHECKPOINT_KEY
+from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
 from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.sampling import seed_sampling
 from detector.rcnn.swap import swap_crop_head
@@ -53,6 +56,7 @@ class DetectionTask(lightning.LightningModule):
             to a trained detector.
     """
 
+    trainer_defaults: ClassVar[dict[str, Any]] = {}
     new_run = "start a new run from its weights, with any settings: {weights} FILE"  # the alternative to resuming
 
     def __init__(
@@ -249,6 +253,25 @@ class DetectionTask(lightning.LightningModule):
         if trainer.max_steps < 1:
             raise TrainingError("the schedule needs an end", hints=("set {max_epochs}", "set {max_steps}"))
         return trainer.max_steps, per_epoch
+
+    def evaluate(self, checkpoint: Path, options: EvaluationOptions) -> Evaluation:
+        """Evaluate a checkpoint of this training on the val split; the last validation is not repeated."""
+        detector, split = load_checkpoint(checkpoint), self.data.val_set  # with averaged weights, if there are any
+        if self.scored_step == self.trainer.global_step:
+            found = Predictions(split.image_ids, self.results)
+        else:  # the run stopped within an epoch, or had ended before
+            with self.trainer.precision_plugin.forward_context():
+                found = run_detector(detector.model.to(options.device), split, split.category_ids, options)
+        return evaluate_predictions(
+            found,
+            split,
+            options,
+            detector=detector,
+            model=str(checkpoint),
+            root=str(self.data.root),
+            split_name=self.data.val_split,
+            notes=self.data.notes,
+        )
 
     def _load_initial_weights(self) -> None:
         """Load the weights to begin with, once; not earlier, since a checkpoint may take their place."""
