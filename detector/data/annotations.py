@@ -18,12 +18,7 @@ from detector.errors import DataError, MissingAnnotationsError
 
 
 class PackedStrings:
-    """Many strings in one block of memory, which forked workers share; str objects would be copied page by page.
-
-    Args:
-        pieces: in UTF-8.
-        order: string ``i`` is ``pieces[order[i]]``.
-    """
+    """UTF-8 strings in one block of memory, which forked workers share. String ``i`` is ``pieces[order[i]]``."""
 
     def __init__(self, pieces: Sequence[Any] | np.ndarray, order: np.ndarray) -> None:
         self._block = b"".join(pieces)
@@ -137,9 +132,7 @@ def read_annotations(
 def raise_errors(findings: Iterable[Finding], checked: str | None = None) -> Counter[str]:
     """Raise the first error with the number of others, or count warnings and annotations with ``ignore`` by kind.
 
-    Args:
-        findings: of one file.
-        checked: the arguments with which ``tools/check.py`` lists them all.
+    ``checked`` are the arguments with which ``tools/check.py`` lists all errors.
     """
     warnings: Counter[str] = Counter()
     first, more = None, -1

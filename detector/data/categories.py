@@ -146,13 +146,7 @@ def names_alike(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, s
 
 def difference(name: str, other: str) -> str:
     """Describe the difference of two names that are alike."""
-    one, two = ("".join(text.split()) for text in (name, other))
-    if name.lower() == other.lower():
-        what = "case"
-    elif one == two:
-        what = "blanks"
-    else:
-        what = "case and blanks" if one.lower() == two.lower() else "hyphens, underscores or Unicode form"
+    what = "case" if name.lower() == other.lower() else "case, blanks, hyphens, underscores or Unicode form"
     return f"{short_repr(name)} and {short_repr(other)} differ only by {what}"
 
 

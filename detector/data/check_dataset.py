@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detector.choices import Orientation
 from detector.data.annotation_types import AnnotationType
 from detector.data.categories import difference, names_alike, no_shared_name, same_categories
 from detector.data.checks import (
@@ -22,8 +23,7 @@ from detector.data.checks import (
     sizes_of_images,
 )
 from detector.data.entries import CocoFile, Entries
-from detector.data.image_files import ORIENTATION_KINDS, check_files, open_images
-from detector.data.images import OVERRULED_ORIENTATION, Orientation
+from detector.data.image_files import check_files, open_images
 from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, short_repr
@@ -75,8 +75,7 @@ def check_dataset(
 ) -> DatasetReport:
     """Find everything that is wrong with an annotation file and its images. Raises nothing about the data.
 
-    Errors are what training refuses. Broken masks and keypoints are warnings, for boxes can be trained without them;
-    they are checked only if there is no error.
+    Errors are what training refuses. Masks and keypoints are checked if there is none; single broken ones are warnings.
 
     Args:
         annotations: the annotation file, see :func:`~detector.data.annotations.read_annotations`.
@@ -114,8 +113,7 @@ def check_dataset(
         usable = [i for i in range(len(entries)) if i not in unusable and i not in entries.wrong]
         described = [{field: entries[field][i] for field in ("file_name", "width", "height")} for i in usable]
         opened = open_images(images, described, orientation=orientation, workers=workers)
-        found = [finding for finding in opened if finding is not None]
-        findings += sorted(found, key=lambda finding: finding.kind == ORIENTATION_KINDS[OVERRULED_ORIENTATION])
+        findings += [finding for finding in opened if finding is not None]
     counts = (_count(len(one), one.name.removesuffix("s")) for one in (entries, file.annotations))
     return DatasetReport(findings, "{} with {} of {}".format(*counts, _count(len(file.categories), "category")))
 

@@ -21,25 +21,15 @@ IGNORED = "annotations with ignore 1"
 
 @dataclass(frozen=True)
 class Finding:
-    """An error, a warning or a note on a data set.
+    """An error, a warning or a note on a data set."""
 
-    Args:
-        kind: a short heading, such as "missing image files".
-        level: "error": the file cannot be used; "warning": something is clipped, left out or counted wrong; "note".
-        message: names the file, the entry (its place in the list, and its id), the field and the value.
-    """
-
-    kind: str
-    level: Level
-    message: str
+    kind: str  # a short heading, such as "missing image files"
+    level: Level  # "error": the file cannot be used; "warning": something is clipped, left out or counted wrong
+    message: str  # names the file, the entry (its place in the list, and its id), the field and the value
 
 
 def check_annotations(file: CocoFile) -> Iterator[Finding]:
-    """Check an annotation file.
-
-    :func:`~detector.data.annotations.read_annotations` accepts a file without findings of level "error". Masks and
-    keypoints are checked by :mod:`~detector.data.mask_keypoint_checks`.
-    """
+    """Check an annotation file, but for masks and keypoints. Without errors, ``read_annotations`` accepts it."""
     annotations = file.annotations
     for message in file.missing.values():
         yield Finding("not in COCO's format", "error", f"{file.path}: {message}")
@@ -119,11 +109,9 @@ def sizes_of_images(file: CocoFile) -> np.ndarray:
 
 
 def corners_in_images(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Convert boxes to the targets of training: (x1, y1, x2, y2) clipped to their images, [L, 4] float32.
+    """Convert boxes (x, y, width, height) to (x1, y1, x2, y2) clipped to their images, [L, 4] float32 in pixels.
 
-    Args:
-        boxes: [L, 4], x, y, width and height in pixels.
-        sizes: [L, 2], width and height of the images.
+    ``sizes`` are width and height of the image of each, [L, 2].
     """
     corners = boxes.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
@@ -131,12 +119,7 @@ def corners_in_images(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def far_from_boxes(areas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Whether no object in the box can have the area, [L] bool. Some exporters write 0 or 1 as placeholders.
-
-    Args:
-        areas: [L], in square pixels; NaN where there is none.
-        boxes: [L, 4], x, y, width and height in pixels.
-    """
+    """Whether no object in the box (x, y, width, height) can have the area, [L] bool; false where it is NaN."""
     of_boxes = boxes[:, 2:].prod(axis=1)
     small = (areas < of_boxes / 1000) | ((areas <= 1) & (of_boxes > 9))  # thin diagonals may have a thousandth
     return (small | (areas > 3 * of_boxes + 20)) & (boxes[:, 2:] > 0).all(axis=1)

@@ -35,16 +35,8 @@ RESIZED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray, truth: Annotations) -> str | None:
     """Find out whether results meet the objects of their images only when their boxes are read in another way.
 
-    Each image's best-scored results are compared, as many as it has objects.
-
-    Args:
-        boxes: [L, 4], the four numbers of each result.
-        scores: [L].
-        image_ids: [L].
-        truth: the annotations of the images.
-
-    Returns:
-        What the boxes look like, with the number that meet an object; ``None`` if they are right, or if nothing fits.
+    Each image's best-scored results are compared, as many as it has objects. Returns what the boxes [L, 4] look like,
+    with the number that meet an object; ``None`` if they are right, or if nothing fits.
     """
     best, objects = _best_of_images(scores, image_ids, truth)
     rows = np.concatenate(best) if best else np.empty(0, int)

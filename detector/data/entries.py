@@ -1,7 +1,8 @@
 """The lists of COCO's files as columns."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from contextlib import suppress
 from functools import cached_property
 from math import nan
 from pathlib import Path
@@ -40,16 +41,14 @@ RESULT_BOX = Field(
 )
 AREA = Field(Annotated[float, Meta(ge=0, le=MAX_AREA)], "a number from 0 to 1e10", "f8", nan, True)
 FLAG = Field(bool | Annotated[float, Meta(ge=0, le=1, multiple_of=1)], "0 or 1", "?", optional=True)
-ANY = Field(Any, "", "O", None, optional=True)
 SCORE = Field(float, "a finite number", "f8")
 LAZY = dict.fromkeys(("segmentation", "keypoints"), Field(Raw, "", "O", Raw(), optional=True))  # decoded when used
+IGNORE = {"ignore": Field(Any, "", "O", None, optional=True), **LAZY}
 RESULTS = "results"  # the list of a results file
 FIELDS: dict[str, dict[str, Field]] = {
     "images": {"id": ID, "file_name": TEXT, "width": SIZE, "height": SIZE},
     "categories": {"id": ID, "name": TEXT},
-    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG}
-    | {"ignore": ANY}
-    | LAZY,
+    "annotations": {"id": ID, "image_id": ID, "category_id": ID, "bbox": BOX, "area": AREA, "iscrowd": FLAG, **IGNORE},
     RESULTS: {"image_id": ID, "category_id": ID, "score": SCORE, "bbox": RESULT_BOX} | LAZY,
 }
 
@@ -57,14 +56,8 @@ FIELDS: dict[str, dict[str, Field]] = {
 class Entries:
     """A list of a file as columns by field: ``entries["bbox"]`` is [N, 4].
 
-    Args:
-        path: the file, for messages.
-        name: the list's name, a key of :data:`FIELDS`.
-        raws: the JSON of each entry, kept for messages.
-        without: fields that are not read.
-
-    Attributes:
-        wrong: missing and wrong fields by the position of their entry; [] for an entry that is not a dict.
+    ``name`` is a key of :data:`FIELDS`, ``raws`` the JSON of each entry, ``without`` unread fields. ``wrong``
+    holds missing and wrong fields by the position of their entry; [] for an entry that is not a dict.
     """
 
     def __init__(self, path: str | Path, name: str, raws: list[Raw], *, without: Collection[str] = ()) -> None:
@@ -77,7 +70,7 @@ class Entries:
         try:
             self._rows = np.fromiter(map(msgspec.structs.astuple, map(self._decode, raws)), columns, len(raws))
         except ValueError:
-            self._rows = np.fromiter(self._one_by_one(), columns, len(raws))
+            self._rows = np.fromiter((self._row(at, raw) for at, raw in enumerate(raws)), columns, len(raws))
         if "bbox" in self.fields:
             size = np.abs(self["bbox"])
             for position in np.flatnonzero(((size > 0) & (size < MIN_COORDINATE)).any(axis=1)).tolist():
@@ -106,15 +99,10 @@ class Entries:
         called = f" (id {short_repr(entry['id'])})" if isinstance(entry, dict) and "id" in entry else ""
         return f"{self.path}: {self.name}[{position}]{called}"
 
-    def _one_by_one(self) -> Iterator[tuple[Any, ...]]:
-        """The rows of a list in which some entries are wrong."""
-        for position, raw in enumerate(self.raws):
-            try:
-                yield msgspec.structs.astuple(self._decode(raw))
-            except ValueError:
-                yield self._by_field(position, raw)
-
-    def _by_field(self, position: int, raw: Raw) -> tuple[Any, ...]:
+    def _row(self, position: int, raw: Raw) -> tuple[Any, ...]:
+        """Decode an entry that may be wrong."""
+        with suppress(ValueError):
+            return msgspec.structs.astuple(self._decode(raw))
         try:
             given = msgspec.json.decode(raw, type=dict[str, Raw])
         except ValueError:
@@ -137,15 +125,14 @@ _Lists: Any = msgspec.defstruct("_Lists", [(name, LIST | dict, None) for name in
 
 
 class CocoFile:
-    """An annotation file: its lists :data:`LISTS`, each empty where it is missing.
+    """An annotation file: ``images``, ``categories`` and ``annotations``, each empty where it is missing.
+
+    ``missing`` holds messages on lists that are missing or no lists, by name; by "file" if the file holds no dict.
 
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or another file of their format.
         fields: the fields among :data:`LAZY` that are read.
         labelled: whether annotations are read. COCO's test files have none.
-
-    Attributes:
-        missing: messages on lists that are missing or no lists, by name; by "file" if the file holds no dict.
 
     Raises:
         DataError: the file cannot be read, or is not JSON.

@@ -33,15 +33,10 @@ ORIENTATION_KINDS = {  # the kinds of findings by the beginnings of remarks
 def check_files(
     names: Iterable[str | None], folder: str | Path, where: Callable[[int], str]
 ) -> Iterator[tuple[int | None, Finding]]:
-    """Check that image files are in their folder, without opening them.
+    """Check that image files, by names relative to the folder, are there, without opening them.
 
-    Args:
-        names: of the images, relative to the folder; ``None`` is skipped.
-        folder: of the images.
-        where: names an image in a message, by its place in ``names``.
-
-    Yields:
-        Errors, each with the place of its image; ``None`` for the folder.
+    Yields errors, each with the position of its image; ``None`` for the folder. ``where`` names an image in a message
+    by its position.
     """
     try:
         present = set(os.listdir(folder))  # faster than asking for each of COCO's 118,000 files

@@ -67,13 +67,8 @@ def check_annotation_type(
 ) -> Iterator[Finding]:
     """Check the masks, or the keypoints, of annotations that are valid otherwise.
 
-    Nothing is found in a file without any. Most of them outside their boxes are an error, and so are masks of which
-    none has a pixel.
-
-    Args:
-        file: a file without errors, see :func:`~detector.data.checks.check_annotations`.
-        annotation_type: which of them.
-        broken: the level of those that cannot be read: "error" where they are needed.
+    Nothing is found in a file without any. If most lie outside their boxes, or if no mask has a pixel, that is an
+    error. ``broken`` is the level of masks or keypoints that cannot be read.
     """
     if not has_any(file, annotation_type):
         return

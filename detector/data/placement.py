@@ -26,26 +26,18 @@ READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the masks, or keypoints, of L objects lie.
+    """Where the masks, or keypoints, of L objects lie."""
 
-    Args:
-        outside: [L] bool, whether they lie outside their box.
-        wrong: whether most objects' numbers are wrong: far outside, or right in another reading.
-        looks: what the numbers look like, and what to do; ``None`` if no reading fits.
-    """
-
-    outside: np.ndarray
-    wrong: bool
-    looks: str | None = None
+    outside: np.ndarray  # [L] bool, whether they lie outside their box
+    wrong: bool  # whether most objects' numbers are wrong: far outside, or right in another reading
+    looks: str | None = None  # what the numbers look like, and what to do; None if no reading fits
 
 
 def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare the boxes around masks with the objects' own. A mask with less than a tenth of its box inside is outside.
+    """Compare the corners (x1, y1), (x2, y2) around masks, [L, 2, 2], with the objects' boxes.
 
-    Args:
-        corners: [L, 2, 2], the upper left and the lower right corner around each mask, in pixels.
-        boxes: [L, 4] (x1, y1, x2, y2) in pixels, of positive size.
-        sizes: [L, 2], width and height of the images.
+    ``boxes`` [L, 4] (x1, y1, x2, y2) have a positive size; ``sizes`` [L, 2] are width and height of their images. All
+    are in pixels. A mask is outside if less than a tenth of the box around it lies inside.
     """
     labelled = np.ones(corners.shape[:2], dtype=bool)
     wrong, looks = _best_reading(corners, labelled, boxes, sizes, fit=_iou, right=0.8, better=0.2)
@@ -55,13 +47,10 @@ def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) ->
 
 
 def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare keypoints with the objects' boxes. An object with less than half of them in or near its box is outside.
+    """Compare keypoints (x, y), [L, P, 2], with the objects' boxes, as :func:`mask_placement` does.
 
-    Args:
-        points: [L, P, 2], x and y in pixels.
-        labelled: [L, P] bool, the points that count; at least one of each object.
-        boxes: [L, 4] (x1, y1, x2, y2) in pixels, of positive size.
-        sizes: [L, 2], width and height of the images.
+    ``labelled`` [L, P] are the points that count, at least one of each object. An object is outside if less than half
+    of them lie in or near its box.
     """
     outside = _share(points, labelled, boxes, margin=0.25, pixels=2) < 0.5
     far = _share(points, labelled, boxes, margin=1, pixels=10) < 0.5

@@ -100,16 +100,12 @@ def _rle_problem(rle: _Rle, width: int, height: int) -> str | None:
 
 
 def measure_masks(segmentations: Sequence[Any], sizes: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the boxes and areas of masks.
-
-    Args:
-        segmentations: those of :func:`read_segmentation`; ``None`` for masks that are not measured.
-        sizes: width and height of each one's image.
+    """Measure the masks of :func:`read_segmentation` in images of ``sizes`` (width, height).
 
     Returns:
         Boxes, [L, 4] float64 (x1, y1, x2, y2) in pixels, around the points of polygons or the pixels of an RLE; NaN for
-        an RLE without a pixel. Areas, [L] float64, in pixels: exact for RLE, for polygons of under 10 pixels and for
-        those that leave their image; otherwise the enclosed area, with overlaps counted twice. NaN for ``None``.
+        ``None`` and an RLE without a pixel. Areas, [L] float64, in pixels; NaN for ``None``. They are exact for RLE and
+        for polygons that are small or leave their image; elsewhere overlaps count twice.
     """
     boxes, areas = np.full((len(segmentations), 4), np.nan), np.full(len(segmentations), np.nan)
     numbers, owners, lengths = array("d"), [], []

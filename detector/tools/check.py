@@ -36,13 +36,11 @@ def check(
     python tools/check.py val.json --images val --other train.json --other_images train   # images in both splits
     python tools/check.py train.json --train_config configs/bccd.yaml   # whether its anchors fit the boxes
 
-    Errors are what training or scoring refuses: wrong fields, ids and references, normalised boxes, missing or broken
-    images or images of another size, files without a box to train on, masks or keypoints that do not lie in their
-    boxes. Warnings are what it leaves out, clips or counts wrong: empty boxes, boxes that reach outside their image by
-    more than a pixel (and whether they look like corners or centres), duplicate boxes, areas far from those of boxes
-    or masks, duplicate file or category names, category names that are almost the same, images that another split has,
-    masks and keypoints that are broken or missing. Notes: images without annotations, unused categories, images whose
-    EXIF orientation matters, annotations with ignore 1, anchors that fit few objects, and which fit more.
+    Errors are what training or scoring refuses: wrong fields and references, normalised boxes, images that are missing,
+    broken or of another size, no box to train on, masks or keypoints outside their boxes. Warnings are what it leaves
+    out, clips or counts wrong: boxes that are empty, outside their image or duplicate, or look like corners or centres;
+    areas that do not fit; duplicate or similar names; images of another split; broken or missing masks and keypoints.
+    Notes: unused images and categories, EXIF orientations that matter, annotations with ignore 1, unfit anchors.
 
     exit code: 0 nothing wrong (but for notes), 1 warnings, 2 errors (or a mistake in the command line), 130 interrupted
 

@@ -94,38 +94,27 @@ def test_an_area_that_is_missing_is_that_of_the_box(tmp_path):
     assert annotations.areas.tolist() == [50, 0, 600]
 
 
-def test_a_data_set_takes_a_hundred_bytes_an_object(tmp_path):
-    """As it is sent to a worker that is spawned; dicts and lists take a kilobyte."""
+def test_a_data_set_is_small_to_send_to_workers(tmp_path):
     count = 20_000
     data = copy.deepcopy(VALID)
     data["annotations"] = [{**VALID["annotations"][1], "id": n, "bbox": [n / count, 5, 20, 10]} for n in range(count)]
     path = write(tmp_path, data)
-    assert len(pickle.dumps(CocoDetection(tmp_path / "images", path))) < 100 * count
-
-
-def test_workers_are_sent_what_they_read(tmp_path):
-    path = write(tmp_path)
-    data = CocoDetection(tmp_path / "images", path)
-    received = pickle.loads(pickle.dumps(data))
-    for index in range(len(data)):
-        image, target = data[index]
-        other, same = received[index]
-        assert (other == image).all()
-        assert all((same[name] == target[name]).all() for name in target)
+    sent = pickle.dumps(CocoDetection(tmp_path / "images", path))
+    assert len(sent) < 100 * count
+    assert pickle.loads(sent).counts().tolist() == [count, 0]
 
 
 @pytest.mark.parametrize(("constant", "shown"), [("NaN", "nan"), ("Infinity", "inf"), ("-Infinity", "-inf")])
-def test_numbers_that_json_has_not(tmp_path, constant, shown):
-    """Python writes them. They matter where they are read."""
+def test_words_that_python_writes_for_numbers(tmp_path, constant, shown):
     data = changed("annotations", 0, "area", value="here")
     data["images"][1]["file_name"] = name = f'b, {constant}, [{constant}] \\"{constant}.png'
     path = write(tmp_path, data)
     text = path.read_text()
     path.write_text(text.replace('"here"', constant))
-    with pytest.raises(DataError, match=rf"annotations\[0\] \(id 1\) has area {shown}, must be"):
+    with pytest.raises(DataError, match=rf"annotations\[0\] \(id 1\) has area {shown}"):
         read_annotations(path)
     path.write_text(text.replace('"cat"', constant))
-    with pytest.raises(DataError, match=rf"categories\[0\] \(id 7\) has name {shown}, must be a string"):
+    with pytest.raises(DataError, match=rf"categories\[0\] \(id 7\) has name {shown}"):
         read_annotations(path)
     path.write_text(text.replace('"here"', f'5, "score": [{constant} , {constant}]'))
     annotations = read_annotations(path)
@@ -144,8 +133,7 @@ def test_words_and_halves_in_one_file(tmp_path):
             read_annotations(path)
 
 
-def test_halves_of_surrogate_pairs(tmp_path):
-    """Python writes them for file names that are not UTF-8."""
+def test_halves_of_surrogate_pairs_which_python_writes_for_file_names(tmp_path):
     path = write(tmp_path)
     text = path.read_text()
     for unread in ("\\ud83d\\ude00", "\\udce4", "\\ud800", "\\ud800x", "\\udc00\\ud800"):
@@ -177,17 +165,11 @@ def test_files_that_are_no_json_say_what_they_are(tmp_path, content, words):
         read_annotations(path)
 
 
-def test_the_last_of_a_field_that_is_there_twice_counts(tmp_path):
-    path = write(tmp_path)
-    path.write_text(path.read_text().replace('"area": 50', '"area": "wide", "area": 51'))
-    assert read_annotations(path).areas[0] == 51
-
-
 def test_one_wrong_entry_of_many_is_named(tmp_path):
     data = copy.deepcopy(VALID)
     data["annotations"] = [{**VALID["annotations"][1], "id": n, "area": n} for n in range(5000)]
     data["annotations"][-1]["image_id"] = 4.0
-    with pytest.raises(DataError, match=r"annotations\[4999\] \(id 4999\) has image_id 4\.0, must be an integer"):
+    with pytest.raises(DataError, match=r"annotations\[4999\] \(id 4999\) has image_id 4\.0"):
         read_annotations(write(tmp_path, data))
 
 
@@ -198,7 +180,6 @@ def test_text_that_is_not_utf_8_is_named(tmp_path, monkeypatch, at_once):
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"dog"', '"dög, ägypten, ü"'.encode()))
     assert read_annotations(path).categories[0]["name"] == "dög, ägypten, ü"
-    path.write_bytes(content.replace(b'"cat"', b'"c\xe4t"'))
     for wrong in (content[:-5] + "é".encode()[:1], b"\x89PNG\r\n\xff"):  # cut off within a letter, no text
         path.write_bytes(wrong)
         with pytest.raises(DataError, match="not valid JSON"):
@@ -206,15 +187,12 @@ def test_text_that_is_not_utf_8_is_named(tmp_path, monkeypatch, at_once):
     path.write_bytes(content.replace(b'"cat"', b'"c\xe4t"'))
     column = content.index(b'"cat"') + 3
     for read in (read_annotations, read_json):
-        with pytest.raises(DataError, match=rf"not UTF-8 \(line 1, column {column}: byte 0xe4\).*save it as UTF-8"):
+        with pytest.raises(DataError, match=rf"line 1, column {column}: byte 0xe4"):
             read(path)
 
 
-def test_right_files_are_not_read_entry_by_entry(tmp_path, monkeypatch):
-    def never(self):
-        raise AssertionError("read one by one")
-
-    monkeypatch.setattr(Entries, "_one_by_one", never)
+def test_valid_files_are_not_read_entry_by_entry(tmp_path, monkeypatch):
+    monkeypatch.setattr(Entries, "_row", None)
     path = tmp_path / "a.json"
     path.write_text(json.dumps(mixed()))
     assert len(read_annotations(path, annotation_types=["masks"]).ids) == 50
@@ -231,7 +209,7 @@ def test_lists_without_entries(tmp_path):
             read_annotations(write(tmp_path, lost))
 
 
-def test_annotations_that_are_given_hold_the_parts(tmp_path):
+def test_given_annotations_hold_the_annotation_types(tmp_path):
     annotation = VALID["annotations"][0] | {"segmentation": [[1, 1, 9, 1, 9, 9]]}
     path = write(tmp_path, {**VALID, "annotations": [annotation]})
     with_masks = read_annotations(path, annotation_types=["masks"])
@@ -239,6 +217,20 @@ def test_annotations_that_are_given_hold_the_parts(tmp_path):
     assert set(CocoDetection(tmp_path / "images", with_masks)[0][1]) == {"boxes", "labels", "image_id"}
     with pytest.raises(ValueError, match="annotation_types"):
         CocoDetection(tmp_path / "images", read_annotations(path), annotation_types=["masks"])
+
+
+def test_images_that_are_left_out_or_missing(tmp_path):
+    path = write(tmp_path)
+    data = CocoDetection(tmp_path / "images", path)
+    assert "a.png: broken" in data.leave_out({4: "a.png: broken"})
+    assert (data.image_ids, len(data), data[0][1]["image_id"]) == ([9], 1, 9)
+    (tmp_path / "images" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"b\.png"):
+        CocoDetection(tmp_path / "images", path)
+    with pytest.raises(DataError, match=r"b\.png"):
+        CocoDetection(tmp_path / "images", path, skip_missing=True)[1]
+    with pytest.raises(DataError, match="nowhere"):
+        CocoDetection(tmp_path / "nowhere", path, skip_missing=True)
 
 
 @pytest.mark.slow

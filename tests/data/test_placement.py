@@ -7,6 +7,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from detector.data import mask_keypoint_checks as checks_module
+from detector.data.annotation_types import FIELD
 from detector.data.annotations import read_annotations
 from detector.data.check_dataset import check_dataset
 from detector.data.entries import CocoFile
@@ -16,7 +17,6 @@ from detector.data.segmentations import measure_masks
 from detector.errors import DataError
 
 WIDTH, HEIGHT = 640, 480
-FIELD = {"masks": "segmentation", "keypoints": "keypoints"}
 
 
 def objects(count=40, seed=0, low=30, high=150):
@@ -42,14 +42,18 @@ def visible(points):
     return np.hstack([points, np.full((len(points), 1), 2)]).reshape(-1).tolist()
 
 
-def file(root, part, change=lambda points, box: points, *, some=lambda number: True, area=None, **size):
+def unchanged(points, box):
+    return points
+
+
+def file(root, annotation_type, change=unchanged, *, some=lambda number: True, area=None, **size):
     """A file of masks or keypoints, of which some are changed."""
     annotations = []
     for number, (box, outline, points) in enumerate(objects(**size), start=1):
-        given = outline if part == "masks" else points
+        given = outline if annotation_type == "masks" else points
         value = change(given, box) if some(number) else given
         if isinstance(value, np.ndarray):
-            value = polygons(value) if part == "masks" else visible(value)
+            value = polygons(value) if annotation_type == "masks" else visible(value)
         annotations.append(
             {
                 "id": number,
@@ -57,7 +61,7 @@ def file(root, part, change=lambda points, box: points, *, some=lambda number: T
                 "category_id": 1,
                 "bbox": box.tolist(),
                 "area": float(np.pi / 4 * box[2] * box[3]) if area is None else area(box),
-                FIELD[part]: value,
+                FIELD[annotation_type]: value,
             }
         )
     images = [{"id": i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in range(4)]
@@ -70,8 +74,8 @@ def file(root, part, change=lambda points, box: points, *, some=lambda number: T
 
 def found(path):
     """What check.py finds, by level and kind; notes are left out."""
-    problems = check_dataset(path).findings
-    return {(problem.level, problem.kind) for problem in problems if problem.level != "note"}
+    findings = check_dataset(path).findings
+    return {(finding.level, finding.kind) for finding in findings if finding.level != "note"}
 
 
 SIZE = np.array([WIDTH, HEIGHT])
@@ -86,35 +90,28 @@ LOOKS = {
 }
 
 
-@pytest.mark.parametrize("part", ["masks", "keypoints"])
+@pytest.mark.parametrize("annotation_type", ["masks", "keypoints"])
 @pytest.mark.parametrize("looks", LOOKS)
-@pytest.mark.parametrize("share", [1.0, 0.75])
-def test_most_are_outside_their_boxes(tmp_path, part, looks, share):
-    path = file(tmp_path, part, LOOKS[looks], some=lambda number: number <= 40 * share)
-    (problem,) = [one for one in check_annotation_type(CocoFile(path), part) if one.level == "error"]
-    assert looks in problem.message
-    assert problem in check_dataset(path).findings  # an error there, too
+@pytest.mark.parametrize("share", [0.75])
+def test_most_are_outside_their_boxes(tmp_path, annotation_type, looks, share):
+    path = file(tmp_path, annotation_type, LOOKS[looks], some=lambda number: number <= 40 * share)
+    (finding,) = [one for one in check_annotation_type(CocoFile(path), annotation_type) if one.level == "error"]
+    assert looks in finding.message
+    assert finding in check_dataset(path).findings  # an error there, too
     with pytest.raises(DataError, match=looks):
-        read_annotations(path, annotation_types=[part])
+        read_annotations(path, annotation_types=[annotation_type])
     read_annotations(path)  # boxes can be trained
 
 
-@pytest.mark.parametrize("part", ["masks", "keypoints"])
+@pytest.mark.parametrize("annotation_type", ["masks", "keypoints"])
 @pytest.mark.parametrize("looks", ["normalised", "to their box"])
 @pytest.mark.parametrize("count", [1, 40])
-def test_normalised_ones_in_large_boxes(tmp_path, part, looks, count):
+def test_normalised_ones_in_large_boxes(tmp_path, annotation_type, looks, count):
     """Of which many begin in the image's corner, where small numbers are."""
-    path = file(tmp_path, part, LOOKS[looks], count=count, low=300, high=450)
+    path = file(tmp_path, annotation_type, LOOKS[looks], count=count, low=300, high=450)
     with pytest.raises(DataError, match=looks if count > 1 else "bbox"):
-        read_annotations(path, annotation_types=[part])
-    assert found(file(tmp_path, part, count=count, low=300, high=450)) == set()
-
-
-@pytest.mark.parametrize("looks", LOOKS)
-def test_masks_in_large_boxes(tmp_path, looks):
-    path = file(tmp_path, "masks", LOOKS[looks], low=300, high=450)
-    (problem,) = [one for one in check_annotation_type(CocoFile(path), "masks") if one.level == "error"]
-    assert problem.kind == "annotation file whose masks lie outside boxes"
+        read_annotations(path, annotation_types=[annotation_type])
+    assert found(file(tmp_path, annotation_type, count=count, low=300, high=450)) == set()
 
 
 def test_masks_of_a_small_part_are_in_their_boxes(tmp_path):
@@ -135,7 +132,7 @@ def test_a_point_on_the_ground_below_its_box_is_no_error(tmp_path, below):
 
 
 @pytest.mark.parametrize("placeholder", [0, -1])
-def test_labelled_placeholders_are_flaws(tmp_path, placeholder):
+def test_labelled_placeholders_are_warnings(tmp_path, placeholder):
     def some_at_the_corner(points, box):
         return np.vstack([points[:2], np.full((3, 2), placeholder)])
 
@@ -168,20 +165,20 @@ def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, chan
     assert found(file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])) == {("warning", kind)}
 
 
-@pytest.mark.parametrize("part", ["masks", "keypoints"])
-def test_right_ones_are_right(tmp_path, part):
-    assert found(file(tmp_path, part)) == set()
-    loose = file(tmp_path, part, lambda points, box: (points + 0.2 * box[2:]).clip(0, SIZE))
+@pytest.mark.parametrize("annotation_type", ["masks", "keypoints"])
+def test_valid_ones_have_no_findings(tmp_path, annotation_type):
+    assert found(file(tmp_path, annotation_type)) == set()
+    loose = file(tmp_path, annotation_type, lambda points, box: (points + 0.2 * box[2:]).clip(0, SIZE))
     assert found(loose) == set()
 
 
-@pytest.mark.parametrize("part", ["masks", "keypoints"])
-def test_a_few_outside_their_boxes_are_flaws(tmp_path, part):
-    path = file(tmp_path, part, LOOKS["y before x"], some=lambda number: number % 4 == 0)
-    kind = f"{'masks' if part == 'masks' else 'keypoints'} outside their boxes"
+@pytest.mark.parametrize("annotation_type", ["masks", "keypoints"])
+def test_a_few_outside_their_boxes_are_warnings(tmp_path, annotation_type):
+    path = file(tmp_path, annotation_type, LOOKS["y before x"], some=lambda number: number % 4 == 0)
+    kind = f"{'masks' if annotation_type == 'masks' else 'keypoints'} outside their boxes"
     assert ("warning", kind) in found(path)
     assert not any(level == "error" for level, _ in found(path))
-    warnings = read_annotations(path, annotation_types=[part]).warnings
+    warnings = read_annotations(path, annotation_types=[annotation_type]).warnings
     assert 0 < warnings[kind] <= 10
 
 
@@ -219,7 +216,7 @@ def test_masks_outside_their_image_are_outside_their_boxes(tmp_path):
     assert found(one) == {("warning", "masks without a pixel")}
 
 
-def test_masks_that_reach_outside_their_image_are_a_flaw(tmp_path):
+def test_masks_that_reach_outside_their_image_are_warnings(tmp_path):
     path = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-5, box[1]]]]), some=lambda n: n < 4)
     assert ("warning", "masks that reach outside their image") in found(path)
     rounded = file(tmp_path, "masks", lambda points, box: np.vstack([points, [[-0.4, box[1]]]]), some=lambda n: n < 4)
@@ -231,7 +228,7 @@ def test_points_up_and_left_of_their_image_are_no_placeholders(tmp_path):
     assert found(path) == {("warning", "keypoints outside their image")}
 
 
-def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
+def test_labelled_points_outside_their_image_are_warnings(tmp_path):
     def moved(points, box):
         return np.vstack([points[:4], [[WIDTH + 30.0, 10.0]]])
 
@@ -242,25 +239,29 @@ def test_labelled_points_outside_their_image_are_a_flaw(tmp_path):
     assert found(unlabelled) == set()
 
 
-@pytest.mark.parametrize("part", ["masks", "keypoints"])
+@pytest.mark.parametrize("annotation_type", ["masks", "keypoints"])
 @pytest.mark.parametrize(
     "area",
     [lambda box: 0, lambda box: 1, lambda box: box[2] * box[3] / WIDTH / HEIGHT, lambda box: 9 * box[2] * box[3]],
 )
-def test_areas_far_from_the_boxes_are_flaws(tmp_path, part, area):
-    path = file(tmp_path, part, area=area)
+def test_areas_far_from_the_boxes_are_warnings(tmp_path, annotation_type, area):
+    path = file(tmp_path, annotation_type, area=area)
     kind = "areas that are far from their boxes'"
     assert found(path) == {("warning", kind)}
-    assert read_annotations(path, annotation_types=[part]).warnings == read_annotations(path).warnings == {kind: 40}
+    assert (
+        read_annotations(path, annotation_types=[annotation_type]).warnings
+        == read_annotations(path).warnings
+        == {kind: 40}
+    )
 
 
 @pytest.mark.parametrize("share", [0.002, 0.02, 0.1, 0.5, 1.0, 2.0])
-def test_areas_of_thin_objects_and_of_their_boxes_are_none(tmp_path, share):
+def test_areas_of_thin_objects_and_of_their_boxes_are_valid(tmp_path, share):
     path = file(tmp_path, "keypoints", area=lambda box: share * box[2] * box[3])
     assert found(path) == set()
 
 
-def test_areas_far_from_the_masks_are_flaws(tmp_path):
+def test_areas_far_from_the_masks_are_warnings(tmp_path):
     kind = "areas that are far from their masks'"
     scaled = file(tmp_path, "masks", area=lambda box: 0.2 * box[2] * box[3])  # of an image of half the size
     assert found(scaled) == {("warning", kind)}

@@ -41,8 +41,8 @@ def write(root: Path, data=VALID) -> Path:
     return root / "a.json"
 
 
-def problems_in(root: Path, data) -> list[Finding]:
-    """The problems of a file with this content, ``a.json``."""
+def findings_in(root: Path, data) -> list[Finding]:
+    """Write ``a.json`` with this content, and return its findings."""
     (root / "a.json").write_text(json.dumps(data))
     return list(check_annotations(CocoFile(root / "a.json")))
 

@@ -1,4 +1,4 @@
-"""The command that checks a data set: its exit codes, its flags, and mistakes in them."""
+"""The command that checks a data set: its exit codes and flags."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def tool(capsys):
     def run(*arguments):
         try:
             code = main([str(argument) for argument in arguments])
-        except SystemExit as end:  # argparse
+        except SystemExit as end:
             code = end.code
         return code, *capsys.readouterr()
 
@@ -34,9 +34,8 @@ def test_exit_codes(tmp_path, tool):
     command = [sys.executable, TOOL, path, "--images", tmp_path / "images"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     fine = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert fine.returncode == 0, fine.stderr
+    assert (fine.returncode, fine.stderr) == (0, "")
     assert fine.stdout.splitlines()[-1] == "nothing wrong, 1 note in 2 images with 3 annotations of 3 categories"
-    assert fine.stderr == ""
     write(tmp_path, boxed(1, 2, 0, 3))
     code, printed, _ = tool(path)
     assert code == 1
@@ -44,18 +43,11 @@ def test_exit_codes(tmp_path, tool):
     assert "--images DIR" in printed
     path.write_text(path.read_text()[:-30])
     code, printed, error = tool(path, "--images", tmp_path / "images", "--quick")
-    assert code == 2
-    assert "cut off" in printed
+    assert (code, error) == (2, "")
     assert printed.splitlines()[-1] == "1 error"
-    assert error == ""
 
 
-@pytest.fixture
-def splits(tmp_path):
-    return write_splits(tmp_path)
-
-
-def test_tool_takes_anchors_from_a_configuration_and_from_flags(tmp_path, tool):
+def test_anchors_come_from_a_training_configuration_and_from_flags(tmp_path, tool):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(scattered(lambda x, y, *_: (x, y, 30, 30))))
     config = tmp_path / "config.yaml"
@@ -66,50 +58,43 @@ def test_tool_takes_anchors_from_a_configuration_and_from_flags(tmp_path, tool):
     assert "anchors" not in printed
     code, printed, _ = tool(path, "--train_config", config)
     assert code == 0
-    assert "anchors have sizes [9, 10, 11, 12, 13] and ratios [0.5, 1, 2]" in printed
+    assert "[9, 10, 11, 12, 13]" in printed
     (flag,) = re.findall(r'--model\.detector\.anchor_sizes "\[(.*)\]"', printed)
     assert "anchors" not in tool(path, "--train_config", config, "--anchor_sizes", *flag.split(", "))[1]
-    assert "ratios [7, 8, 9]" in tool(path, "--aspect_ratios", *"789")[1]
+    assert "[7, 8, 9]" in tool(path, "--aspect_ratios", *"789")[1]
     config.write_text("model: {}")
     assert "anchors" not in tool(path, "--train_config", config)[1]
 
 
-def test_tool_compares_splits(splits, tool):
-    val, images, train, train_images = splits
+def test_splits_are_compared(tmp_path, tool):
+    val, images, train, train_images = write_splits(tmp_path)
     code, printed, _ = tool(val, "--images", images, "--other", train, "--other_images", train_images)
     assert code == 1
     assert printed.startswith("1 warning: images that the other split has, too\n")
     for arguments in (["--images", images], ["--images", images, "--other_images", train_images, "--quick"]):
         code, printed, _ = tool(val, "--other", train, *arguments)
         assert code == 0
-        assert "Only names were compared" in printed
+        assert "--other_images" in printed
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "named"),
     [
-        (["--train_config", "none.yaml"], "none.yaml"),
-        (["--train_config", "list.yaml"], "list.yaml"),
-        (["--train_config", "broken.yaml"], "broken.yaml: not valid YAML"),
-        (["--train_config", "binary.yaml"], "binary.yaml: not UTF-8"),
+        *((["--train_config", f"{name}.yaml"], f"{name}.yaml") for name in ("none", "list", "broken", "binary")),
         (["--train_config", "wrong.yaml"], "anchor_sizes"),
-        (["--min_size", "0"], "min_size"),
-        (["--aspect_ratios", "nan", "1", "2"], "aspect_ratios"),
-        (["--other_images", "images"], "other_images"),
+        (["--min_size", "0"], "--min_size"),
+        (["--aspect_ratios", "nan", "1", "2"], "--aspect_ratios"),
+        (["--other_images", "images"], "--other_images"),
         (["--anchor_sizes", "1"], "--anchor_sizes"),
+        (["--workers", "0"], "--workers"),
+        (["--examples", "-1"], "--examples"),
     ],
 )
-def test_mistakes_in_the_command_line(tmp_path, monkeypatch, tool, arguments, words):
+def test_mistakes_in_the_command_line(tmp_path, monkeypatch, tool, arguments, named):
     monkeypatch.chdir(tmp_path)
-    for name, content in {
-        "list.yaml": b"[1, 2]",
-        "broken.yaml": b"a: [",
-        "binary.yaml": b"\xff\x00",
-        "wrong.yaml": b"model: {detector: {anchor_sizes: [1]}}",
-    }.items():
-        (tmp_path / name).write_bytes(content)
-    path = write(tmp_path)
-    code, printed, error = tool(path, *arguments)
-    assert code == 2
-    assert words in error
-    assert printed == ""
+    wrong = b"model: {detector: {anchor_sizes: [1]}}"
+    for name, content in {"list": b"[1, 2]", "broken": b"a: [", "binary": b"\xff\x00", "wrong": wrong}.items():
+        (tmp_path / f"{name}.yaml").write_bytes(content)
+    code, printed, error = tool(write(tmp_path), *arguments)
+    assert (code, printed) == (2, "")
+    assert named in error
