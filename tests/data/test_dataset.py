@@ -1,9 +1,6 @@
-"""Reading COCO's layout: what is mapped, dropped, turned, refused."""
+"""Data sets in COCO's layout: labels, boxes, augmentation."""
 
 import json
-import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,301 +12,122 @@ from torchvision.transforms import v2
 
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection, as_float
-from detector.data.images import read_image, read_image_with_remarks
-from detector.errors import DataError, ImageError
+from detector.data.folder import DataFolder
+from detector.data.images import read_image
+from detector.errors import DataError
+from detector.training.data import CocoDataModule
 
 
-def test_categories_with_gaps_are_mapped_and_back(tmp_path):
+def test_categories_with_gaps_are_mapped_to_labels(tmp_path):
     dataset(tmp_path)
     data = load(tmp_path)
     assert data.category_ids == [3, 7]
     assert data.category_names == ["dog", "cat"]
     assert data.image_ids == [4, 9]
     _, target = data[0]
-    assert target["labels"].tolist() == [2, 1]
     assert [data.category_ids[label - 1] for label in target["labels"]] == [7, 3]
+    data.relabel([7, None], ["cat", "cow"])
+    assert data[0][1]["labels"].tolist() == [1]
+    assert data.label_counts() == {1: 1}
 
 
-def test_crowds_and_empty_boxes_are_left_out_and_counted(tmp_path):
+def test_targets_contain_neither_crowds_nor_empty_boxes(tmp_path):
     dataset(tmp_path)
     data = load(tmp_path)
     _, target = data[0]
-    # The second box reaches beyond the image and is cut there.
+    # The second box is clipped to the image.
     assert target["boxes"].tolist() == [[1, 2, 11, 7], [5, 5, 30, 15]]
-    assert len(data.annotations.ids) == 5  # the evaluation sees all of them
+    assert len(data.annotations.ids) == 5
+    assert data.counts().tolist() == [2, 0]
+    shapes, sizes = data.shapes()
+    assert shapes.tolist() == [[10, 5], [25, 10]]
+    assert sizes.tolist() == [[30, 20]] * 2
 
 
-def test_image_without_objects(tmp_path):
+def test_an_image_without_objects(tmp_path):
     dataset(tmp_path)
     image, target = load(tmp_path)[1]
-    assert image.shape == (3, 20, 30)
-    assert image.dtype == torch.float32
-    assert image.min() >= 0
-    assert image.max() <= 1
+    assert type(image) is type(target["boxes"]) is torch.Tensor
+    assert (image.shape, image.dtype) == ((3, 20, 30), torch.float32)
+    assert 0 <= image.min() <= image.max() <= 1
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)
     assert target["image_id"] == 9
-    assert type(image) is torch.Tensor
-    assert type(target["boxes"]) is torch.Tensor
+    dataset(tmp_path, annotations=[])
+    assert load(tmp_path).shapes()[0].shape == (0, 2)
+
+
+def test_images_that_are_kept_and_left_out(tmp_path):
+    dataset(tmp_path)
+    data = load(tmp_path)
+    message = data.leave_out({4: "a.png is broken"})
+    assert all(words in message for words in ("1 of 2", "(4)", "a.png is broken"))
+    assert data.image_ids == [9]
+    assert data.files() == [tmp_path / "images" / "b.png"]
+    data.keep([])
+    assert len(data) == 0
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
     dataset(tmp_path)
     flip = v2.Compose([v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.5)])
     data = load(tmp_path, transform=flip, seed=1)
-    torch.manual_seed(0)
     state = torch.get_rng_state()
     first = {(epoch, index): data[epoch, index] for epoch in range(8) for index in range(2)}
-    assert torch.equal(state, torch.get_rng_state())  # the surroundings are left alone
+    assert torch.equal(state, torch.get_rng_state())  # the global generator does not move
     torch.manual_seed(5)
     for key in reversed(list(first)):
-        again = data[key]
-        assert torch.equal(first[key][0], again[0])
-        assert torch.equal(first[key][1]["boxes"], again[1]["boxes"])
+        image, target = data[key]
+        assert torch.equal(first[key][0], image)
+        assert torch.equal(first[key][1]["boxes"], target["boxes"])
     boxes = {tuple(first[epoch, 0][1]["boxes"][0].tolist()) for epoch in range(8)}
-    assert boxes == {(1.0, 2.0, 11.0, 7.0), (19.0, 2.0, 29.0, 7.0)}  # as it is, and flipped with its box
+    assert boxes == {(1.0, 2.0, 11.0, 7.0), (19.0, 2.0, 29.0, 7.0)}  # stored, and flipped with its box
     other = load(tmp_path, transform=flip, seed=2)
     assert any(not torch.equal(first[epoch, 0][0], other[epoch, 0][0]) for epoch in range(8))
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1", "I;16"])
-def test_any_mode_is_read_as_rgb(tmp_path, mode):
-    values = np.linspace(0, 255, 48).reshape(6, 8)
-    if mode == "I;16":
-        image = Image.fromarray((values * 257).astype(np.uint16))
-    else:
-        image = Image.fromarray(values.astype(np.uint8)).convert("RGB").convert(mode)
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
-    image.save(path)
-    pixels = read_image(path, size=(8, 6))
-    assert pixels.shape == (3, 6, 8)
-    assert pixels.dtype == torch.uint8
-    if mode in ("L", "LA", "RGBA", "I;16"):
-        assert (pixels[0].double() - torch.from_numpy(values)).abs().max() <= 1.01
-
-
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-@pytest.mark.parametrize(
-    ("largest", "bits"),
-    [(0, 8), (1, 8), (255, 8), (256, 10), (1023, 10), (1024, 12), (4095, 12), (4096, 14), (16384, 16), (65535, 16)],
-)
-def test_16_bits_that_hold_fewer_are_scaled_by_those(tmp_path, largest, bits, suffix):
-    values = np.linspace(0, largest, 48).astype(np.uint16).reshape(6, 8)
-    path = tmp_path / f"image.{suffix}"
-    Image.fromarray(values).save(path)
-    with Image.open(path) as image:
-        assert image.mode.startswith("I")
-    pixels, remarks = read_image_with_remarks(path)
-    expected = [[int(value) * 256 // 2**bits for value in row] for row in values]
-    assert pixels.tolist() == [expected] * 3
-    said = [f"values of 16 bits or more that use at most {bits}, scaled by those {bits}"]
-    assert remarks == (said if largest > 0 and bits < 16 else [])
-    assert torch.equal(pixels, read_image(path))
-
-
-def test_floats_are_scaled_if_they_lie_in_0_to_1(tmp_path):
-    path = tmp_path / "image.tif"
-    grey = np.arange(48).reshape(6, 8) * 5
-    for values, remark in ((grey / 255, "floats from 0 to 1, scaled to 0 to 255"), (grey, None), (grey * 0, "floats")):
-        Image.fromarray(values.astype(np.float32)).save(path)
-        pixels, remarks = read_image_with_remarks(path)
-        assert pixels.tolist() == [(grey * 0 if values.max() == 0 else grey).tolist()] * 3
-        assert len(remarks) == (remark is not None)
-        assert remark is None or remarks[0].startswith(remark)
-
-
-@pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        (np.float32([-0.1, 1]), r"floats from -0\.1 to 1: 0 to 1 or 0 to 255 are read; scale them, or save it with 8"),
-        (np.float32([0, 255.5]), r"floats from 0 to 255\.5: "),
-        (np.float32([0, np.nan]), "floats from nan to nan: "),
-        (np.float32([0, np.inf]), "floats from 0 to inf: "),
-        (np.int32([-1024, 3000]), "integers from -1024 to 3000: 0 to 65535 are read; save it with 8 or 16 bits"),
-        (np.int32([0, 65536]), "integers from 0 to 65536: "),
-    ],
-)
-def test_values_that_are_no_colours_are_refused(tmp_path, values, reason):
-    path = tmp_path / "image.tif"
-    Image.fromarray(values.reshape(1, 2)).save(path)
-    with pytest.raises(DataError, match=f"^{path}: the image has {reason}"):
-        read_image(path)
-
-
-def test_12_bits_are_read_for_training_as_for_predicting(tmp_path):
+def test_12_bits_are_read_for_training_as_for_prediction(tmp_path):
     dataset(tmp_path)
     values = np.random.default_rng(0).integers(0, 4096, (20, 30), dtype=np.uint16)
     values[0, 0] = 4095
     Image.fromarray(values).save(tmp_path / "images" / "a.png")
     image, _ = load(tmp_path)[0]
     assert torch.equal((image * 255).round().to(torch.uint8), read_image(tmp_path / "images" / "a.png"))
-    assert (image[0] * 255).round().tolist() == (values // 16).tolist()
-
-
-def test_dark_colours_of_16_bits_are_said(tmp_path):
-    """Pillow has no mode for them, and gives the upper half of each."""
-    path = tmp_path / "image.png"
-    for largest, said in ((4095, True), (2**14, False)):
-        row = b"\0" + struct.pack(">24H", *[0] * 21, largest, 0, largest // 2)
-        head = (b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0))
-        path.write_bytes(chunks(head, (b"IDAT", zlib.compress(row * 6)), (b"IEND", b"")))
-        pixels, remarks = read_image_with_remarks(path)
-        assert pixels.max() == largest >> 8
-        assert remarks == ["dark colours of 16 bits, of which only the upper 8 are read; save them with 8"] * said
-
-
-FRAMES = {"gif": "GIF", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "avif": "AVIF", "mpo": "MPO"}
-
-
-@pytest.mark.parametrize("suffix", FRAMES)
-def test_of_several_frames_the_first_is_taken_and_that_is_said(tmp_path, suffix):
-    if f".{suffix}" not in Image.registered_extensions():
-        pytest.skip(f"this Pillow reads no {suffix}")
-    first, second = (Image.new("RGB", (64, 48), color) for color in ("red", "blue"))
-    several, single = tmp_path / f"several.{suffix}", tmp_path / f"single.{suffix}"
-    first.save(several, FRAMES[suffix], save_all=True, append_images=[second])
-    first.save(single, "JPEG" if suffix == "mpo" else FRAMES[suffix])
-    for path in (several, single):
-        pixels, remarks = read_image_with_remarks(path)
-        pixels = pixels.float()
-        assert (pixels - torch.tensor([255.0, 0, 0])[:, None, None]).abs().max() < 20
-        said = path == several and suffix != "mpo"  # of a phone's second view nobody wants to hear
-        assert remarks == ["several frames or pages, of which the first was taken"] * said
-
-
-def test_what_is_broken_behind_the_first_frame_does_not_matter(tmp_path):
-    path = tmp_path / "image.gif"
-    frames = [Image.new("L", (64, 48), grey) for grey in (10, 200)]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    content = path.read_bytes()
-    read = 0
-    for cut in range(len(content)):
-        path.write_bytes(content[:cut])
-        try:
-            pixels = read_image(path)
-        except DataError:
-            continue
-        assert torch.equal(read_image_with_remarks(path)[0], pixels)
-        read += 1
-    assert read > 10
-
-
-def rotated(path: Path, orientation: int) -> torch.Tensor:
-    """Write a JPEG of 16x8 stored pixels with an EXIF orientation; its pixels as stored."""
-    values = np.zeros((8, 16, 3), dtype=np.uint8)
-    values[:, :4] = 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(values).save(path, exif=exif, quality=95)
-    return torch.from_numpy(values).permute(2, 0, 1)
-
-
-def test_annotated_size_decides_about_exif_orientation(tmp_path):
-    path = tmp_path / "image.jpg"
-    stored = rotated(path, 6)  # a viewer turns it by 90 degrees: 8 wide, 16 high
-    as_stored = read_image(path, size=(16, 8))
-    assert (as_stored.int() - stored.int()).abs().max() < 30
-    upright = read_image(path, size=(8, 16))
-    assert (upright.int() - stored.rot90(-1, (1, 2)).int()).abs().max() < 30
-    assert torch.equal(read_image(path), upright)
-    with pytest.raises(DataError, match=r"image\.jpg.*16x8.*says 9x9"):
-        read_image(path, size=(9, 9))
-
-
-def test_broken_images_are_named(tmp_path):
-    whole = tmp_path / "whole.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
-    cut = tmp_path / "cut.jpg"
-    cut.write_bytes(whole.read_bytes()[:700])
-    text = tmp_path / "text.jpg"
-    text.write_text("not an image")
-    for path, reason in ((cut, "cut off"), (text, "cannot be read"), (tmp_path / "none.jpg", "no such image")):
-        with pytest.raises(DataError, match=rf"{path.name}.*{reason}"):
-            read_image(path)
-
-
-def png(*more: tuple[bytes, bytes], width=8, height=6) -> bytes:
-    head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return chunks(head, *more, (b"IDAT", zlib.compress(bytes(9 * 6))), (b"IEND", b""))
-
-
-def chunks(*parts: tuple[bytes, bytes]) -> bytes:
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
-    )
-
-
-def test_one_limit_to_an_images_size_without_a_warning(tmp_path, recwarn):
-    path = tmp_path / "image.png"
-    path.write_bytes(png())
-    assert read_image(path).shape == (3, 6, 8)
-    for width in (9_000, 15_000, 60_000):  # Pillow warns of the first two, and reads them
-        path.write_bytes(png(width=width, height=10_000))
-        with pytest.raises(DataError, match=r"image\.png.*(limit of 89,478,485|exceeds limit)"):
-            read_image(path)
-    assert not recwarn.list
-
-
-def test_max_pixels_is_another_limit_for_one_image(tmp_path, monkeypatch, recwarn):
-    path = tmp_path / "image.png"
-    Image.new("RGB", (30, 20)).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow itself refuses more than 200
-    for options, reason in (
-        ({}, r"Image size \(600 pixels\) exceeds limit of 200 pixels"),
-        ({"max_pixels": 599}, "the image has 30x20 pixels, .* limit of 599"),
-        ({"max_pixels": 299}, r"Image size \(600 pixels\) exceeds limit of 598 pixels"),
-    ):
-        with pytest.raises(ImageError, match=f"^{path}: {reason}.*max_pixels"):
-            read_image(path, **options)
-        assert Image.MAX_IMAGE_PIXELS == 100
-    assert read_image(path, max_pixels=600).shape == (3, 20, 30)
-    assert Image.MAX_IMAGE_PIXELS == 100
-    with pytest.raises(DataError, match="no such image"):
-        read_image(tmp_path / "nothing.png", max_pixels=600)
-    assert Image.MAX_IMAGE_PIXELS == 100
-    assert not recwarn.list
-
-
-def test_a_file_that_is_no_photograph_is_not_given_to_other_programs(tmp_path):
-    path = tmp_path / "image.jpg"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n")
-    with Image.open(path) as image:
-        assert image.format == "EPS"  # which Ghostscript would run
-    with pytest.raises(DataError, match=r"image\.jpg: cannot be read as an image"):
-        read_image(path)
-
-
-def test_exif_data_that_is_cut_off(tmp_path):
-    path = tmp_path / "image.png"
-    path.write_bytes(png((b"eXIf", b"MM\0*")))
-    assert torch.equal(read_image(path, size=(8, 6)), read_image(path))  # no orientation can be told
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "image.png")
-    with pytest.raises(DataError, match=r"image\.png.*no regular file"):
-        read_image(tmp_path / "image.png")
-
-
-IMAGE = {"id": 1, "file_name": "a.png", "width": 30, "height": 20}
-BOX = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}
 
 
 def test_files_that_are_no_annotations(tmp_path):
     path = tmp_path / "a.json"
-    with pytest.raises(DataError, match=r"a\.json: no such file"):
-        read_annotations(path)
-    content = json.dumps(dataset(tmp_path))
-    for text in ("", "[1, 2]", "3", content[: len(content) // 2], '{"images": []}', "\x00\xff"):
-        path.write_text(text)
+    content = json.dumps(dataset(tmp_path)).encode()
+    for text in (None, b"", b"[1, 2]", b"3", content[: len(content) // 2], b'{"images": []}', b"\xff\xfe\x00"):
+        if text is not None:
+            path.write_bytes(text)
         with pytest.raises(DataError, match=r"a\.json"):
             read_annotations(path)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match=r"a\.json"):
-        read_annotations(path)
-    with pytest.raises(DataError, match="no such image folder"):
+    with pytest.raises(DataError, match="nowhere"):
         CocoDetection(tmp_path / "nowhere", tmp_path / "annotations.json")
+    (tmp_path / "images" / "a.png").unlink()
+    with pytest.raises(DataError, match=r"a\.png"):
+        load(tmp_path)
+
+
+def test_a_speck_that_loses_its_area_in_the_transform_is_removed(tmp_path):
+    boxes = [[29.999998, 2, 1e-6, 4], [1, 2, 3, 4]]
+    annotations = [{"id": i, "image_id": 4, "category_id": 3, "bbox": box} for i, box in enumerate(boxes)]
+    dataset(tmp_path, annotations=annotations)
+    _, target = load(tmp_path, transform=v2.Resize([4, 5]))[0]
+    assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+    assert len(target["boxes"]) == len(target["labels"])
+
+
+def test_images_in_bytes_are_those_in_floats(tmp_path):
+    dataset(tmp_path)
+    data = load(tmp_path, transform=v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8)]))
+    for index in range(2):
+        (floats, target), (sent, same) = data[3, index], data.as_bytes()[3, index]
+        assert sent.dtype == torch.uint8
+        assert torch.equal(as_float(sent), floats)
+        assert all(torch.equal(target[name], same[name]) for name in target)
+        assert sent.untyped_storage().nbytes() == sent.nbytes  # without the rest of the image
 
 
 def test_real_micrographs(bccd):
@@ -321,37 +139,132 @@ def test_real_micrographs(bccd):
     assert target["boxes"].amax() <= 640
 
 
-def test_speck_that_loses_its_size_in_the_transform_is_left_out(tmp_path):
-    speck = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [29.999998, 2, 1e-6, 4]}
-    dataset(tmp_path, images=[IMAGE], annotations=[speck, {**BOX, "id": 2}])
-    data = load(tmp_path, transform=v2.Resize([4, 5]))
-    _, target = data[0]
-    assert (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
-    assert len(target["boxes"]) == len(target["labels"])
-
-
 def test_real_coco(coco_cc):
-    """A genuine subset of COCO: ids with gaps, crowds, images without objects."""
-    folder = coco_cc
-    data = CocoDetection(folder / "val2017", folder / "annotations" / "instances_val2017.json")
+    """A subset of COCO: ids with gaps, crowds, images without objects."""
+    data = CocoDetection(coco_cc / "val2017", coco_cc / "annotations" / "instances_val2017.json")
     assert len(data.category_ids) == 80
     assert data.category_ids[-1] == 90
-    crowds = data.annotations.crowds.sum()
-    assert crowds == 8
-    assert data.counts().sum() + crowds == len(data.annotations.ids) == 560
-    for index in (0, len(data) - 1):
-        image, target = data[index]
-        info = data.annotations.image(*data.annotations.find([int(target["image_id"])]))
-        assert image.shape == (3, info["height"], info["width"])
+    assert data.counts().sum() + data.annotations.crowds.sum() == len(data.annotations.ids) == 560
+    image, target = data[len(data) - 1]
+    info = data.annotations.image(*data.annotations.find([int(target["image_id"])]))
+    assert image.shape == (3, info["height"], info["width"])
 
 
-def test_images_in_bytes_are_those_in_floats(tmp_path):
+def test_files_of_a_split():
+    folder = DataFolder(Path("coco"))
+    assert folder.annotation_file("val2017") == Path("coco/annotations/instances_val2017.json")
+    assert folder.image_folder("val2017") == Path("coco/val2017")
+    folder = DataFolder(Path("a{b}"), "{fold}/{split}{}/{split:>9}.json", "{split}/{split}{")
+    assert folder.annotation_file("val") == Path("a{b}/{fold}/val{}/{split:>9}.json")
+    assert folder.image_folder("{split}") == Path("a{b}/{split}/{split}{")
+
+
+def test_a_split_as_a_data_set(tmp_path):
     dataset(tmp_path)
-    crop = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(8)])
-    data = load(tmp_path, transform=crop)
-    for index in range(2):
-        (floats, target), (sent, same) = data[3, index], data.as_bytes()[3, index]
-        assert sent.dtype == torch.uint8
-        assert torch.equal(as_float(sent), floats)
-        assert all(torch.equal(target[name], same[name]) for name in target)
-        assert sent.untyped_storage().nbytes() == sent.nbytes  # not that of the whole image
+    (tmp_path / "images" / "a.png").unlink()
+    data = DataFolder(tmp_path, "{split}.json", "images").dataset("annotations", seed=3, skip_missing=True)
+    assert (len(data), data.seed) == (2, 3)
+
+
+# --- Augmentation by the data module --------------------------------------------------------------------------------
+
+COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+BOXES = [(12, 20, 40, 30), (70, 5, 25, 60), (60, 70, 50, 22)]  # x, y, width, height
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Four equal images of rectangles in the colours of their classes."""
+    root = tmp_path_factory.mktemp("rectangles")
+    pixels = np.full((100, 120, 3), 128, np.uint8)
+    for (x, y, width, height), color in zip(BOXES, COLORS):
+        pixels[y : y + height, x : x + width] = color
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 120, "height": 100} for i in range(1, 5)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(("red", "green", "blue"), start=1)],
+        "annotations": [
+            {"id": 10 * i + label, "image_id": i, "category_id": label, "bbox": list(box)}
+            for i in range(1, 5)
+            for label, box in enumerate(BOXES, start=1)
+        ],
+    }
+    (root / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir()
+        for i in range(1, 5):
+            Image.fromarray(pixels).save(root / split / f"{i}.png")
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+def items(root, *, epochs=5, **settings):
+    data = CocoDataModule(str(root), **settings).split("train2017", train=True)
+    return [data[epoch, index] for epoch in range(epochs) for index in range(len(data))]
+
+
+def extent(image, label):
+    """The box around the pixels of nearly a class's colour, if there are any."""
+    color = torch.tensor(COLORS[label - 1]) / 255
+    rows, columns = torch.where((image - color[:, None, None]).abs().amax(0) < 0.45)
+    if not len(rows):
+        return None
+    return torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.RandomHorizontalFlip(0.5),
+        v2.RandomVerticalFlip(0.5),
+        v2.RandomShortestSize([60, 100, 150], 400),
+        v2.ScaleJitter((200, 200), (0.5, 2.0)),
+        v2.RandomCrop((70, 80)),
+        v2.RandomIoUCrop(),
+        v2.RandomZoomOut(fill=0.5, p=0.5),
+        v2.RandomAffine(0, translate=(0.3, 0.3)),
+    ],
+    ids=lambda transform: type(transform).__name__,
+)
+def test_boxes_follow_the_objects(root, transform):
+    found = set()
+    for image, target in items(root, augmentation=[transform], min_size=None):
+        height, width = image.shape[1:]
+        boxes = target["boxes"]
+        assert len(boxes) == len(target["labels"])
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (boxes >= 0).all()
+        assert (boxes <= torch.tensor([width, height, width, height])).all()
+        found.add((height, width, *boxes.flatten().round().int().tolist()))
+        for box, label in zip(boxes, target["labels"].tolist()):
+            visible = extent(image, label)
+            if visible is None:  # specks, whose colour is mixed with the background
+                assert (box[2:] - box[:2]).min() < 4
+            else:
+                assert (visible - box).abs().max() <= 2.5
+    assert len(found) > 1
+
+
+def test_half_of_the_images_are_flipped_by_default(root):
+    def lefts(**settings):
+        return {round(target["boxes"][0, 0].item()) for _, target in items(root, min_size=None, **settings)}
+
+    assert lefts() == {12, 120 - 12 - 40}
+    assert lefts(augmentation=[]) == {12}
+
+
+def test_min_size_and_max_size_of_training_images(root):
+    sizes = {tuple(image.shape[1:]) for image, _ in items(root, min_size=[50, 100, 200], max_size=180, epochs=10)}
+    assert sizes == {(50, 60), (100, 120), (150, 180)}
+    assert {tuple(image.shape[1:]) for image, _ in items(root, min_size=50)} == {(50, 60)}
+
+
+def test_a_transform_that_fails_names_the_image(root):
+    data = CocoDataModule(str(root), augmentation=[v2.RandomCrop(500)]).split("train2017", train=True)
+    with pytest.raises(DataError, match=r"train2017/1\.png: the augmentation"):
+        data[0, 0]
+
+
+def test_images_are_scored_as_stored(root):
+    image, target = CocoDataModule(str(root), augmentation=[v2.RandomHorizontalFlip(1.0)]).split("val2017")[0]
+    assert tuple(image.shape) == (3, 100, 120)
+    assert target["boxes"][0].tolist() == [12, 20, 52, 50]
