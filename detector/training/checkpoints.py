@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.loops.loop import _Loop
@@ -37,11 +37,10 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where checkpoints go.
         every: steps between two checkpoints.
-        monitor: the logged score whose highest value is the best.
     """
 
-    def __init__(self, folder: Path, *, every: int = 500, monitor: str = "val/AP") -> None:
-        self.folder, self.every, self.monitor = folder, every, monitor
+    def __init__(self, folder: Path, *, every: int = 500) -> None:
+        self.folder, self.every = folder, every
         self.best: float | None = None
         self.written = 0
         self.signal: int | None = None  # that asked the run to stop
@@ -82,12 +81,12 @@ class Checkpoints(Checkpoint):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ended is not None and self.ended < _time_limit(trainer.callbacks):  # type: ignore[attr-defined]
             self.ended = None  # there is more time now
         trainer.should_stop |= self.ended is not None  # set here, Lightning does not train at all
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._handles_sigterm:  # Lightning has set its own handler, which saves nothing and may wait for other ranks
             signal.signal(signal.SIGTERM, self._handle)
         loop = trainer.fit_loop
@@ -99,7 +98,7 @@ class Checkpoints(Checkpoint):
             _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done = batch_idx + 1
         if done % trainer.accumulate_grad_batches or self._validation_follows(trainer, done):
@@ -112,19 +111,17 @@ class Checkpoints(Checkpoint):
         if stop:
             raise KeyboardInterrupt
 
-    def on_validation_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # Each rank decides for itself, since their numbers of batches differ.
         if trainer.state.fn == "fit" and self.signal is not None:
             raise KeyboardInterrupt
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         within = trainer.fit_loop.batch_idx + 1 < trainer.num_training_batches
         if trainer.state.fn == "fit" and within and self._is_best(trainer):
             self._save(trainer, BEST)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_best(trainer):
             # Before last.ckpt: a run that is killed in between scores this epoch again.
             self._save(trainer, BEST)
@@ -137,7 +134,7 @@ class Checkpoints(Checkpoint):
         if self._stop(trainer) and trainer.global_step < trainer.estimated_stepping_batches and not _ends(trainer):
             raise KeyboardInterrupt
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Callbacks may stop the run after the last save, so it is certain only now. Nothing else in the file changes,
         # since its position in the epoch decides how a run with more time goes on.
         if not _ends(trainer):
@@ -149,9 +146,9 @@ class Checkpoints(Checkpoint):
             checkpoint["callbacks"][self.state_key] = self.state_dict()
             AtomicCheckpointIO().save_checkpoint(checkpoint, self.last)
 
-    def _is_best(self, trainer: lightning.Trainer) -> bool:
+    def _is_best(self, trainer: Trainer) -> bool:
         """Return whether these weights were scored just now, and better than any before."""
-        score = trainer.callback_metrics.get(self.monitor)
+        score = trainer.callback_metrics.get("val/AP")
         scored_step = getattr(trainer.lightning_module, "scored_step", None)
         if score is None or scored_step != trainer.global_step:
             return False
@@ -161,7 +158,7 @@ class Checkpoints(Checkpoint):
             self.best = score.item()
         return better
 
-    def _validation_follows(self, trainer: lightning.Trainer, done: int) -> bool:
+    def _validation_follows(self, trainer: Trainer, done: int) -> bool:
         """Return whether the epoch ends, or validation begins, after ``done`` batches of the epoch."""
         interval = trainer.val_check_batch
         if done >= trainer.num_training_batches or not isinstance(interval, int):
@@ -170,7 +167,7 @@ class Checkpoints(Checkpoint):
             done += trainer.fit_loop.total_batch_idx - trainer.fit_loop.batch_idx
         return done % interval == 0
 
-    def _save(self, trainer: lightning.Trainer, name: str) -> None:
+    def _save(self, trainer: Trainer, name: str) -> None:
         weights: list[torch.Tensor] = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
         if not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights)):
             raise TrainingError(f"the weights are no longer finite after step {trainer.global_step}", hints=START_AGAIN)
@@ -179,7 +176,7 @@ class Checkpoints(Checkpoint):
         if name == LAST:
             self._last_step = trainer.global_step
 
-    def _stop(self, trainer: lightning.Trainer) -> bool:
+    def _stop(self, trainer: Trainer) -> bool:
         stop = self.signal is not None
         return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
 
@@ -188,14 +185,10 @@ class Checkpoints(Checkpoint):
             raise KeyboardInterrupt
         self.signal = number
         if self._verbose:
-            print(
-                "\nStopping after this step. A second time: at once, without saving.",
-                file=sys.stderr,
-                flush=True,
-            )
+            print("\nStopping after this step. A second time: at once, without saving.", file=sys.stderr, flush=True)
 
 
-def _ends(trainer: lightning.Trainer) -> bool:
+def _ends(trainer: Trainer) -> bool:
     """Return whether a callback ends the run now: it asks for it, and min_epochs and min_steps are reached."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 

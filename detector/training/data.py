@@ -25,7 +25,7 @@ from detector.data.images import Orientation
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.loading import make_loader
 from detector.data.shared_images import equal_files
-from detector.errors import DataError, MissingAnnotationsError, short_repr
+from detector.errors import DataError, short_repr
 from detector.models.resizing import RandomShortestSize
 from detector.text import listed
 from detector.training.failures import refuse_changes
@@ -144,18 +144,13 @@ class CocoDataModule(lightning.LightningDataModule):
         """
         if annotation_types is None:
             annotation_types = getattr(self.trainer and self.trainer.lightning_module, "annotation_types", ())
-        try:
-            data = self.folder.dataset(
-                name,
-                annotation_types=annotation_types,
-                transform=self.train_transform if train else None,
-                seed=self.seed,
-                skip_missing=self.skip_broken,
-            )
-        except MissingAnnotationsError as error:
-            if self.generate != "digits":
-                raise
-            raise DataError(error.message, hints=(f"delete {self.root} to write it again, with masks",)) from None
+        data = self.folder.dataset(
+            name,
+            annotation_types=annotation_types,
+            transform=self.train_transform if train else None,
+            seed=self.seed,
+            skip_missing=self.skip_broken,
+        )
         if data.annotations.warnings:
             warnings = ", ".join(f"{count:,} {kind}" for kind, count in data.annotations.warnings.items())
             rank_zero_info(f"{name}: {warnings}; python tools/check.py {self.folder.annotation_file(name)} shows them")
@@ -204,7 +199,10 @@ class CocoDataModule(lightning.LightningDataModule):
         Raises:
             DataError: an image cannot be read, and ``skip_broken`` is off.
         """
-        checks = {name: self._check_command(name) for name, _ in splits}
+        checks = {}
+        for name, _ in splits:
+            files = [str(self.folder.annotation_file(name)), "--images", str(self.folder.image_folder(name))]
+            checks[name] = shlex.join(["python", "tools/check.py", *files])
         pixels = sum(float(data.sizes().astype(float).prod(axis=1).sum()) for _, data in splits)
         if pixels > MAX_OPENED_PIXELS and not self.skip_broken:
             rank_zero_info(
@@ -232,10 +230,6 @@ class CocoDataModule(lightning.LightningDataModule):
             commands = " and ".join(checks[name] for name, _, _ in broken)
             raise DataError(f"{first}{more}", hints=(f"{commands} shows all", "train without them: {skip_broken} true"))
         return notes + [f"{name}: {data.leave_out(reasons)}" for name, data, reasons in broken]
-
-    def _check_command(self, split: str) -> str:
-        annotations, images = self.folder.annotation_file(split), self.folder.image_folder(split)
-        return shlex.join(["python", "tools/check.py", str(annotations), "--images", str(images)])
 
     @rank_zero_only
     def _report_shared_images(self) -> None:

@@ -6,7 +6,7 @@ from math import inf
 from statistics import fmean
 from typing import Any
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -41,9 +41,7 @@ class Divergence(Callback):
         self.best, self.now, self.far = state_dict["best"], state_dict["now"], state_dict["far"]
         self._losses = list(state_dict["losses"])
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if not trainer.is_global_zero:
             return
         self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)  # Lightning divides by it

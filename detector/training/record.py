@@ -8,12 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from detector.files import read_json, write_atomically, write_json
-from detector.training.failures import TrainingError
 from detector.versions import circumstances
 
 FILE = "environment.json"
@@ -31,11 +30,8 @@ class RunRecord(Callback):
     def __init__(self, folder: Path, checkpoint: Path | None) -> None:
         self.folder, self.checkpoint = folder, checkpoint
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        self._compare_ranks(trainer)
-        if not trainer.is_global_zero:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE
@@ -58,30 +54,20 @@ class RunRecord(Callback):
         }
         write_json(path, [*starts, start], indent=2)
 
-    def _compare_ranks(self, trainer: lightning.Trainer) -> None:
-        """Raise an error if ranks, which may not see the same disk, found different checkpoints."""
-        if trainer.world_size > 1:
-            found: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(found, self.checkpoint and str(self.checkpoint))
-            if len(set(found)) > 1:
-                raise TrainingError(f"the processes do not find the same checkpoint to go on from: {found}")
 
-
-def settings(trainer: lightning.Trainer) -> dict[str, Any]:
+def settings(trainer: Trainer) -> dict[str, Any]:
     """Return the settings of a run, whether it was started from a file or from Python."""
     task: Any = trainer.lightning_module
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    of_task = ("detector", "box_gradient", "optimizer", "refinement")
     of_data = ("train_split", "val_split", "annotations", "images", "batch_size", "val_batch_size", "group_by_shape")
     of_trainer = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
     return {
         "seed": data.seed,
         "data": {"root": str(data.root.resolve()), **{name: getattr(data, name) for name in of_data}},
         "transform": str(data.train_transform),
-        "detector": asdict(task.detector),
-        "box_gradient": asdict(task.box_gradient),
         "crop": task.crop,
-        "optimizer": asdict(task.optimizer),
-        "refinement": None if task.refinement is None else asdict(task.refinement),
+        **{name: getattr(task, name) and asdict(getattr(task, name)) for name in of_task},
         "trainer": {name: getattr(trainer, name) for name in of_trainer},
     }
 

@@ -32,6 +32,7 @@ from detector.training.task import DetectionTask
 
 # The rate is constant: a step sees at most a few hundred boxes, whatever the number of images.
 OPTIMIZER = OptimizerConfig(lr=1e-3, lr_rule="constant", weight_decay=1e-4)
+TRAINER_OPTIONS = {"max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val": 5.0, "log_every_n_steps": 10}
 
 
 class RefinementTask(DetectionTask):
@@ -50,12 +51,7 @@ class RefinementTask(DetectionTask):
         ModelError: the detector cannot be refined, or could not be saved.
     """
 
-    trainer_defaults: ClassVar = {
-        "max_epochs": 1,
-        "limit_val_batches": 0,
-        "gradient_clip_val": 5.0,
-        "log_every_n_steps": 10,
-    }
+    trainer_defaults: ClassVar = TRAINER_OPTIONS
     new_run = "start a new run"
 
     def __init__(
@@ -75,14 +71,9 @@ class RefinementTask(DetectionTask):
             raise ModelError(f"the detector cannot be refined: {error}") from None
         self.model.requires_grad_(False)
         self.model.roi_heads.refinement.requires_grad_()
+        categories, eps = (detector.category_ids, detector.category_names), batch_norm_eps(self.model)
         self._description = DetectorDescription(
-            detector.settings,
-            detector.crop,
-            detector.category_ids,
-            detector.category_names,
-            batch_norm_eps(self.model),
-            refinement,
-            detector.keypoints,
+            detector.settings, detector.crop, *categories, eps, refinement, detector.keypoints
         )
         self.cache = FeatureCache(cache_bytes)
         own_weights = {n: value for n, value in self.model.state_dict().items() if not n.startswith(REFINEMENT)}

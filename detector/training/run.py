@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -77,7 +78,7 @@ def train(
         Interrupted: Ctrl-C or SIGTERM stopped it; the same call with ``ckpt_path="last"`` goes on.
     """
     run = Run(run_dir, ckpt_path, save_every=save_every)
-    return run.train(lightning.Trainer(**run.trainer_options(task.trainer_defaults | trainer_options)), task, data)
+    return run.train(Trainer(**run.trainer_options(task.trainer_defaults | trainer_options)), task, data)
 
 
 class Run:
@@ -144,7 +145,7 @@ class Run:
             "plugins": [*_as_list(given.get("plugins")), AtomicCheckpointIO()],
         }
 
-    def train(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
+    def train(self, trainer: Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float] | None:
         """Train and score; see :func:`train`."""
         _refuse_half_precision(trainer.precision)  # which a plugin may have set
         for message in (".*LeafSpec.*", ".*your dataloader is not resumable.*", ".*WeightAveraging callback with a.*"):
@@ -167,13 +168,13 @@ class Run:
                 trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
             if self.checkpoints.signal is not None:  # another rank stopped first
                 raise self._interrupted() from None
-            explanation = self._explain(error, trainer, task, data)
+            explanation = self._explain(error, task, data)
             if explanation is error:
                 raise
             raise explanation from error
 
     @contextmanager
-    def _removing_empty_folder(self, trainer: lightning.Trainer) -> Iterator[None]:
+    def _removing_empty_folder(self, trainer: Trainer) -> Iterator[None]:
         """Remove the folder of a run that fails before its first step, since it holds only the settings."""
         try:
             yield
@@ -185,7 +186,7 @@ class Run:
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
 
-    def _finish(self, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
+    def _finish(self, trainer: Trainer, task: DetectionTask, data: CocoDataModule) -> dict[str, float]:
         """Score the last checkpoint, and print what the folder holds."""
         last = self.checkpoints.last
         if self.checkpoints.signal is not None and task.scored_step != trainer.global_step:
@@ -221,16 +222,14 @@ class Run:
         last = self.checkpoints.last
         return Interrupted(last if last.exists() else None)
 
-    def _explain(
-        self, error: Exception, trainer: lightning.Trainer, task: DetectionTask, data: CocoDataModule
-    ) -> Exception:
+    def _explain(self, error: Exception, task: DetectionTask, data: CocoDataModule) -> Exception:
         """Return a user error that also names the last good checkpoint, or the error itself if it is unforeseen."""
         upcoming: list[int] = []
         if task.training:
             with suppress(Exception):  # the run may not have come that far
                 upcoming = data.upcoming(2 * max(data.workers, 1))
         last, is_image = self.checkpoints.last, isinstance(error, ImageError) and not data.skip_broken
-        known: UserError | None = explain(error, trainer.global_step, task.image_ids, upcoming)
+        known: UserError | None = explain(error, task.global_step, task.image_ids, upcoming)
         if known is None:
             if not isinstance(error, (UserError, OSError)) or not (last.exists() or is_image):
                 return error
@@ -246,42 +245,31 @@ class Run:
 
 
 class StepTimes(Callback):
-    """Logs how long a step takes, and how much of it was spent waiting for data; says the mean at the end."""
+    """Logs the time of a step and how much of it is waiting for data, and prints the means at the end."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self._checkpoints = checkpoints
-        self._end: float | None = None  # of the step before, unless scoring or a checkpoint came in between
-        self._written = 0
+        self._between: Any = None  # what may have come between two steps
+        self._end: float | None = None  # of the previous step, if nothing came in between
         self._wait = 0.0
-        self._waited = self._stepped = 0.0
-        self._steps = 0
+        self._times: list[tuple[float, float]] = []
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._end = None
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._end = None
-
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._checkpoints.written != self._written:
-            self._written, self._end = self._checkpoints.written, None
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        between = (trainer.current_epoch, self._checkpoints.written, pl_module.scored_step)
+        if between != self._between:
+            self._between, self._end = between, None
         self._wait = 0.0 if self._end is None else time.perf_counter() - self._end
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.perf_counter()
         if self._end is not None:
-            step = now - self._end
-            pl_module.log_dict({"time/step": step, "time/data": self._wait})
-            self._waited, self._stepped, self._steps = self._waited + self._wait, self._stepped + step, self._steps + 1
+            self._times.append((now - self._end, self._wait))
+            pl_module.log_dict({"time/step": now - self._end, "time/data": self._wait})
         self._end = now
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self._steps and trainer.is_global_zero:
-            step, wait = self._stepped / self._steps, self._waited / self._steps
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._times and trainer.is_global_zero:
+            step, wait = (fmean(times) for times in zip(*self._times))
             print(f"{step:.3f} s a step, of which {wait:.3f} s were spent waiting for data")
 
 

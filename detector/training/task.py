@@ -194,16 +194,9 @@ class DetectionTask(lightning.LightningModule):
 
     def description(self) -> DetectorDescription:
         """Return the description of the detector for a checkpoint."""
-        train_set = self.data.train_set
-        return DetectorDescription(
-            self.detector,
-            self.crop,
-            train_set.category_ids,
-            train_set.category_names,
-            batch_norm_eps(self.model),
-            self.refinement,
-            train_set.keypoints,
-        )
+        data, eps = self.data.train_set, batch_norm_eps(self.model)
+        categories = (data.category_ids, data.category_names)
+        return DetectorDescription(self.detector, self.crop, *categories, eps, self.refinement, data.keypoints)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values, so that the file loads with weights_only=True.
