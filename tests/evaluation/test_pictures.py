@@ -1,0 +1,105 @@
+"""Pictures of an evaluation: outcomes, ground truth and detections."""
+
+import pytest
+import torch
+from PIL import Image
+from support.drawn import POINTS, as_rle, assert_cat, changed, over, pixels_of, rectangle, rgb, write_split
+
+from detector.data.drawing import COLORS, RIGHT
+from detector.evaluation.confusion import BoxOutcome
+from detector.evaluation.page import MARKS, SIDE
+from detector.evaluation.pictures import draw_examples, draw_outcomes
+from detector.evaluation.truth import coco_of
+
+CAT = {"bbox": [10, 20, 30, 40], "category_id": 3}
+DOG = {"bbox": [100, 20, 30, 40], "category_id": 8, "score": 0.876}
+
+
+def drawn_boxes(split, monkeypatch, *outcomes, unrefined=()):
+    boxes = []
+    monkeypatch.setattr("detector.evaluation.pictures.draw_boxes", lambda _, marked, **options: boxes.extend(marked))
+    draw_outcomes(torch.zeros(3, 240, 480), outcomes, split, unrefined)
+    return [(box.caption, box.color, box.stroke, box.corners) for box in boxes]
+
+
+def test_captions_colours_and_order_of_outcomes(tmp_path, monkeypatch):
+    boxes = drawn_boxes(
+        write_split(tmp_path),
+        monkeypatch,
+        BoxOutcome("missed", CAT, None),
+        BoxOutcome("false", None, DOG),
+        BoxOutcome("confused", CAT, DOG),
+        BoxOutcome("found", DOG, DOG),
+        BoxOutcome("crowd", CAT, None),
+        BoxOutcome("crowd", None, DOG),
+        unrefined=[CAT | {"bbox": [5, 5, 9, 9]}],
+    )
+    cat, dog = (20, 40, 80, 120), (200, 40, 260, 120)  # twice as large
+    assert boxes == [
+        ("", "#FFFFFF", "dotted", (10, 10, 28, 28)),
+        ("crowd: cat", MARKS["crowd"].color, "thin", cat),
+        ("dog 0.88, on a crowd", MARKS["crowd"].color, "thin", dog),
+        ("dog 0.88", COLORS[1], "thin", dog),
+        ("dog 0.88, is: cat", MARKS["confused"].color, "thick", dog),
+        ("false: dog 0.88", MARKS["false"].color, "thick", dog),
+        ("missed: cat", MARKS["missed"].color, "dashed", cat),
+    ]
+
+
+@pytest.mark.parametrize("box", [[-1e9, -1e9, 2e9, 2e9], [1e9, 5, 1e-100, 1], [5, 5, -3, -3], [470, 230, 10, 10]])
+def test_boxes_are_clipped_to_the_picture(tmp_path, monkeypatch, box):
+    outcome = BoxOutcome("missed", {"bbox": box, "category_id": 3}, None)
+    ((_, _, _, corners),) = drawn_boxes(write_split(tmp_path), monkeypatch, outcome)
+    assert all(0 <= x < SIDE and 0 <= y < SIDE / 2 for x, y in (corners[:2], corners[2:]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(3, 3000), (3000, 3), (60, 80)])
+def test_pictures_of_any_size(tmp_path, height, width):
+    outcome = BoxOutcome("missed", {"bbox": [0, 0, width, height], "category_id": 3}, None)
+    picture = draw_outcomes(torch.zeros(3, height, width), [outcome], write_split(tmp_path))
+    assert max(picture.size) == SIDE
+    assert (pixels_of(picture) == torch.tensor(rgb(MARKS["missed"].color))).all(dim=2).any()
+
+
+@pytest.mark.parametrize("kind", ["found", "false", "confused"])
+def test_mask_and_keypoints_of_a_detection(tmp_path, kind):
+    """All of its keypoints are drawn, because all are scored."""
+    split = write_split(tmp_path, "masks", "keypoints")
+    truth = coco_of(split.annotations).anns[1]
+    boxes = {"image_id": 1, "category_id": 3, "bbox": truth["bbox"], "score": 0.9}
+    more = {
+        "segmentation": as_rle(rectangle(500, 1000, 200, 200, 600, 400)),
+        "keypoints": [300, 150, 0.0, 500, 150, -3.5, 2000, 2000, 0],
+    }
+    color = COLORS[0] if kind == "found" else MARKS[kind].color
+    for detection, has in ((boxes | more, True), (boxes, False)):
+        outcome = BoxOutcome(kind, None if kind == "false" else truth, detection)
+        picture = draw_outcomes(split[0][0], [outcome], split)
+        assert_cat(picture, 0.96, (0, 0), color, mask=has, points=has)
+
+
+@pytest.mark.parametrize("types", [(), ("masks",), ("keypoints",), ("masks", "keypoints")])
+def test_mask_and_keypoints_of_a_missed_object(tmp_path, types):
+    split = write_split(tmp_path, *types)
+    truth = coco_of(split.annotations).anns
+    outcomes = [BoxOutcome("missed", truth[1], None), BoxOutcome("missed", truth[2], None)]
+    picture = draw_outcomes(split[0][0], [*outcomes, BoxOutcome("crowd", truth[3], None)], split)
+    color = MARKS["missed"].color
+    assert_cat(picture, 0.96, (0, 0), color, mask="masks" in types, points="keypoints" in types)
+    if "masks" in types:
+        assert (pixels_of(picture)[240, 860] - over(MARKS["crowd"].color)).abs().max() <= 1
+
+
+def test_ground_truth_beside_detections(tmp_path):
+    split = write_split(tmp_path, "masks", "keypoints")
+    mask = as_rle(rectangle(500, 1000, 200, 200, 600, 400))
+    found = {"image_id": 1, "category_id": 3, "bbox": [200, 100, 400, 300], "score": 0.9, "segmentation": mask}
+    draw_examples(split, [found | {"keypoints": [*POINTS[:6], 100, 450, 0]}], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as drawn:
+        for left in (8, 8 + 1000 + 8):
+            assert_cat(drawn, 1, (left, 28), COLORS[0])
+        assert drawn.getpixel((1016 + 100, 28 + 450)) == tuple(rgb(RIGHT))
+        assert drawn.getpixel((8 + 100, 28 + 450)) == (128, 128, 128)
+    draw_examples(split, [], tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as drawn:
+        assert not changed(drawn.crop((1016, 28, 2016, 528))).any()
