@@ -1,7 +1,7 @@
-"""Files that anybody may have written, broken in thousands of ways: our own error or the right answer, nothing else.
+"""Files broken in many ways end in our own error or the right answer.
 
-Seconds by default, with the same inputs each time. ``pytest -m exhaustive -s tests/test_fuzz.py`` tries thousands
-of new ones of each kind. With ``-s`` each test says how many it tried.
+``pytest -m exhaustive -s tests/test_fuzz.py`` tries thousands of new inputs; by default there are few, always the same.
+With ``-s`` each test prints their number.
 """
 
 import codecs
@@ -21,7 +21,6 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +46,15 @@ from detector.evaluation.truth import coco_of
 from detector.models.build import build_detector
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, load_torchvision_detector
+from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import CHECKPOINT_KEY, load_detector
 
 HANG = 60  # seconds for one input
 
 
-class Hang(BaseException):  # no `except Exception` takes it for an error of the file
-    pass
+class Hang(BaseException):
+    """Not an Exception, which would be taken for an error of the file."""
 
 
 def _hangs(number, frame):
@@ -114,15 +114,14 @@ def fuzz(amount, cases, check, *, slow_from=2000, least=0.02):
     assert min(refused, answered) >= least * (refused + answered), lines
 
 
-def exit_on_user_error(error, path):
-    """What is refused is named, and not at length."""
+def is_short_and_names(error, path):
+    """The error names the file in one short line."""
     assert str(path) in str(error)
     assert "\n" not in str(error)
     assert len(str(error)) < 5000
 
 
 # Broken bytes
-
 
 SHORT = reprlib.Repr()
 SHORT.maxother = SHORT.maxstring = SHORT.maxdict = 4000
@@ -181,42 +180,9 @@ def edited(content, steps):
 
 # Annotation files and results files
 
-NUMBERS = st.sampled_from(
-    [
-        0,
-        1,
-        -1,
-        3,
-        4,
-        7,
-        9,
-        20,
-        30,
-        -0.0,
-        0.5,
-        5e-324,
-        1e-200,
-        1e-30,
-        100000.0,
-        10000000000.0,
-        1e16,
-        1e39,
-        1e155,
-        1e300,
-        1.7e308,
-        float("nan"),
-        float("inf"),
-        -float("inf"),
-        2**31,
-        2**63 - 1,
-        2**63,
-        -(2**63),
-        10**30,
-        10**308,
-        10**400,
-        -1e300,
-    ]
-)
+FLOATS = "-0 0.5 5e-324 1e-200 1e-30 1e5 1e10 1e16 1e39 1e155 1e300 1.7e308 nan inf -inf -1e300"
+INTEGERS = [0, 1, -1, 3, 4, 7, 9, 20, 30, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30, 10**308, 10**400]
+NUMBERS = st.sampled_from([*INTEGERS, *map(float, FLOATS.split())])
 JUNK = st.recursive(
     NUMBERS
     | st.none()
@@ -224,7 +190,6 @@ JUNK = st.recursive(
     | st.integers()
     | st.floats()
     | st.text(max_size=5)
-    # As they may come out of "\ud800" in JSON, out of another file, or out of a shell.
     | st.sampled_from(["\ud800", "a.png", "../a.json", "/etc/passwd", "a\0", "1", "", "\x1b[31m\n", "n" * 5000]),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
@@ -374,26 +339,18 @@ def reference(data, results):
     return [sum(values) / len(values) for values in precisions.values()], sum(recalls) / len(recalls)
 
 
-def is_number(value):
-    return value is None or (type(value) in (int, float) and 0 <= value <= 1)
-
-
-def right_report(coco, data, results):
+def right_scores(coco, data, results):
     """A report can be made and printed, and its numbers are the reference's."""
     evaluation = evaluate_coco(coco, Predictions(list(coco.imgs), results), about={})
     report = evaluation.report.to_dict()
     assert "nan" not in report_text(evaluation.report) + evaluation.tables
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert all(is_number(value) for value in report["scores"].values())
-    assert all(is_number(row[name]) for row in report["by_class"] for name in row if name.startswith("A"))
     objects = Counter(a["category_id"] for a in data["annotations"] if not a.get("iscrowd", 0))
-    assert report["about"]["objects"] == objects.total()
     assert {row["id"]: row["objects"] for row in report["by_class"]} == {
         category["id"]: objects[category["id"]] for category in data["categories"]
     }
     matrix = np.array(report["confusion"]["matrix"])
     assert matrix[:-1].sum(axis=1).tolist() == [objects[category] for category in sorted(coco.cats)]
-    assert matrix[:, :-1].sum() <= sum(result["score"] >= 0.5 for result in results)
     precisions, recall = reference(data, results)
     assert [row["AP"] for row in report["by_iou"]] == pytest.approx(precisions, abs=1e-9)
     assert report["scores"]["AR100"] == (None if recall is None else pytest.approx(recall, abs=1e-9))
@@ -421,7 +378,7 @@ def right_targets(data, folder, path):
         loaded = CocoDetection(folder, path)
         samples = [loaded[index] for index in range(len(loaded))]
     except DataError as error:  # an image that is not there, or has another size
-        exit_on_user_error(error, folder)
+        is_short_and_names(error, folder)
         return
     for image in data["images"]:
         assert (folder / image["file_name"]).resolve().is_relative_to(folder.resolve())
@@ -447,7 +404,7 @@ def right_targets(data, folder, path):
     assert kept == loaded.counts().sum()
 
 
-@amounts(600, 10_000)
+@amounts(120, 10_000)
 def test_annotation_files(tmp_path, amount):
     path = write(tmp_path)
     (tmp_path / "out.png").write_bytes((tmp_path / "images" / "a.png").read_bytes())
@@ -457,10 +414,10 @@ def test_annotation_files(tmp_path, amount):
         try:
             coco = coco_of(read_annotations(path))
         except DataError as error:
-            exit_on_user_error(error, path)
+            is_short_and_names(error, path)
             return False
         data = json.loads(content.removeprefix(codecs.BOM_UTF8).decode(errors="replace"))
-        right_report(coco, data, some_results(data))
+        right_scores(coco, data, some_results(data))
         right_targets(data, tmp_path / "images", path)
         return True
 
@@ -546,7 +503,7 @@ def right_parts(path, folder):
         assert 0 <= scores["AP"] < 1
 
 
-@amounts(500, 10_000)
+@amounts(100, 10_000)
 def test_annotation_files_with_masks_and_key_points(tmp_path, amount):
     path = write(tmp_path)
     (tmp_path / "out.png").write_bytes((tmp_path / "images" / "a.png").read_bytes())
@@ -560,7 +517,7 @@ def test_annotation_files_with_masks_and_key_points(tmp_path, amount):
             right_parts(path, tmp_path / "images")
             evaluate(coco_of(loaded.annotations), [], iou_type="keypoints")
         except DataError as error:
-            exit_on_user_error(error, tmp_path)
+            is_short_and_names(error, tmp_path)
             return False
         for (_, target), objects in zip(samples, learned(loaded), strict=True):
             assert target["keypoints"].shape == (len(objects), len(loaded.keypoints), 3)
@@ -593,7 +550,7 @@ def many_results(draw):
     ).encode()
 
 
-@amounts(500, 10_000)
+@amounts(100, 10_000)
 def test_results_files(tmp_path, amount):
     truth, path = read_annotations(write(tmp_path)), tmp_path / "found.json"
 
@@ -602,10 +559,10 @@ def test_results_files(tmp_path, amount):
         try:
             results = read(path, truth)
         except DataError as error:
-            exit_on_user_error(error, path)
+            is_short_and_names(error, path)
             return False
         assert len(results) == len(json.loads(content))
-        right_report(coco_of(truth), VALID, results)
+        right_scores(coco_of(truth), VALID, results)
         return True
 
     others = st.sampled_from([("another file", json.dumps(VALID).encode())])
@@ -618,7 +575,7 @@ RESULTS_OF_PARTS = [
 ]
 
 
-@amounts(500, 10_000)
+@amounts(100, 10_000)
 def test_results_files_of_masks_and_key_points(tmp_path, amount):
     truth = read_annotations(write(tmp_path, with_parts()), annotation_types=["masks", "keypoints"])
     path = tmp_path / "found.json"
@@ -632,7 +589,7 @@ def test_results_files_of_masks_and_key_points(tmp_path, amount):
                     scores, _ = evaluate(coco_of(truth), results, iou_type=kind)
                     assert all(score == -1 or 0 <= score <= 1 for score in scores.values())
         except DataError as error:  # the metric knows no files
-            exit_on_user_error(error, path if str(path) in str(error) else "keypoints")
+            is_short_and_names(error, path if str(path) in str(error) else "keypoints")
             return False
         assert len(results) == len(json.loads(content))
         assert all(len(result["bbox"]) == 4 for result in results)
@@ -640,12 +597,6 @@ def test_results_files_of_masks_and_key_points(tmp_path, amount):
 
     cases = [make(base) for base in RESULTS_OF_PARTS for make in (parts, parts, changes)]
     fuzz(amount, st.one_of(cases), check)
-
-
-def test_ten_thousand_results_of_an_image(tmp_path):
-    truth, path = read_annotations(write(tmp_path)), tmp_path / "found.json"
-    path.write_text(json.dumps([{**RESULTS[n % 4], "score": n % 7 / 7} for n in range(10_000)]))
-    right_report(coco_of(truth), VALID, read(path, truth))
 
 
 # Images
@@ -756,7 +707,7 @@ def declared(content):
         return image.size
 
 
-@amounts(1000, 20_000)
+@amounts(200, 20_000)
 def test_images(tmp_path, amount, capfd):
     def check(case):
         suffix, content, whole = case
@@ -767,12 +718,12 @@ def test_images(tmp_path, amount, capfd):
             try:
                 pixels = read_image(path)
             except DataError as error:
-                exit_on_user_error(error, path)
+                is_short_and_names(error, path)
                 pixels = None
             try:
                 assert read_image(path, size=(13, 11)).shape == (3, 11, 13)
             except DataError as error:
-                exit_on_user_error(error, path)
+                is_short_and_names(error, path)
         assert not heard
         if pixels is None:
             return False
@@ -879,17 +830,11 @@ def saved(tmp_path_factory):
     model = build_detector(TINY, 2, pretrained=False)
     folder = tmp_path_factory.mktemp("saved")
     detector = Detector(model, [3, 7], ["dog", "cat"], settings=TINY)
-    detector.save_pretrained(folder)
+    detector.save(folder)
     checkpoint = {
         "epoch": 3,
         "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
-        CHECKPOINT_KEY: {
-            "detector": asdict(TINY),
-            "crop": "roi_align",
-            "batch_norm_eps": batch_norm_eps(model),
-            "category_ids": [3, 7],
-            "category_names": ["dog", "cat"],
-        },
+        CHECKPOINT_KEY: DetectorDescription(TINY, "roi_align", [3, 7], ["dog", "cat"], batch_norm_eps(model)).to_dict(),
     }
     return detector.digest(), checkpoint, folder
 
@@ -905,7 +850,7 @@ def right_or_refused(path, digest, *, names=True):
     try:
         detector = load_detector(path)
     except ModelError as error:
-        exit_on_user_error(error, path)
+        is_short_and_names(error, path)
         return False
     assert digest is None or detector.digest() == digest
     assert not names or detector.category_names == ["dog", "cat"]
@@ -956,7 +901,7 @@ def checkpoint_files(draw, whole, old):
     return f"members: {kind}", made(repacked(whole, change), kind, one, two)
 
 
-@amounts(300, 6_000)
+@amounts(60, 6_000)
 def test_checkpoints_with_broken_bytes(tmp_path, saved, amount):
     digest, checkpoint, _ = saved
     path = tmp_path / "last.ckpt"
@@ -1017,29 +962,11 @@ SIZES = st.sampled_from([0, -1, 1, 2, 8, 9, 100, 10**5, 10**6, 2**31 - 1, 2**31,
 LAUGHS = ["ha"]
 for _ in range(30):
     LAUGHS = [LAUGHS] * 10  # a billion of a billion, in a file of a kilobyte
-OTHERS = st.sampled_from(
-    [
-        torch.zeros(2),
-        torch.tensor(3),
-        torch.zeros(0),
-        "fasterrcnn_resnet50_fpn",
-        "timm/resnet18",
-        "timm/vit_tiny",
-        "timm/",
-        "maskrcnn_resnet50_fpn",
-        "timm/hf-hub:a/b",
-        "timm/../x",
-        "DEFAULT",
-        "packaged",
-        {1, 2},
-        (8, 8),
-        b"x",
-        1j,
-        torch.float32,
-        torch.Size([2]),
-        "ha",
-    ]
-).map(lambda value: globals()["LAUGHS"] if isinstance(value, str) and value == "ha" else value)
+NAMES = "fasterrcnn_resnet50_fpn timm/resnet18 timm/vit_tiny timm/ maskrcnn_resnet50_fpn timm/hf-hub:a/b timm/../x"
+OBJECTS = [torch.zeros(2), torch.tensor(3), torch.zeros(0), torch.float32, torch.Size([2]), {1, 2}, (8, 8), b"x", 1j]
+OTHERS = st.sampled_from([*NAMES.split(), "DEFAULT", "packaged", "ha", *OBJECTS]).map(
+    lambda value: LAUGHS if isinstance(value, str) and value == "ha" else value
+)
 TENSORS = [
     lambda value: value.double().requires_grad_(),
     lambda value: value.to(torch.float64).to_sparse(),
@@ -1057,7 +984,7 @@ TENSORS = [
 ]
 
 
-@amounts(100, 2_000)
+@amounts(40, 2_000)
 def test_checkpoints_of_another_structure(tmp_path, saved, amount):
     digest, checkpoint, _ = saved
     path = tmp_path / "last.ckpt"
@@ -1106,21 +1033,16 @@ def folders(draw, config, weights):
     return how, (None, weights) if draw(st.booleans()) else (config, None)
 
 
-@amounts(300, 6_000)
-def test_folders_of_save_pretrained(tmp_path, saved, amount):
-    check_folders(tmp_path, saved, amount)
-
-
-@amounts(150, 3_000)
-def test_folders_of_detectors_with_a_refinement(tmp_path, saved, amount):
-    detector = load_detector(saved[2])
-    refined(detector.model)
-    detector.save_pretrained(tmp_path / "refined")
-    check_folders(tmp_path, (detector.digest(), None, tmp_path / "refined"), amount)
-
-
-def check_folders(tmp_path, saved, amount):
+@pytest.mark.parametrize("is_refined", [False, True])
+@amounts(40, 4_000)
+def test_folders_of_save(tmp_path, saved, amount, is_refined):
     digest, _, folder = saved
+    if is_refined:
+        detector = load_detector(folder)
+        refined(detector.model)
+        folder = tmp_path / "refined"
+        detector.save(folder)
+        digest = detector.digest()
     names = ("config.json", "model.safetensors")
     config, weights = ((folder / name).read_bytes() for name in names)
 
@@ -1215,26 +1137,3 @@ def test_checkpoints_that_run_code_or_fill_the_memory(tmp_path, saved):
         with pytest.raises(ModelError, match=path.stem):
             load_torchvision_detector("fasterrcnn_resnet50_fpn", str(path))
     assert not Path("it-ran").exists()
-
-
-@pytest.mark.parametrize("content", [b"[]", b"3", b'"model"', b'{"detector": ', b"[" * 100_000, b"\xff\xfe", b""])
-def test_a_folder_whose_config_is_none(tmp_path, saved, content):
-    (tmp_path / "model.safetensors").write_bytes((saved[2] / "model.safetensors").read_bytes())
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(
-        ModelError, match=r"config\.json: (not of a detector.*must hold a dict|not valid JSON|not UTF-8)"
-    ):
-        load_detector(tmp_path)
-
-
-@pytest.mark.parametrize(("field", "value"), [(None, torch.zeros(2)), ("crop", LAUGHS), ("category_ids", [LAUGHS, 1])])
-def test_a_checkpoint_with_something_else_in_a_field(tmp_path, saved, field, value):
-    content = copy.deepcopy(saved[1])
-    if field is None:
-        content[CHECKPOINT_KEY] = value
-    else:
-        content[CHECKPOINT_KEY][field] = value
-    (tmp_path / "last.ckpt").write_bytes(as_file(content))
-    with pytest.raises(ModelError, match=r"last\.ckpt: not a checkpoint") as error:
-        load_detector(tmp_path / "last.ckpt")
-    exit_on_user_error(error.value, tmp_path)
