@@ -1,4 +1,4 @@
-"""What changes in torchvision's R-CNN so that the losses of its second stage move the boxes of the first."""
+"""Changes to torchvision's R-CNN that let the losses of the RoI heads move the proposals."""
 
 from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.swap import restore_roi_align, swap_crop_head

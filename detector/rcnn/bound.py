@@ -1,4 +1,4 @@
-"""Hold the gradient that comes back through one use of a tensor to a share of the one that comes through another."""
+"""A bound on the gradient through one use of a tensor, relative to the gradient through another use."""
 
 from typing import Any
 
@@ -7,18 +7,12 @@ from torch import Tensor
 
 
 def bounded_copies(tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
-    """Two copies of ``tensor``: one for what it is trained for, one whose gradient may not take over.
+    """Return two copies of ``tensor`` [N, D], the gradient through the second bounded by that through the first.
 
-    In a backward pass with ``own`` the gradient at the first copy and ``other`` the one at the second (0 where a copy
-    is not used), each row of ``tensor`` gets ``own + s * other`` with ``s = min(1, bound * |own| / |other|)``, norms
-    over the row. Below 1 that never points uphill for the first copy's loss, ``(own + s * other) . own >=
-    (1 - bound) * |own|^2``, and is zero where ``own`` is. Both are the gradients that arrive in the same pass: the
-    bound holds under a loss scaler, accumulation and several devices, and a weight on the first copy's loss weights
-    it alike.
-
-    Args:
-        tensor: [N, D], of a floating dtype.
-        bound: the largest share, or ``None`` for the plain sum.
+    With ``own`` and ``other`` the gradients at the copies in the same backward pass, each row of ``tensor`` gets
+    ``own + s * other`` with ``s = min(1, bound * |own| / |other|)``. For a bound below 1 the sum is never an ascent
+    direction of the first copy's loss: ``(own + s * other) . own >= (1 - bound) * |own|^2``. Loss scalers, accumulation
+    and several devices do not change ``s``. ``None`` gives the plain sum.
     """
     first, second = _BoundedCopies.apply(tensor, bound)
     return first, second
@@ -33,7 +27,7 @@ class _BoundedCopies(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, own: Tensor, other: Tensor) -> tuple[Tensor, None]:
         if ctx.bound is not None:
-            room, size = (gradient.norm(dim=1, keepdim=True) for gradient in (own, other))
-            share = ctx.bound * room / size.clamp(min=torch.finfo(size.dtype).tiny)
-            other = share.clamp(max=1) * other
+            own_norm, other_norm = (gradient.norm(dim=1, keepdim=True) for gradient in (own, other))
+            scale = ctx.bound * own_norm / other_norm.clamp(min=torch.finfo(other_norm.dtype).tiny)
+            other = scale.clamp(max=1) * other
         return own + other, None

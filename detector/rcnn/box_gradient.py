@@ -1,7 +1,6 @@
 """Settings of the gradient from the RoI heads' losses to the proposals."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,11 +16,10 @@ class BoxGradient:
 
     Two paths lead from the box loss to a proposal. The **crop path** runs through the features cropped at the proposal.
     The **coder path** runs through the regression targets ``encode(matched truth, proposal)``. Both scales at 1 give
-    the exact derivative. One path alone is not a derivative of anything: the crop path alone lowers the loss by making
-    the crop look as far off as the head predicts, and drives proposals away from the ground truth.
+    the exact derivative. The crop path alone drives proposals away from the ground truth: it makes the crop look as far
+    off as the head predicts.
 
-    At the RPN's deltas this gradient is far stronger than that of the RPN's own box loss, so ``bound`` limits it. Only
-    positive RoIs move: a classification loss would move background RoIs onto easier background. In eval mode with
+    Only positive RoIs move, as a classification loss would move the others onto easier background. In eval mode with
     gradients enabled, proposals stay attached unless both scales are 0.
 
     Args:
@@ -29,7 +27,7 @@ class BoxGradient:
         coder: Scale of the coder path's gradient, 0 to 1. Only the box loss takes this path.
         losses: The losses that move proposals: "box", "classification", "mask", "keypoint".
         bound: Maximum norm of the gradient at an anchor's four deltas, as a fraction of the gradient of the RPN's own
-            box loss there in the same backward pass. ``None`` sets no limit.
+            box loss there, which is far weaker. ``None`` sets no limit.
 
     Raises:
         ValueError: A scale is outside [0, 1], a loss is unknown, or the bound is not positive.
@@ -46,12 +44,8 @@ class BoxGradient:
                 raise ValueError(f"{name} must be a scale from 0 to 1, got {getattr(self, name)}")
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise ValueError(f"bound must be positive, such as 0.1, or None (null in a file), got {self.bound}")
-        known = get_args(LossName)
-        if isinstance(self.losses, str) or not isinstance(self.losses, Sequence):
-            raise ValueError(f'losses must be a tuple of names, such as ("box",), got {self.losses!r}')
-        for loss in self.losses:
-            if loss not in known:
-                raise ValueError(f"losses must be of {', '.join(known)}, got {loss!r}")
+        if not set(self.losses) <= set(get_args(LossName)):
+            raise ValueError(f"losses must be a list of {', '.join(get_args(LossName))}, got {self.losses!r}")
         object.__setattr__(self, "losses", tuple(self.losses))  # hashable also from a configuration file's list
 
     @classmethod

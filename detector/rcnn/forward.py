@@ -7,25 +7,28 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_inference, maskrcnn_inference
 
+Features = dict[str, Tensor]  # maps [N, C, H, W] by the name of the level
+Sizes = list[tuple[int, int]]  # (height, width) of each resized image
+Targets = list[dict[str, Tensor]] | None
+Detections = list[dict[str, Tensor]]  # per image
+
 
 @dataclass(frozen=True)
 class Proposals:
-    """The output of the first stage, in the frame of the resized images."""
+    """The output of the first stage. Boxes are (x1, y1, x2, y2) in pixels of the resized images."""
 
-    images: (
-        ImageList  # tensors [N, 3, H, W], padded, and image_sizes, the (height, width) of each image without padding
-    )
-    features: dict[str, Tensor]  # [N, C, H_level, W_level] by the name of the level
-    boxes: list[Tensor]  # [L, 4] per image, (x1, y1, x2, y2) in pixels of the resized image
+    images: ImageList  # padded [N, 3, H, W], with the sizes without padding
+    features: Features
+    boxes: list[Tensor]  # [L, 4] per image
     losses: dict[str, Tensor]  # of the RPN; empty in eval mode
-    targets: list[dict[str, Tensor]] | None  # resized with the images
+    targets: Targets  # resized with the images
 
     @property
-    def image_sizes(self) -> list[tuple[int, int]]:
+    def image_sizes(self) -> Sizes:
         return self.images.image_sizes
 
 
-def propose(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Proposals:
+def propose(model: Any, images: list[Tensor], targets: Targets = None) -> Proposals:
     """Run the transform, the backbone and the RPN on images [3, H, W] in 0..1."""
     batch, targets = model.transform(images, targets)
     features = model.backbone(batch.tensors)
@@ -35,9 +38,7 @@ def propose(model: Any, images: list[Tensor], targets: list[dict[str, Tensor]] |
     return Proposals(batch, features, boxes, losses, targets)
 
 
-def detect_boxes(
-    heads: RoIHeads, features: dict[str, Tensor], proposals: list[Tensor], image_sizes: list[tuple[int, int]]
-) -> list[dict[str, Tensor]]:
+def detect_boxes(heads: RoIHeads, features: Features, proposals: list[Tensor], image_sizes: Sizes) -> Detections:
     """Run the box head in eval mode. Returns ``boxes`` [L, 4], ``labels`` [L] and ``scores`` [L] per image."""
     crops = heads.box_roi_pool(features, proposals, image_sizes)
     logits, deltas = heads.box_predictor(heads.box_head(crops))
@@ -45,12 +46,7 @@ def detect_boxes(
     return [{"boxes": b, "labels": la, "scores": s} for b, s, la in zip(*found, strict=True)]
 
 
-def add_masks_and_keypoints(
-    heads: RoIHeads,
-    features: dict[str, Tensor],
-    detections: list[dict[str, Tensor]],
-    image_sizes: list[tuple[int, int]],
-) -> None:
+def add_masks_and_keypoints(heads: RoIHeads, features: Features, detections: Detections, image_sizes: Sizes) -> None:
     """Run the mask and keypoint heads on the detected boxes in eval mode, and add their outputs in place."""
     boxes = [one["boxes"] for one in detections]
     if heads.has_mask():

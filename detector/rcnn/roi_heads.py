@@ -1,6 +1,6 @@
-"""RoI heads whose losses move the proposals, by the crop path and by the coder path."""
+"""RoI heads whose losses move the proposals."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detector.rcnn.box_gradient import BoxGradient, LossName, scale_gradient
+from detector.rcnn.forward import Detections, Features, Sizes, Targets
 from detector.rcnn.watch import BoxGradientWatch
 
-# The names that torchvision gives the losses, by pool: those computed from that pool's crops.
+# torchvision's names of the losses, by the pool whose crops they are computed from.
 LOSSES: dict[str, dict[LossName, str]] = {
     "box": {"box": "loss_box_reg", "classification": "loss_classifier"},
     "mask": {"mask": "loss_mask"},
@@ -20,26 +21,21 @@ LOSSES: dict[str, dict[LossName, str]] = {
 
 
 class AttachedRoIHeads(RoIHeads):
-    """torchvision's RoI heads, with the gradient that :class:`~detector.BoxGradient` describes.
+    """torchvision's RoI heads with the gradient that :class:`~detector.BoxGradient` describes.
 
-    The heads run once, on crops at detached proposals, as in torchvision. Which loss may move a proposal is then
-    decided loss by loss: with g the loss's gradient at the crops, ``g * (crop - crop.detach())`` is added to it, its
-    crop taken once more from detached features at the attached proposals. That is zero in value, and its gradient
-    is the loss's through the crop; weighting a loss weights its gradient to the proposals alike.
+    The heads run once, on crops at detached proposals. For each loss that may move proposals, with g its gradient at
+    the crops, ``g * (crop - crop.detach())`` is added, where the crop is taken again from detached features at attached
+    proposals. The added value is zero, and its gradient is the loss's crop path.
     """
 
     box_gradient = BoxGradient()
-    # The proposals drawn for the step under way, attached, and their labels (0: background), by image.
-    _drawn: tuple[list[Tensor], list[Tensor]] | None = None
     box_gradient_watch: BoxGradientWatch | None = None
+    # The positive RoIs of the current step per image, attached, and which of the sampled RoIs they are.
+    _positives: tuple[list[Tensor], list[Tensor]] | None = None
 
     def forward(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-        targets: list[dict[str, Tensor]] | None = None,
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        self, features: Features, proposals: list[Tensor], image_shapes: Sizes, targets: Targets = None
+    ) -> tuple[Detections, dict[str, Tensor]]:
         if not self.box_gradient.enabled:
             proposals = [p.detach() for p in proposals]
         if not (self.training and self.box_gradient.enabled and torch.is_grad_enabled()):
@@ -47,36 +43,35 @@ class AttachedRoIHeads(RoIHeads):
         used = {"box": True, "mask": self.has_mask(), "keypoint": self.has_keypoint()}
         pools = {name: getattr(self, f"{name}_roi_pool") for name in LOSSES if used[name]}
         try:
-            with _recorded_outputs(list(pools.values())) as crops:
+            with _recorded_outputs(pools.values()) as crops:
                 result, losses = super().forward(features, proposals, image_shapes, targets)
             self._add_crop_path(losses, dict(zip(pools, crops)), features, image_shapes)
         finally:
-            self._drawn = None  # the graph must not outlive the step
+            self._positives = None  # releases the graph of the step
         return result, losses
 
-    def select_training_samples(
-        self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        drawn, matched, labels, regression_targets = super().select_training_samples(proposals, targets)
-        if self.box_gradient.enabled and torch.is_grad_enabled():
-            self._drawn = (drawn, labels)
-        constant = [p.detach() for p in drawn]
+    def select_training_samples(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], ...]:
+        sampled, matched, labels, regression_targets = super().select_training_samples(proposals, targets)
+        assert targets is not None  # checked by torchvision
         regression_targets = [t.detach() for t in regression_targets]
-        if targets is not None and (self.box_gradient.coder_scale > 0 or self.box_gradient_watch is not None):
-            positive = [image_labels > 0 for image_labels in labels]
-            truth = [t["boxes"].to(p.dtype)[m[mask]] for t, p, m, mask in zip(targets, drawn, matched, positive)]
-            if self.box_gradient_watch is not None:
-                self.box_gradient_watch.see_positives(drawn, positive, truth)
-            if self.box_gradient.coder_scale > 0:
-                # Only positives have a box loss. The targets of the others must stay out of the graph altogether:
-                # those of an image without objects are logarithms of 0, whose derivative times no gradient is NaN.
-                attached = self.box_coder.encode(truth, [p[mask] for p, mask in zip(drawn, positive)])
-                regression_targets = [
-                    t.index_put((mask,), scale_gradient(a, self.box_gradient.coder_scale))
-                    for t, mask, a in zip(regression_targets, positive, attached)
-                ]
-        # What is cropped, and what mask and keypoint targets are cut with, is constant.
-        return constant, matched, labels, regression_targets
+        masks = [image_labels > 0 for image_labels in labels]
+        positives = [p[mask] for p, mask in zip(sampled, masks)]
+        truth = [t["boxes"].to(p.dtype)[m[mask]] for t, p, m, mask in zip(targets, sampled, matched, masks)]
+        if self.box_gradient_watch is not None:
+            for boxes, goals in zip(positives, truth):
+                self.box_gradient_watch.watch_positives(boxes, goals)
+        if self.box_gradient.coder_scale > 0:
+            # The targets of other RoIs must stay out of the graph: for an image without objects they are logarithms of
+            # 0, and an infinite derivative times a gradient of 0 is NaN.
+            encoded = self.box_coder.encode(truth, positives)
+            regression_targets = [
+                t.index_put((mask,), scale_gradient(e, self.box_gradient.coder_scale))
+                for t, mask, e in zip(regression_targets, masks, encoded)
+            ]
+        if self.box_gradient.enabled and torch.is_grad_enabled():
+            self._positives = positives, masks
+        # Crops, mask targets and keypoint targets are taken at constant boxes.
+        return [p.detach() for p in sampled], matched, labels, regression_targets
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
@@ -84,51 +79,39 @@ class AttachedRoIHeads(RoIHeads):
         return super().assign_targets_to_proposals([p.detach() for p in proposals], gt_boxes, gt_labels)
 
     def postprocess_detections(
-        self,
-        class_logits: Tensor,
-        box_regression: Tensor,
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
+        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         # The box coder would cast the proposals to the deltas' dtype, bfloat16 under autocast.
         dtype = torch.promote_types(box_regression.dtype, torch.float32)
         return super().postprocess_detections(class_logits.to(dtype), box_regression.to(dtype), proposals, image_shapes)
 
     def _add_crop_path(
-        self,
-        losses: dict[str, Tensor],
-        crops: dict[str, Tensor],
-        features: dict[str, Tensor],
-        image_shapes: list[tuple[int, int]],
+        self, losses: dict[str, Tensor], crops: dict[str, Tensor], features: Features, image_shapes: Sizes
     ) -> None:
-        assert self._drawn is not None  # set by select_training_samples
-        drawn, labels = self._drawn
-        settings = self.box_gradient
-        if settings.crop == 0 or not any(p.requires_grad for p in drawn):
+        assert self._positives is not None  # set by select_training_samples
+        positives, masks = self._positives
+        if self.box_gradient.crop == 0 or not any(p.requires_grad for p in positives):
             return
         constant = {name: feature.detach() for name, feature in features.items()}
         for pool, crop in crops.items():
-            names = [name for loss, name in LOSSES[pool].items() if loss in settings.losses]
+            names = [name for loss, name in LOSSES[pool].items() if loss in self.box_gradient.losses]
             if not names:
                 continue
-            positive = [image_labels > 0 for image_labels in labels]
-            boxes = [p[mask] for p, mask in zip(drawn, positive)]
-            # The other pools crop positives only.
-            rows = torch.cat(positive) if pool == "box" else slice(None)
-            attached = getattr(self, f"{pool}_roi_pool")(constant, boxes, image_shapes)
+            attached = getattr(self, f"{pool}_roi_pool")(constant, positives, image_shapes)
             attached = attached.to(torch.promote_types(attached.dtype, torch.float32))
             zero = attached - attached.detach()
-            # A gradient scaler would come too late for what underflows in float16 here.
-            boost = 1024.0 if crop.dtype == torch.float16 else 1.0
+            # A gradient scaler would act too late for gradients that underflow in float16 here.
+            scale = 1024.0 if crop.dtype == torch.float16 else 1.0
             for name in names:
-                (gradient,) = torch.autograd.grad(losses[name] * boost, crop, retain_graph=True)
-                gradient = gradient[rows].to(zero.dtype) / boost
-                losses[name] = losses[name] + settings.crop * (gradient * zero).sum()
+                (gradient,) = torch.autograd.grad(losses[name] * scale, crop, retain_graph=True)
+                if pool == "box":  # masks and keypoints have crops of positives only
+                    gradient = gradient[torch.cat(masks)]
+                losses[name] = losses[name] + self.box_gradient.crop * (gradient.to(zero.dtype) / scale * zero).sum()
 
 
 @contextmanager
-def _recorded_outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect what the modules return, call by call, each ready to be differentiated with respect to."""
+def _recorded_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the outputs of the modules, call by call. All of them require a gradient."""
     outputs: list[Tensor] = []
 
     def record(module: nn.Module, args: Any, output: Tensor) -> Tensor:

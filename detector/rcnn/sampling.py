@@ -1,4 +1,4 @@
-"""Drawing the anchors and RoIs of a training step, image by image, from seeds of their own."""
+"""Sampling of anchors and RoIs in training with a seed per image."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,7 @@ from detector.seeds import seed_of, seeded
 
 
 class SeededSampler(BalancedPositiveNegativeSampler):
-    """torchvision's sampler of anchors or RoIs, drawing for each image from a seed of its own.
-
-    :attr:`seeds` holds those of the next batch, one an image; without them it draws as torchvision does.
-    """
+    """torchvision's sampler of anchors or RoIs with one seed per image of the next batch in :attr:`seeds`."""
 
     seeds: Sequence[int] | None = None
 
@@ -30,15 +27,12 @@ class SeededSampler(BalancedPositiveNegativeSampler):
 
 
 def seed_sampling(model: GeneralizedRCNN, seeds: Sequence[int] | None) -> None:
-    """Make an R-CNN draw the anchors and RoIs of its next batch from these seeds, one an image; in place.
+    """Seed the sampling of anchors and RoIs of an R-CNN's next batch, one seed per image, in place.
 
-    Args:
-        model: a torchvision R-CNN, stock or swapped.
-        seeds: one an image; ``None``: torchvision's own draws again.
+    ``None`` returns to torchvision's sampling from the global random state.
     """
     for number, part in enumerate((model.rpn, model.roi_heads)):
-        sampler = part.fg_bg_sampler
-        if not isinstance(sampler, SeededSampler):
-            sampler = SeededSampler(sampler.batch_size_per_image, sampler.positive_fraction)
-            part.fg_bg_sampler = sampler
-        sampler.seeds = None if seeds is None else [seed_of(seed, number) for seed in seeds]
+        if not isinstance(part.fg_bg_sampler, SeededSampler):
+            stock = part.fg_bg_sampler
+            part.fg_bg_sampler = SeededSampler(stock.batch_size_per_image, stock.positive_fraction)
+        part.fg_bg_sampler.seeds = None if seeds is None else [seed_of(seed, number) for seed in seeds]

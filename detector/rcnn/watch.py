@@ -1,99 +1,65 @@
-"""What the box gradient does in training steps: how strong it is, and whether it leads to the ground truth."""
+"""Diagnostics of the box gradient in training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchvision.ops import box_iou
+from torch import Tensor
 
 from detector.overriding import overridden
 
 
 class BoxGradientWatch:
-    """What was seen in the forward and backward passes of a step.
-
-    Strengths are compared at the RPN's deltas. Directions are compared where the gradient arrives at the positive
-    RoIs, before the bound, their coordinates in units of the box's sides: that of the gradient's descent with that of
-    the way to the matched truth. Ground-truth boxes among the RoIs, which have no way to go, are left out.
-    """
+    """Records the strength of the box gradient at the RPN's deltas, and its direction at the positive RoIs."""
 
     def __init__(self) -> None:
-        self._norms: dict[str, list[Tensor]] = {"own": [], "others": [], "passed": []}
+        self._norms: list[Tensor] = []  # of the RPN's own gradient, the box gradient, and its part within the bound
         self._cosines: list[Tensor] = []
-        self._ious: list[Tensor] = []
 
-    def see_deltas(self, deltas: Tensor, own: Tensor, others: Tensor) -> None:
-        """The RPN's deltas [N, 4], and their copies for its own box loss and for the proposals."""
-        if not deltas.requires_grad:  # the RPN is frozen
-            return
-        gradients: list[Tensor] = []
+    def watch_deltas(self, deltas: Tensor, own: Tensor, others: Tensor) -> None:
+        gradients = {"own": torch.zeros_like(deltas), "others": torch.zeros_like(deltas)}
 
-        def see_own(gradient: Tensor) -> None:
-            gradients.append(gradient)
-            self._norms["own"].append(gradient.norm())
+        def record(total: Tensor) -> None:
+            self._norms.append(torch.stack([g.norm() for g in (*gradients.values(), total - gradients["own"])]))
 
-        own.register_hook(see_own)
-        others.register_hook(lambda gradient: self._norms["others"].append(gradient.norm()))
-        deltas.register_hook(lambda total: self._norms["passed"].append((total - sum(gradients)).norm()))
+        if deltas.requires_grad:
+            own.register_hook(partial(gradients.__setitem__, "own"))
+            others.register_hook(partial(gradients.__setitem__, "others"))
+            deltas.register_hook(record)
 
-    def see_positives(self, drawn: list[Tensor], positive: list[Tensor], truth: list[Tensor]) -> None:
-        """By image: the RoIs [R, 4], which of them are positive [R], and the ground truth [P, 4] matched to those."""
-        for boxes, mask, goals in zip(drawn, positive, truth):
-            rows = mask.nonzero()[:, 0]
-            apart = (boxes.detach()[rows] != goals).any(1)
-            rows, goals = rows[apart], goals[apart]
-            start = boxes.detach()[rows]
-            self._ious.append(box_iou(start, goals).diagonal())
-            sides = (start[:, 2:] - start[:, :2]).repeat(1, 2)
-            way = (goals - start) / sides
+    def watch_positives(self, boxes: Tensor, truth: Tensor) -> None:
+        sides = (boxes[:, 2:] - boxes[:, :2]).detach().repeat(1, 2)
+        direction = (truth - boxes.detach()) / sides  # 0 for ground truth among the RoIs
 
-            def see(gradient: Tensor, rows: Tensor = rows, sides: Tensor = sides, way: Tensor = way) -> None:
-                descent = -gradient[rows] * sides
-                some = descent.any(1)
-                self._cosines.append(torch.cosine_similarity(descent[some], way[some], dim=1, eps=0))
+        def record(gradient: Tensor) -> None:
+            rows = direction.any(1) & gradient.any(1)
+            self._cosines.append(torch.cosine_similarity((-gradient * sides)[rows], direction[rows], dim=1, eps=0))
 
-            if boxes.requires_grad:
-                boxes.register_hook(see)
+        if boxes.requires_grad:
+            boxes.register_hook(record)
 
     def reading(self) -> dict[str, float]:
-        """What was seen, as far as there was anything to see.
+        """Return ``ratio``, ``passed``, ``cosine`` and ``away``, as far as they are defined.
 
-        ``ratio``: the norm of the box gradient at the RPN's deltas, before the bound, over that of the RPN's own box
-        loss; ``passed``: the same after it; ``away``: the share of positives that the box gradient leads away from
-        the ground truth, of those that it reaches; ``cosine``: its mean cosine with the way there; ``iou``: the mean
-        IoU of the positives with the ground truth.
+        ``ratio`` is the norm of the box gradient at the deltas over that of the RPN's own box loss, ``passed`` the same
+        after the bound. ``cosine`` is the mean cosine between the direction of descent and that to the ground truth, in
+        units of the box's sides, and ``away`` the fraction of RoIs with a negative one.
         """
-        norms = {name: float(torch.stack(values).norm()) if values else 0.0 for name, values in self._norms.items()}
-        seen: dict[str, float] = {}
-        if norms["own"] > 0:
-            seen |= {"ratio": norms["others"] / norms["own"], "passed": norms["passed"] / norms["own"]}
-        cosines, ious = (torch.cat(values) if values else torch.empty(0) for values in (self._cosines, self._ious))
-        if len(cosines):
-            seen |= {"away": float((cosines < 0).double().mean()), "cosine": float(cosines.mean())}
-        if len(ious):
-            seen["iou"] = float(ious.mean())
-        return seen
+        own, others, passed = torch.stack(self._norms).norm(dim=0).tolist() if self._norms else (0.0, 0.0, 0.0)
+        values = {"ratio": others / own, "passed": passed / own} if own else {}
+        if sum(map(len, self._cosines)):
+            cosines = torch.cat(self._cosines).double()
+            values |= {"cosine": cosines.mean().item(), "away": (cosines < 0).double().mean().item()}
+        return values
 
 
 @contextmanager
-def watch_box_gradient(model: nn.Module) -> Iterator[BoxGradientWatch]:
-    """Within, the training steps of a model that :func:`~detector.swap_crop_head` made are watched, in any loop.
-
-    ::
-
-        with watch_box_gradient(model) as watch:
-            sum(model(images, targets).values()).backward()
-        print(watch.reading())
-
-    Raises:
-        TypeError: the model is no swapped R-CNN, or is wrapped in another module.
-    """
-    rpn: Any = getattr(model, "rpn", None)
-    heads: Any = getattr(model, "roi_heads", None)
-    if not (hasattr(rpn, "box_gradient_watch") and hasattr(heads, "box_gradient_watch")):
-        raise TypeError(f"{type(model).__name__} is not swapped: call swap_crop_head first, and unwrap the model")
+def watch_box_gradient(model: Any) -> Iterator[BoxGradientWatch]:
+    """Watch the training steps of a swapped model in the block."""
+    if not hasattr(getattr(model, "rpn", None), "box_gradient_watch"):
+        raise TypeError(f"{type(model).__name__} is not a swapped model: call swap_crop_head first, and unwrap it")
     watch = BoxGradientWatch()
-    with overridden(rpn, box_gradient_watch=watch), overridden(heads, box_gradient_watch=watch):
+    with overridden(model.rpn, box_gradient_watch=watch), overridden(model.roi_heads, box_gradient_watch=watch):
         yield watch

@@ -7,12 +7,14 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
+from detector.rcnn.forward import Sizes
+
 # Deltas of nearly correct boxes are small, so the weights are twice the detector's own. Cascade R-CNN (Cai and
 # Vasconcelos, 2018, section 4.1) does the same.
 CODER = BoxCoder((20.0, 20.0, 10.0, 10.0))
 
 
-def decode(deltas: Tensor, boxes: Sequence[Tensor], image_sizes: list[tuple[int, int]]) -> list[Tensor]:
+def decode(deltas: Tensor, boxes: Sequence[Tensor], image_sizes: Sizes) -> list[Tensor]:
     """Apply deltas [K, 4] to the boxes [L, 4] of all images, and clip each image's boxes to its (height, width)."""
     decoded = CODER.decode_single(deltas, torch.cat(list(boxes)).to(deltas.dtype))
     by_image = decoded.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph

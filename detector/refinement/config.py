@@ -6,9 +6,6 @@ from typing import Any
 from detector.errors import ModelError
 from detector.rcnn.box_gradient import BoxGradient
 
-# Settings may come from a file of unknown origin, so all of them have a maximum.
-MAX_ITERATIONS, MAX_BOXES, MAX_POWER = 100, 10_000, 10
-
 
 @dataclass(frozen=True)
 class RefinementConfig:
@@ -40,19 +37,15 @@ class RefinementConfig:
     boxes_per_image: int = 100
 
     def __post_init__(self) -> None:
-        self._check("iterations", 0, MAX_ITERATIONS)
-        self._check("train_iterations", 1, MAX_ITERATIONS)
-        self._check("ascent_steps", 0, MAX_ITERATIONS)
-        self._check("boxes_per_image", 1, MAX_BOXES)
-        self._check("iou_power", 0, MAX_POWER, (int, float))
+        # Maxima, because settings may come from a file of unknown origin.
+        limits = {"iterations": (0, 100), "train_iterations": (1, 100), "ascent_steps": (0, 100), "iou_power": (0, 10)}
+        for name, (low, high) in (limits | {"boxes_per_image": (1, 10_000)}).items():
+            value, whole = getattr(self, name), name != "iou_power"
+            if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+                kind = "a whole number" if whole else "a number"
+                raise ModelError(f"must be {kind} from {low} to {high}", setting=f"refinement.{name}", value=value)
         if not isinstance(self.box_gradient, BoxGradient):
             raise ModelError("must be a BoxGradient", setting="refinement.box_gradient", value=self.box_gradient)
-
-    def _check(self, name: str, low: int, high: int, types: tuple[type, ...] = (int,)) -> None:
-        value = getattr(self, name)
-        if type(value) not in types or not low <= value <= high:
-            kind = "a number" if float in types else "a whole number"
-            raise ModelError(f"must be {kind} from {low} to {high}", setting=f"refinement.{name}", value=value)
 
     @classmethod
     def from_dict(cls, fields: Any) -> "RefinementConfig":

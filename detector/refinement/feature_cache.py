@@ -9,30 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detector.rcnn.forward import detect_boxes, propose
+from detector.rcnn.forward import Features, detect_boxes, propose
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
     """Feature maps [1, C, H, W] by level, detected boxes [L, 4] and the resized (height, width) of one image."""
 
-    features: dict[str, Tensor]
+    features: Features
     boxes: Tensor
     size: tuple[int, int]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(m.numel() * m.element_size() for m in self.features.values())
-
 
 class FeatureCache:
-    """Runs the detector once per image, and keeps the result while there is memory.
+    """Runs the detector once per image, and keeps at most ``max_bytes`` of features on the model's device.
 
-    Images are identified by their pixels, so a flipped image is another one. Images that do not fit into the memory
-    are processed again each time.
-
-    Args:
-        max_bytes: Memory for features, on the model's device.
+    Images are identified by their pixels, so a flipped image is another one.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -44,9 +36,10 @@ class FeatureCache:
         features = self._features.get(key)
         if features is None:
             features = extract_features(model, image)
-            if self.nbytes + features.nbytes <= self.max_bytes:
+            nbytes = sum(m.nbytes for m in features.features.values())
+            if self.nbytes + nbytes <= self.max_bytes:
                 self._features[key] = features
-                self.nbytes += features.nbytes
+                self.nbytes += nbytes
         return features
 
 
@@ -60,7 +53,7 @@ def extract_features(model: Any, image: Tensor) -> ImageFeatures:
     return ImageFeatures(maps, found["boxes"], proposed.image_sizes[0])
 
 
-def batch_features(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
+def batch_features(images: Sequence[ImageFeatures]) -> Features:
     """Batch the maps of several images [N, C, H, W], padded with zeros at the bottom and the right."""
     batched = {}
     for name in images[0].features:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detector.crop.pyramid import MultiScaleAffineCrop
+from detector.rcnn.forward import Features, Sizes
 from detector.refinement.config import RefinementConfig
 
 SCORE_THRESHOLD = 0.05
@@ -34,7 +35,7 @@ class RefinementHead(nn.Module):
 
 
 class Refinement(nn.Module):
-    """The refinement of a detector: its pool, its head and its settings.
+    """A pool and a head, called with feature maps, boxes [L, 4] per image and image sizes.
 
     Attributes:
         config: The settings.
@@ -44,10 +45,9 @@ class Refinement(nn.Module):
 
     def __init__(self, heads: RoIHeads, config: RefinementConfig, size_divisible: int | None) -> None:
         super().__init__()
-        pool = heads.box_roi_pool
-        self.config = config
+        self.config, self.enabled = config, True
         self.score_threshold: float | Tensor = SCORE_THRESHOLD
-        self.enabled = True
+        pool = heads.box_roi_pool
         self.pool = MultiScaleAffineCrop(
             pool.featmap_names,
             pool.output_size,
@@ -60,8 +60,5 @@ class Refinement(nn.Module):
         )
         self.head = RefinementHead(heads)
 
-    def forward(
-        self, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
-        """Run the head on crops at the boxes [L, 4] of all images; see :meth:`RefinementHead.forward`."""
+    def forward(self, features: Features, boxes: list[Tensor], image_sizes: Sizes) -> tuple[Tensor, Tensor]:
         return self.head(self.pool(features, boxes, image_sizes))

@@ -1,11 +1,12 @@
 """Test-time refinement: refinement iterations, gradient ascent on the predicted IoU, and rescoring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
+from detector.rcnn.forward import Detections, Features, Sizes
 from detector.refinement.boxes import decode, move, paired_iou
 from detector.refinement.head import Refinement
 
@@ -18,16 +19,13 @@ MIN_ASCENT_STEP_SIZE = 0.1 * ASCENT_STEP_SIZE  # at which a box has converged
 
 
 def refine_detections(
-    refinement: Refinement,
-    features: dict[str, Tensor],
-    detections: Sequence[dict[str, Tensor]],
-    image_sizes: list[tuple[int, int]],
-) -> list[dict[str, Tensor]]:
+    refinement: Refinement, features: Features, detections: Detections, image_sizes: Sizes
+) -> Detections:
     """Refine and rescore the detections of all images at once.
 
     Args:
         refinement: The refinement of the detector.
-        features: Feature maps [N, C, H, W] by the name of the level.
+        features: Maps [N, C, H, W] by the name of the level.
         detections: ``boxes`` [L, 4], ``labels`` [L] and ``scores`` [L] per image, highest score first.
         image_sizes: (height, width) of the resized images.
 
@@ -37,9 +35,8 @@ def refine_detections(
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
-    counts = [
-        (one["scores"] >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for one in detections
-    ]
+    selected = [one["scores"] >= refinement.score_threshold for one in detections]
+    counts = [mask.sum().clamp(max=config.boxes_per_image) for mask in selected]
     boxes = [one["boxes"][:count] for one, count in zip(detections, counts)]
     boxes, ious = iterate(refinement, features, boxes, image_sizes)
     if config.ascent_steps and not torch.jit.is_tracing() and any(map(len, boxes)):
@@ -60,9 +57,9 @@ def _rescored(detections: dict[str, Tensor], boxes: Tensor, ious: Tensor, power:
 
 
 def iterate(
-    refinement: Refinement, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
+    refinement: Refinement, features: Features, boxes: list[Tensor], image_sizes: Sizes
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Move boxes [L, 4] per image by the predicted deltas, unless their predicted IoU falls.
+    """Move boxes [L, 4] per image by the predicted deltas, as long as their predicted IoU does not fall.
 
     Returns:
         The boxes [L, 4] per image, clipped to it, and their predicted IoU [L], 0 to 1.
@@ -84,20 +81,21 @@ def iterate(
 
 
 def _ascend_in_images(
-    refinement: Refinement, features: dict[str, Tensor], boxes: list[Tensor], image_sizes: list[tuple[int, int]]
+    refinement: Refinement, features: Features, boxes: list[Tensor], image_sizes: Sizes
 ) -> tuple[list[Tensor], list[Tensor]]:
     counts = [len(b) for b in boxes]
+
+    def clipped(together: Tensor) -> list[Tensor]:
+        return [clip_boxes_to_image(b, size) for b, size in zip(together.split(counts), image_sizes)]
+
     # Inference tensors cannot be saved for backward, but their copies can.
     with torch.inference_mode(False), torch.no_grad():
         maps = {name: m.clone() if m.is_inference() else m.detach() for name, m in features.items()}
-
-        def clipped(together: Tensor) -> list[Tensor]:
-            return [clip_boxes_to_image(b, size) for b, size in zip(together.split(counts), image_sizes)]
-
-        def predicted_iou(together: Tensor) -> Tensor:
-            return refinement(maps, clipped(together), image_sizes)[1].sigmoid()
-
-        moved, ious = ascend(predicted_iou, torch.cat(boxes).clone(), refinement.config.ascent_steps)
+        moved, ious = ascend(
+            lambda together: refinement(maps, clipped(together), image_sizes)[1].sigmoid(),
+            torch.cat(boxes).clone(),
+            refinement.config.ascent_steps,
+        )
     return clipped(moved), list(ious.split(counts))
 
 

@@ -1,6 +1,5 @@
 """Training of the refinement: its boxes, and the losses of its unrolled iterations."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from detector.rcnn.bound import bounded_copies
 from detector.rcnn.box_gradient import scale_gradient
+from detector.rcnn.forward import Features, Sizes
 from detector.refinement.boxes import CODER, decode, move, paired_iou
 from detector.refinement.head import Refinement
 
@@ -22,29 +22,24 @@ REFUSED_DTYPES = (torch.bool, torch.bfloat16, torch.float16)  # 16-bit floats ca
 
 
 def unrolled_losses(
-    refinement: Refinement,
-    features: dict[str, Tensor],
-    boxes: Sequence[Tensor],
-    truth: Sequence[Tensor],
-    image_sizes: list[tuple[int, int]],
+    refinement: Refinement, features: Features, boxes: list[Tensor], truth: list[Tensor], image_sizes: Sizes
 ) -> dict[str, Tensor]:
     """Return the losses of all training iterations.
 
     Args:
         refinement: The refinement to train.
-        features: Feature maps [N, C, H, W] by the name of the level.
+        features: Maps [N, C, H, W] by the name of the level.
         boxes: [L, 4] per image. Boxes that require a gradient get one.
         truth: The ground-truth box of each box, [L, 4] per image.
         image_sizes: (height, width) of the resized images.
 
     Returns:
-        ``loss_refinement_box`` and ``loss_refinement_iou``: means over the boxes (and coordinates), summed over the
-        iterations; zeros attached to the graph where there are no boxes.
+        ``loss_refinement_box`` and ``loss_refinement_iou``: means over boxes and coordinates, summed over iterations.
     """
     settings = refinement.config.box_gradient
-    target = torch.cat(list(truth))
+    target = torch.cat(truth)
     count = max(len(target), 1)
-    current = list(boxes)
+    current = boxes
     box_losses, iou_losses = [], []
     for _ in range(refinement.config.train_iterations):
         cropped = [scale_gradient(b, settings.crop) for b in current]
@@ -64,7 +59,7 @@ def unrolled_losses(
 
 
 def sample_training_boxes(
-    candidates: Sequence[Tensor], truth: Sequence[Tensor], image_sizes: list[tuple[int, int]]
+    candidates: list[Tensor], truth: list[Tensor], image_sizes: Sizes
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Sample boxes that overlap an object: jittered ground truth, and candidates of the detector.
 
@@ -103,25 +98,18 @@ def _has_size(boxes: Tensor) -> Tensor:
 
 
 def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
-    """Check ground-truth boxes [L, 4] of images [3, H, W] before training.
-
-    Raises:
-        TypeError, ValueError: Names the image, the field and the value.
-    """
+    """Check the ground-truth boxes [L, 4] of images [3, H, W]. Errors name the image, the field and the value."""
     if len(images) == 0 or len(targets) != len(images):
         raise ValueError(f"images and targets must be as many, at least one, got {len(images)} and {len(targets)}")
     valid = []
-    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+    for number, (image, target) in enumerate(zip(images, targets)):
         if image.dim() != 3:
             raise ValueError(f"images[{number}] must be [3, H, W], got {list(image.shape)}")
-        field = f"targets[{number}]['boxes']"
-        if "boxes" not in target:
-            raise ValueError(f"{field} is missing; an image without objects has torch.zeros(0, 4)")
-        boxes = target["boxes"]
+        field, boxes = f"targets[{number}]['boxes']", target.get("boxes")
         if not isinstance(boxes, Tensor):
-            raise TypeError(f"{field} must be a tensor, got {type(boxes).__name__}")
+            raise TypeError(f"{field} must be a tensor, got {type(boxes).__name__}; without objects torch.zeros(0, 4)")
         if boxes.is_complex() or boxes.dtype in REFUSED_DTYPES:
-            raise TypeError(f"{field} must be float32, float64 or integers, got {boxes.dtype}: call .float()")
+            raise TypeError(f"{field} must be float32, float64 or integers, got {boxes.dtype}")
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"{field} must be [L, 4], got {list(boxes.shape)}")
         x1, y1, x2, y2 = boxes.unbind(1)
@@ -129,12 +117,8 @@ def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]
         valid.append(boxes.isfinite().all(dim=1) & (x1 < x2) & (y1 < y2) & inside)
     if not torch.cat(valid).all():  # the only synchronization with the device
         number = next(n for n, of_image in enumerate(valid) if not of_image.all())
-        row = int((~valid[number]).nonzero()[0])
-        box, (height, width) = targets[number]["boxes"][row].tolist(), images[number].shape[-2:]
-        if not all(map(math.isfinite, box)):
-            reason = "it must be finite"
-        elif box[0] >= box[2] or box[1] >= box[3]:
-            reason = "it has no width or no height; boxes are (x1, y1, x2, y2), not (x, y, width, height)"
-        else:
-            reason = f"it lies outside its image of {width} x {height} pixels"
-        raise ValueError(f"targets[{number}]['boxes'][{row}] is {box}: {reason}")
+        row, (height, width) = int((~valid[number]).nonzero()[0]), images[number].shape[-2:]
+        raise ValueError(
+            f"targets[{number}]['boxes'][{row}] is {targets[number]['boxes'][row].tolist()}: it must be finite "
+            f"(x1, y1, x2, y2) with x1 < x2 and y1 < y2, and overlap its image of {width} x {height} pixels"
+        )

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.rcnn.forward import add_masks_and_keypoints, detect_boxes
+from detector.rcnn.forward import Detections, Features, Sizes, Targets, add_masks_and_keypoints, detect_boxes
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement.head import Refinement
 from detector.refinement.inference import refine_detections
@@ -20,12 +20,8 @@ class RefinedRoIHeads(RoIHeads):
     refinement: Refinement
 
     def forward(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Tensor],
-        image_shapes: list[tuple[int, int]],
-        targets: list[dict[str, Tensor]] | None = None,
-    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        self, features: Features, proposals: list[Tensor], image_shapes: Sizes, targets: Targets = None
+    ) -> tuple[Detections, dict[str, Tensor]]:
         if self.training or not self.refinement.enabled:
             result, losses = super().forward(features, proposals, image_shapes, targets)
             if self.training and self.refinement.enabled and targets is not None:
@@ -37,9 +33,7 @@ class RefinedRoIHeads(RoIHeads):
         add_masks_and_keypoints(self, features, detections, image_shapes)
         return detections, {}
 
-    def refined(
-        self, features: dict[str, Tensor], detections: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    def refined(self, features: Features, detections: Detections, image_shapes: Sizes) -> Detections:
         """Refine detections; a method of its own so that it can be timed."""
         return refine_detections(self.refinement, features, detections, image_shapes)
 
