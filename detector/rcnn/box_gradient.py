@@ -1,9 +1,10 @@
-"""Settings of the gradient from the RoI heads' losses to the proposals."""
+"""The gradient from the RoI heads' losses to the proposals: its settings, its scale and its bound."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 BOUND = 0.1
@@ -70,3 +71,30 @@ def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
         return tensor
     constant = tensor.detach()
     return constant if scale == 0 else constant + scale * (tensor - constant)
+
+
+def bounded_copies(tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
+    """Return two copies of ``tensor`` [N, D], the gradient through the second bounded by that through the first.
+
+    With ``own`` and ``other`` the gradients at the copies in the same backward pass, each row of ``tensor`` gets
+    ``own + s * other`` with ``s = min(1, bound * |own| / |other|)``. For a bound below 1 the sum is never an ascent
+    direction of the first copy's loss: ``(own + s * other) . own >= (1 - bound) * |own|^2``. Loss scalers, accumulation
+    and several devices do not change ``s``. ``None`` gives the plain sum.
+    """
+    first, second = _BoundedCopies.apply(tensor, bound)
+    return first, second
+
+
+class _BoundedCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
+        ctx.bound = bound
+        return tensor.view_as(tensor), tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, own: Tensor, other: Tensor) -> tuple[Tensor, None]:
+        if ctx.bound is not None:
+            own_norm, other_norm = (gradient.norm(dim=1, keepdim=True) for gradient in (own, other))
+            scale = ctx.bound * own_norm / other_norm.clamp(min=torch.finfo(other_norm.dtype).tiny)
+            other = scale.clamp(max=1) * other
+        return own + other, None

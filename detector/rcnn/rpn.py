@@ -5,8 +5,7 @@ from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
-from detector.rcnn.bound import bounded_copies
-from detector.rcnn.box_gradient import BoxGradient
+from detector.rcnn.box_gradient import BoxGradient, bounded_copies
 from detector.rcnn.forward import Features, Targets
 from detector.rcnn.watch import BoxGradientWatch
 

@@ -9,9 +9,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import resize_boxes
 
 from detector.overriding import eval_mode
-from detector.rcnn.classes import mix_in, refuse_own_forward, take_out
 from detector.rcnn.roi_heads import AttachedRoIHeads
-from detector.rcnn.swap import parts_of
+from detector.rcnn.swap import mix_in, parts_of, refuse_own_forward, take_out
 from detector.refinement.config import RefinementConfig
 from detector.refinement.feature_cache import FeatureCache, batch_features, extract_features
 from detector.refinement.head import Refinement

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from detector.rcnn.bound import bounded_copies
-from detector.rcnn.box_gradient import scale_gradient
+from detector.rcnn.box_gradient import bounded_copies, scale_gradient
 from detector.rcnn.forward import Features, Sizes
 from detector.refinement.boxes import CODER, decode, move, paired_iou
 from detector.refinement.head import Refinement

@@ -2,17 +2,15 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import batch, copies, tiny_rcnn
-from torch._dynamo.testing import CompileCounter
 
-from detector import BoxGradient, restore_roi_align, swap_crop_head
-from detector.rcnn.bound import bounded_copies
+from detector import BoxGradient, swap_crop_head
+from detector.rcnn.box_gradient import bounded_copies
 
 OFF = BoxGradient(crop=0, coder=0)
 EVERY_LOSS = ("box", "classification", "mask", "keypoint")
@@ -135,19 +133,6 @@ def test_the_gradient_at_the_deltas_of_a_detector_is_made_of_its_parts(kind, bou
     assert not found[~own.any(1)].any()
 
 
-def test_exact_is_the_default_without_a_bound():
-    assert BoxGradient.exact() == BoxGradient(bound=None, warmup_steps=0)
-    assert BoxGradient().bound == 0.1
-
-
-@pytest.mark.parametrize("bound", [0, -0.1, math.nan, math.inf])
-def test_a_bound_out_of_range(bound):
-    with pytest.raises(
-        ValueError, match=rf"bound must be a share above 0, such as 0.1, or None \(null in a file\), got {bound}"
-    ):
-        BoxGradient(bound=bound)
-
-
 def test_weights_of_the_losses_do_not_loosen_it():
     """Doubling the box head's loss changes nothing at the RPN once the bound holds."""
     model = swap_crop_head(tiny_rcnn().double().train(), BoxGradient(bound=0.01))
@@ -225,80 +210,3 @@ def test_the_bound_in_a_compiled_model():
     compiled = torch.compile(model, backend="eager")
     found = gradient_of(model, sum(losses_of(compiled, images, targets).values()))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_steps_of_a_warm_up_are_compiled_once():
-    model = swap_crop_head(tiny_rcnn().train(), BoxGradient(warmup_steps=5))
-    images, targets = batch()
-    counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter)
-    counts = []
-    for _ in range(4):
-        losses_of(compiled, images, targets)
-        counts.append(counter.frame_count)
-    assert model.rpn.warmup_step == 4
-    assert counts[1] == counts[2] == counts[3]
-
-
-# --- Warm-up ---------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_reaches_the_proposals_in_the_warm_up():
-    model = tiny_rcnn().double().train()
-    images, targets = batch(torch.float64)
-    wanted = {}
-    for name, settings in {"off": OFF, "on": BoxGradient()}.items():
-        swapped = swap_crop_head(copy.deepcopy(model), settings)
-        wanted[name] = gradient_of(swapped, sum(losses_of(swapped, images, targets).values()))
-    swap_crop_head(model, BoxGradient(warmup_steps=2))
-    for name in ("off", "off", "on", "on"):
-        found = gradient_of(model, sum(losses_of(model, images, targets).values()))
-        assert torch.equal(found, wanted[name])
-
-
-def reached(model):
-    """Whether a step of all losses sends a box gradient to the RPN, of a model whose RPN has none of its own."""
-    images, targets = batch()
-    losses = losses_of(model, images, targets)
-    gradient = torch.autograd.grad(losses["loss_box_reg"], model.rpn.head.bbox_pred.weight, allow_unused=True)[0]
-    return gradient is not None and bool(gradient.any())
-
-
-def test_the_warm_up_counts_training_steps_and_can_be_set():
-    settings = BoxGradient(warmup_steps=2, bound=None)
-    model = swap_crop_head(tiny_rcnn().train(), settings)
-    images, targets = batch()
-    keys = list(model.state_dict())
-    with torch.no_grad():
-        losses_of(model, images, targets)  # a validation loss
-    model.eval()
-    model(images)
-    assert model.rpn.warmup_step == 0
-    assert not reached(model.train())
-    assert model.rpn.warmup_step == 1
-    twin = pickle.loads(pickle.dumps(model))
-    for again in (model, twin):
-        assert not reached(again)
-        assert reached(again)
-        assert again.rpn.warmup_step == 2
-    swap_crop_head(model, settings)  # anew
-    assert not reached(model)
-    swap_crop_head(model, settings)
-    model.rpn.warmup_step = 40  # a run that goes on
-    assert reached(model)
-    assert list(model.state_dict()) == keys
-    restore_roi_align(model)
-    assert not {"warmup_step", "box_gradient"} & {*vars(model.rpn), *vars(model.roi_heads)}
-
-
-def test_off_counts_no_warm_up():
-    model = swap_crop_head(tiny_rcnn().train(), BoxGradient(crop=0, coder=0, warmup_steps=2))
-    losses_of(model, *batch())
-    assert model.rpn.warmup_step == 0
-
-
-@pytest.mark.parametrize("steps", [-1, -500])
-def test_a_warm_up_below_0(steps):
-    with pytest.raises(ValueError, match=f"warmup_steps must be 0 or more, got {steps}"):
-        BoxGradient(warmup_steps=steps)

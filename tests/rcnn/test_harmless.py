@@ -97,20 +97,3 @@ def test_the_default_leaves_the_rpn_as_it_is_and_the_exact_derivative_does_not(d
     share = rpn_loss(digits, settings) / off
     print(f"\nthe RPN's own box loss over that with the gradient off, {settings}: {share:.2f}")
     assert least < share < most
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "options",
-    [{"seed": 1}, {"seed": 2}, {"lr": 6e-3}, {"batch": 1, "steps": 240}, {"batch": 16, "steps": 90}],
-    ids=["seed 1", "seed 2", "lr x 3", "batch 1", "batch 16"],
-)
-def test_that_holds_in_other_loops(digits, options):
-    losses = {
-        name: rpn_loss(digits, settings, **options)
-        for name, settings in {"off": OFF, "default": BoxGradient(), "exact": BoxGradient.exact()}.items()
-    }
-    print(f"\n{options}: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
-    # At batch 1 the default's has been seen to be up to 1.35 times as high.
-    assert losses["default"] < 1.5 * losses["off"]
-    assert losses["exact"] > 2 * losses["off"]
