@@ -16,13 +16,13 @@ from torchvision.ops import MultiScaleRoIAlign
 from detector import BoxGradient, MultiScaleAffineCrop, restore_roi_align, swap_crop_head
 
 EVERY_LOSS = ("box", "classification", "mask", "keypoint")
-BUILDERS = [
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
+LARGE = [
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
     "maskrcnn_resnet50_fpn",
     "keypointrcnn_resnet50_fpn",
 ]
+BUILDERS = ["fasterrcnn_mobilenet_v3_large_320_fpn", *(pytest.param(n, marks=pytest.mark.slow) for n in LARGE)]
 TINY = ["box", "mask", "keypoint", "single scale"]
 
 
@@ -140,7 +140,7 @@ sides = st.one_of(st.integers(1, 70), st.integers(1, 1333))
 
 
 @pytest.mark.parametrize("name", ["box", "single scale"])
-@settings(deadline=None, derandomize=True, max_examples=15)
+@settings(deadline=None, derandomize=True, max_examples=6)
 @given(sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=2))
 @example(sizes=[(1, 1)])
 @example(sizes=[(20, 128)])
@@ -251,7 +251,7 @@ def test_a_swapped_model_can_be_copied_and_pickled(duplicate, used):
     assert type(twin.roi_heads) is RoIHeads
 
 
-EXACT = BoxGradient.exact()  # passes also where the RPN's own loss is left out
+EXACT = BoxGradient.exact()  # lets the gradient pass without the RPN's own loss
 
 
 def box_gradient_of(model):
@@ -270,30 +270,9 @@ def test_a_second_swap_changes_the_settings():
     torch.testing.assert_close(half, both / 2, rtol=1e-4, atol=1e-7)
     assert classes(model) == kinds
     torch.testing.assert_close(box_gradient_of(swap_crop_head(model, EXACT)), both)
-    assert swap_crop_head(model).rpn.box_gradient == model.roi_heads.box_gradient == BoxGradient()  # the default again
-    assert type(restore_roi_align(model).roi_heads) is RoIHeads
-
-
-def test_settings_belong_to_the_instance():
-    off, on = swap_crop_head(build("box"), BoxGradient(crop=0, coder=0)), swap_crop_head(build("box"), EXACT)
-    assert box_gradient_of(off) is None
-    assert box_gradient_of(on).any()
-
-
-def test_restore_leaves_a_stock_model_as_it_is():
-    model = build("box")
-    before = classes(model)
-    model.rpn.warmup_step = model.roi_heads.box_gradient = "the user's own"
-    assert restore_roi_align(model) is model
-    assert classes(model) == before
-    assert model.rpn.warmup_step == model.roi_heads.box_gradient == "the user's own"
-
-
-def test_train_restore_swap_and_train():
-    model = swap_crop_head(build("box"), EXACT)
-    assert box_gradient_of(model).any()
+    assert swap_crop_head(model).rpn.box_gradient == model.roi_heads.box_gradient == BoxGradient()
     assert box_gradient_of(restore_roi_align(model)) is None
-    assert box_gradient_of(swap_crop_head(model, EXACT)).any()
+    assert type(restore_roi_align(model).roi_heads) is RoIHeads
 
 
 class OwnHeads(RoIHeads):
@@ -334,59 +313,6 @@ def test_a_subclass_of_the_heads_keeps_what_it_changes():
     assert_same(detect(model), expected, exact=True)
 
 
-def test_an_rpn_with_a_forward_of_its_own_is_refused_and_nothing_is_changed():
-    model = build("box")
-    model.rpn.__class__ = OwnRPN
-    before = classes(model)
-    with pytest.raises(TypeError, match=r"OwnRPN .*a forward of its own"):
-        swap_crop_head(model)
-    assert classes(model) == before
-
-
-@pytest.mark.parametrize("part", ["rpn", "roi_heads", "roi_heads.box_roi_pool", "roi_heads.mask_roi_pool"])
-def test_a_forward_set_on_the_instance_is_refused_and_nothing_is_changed(part):
-    model = build("mask")
-    module = model.get_submodule(part)
-    module.forward = type(module).forward.__get__(module)
-    before = classes(model)
-    with pytest.raises(TypeError, match=f"{type(module).__name__} has a forward of its own"):
-        swap_crop_head(model)
-    assert classes(model) == before
-    del module.forward
-    swap_crop_head(model)
-
-
-class OwnPool(MultiScaleRoIAlign):
-    pass
-
-
-def test_a_pool_of_another_class_is_refused_and_nothing_is_changed():
-    model = build("mask")
-    model.roi_heads.mask_roi_pool.__class__ = OwnPool
-    before = classes(model)
-    with pytest.raises(TypeError, match="a RoI pool of MaskRCNN is a OwnPool"):
-        swap_crop_head(model)
-    assert classes(model) == before
-
-
-@pytest.mark.parametrize("function", [swap_crop_head, restore_roi_align])
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [("retinanet_resnet50_fpn", {}), ("ssd300_vgg16", {}), ("fcos_resnet50_fpn", {})],
-)
-def test_a_model_without_a_roi_pooler(function, name, settings):
-    with torch.device("meta"):  # nothing is computed
-        model = getattr(detection, name)(weights=None, weights_backbone=None, **settings)
-    with pytest.raises(TypeError, match=f"{type(model).__name__} has no RoI pooler to swap"):
-        function(model)
-
-
-@pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), torch.nn.Sequential(), None])
-def test_something_else_than_a_detector(model):
-    with pytest.raises(TypeError, match=f"{type(model).__name__} has no RoI pooler to swap"):
-        swap_crop_head(model)
-
-
 def test_a_pool_with_aligned_true_cannot_be_restored():
     model = build("box")
     pool = MultiScaleAffineCrop(["0", "1", "2"], 3, 2, aligned=True)
@@ -419,32 +345,6 @@ def test_hooks_of_the_user_survive():
     model.train()(*batch())
     assert {"rpn", "roi_heads", "roi_heads.box_roi_pool", "roi_heads.mask_roi_pool"} == set(calls)
     assert {name: len(module._forward_hooks) for name, module in model.named_modules()} == hooks
-
-
-@pytest.mark.parametrize("name", ["maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"])
-def test_a_training_step_with_all_losses_named(name):
-    """Of torchvision's own heads, on the maps of a ResNet that is not run."""
-    few = {"rpn_pre_nms_top_n_train": 50, "rpn_post_nms_top_n_train": 50, "box_batch_size_per_image": 8}
-    model = swap_crop_head(build(name, min_size=64, max_size=64, **few).train(), BoxGradient(losses=EVERY_LOSS))
-    strides = {"0": 4, "1": 8, "2": 16, "3": 32, "pool": 64}
-    features = {level: torch.randn(2, 256, 64 // s, 64 // s, requires_grad=True) for level, s in strides.items()}
-    model.backbone = Constant(features)
-    # At random initialisation no proposal but the truth is a positive: put one there.
-    images, targets = batch()
-    for target in targets:
-        target["keypoints"] = target["keypoints"].repeat(1, 9, 1)[:, :17]
-        target["labels"] = torch.ones_like(target["labels"])  # a person, the only class of keypointrcnn
-    near = [(t["boxes"] + torch.tensor([1.3, -0.9, 0.7, 1.1])).requires_grad_() for t in targets]
-    sizes = [image.shape[1:] for image in images]
-    losses = model.roi_heads(features, near, [tuple(size) for size in sizes], copies(targets))[1]
-    assert len(losses) == 3
-    for loss in losses.values():
-        assert loss.isfinite()
-        assert sum(g.abs().sum() for g in torch.autograd.grad(loss, near, retain_graph=True)) > 0
-    total = model(images, targets)
-    sum(total.values()).backward()
-    for parameter in model.parameters():
-        assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
 @pytest.mark.slow
@@ -489,13 +389,50 @@ class Constant(torch.nn.Module):
         return self.features
 
 
-def test_the_readme_example_two_steps():
-    """Swap, fine-tune two steps, look at the gradient."""
-    model = swap_crop_head(build("box")).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    images, targets = batch()
-    for _ in range(2):
-        optimizer.zero_grad()
-        sum(model(images, copies(targets)).values()).backward()
-        optimizer.step()
-    assert model.rpn.head.bbox_pred.weight.grad.any()
+class OwnPool(MultiScaleRoIAlign):
+    pass
+
+
+def own_forward(model):
+    model.rpn.__class__ = OwnRPN
+
+
+def own_pool(model):
+    model.roi_heads.mask_roi_pool.__class__ = OwnPool
+
+
+def instance_forward(part):
+    def change(model):
+        module = model.get_submodule(part)
+        module.forward = type(module).forward.__get__(module)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (own_forward, "OwnRPN"),
+        (own_pool, "OwnPool"),
+        (instance_forward("rpn"), "RegionProposalNetwork"),
+        (instance_forward("roi_heads"), "RoIHeads"),
+        (instance_forward("roi_heads.mask_roi_pool"), "MultiScaleRoIAlign"),
+    ],
+)
+def test_modules_that_cannot_be_swapped_are_named_and_nothing_is_changed(change, named):
+    model = build("mask")
+    change(model)
+    before = classes(model)
+    with pytest.raises(TypeError, match=named):
+        swap_crop_head(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("function", [swap_crop_head, restore_roi_align])
+@pytest.mark.parametrize("name", ["retinanet_resnet50_fpn", "ssd300_vgg16", "fcos_resnet50_fpn", "a layer"])
+def test_a_model_without_a_roi_pooler(function, name):
+    with torch.device("meta"):  # nothing is computed
+        detectors = {} if name == "a layer" else {"weights": None, "weights_backbone": None}
+        model = getattr(detection, name)(**detectors) if detectors else torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=type(model).__name__):
+        function(model)
