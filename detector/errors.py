@@ -148,8 +148,11 @@ def exit_on_user_error(
         traceback.clear_frames(error.__traceback__)
         what = "a process that reads images died, probably of too little memory" if reader_died else "out of memory"
         sys.exit(f"error: {what}: take fewer or smaller images at a time, or fewer workers ({one_line(error)[:200]})")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
+            checkpoint = getattr(error, "checkpoint", None)  # of a training
+            advice = f": to resume, add {flag_of('ckpt_path')} {checkpoint}" if checkpoint is not None else ""
+            print(f"interrupted{advice}", file=sys.stderr)
         sys.exit(130)
     finally:
         _is_cut_off()

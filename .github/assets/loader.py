@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from detector.data.dataset import as_float
-from detector.tools.training import parse
+from detector.tools.training_cli import parse
 
 STEPS, WARM_UP, ROUNDS = 20, 3, 3
 

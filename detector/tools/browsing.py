@@ -14,7 +14,7 @@ from torch import Tensor
 from detector.data.dataset import CocoDetection, Target
 from detector.data.drawing import draw, sheet
 from detector.errors import exit_on_user_error
-from detector.tools.training import TrainingCLI, parse
+from detector.tools.training_cli import TrainingCLI, parse
 
 LARGEST = 480  # pixels of a picture's longer side on the sheet
 

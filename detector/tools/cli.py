@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -115,32 +115,33 @@ def make_parser(function: Callable[..., Any]) -> ArgumentParser:
 
 def read_options(parser: ArgumentParser, arguments: Sequence[str], files: Sequence[str] = ()) -> dict[str, Any]:
     """Return the options of a command line by name. Raises :class:`UsageError`, or :class:`DataError` for a file."""
-    check_arguments(parser.description, arguments)
+    check_arguments(parser.description, arguments, files=("config", *files))
     options = _parse(parser, arguments)
     if options["config"] is not None:
         options = _parse(parser, [*_flags_in(options["config"]), *arguments])
     del options["config"]
-    for name in files:
-        check_file(f"--{name}", options[name])
     if options.pop("print_config"):
         flags = {action.dest for action in parser._actions if action.option_strings}
-        print(yaml.safe_dump({n: v for n, v in options.items() if n in flags}, sort_keys=False), end="")
+        print(yaml.safe_dump({name: options[name] for name in options if name in flags}, sort_keys=False), end="")
         sys.exit(0)
     return options
 
 
-def check_arguments(description: str | None, arguments: Sequence[str]) -> None:
-    """Refuse an empty command line; the description goes to the error output."""
+def check_arguments(description: str | None, arguments: Sequence[str], *, files: Sequence[str]) -> None:
+    """Refuse an empty command line, and a missing file. Names on a hub, and "last", are no files.
+
+    Args:
+        description: printed if the command line is empty.
+        arguments: the command line.
+        files: the flags that name input files, without their hyphens.
+    """
     if not arguments:
         print(description, file=sys.stderr)
         raise UsageError("no arguments were given; --help lists them")
-
-
-def check_file(flag: str, value: Any) -> None:
-    """Refuse a file that does not exist. Other values, such as a name on a hub or "last", pass."""
-    is_file = str(value).endswith((".yaml", ".yml", ".json", ".ckpt")) and "://" not in str(value)
-    if is_file and not Path(value).exists():
-        raise DataError(f"{flag} {value}: no such file")
+    for name, value in named_flags(underscored(arguments)):
+        is_file = value.endswith((".yaml", ".yml", ".json", ".ckpt")) and "://" not in value
+        if name in files and is_file and not Path(value).exists():
+            raise DataError(f"--{name} {value}: no such file")
 
 
 def read_yaml(path: str | Path, loader: type[Any] = yaml.SafeLoader) -> Any:
@@ -184,6 +185,7 @@ def usage_error(error: argparse.ArgumentError) -> UsageError:
             allowed += re.split(", ", name[8:-1].replace("'", ""))
         elif name != "NoneType":
             allowed.append(TYPE_NAMES.get(name, name))
+    allowed = list(dict.fromkeys(allowed))
     text = " or ".join([", ".join(allowed[:-1]), allowed[-1]] if len(allowed) > 1 else allowed)
     given = next((group for group in value.groups() if group is not None), "").strip("'") if value else ""
     return UsageError(f"must be {text}", setting=setting[1], value=given)
@@ -197,8 +199,15 @@ def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
         raise usage_error(error) from None
 
 
+def named_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of each flag, written as ``--name value`` or ``--name=value``."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            yield name, value if equals else following
+
+
 def _flags_in(path: str) -> list[str]:
-    check_file("--config", path)
     settings = read_yaml(path, yaml.BaseLoader)  # all values as text: on and off are no booleans
     if not isinstance(settings, dict):
         raise DataError(f"{path}: must be a dict of flags")

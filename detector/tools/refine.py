@@ -1,137 +1,179 @@
-"""Train a refinement of a detector's boxes: a small head, and nothing else, in minutes.
+"""The tool that trains a refinement: ``tools/refine.py``."""
 
-python tools/refine.py --checkpoint runs/bccd --root BCCD --train_split train --split val
-python tools/refine.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
-The detector stays as it is to the last bit. The head crops the detector's own feature maps at a box, and predicts where
-the object's box is, and the IoU of the two. It learns from the boxes of the train split, whatever their classes. The
-features of images are kept in memory, up to --cache_gb. Then the split is scored without the refinement and with it.
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-The run folder gets checkpoints/last.ckpt, which eval, predict, export and load_detector take as any other, scores.json
-with the scores before and after, detections.json, report.json and report.html.
-
-exit code: 0 all is well, 1 a mistake in what was given, 2 in the command line, 130 interrupted (--ckpt_path last goes
-on)
-"""
-
-import argparse
-from collections.abc import Callable, Sequence
-
-from detector.tools.arguments import (
-    ToolParser,
-    add_data,
-    add_detector,
-    add_device,
-    add_workers,
-    at_least,
-    boolean,
-    switch,
-)
+from detector.choices import Crop, Orientation
+from detector.errors import UserError, one_line
+from detector.run_folders import run_folder
+from detector.tools.cli import run_tool
 
 
-def between(low: float, high: float) -> Callable[[str], float]:
-    """The type of a flag: a number in a range, without its ends."""
+def refine(
+    *,
+    checkpoint: str | Path | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    crop: Crop | None = None,
+    root: str | Path | None = None,
+    dataset: str | None = None,
+    train_split: str = "train2017",
+    split: str = "val2017",
+    annotations: str | None = None,
+    images: str = "{split}",
+    orientation: Orientation = "upright",
+    run_dir: str | Path | None = None,
+    ckpt_path: str | Path | None = None,
+    save_every: PositiveInt = 500,
+    iterations: NonNegativeInt = 2,
+    train_iterations: PositiveInt = 3,
+    ascent_steps: NonNegativeInt = 0,
+    box_gradient: Literal["exact", "bound", "off"] = "exact",
+    max_steps: PositiveInt = 600,
+    epochs: PositiveInt | None = None,
+    batch_size: PositiveInt = 4,
+    lr: float = 1e-3,
+    weight_decay: float = 1e-4,
+    ema: float | None = None,
+    flip: bool = True,
+    cache_gb: NonNegativeFloat = 2.0,
+    workers: NonNegativeInt = 2,
+    seed: NonNegativeInt = 0,
+    device: str | None = None,
+    devices: PositiveInt | None = None,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    deterministic: bool = False,
+) -> dict[str, float] | None:
+    """Train a refinement of a detector's boxes: a small head, and nothing else, in minutes.
 
-    def number(text: str) -> float:
-        value = float(text)
-        if not low < value < high:
-            raise argparse.ArgumentTypeError(f"must be above {low:g} and below {high:g}, got {text}")
-        return value
+    The detector's weights do not change. The head crops the detector's feature maps at a box, and predicts the object's
+    box and the IoU of the two. It learns from the boxes of the train split, whatever their classes. Then the split is
+    scored without and with the refinement. The run folder gets checkpoints/last.ckpt, which the other tools and
+    load_detector read like any other checkpoint, scores.json, detections.json, report.json and report.html.
 
-    return number
+    Examples:
+        python tools/refine.py --checkpoint runs/bccd --root BCCD --train_split train --split val
+        python tools/refine.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
 
+    Args:
+        checkpoint: A checkpoint, its run folder (the last checkpoint), a saved folder, or OWNER/NAME on Hugging Face.
+        model: A torchvision detector, such as fasterrcnn_resnet50_fpn. Needs weights.
+        weights: A state_dict file for the model, or the name of published weights, such as DEFAULT.
+        crop: Crop with the affine crop or with RoIAlign. Default: as the detector was trained.
+        root: Folder of the data set. Default: the dataset's folder in DETECTOR_DATA.
+        dataset: Name of the data set, a folder in DETECTOR_DATA.
+        train_split: Name of the split to learn from.
+        split: Name of the split to score.
+        annotations: Annotation file, relative to root. Default: annotations/instances_{split}.json, where {split} is
+            replaced.
+        images: Image folder, relative to root. {split} is replaced.
+        orientation: Turn images upright by their EXIF orientation, or take them as stored. An annotated size that fits
+            only one of the two decides.
+        run_dir: Folder of the run. If it holds a run, a number is added. Default: RUN-refined beside the checkpoint's
+            run folder, or runs/refined-MODEL.
+        ckpt_path: "last" resumes from the last checkpoint of the last run in run_dir, a file from that checkpoint.
+        save_every: Steps between checkpoints.
+        iterations: Refinement iterations at test time.
+        train_iterations: Refinement iterations in training.
+        ascent_steps: Maximum number of gradient ascent steps on the predicted IoU, at test time.
+        box_gradient: Gradient through the boxes between the training iterations. "exact" is the derivative, "bound"
+            limits it to a tenth of each iteration's own gradient, "off" treats boxes as constants, as in a cascade.
+        max_steps: Training steps.
+        epochs: Passes over the images, instead of max_steps.
+        batch_size: Images per step and device.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay.
+        ema: Decay of an exponential moving average of the weights, such as 0.99. Default: no average.
+        flip: Flip half of the images. Switch off where left and right differ, as in digits.
+        cache_gb: Memory for the feature cache. Features of an 800 x 1333 image with 256 channels take 91 MB. Features
+            that do not fit are computed again in each pass.
+        workers: Processes that read images.
+        seed: Seed of the weights, the order of the images and the sampling.
+        device: cpu, cuda, cuda:1, ... Default: cuda if available.
+        devices: Number of devices, with one process each. Default: 1, or torchrun's.
+        precision: Precision of the training. Boxes are always float32, and the scoring is 32-true.
+        deterministic: Make the weights reproducible bit by bit on a GPU too.
 
-def make_parser() -> ToolParser:
-    """The flags of ``tools/refine.py``."""
-    parser = ToolParser(__doc__, settings=True, files=("config", "checkpoint", "ckpt_path"))
-    add_detector(parser)
-    add_data(parser)
-    add = parser.add_argument
-    add("--train_split", default="train2017", metavar="NAME", help="the split to learn from; default: train2017")
-    add_device(parser)
-    add = parser.add_argument_group("the run").add_argument
-    add(
-        "--run_dir",
-        metavar="FOLDER",
-        help="a new run beside an old one gets a number; default: RUN-refined beside the checkpoint's run folder, "
-        "runs/refined-MODEL",
+    Returns:
+        The scores of the refined detector; ``None`` on all processes but the first.
+
+    Exit codes:
+        0: done.
+        1: wrong input.
+        2: wrong command line.
+        130: interrupted. --ckpt_path last resumes.
+    """
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from detector.data.categories import match_categories
+    from detector.rcnn.box_gradient import BoxGradient
+    from detector.refinement.config import RefinementConfig
+    from detector.tools.source import data_folder, load_source, pick_device, split_for
+    from detector.training.optimization import OptimizerConfig
+    from detector.training.refinement import RefinementData, RefinementTask
+    from detector.training.run import train
+
+    place = pick_device(device)
+    folder = data_folder(root, dataset, annotations, images, orientation)
+    detector, name = load_source(checkpoint, model, weights, crop)
+    score_on = split_for(detector, folder, split)
+    match_categories(detector, score_on)  # fails before the training
+    gradients = {"exact": BoxGradient.exact(), "bound": BoxGradient(), "off": BoxGradient(crop=0, coder=0)}
+    task = RefinementTask(
+        detector,
+        RefinementConfig(
+            iterations=iterations,
+            train_iterations=train_iterations,
+            ascent_steps=ascent_steps,
+            box_gradient=gradients[box_gradient],
+        ),
+        OptimizerConfig(lr=lr, lr_rule="constant", weight_decay=weight_decay, ema=ema),
+        cache_bytes=int(cache_gb * 1e9),
     )
-    add(
-        "--ckpt_path",
-        metavar="{last,FILE}",
-        help="last: go on, exactly, from the last checkpoint of the last run in run_dir; FILE: from that one",
+    data = RefinementData(
+        score_on,
+        root=str(folder.root),
+        train_split=train_split,
+        val_split=split,
+        annotations=folder.annotations,
+        images=images,
+        orientation=orientation,
+        steps=max_steps,
+        epochs=epochs,
+        flip=flip,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
     )
-    add("--save_every", type=at_least(1), default=500, metavar="N", help="steps between checkpoints; default: 500")
-    add = parser.add_argument_group("the refinement").add_argument
-    add("--iterations", type=at_least(0), default=2, metavar="N", help="refinement iterations; default: 2")
-    add(
-        "--train_iterations",
-        type=at_least(1),
-        default=3,
-        metavar="N",
-        help="refinement iterations in training; default: 3",
-    )
-    add(
-        "--ascent_steps",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="maximum number of gradient ascent steps on the predicted IoU; default: 0",
-    )
-    add(
-        "--box_gradient",
-        type=switch,
-        choices=("exact", "bound", "off"),
-        default="exact",
-        help="gradient through the boxes between the training iterations: exact: the derivative; bound: at most a "
-        "tenth of each iteration's own gradient; off: boxes are constants, as in a cascade; default: exact",
-    )
-    add = parser.add_argument_group("the training").add_argument
-    add("--max_steps", type=at_least(1), default=600, metavar="N", help="its length; default: 600")
-    add("--epochs", type=at_least(1), metavar="N", help="or so many passes over the images")
-    add("--batch_size", type=at_least(1), default=4, metavar="N", help="images a step and device; default: 4")
-    add(
-        "--cache_gb",
-        type=between(-1, 10_000),
-        default=2.0,
-        metavar="GB",
-        help="memory for features of images: a 320 x 320 image with 128 channels takes 4.4 MB, one of 800 x 1333 with "
-        "256 channels 91 MB; what does not fit is computed anew each time; default: 2",
-    )
-    add("--lr", type=between(0, 10), default=1e-3, metavar="R", help="peak learning rate of AdamW; default: 0.001")
-    add("--weight_decay", type=float, default=1e-4, metavar="R", help="default: 0.0001")
-    add(
-        "--ema", type=between(0, 1), metavar="D", help="decay of an average of the weights, such as 0.99; default: none"
-    )
-    add(
-        "--flip",
-        type=boolean,
-        default=True,
-        metavar="{true,false}",
-        help="flip every second image; false where right and left differ, as in digits; default: true",
-    )
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of all that is drawn; default: 0")
-    add("--devices", type=at_least(1), metavar="N", help="processes, one a device; default: 1, or torchrun's")
-    add(
-        "--precision",
-        choices=("32-true", "bf16-mixed", "16-mixed"),
-        default="32-true",
-        help="of the training; boxes are float32 always, and scores are taken in 32-true; default: 32-true",
-    )
-    add(
-        "--deterministic",
-        type=boolean,
-        default=False,
-        metavar="{true,false}",
-        help="the same weights to the last bit on a GPU as well; default: false",
-    )
-    add_workers(parser, default=2)
-    return parser
+    count = devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        return train(
+            task,
+            data,
+            run_dir=run_dir or _run_dir(name, model),
+            ckpt_path=ckpt_path,
+            save_every=save_every,
+            accelerator=place.type,
+            devices=[place.index] if count == 1 and place.index is not None else count,
+            precision=precision,
+            deterministic=deterministic,
+        )
+    except MisconfigurationException as error:
+        raise UserError(one_line(error)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Refine what a command line names. Returns the exit code."""
-    options = make_parser().read(arguments)
-    from detector.tools.refining import refine
+    """Run ``tools/refine.py`` and return its exit code."""
+    return run_tool(refine, arguments, files=("checkpoint", "ckpt_path"))
 
-    return refine(options)
+
+def _run_dir(name: str, model: str | None) -> Path:
+    source = Path(name)
+    if model is not None or not source.exists():
+        return Path("runs") / f"refined-{model or source.name}"
+    run = run_folder(source) if source.is_file() else source
+    return run.with_name(f"{run.name}-refined")

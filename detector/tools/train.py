@@ -1,18 +1,31 @@
-"""The command line of ``tools/train.py``; its flags are those of the task, the data and Lightning's trainer."""
+"""The tool that trains a detector: ``tools/train.py``. Its flags are in :mod:`detector.tools.training_cli`."""
 
-from detector.tools.arguments import first_look
+import sys
+from collections.abc import Sequence
 
-DESCRIPTION = """Train an affine-crop R-CNN and score it; configs/ has complete settings, which flags change.
+from detector.errors import exit_on_user_error
+from detector.tools.cli import FlagNames, check_arguments
 
-  python tools/train.py --config configs/quickstart.yaml --trainer.max_epochs 2
-  python tools/train.py --config configs/coco_r50_fpn_1x.yaml --data.root FOLDER --data.batch_size 4
+DESCRIPTION = """Train a detector with the affine crop, and score it. configs/ has complete settings.
 
-The run's own options come first, then those of the data, the model and its optimizer, and last Lightning's trainer."""
+Examples:
+    python tools/train.py --config configs/quickstart.yaml --trainer.max_epochs 2
+    python tools/train.py --config configs/coco_r50_fpn_1x.yaml --data.root FOLDER --data.batch_size 4
+
+Exit codes:
+    0: done.
+    1: wrong input.
+    2: wrong command line.
+    130: interrupted. --ckpt_path last resumes."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train as a command line says. Returns the exit code."""
-    first_look(DESCRIPTION, arguments)
-    from detector.tools.training import train
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``tools/train.py`` and return its exit code."""
+    flags = FlagNames()
+    with exit_on_user_error(flag_of=flags):
+        check_arguments(DESCRIPTION, sys.argv[1:] if arguments is None else arguments, files=("config", "ckpt_path"))
+        from detector.tools.training_cli import parse
 
-    return train(arguments, DESCRIPTION)
+        cli = parse(arguments, DESCRIPTION, flags=flags)
+        cli.train()
+    return 0

@@ -17,14 +17,14 @@ from support.runs import KILL_WITHIN, STUB, assert_equal
 from support.tiny_training import REPOSITORY, TINY
 
 from detector.data.digits import write_digits
-from detector.tools.training import train
+from detector.tools.train import main as train
 
 # Scores a checkpoint, then trains an epoch; writes what every rank saw.
 SCRIPT = """
 import json, sys
 import lightning
 from lightning.pytorch.callbacks import Callback
-from detector.tools.training import parse
+from detector.tools.training_cli import parse
 from detector.training.task import DetectionTask
 
 class Record(Callback):
@@ -160,7 +160,7 @@ def test_two_processes_that_are_killed_end_as_two_never_killed(flags, tmp_path):
 
 FAILS_ON_RANK_1 = """
 import os, sys
-from detector.tools.training import train
+from detector.tools.train import main as train
 from detector.training.task import DetectionTask
 original = DetectionTask.validation_step
 def step(*arguments):

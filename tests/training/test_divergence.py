@@ -17,7 +17,7 @@ from support.tiny_training import REPOSITORY, TINY
 
 from detector.data.digits import write_digits
 from detector.rcnn.box_gradient import BoxGradient
-from detector.tools.training import parse
+from detector.tools.training_cli import parse
 from detector.training import divergence
 from detector.training.divergence import Divergence, warn_if_all_alike
 from detector.training.optimization import OptimizerConfig

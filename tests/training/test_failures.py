@@ -28,7 +28,8 @@ from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
 from detector.evaluation import running
 from detector.signals import ignoring_signals
-from detector.tools.training import parse, train
+from detector.tools.train import main as train
+from detector.tools.training_cli import parse
 from detector.training import run
 from detector.training.checkpoints import Checkpoints
 from detector.training.data import CocoDataModule
@@ -261,8 +262,8 @@ def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name,
 UNFORESEEN = """
 import multiprocessing
 import sys
-from detector.tools.training import parse
-from detector.tools.training import train
+from detector.tools.training_cli import parse
+from detector.tools.train import main as train
 from detector.training.data import CocoDataModule
 from detector.training.task import DetectionTask
 

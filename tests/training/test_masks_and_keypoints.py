@@ -28,7 +28,7 @@ from detector.pretrained import load_detector
 from detector.tools.browse import main as browse
 from detector.tools.predict import main as predict
 from detector.tools.refine import main as refine
-from detector.tools.training import train
+from detector.tools.train import main as train
 from detector.training import CocoDataModule, DetectionTask
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("timm")
 from support.tiny_training import REPOSITORY, TINY
 
 from detector.data.digits import write_digits
-from detector.tools.training import train
+from detector.tools.train import main as train
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,8 @@ from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.sampling import seed_sampling
 from detector.run_folders import newest_folder, unused_folder
 from detector.tools.browsing import browse_training_images
-from detector.tools.training import parse, train
+from detector.tools.train import main as train
+from detector.tools.training_cli import parse
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
 from detector.training.run import Run
