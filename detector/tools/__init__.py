@@ -1,5 +1,12 @@
-"""The command lines: a module for each tool, whose ``main`` reads the flags first and then imports what does the work.
+"""The tools. ``main`` of each module is its command line; ``evaluate``, ``refine``, ... are its call from Python.
 
-The flags of ``eval``, ``predict``, ``export`` and ``check`` are read by argparse (``arguments`` has what they share);
-``evaluating``, ``predicting``, ``exporting`` and ``checking`` do the work. ``train`` and ``browse`` are Lightning's.
+Their modules import torch within functions, so that ``--help`` answers at once.
 """
+
+from detector.tools.check import check
+from detector.tools.evaluate import evaluate
+from detector.tools.export import export
+from detector.tools.predict import predict
+from detector.tools.refine import refine
+
+__all__ = ["check", "evaluate", "export", "predict", "refine"]

@@ -110,6 +110,19 @@ class TrainingCLI(LightningCLI):
             raise UserError(one_line(error)) from error
 
 
+class BrowsingCLI(TrainingCLI):
+    """The command line of ``tools/browse.py``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", type=str, default="browse.png", help="The picture to write.")
+        parser.add_argument("--count", type=int, default=6, help="Number of images, spread over the split.")
+        parser.add_argument("--epochs", type=int, default=3, help="Number of epochs to show each image in.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        return lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+
+
 def parse(
     arguments: Sequence[str] | None,
     description: str = "",

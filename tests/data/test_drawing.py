@@ -21,7 +21,7 @@ from detector.data.drawing import (
 )
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.text import clean, short
-from detector.tools.browsing import browse
+from detector.tools.browse import browse
 
 BLUE = COLORS[0]
 GROUNDS = ["#FFFFFF", "#000000", "#E0002A", "#FFE600", *COLORS]

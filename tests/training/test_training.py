@@ -45,7 +45,7 @@ from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_pu
 from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.sampling import seed_sampling
 from detector.run_folders import newest_folder, unused_folder
-from detector.tools.browsing import browse_training_images
+from detector.tools.browse import main as browse_training_images
 from detector.tools.train import main as train
 from detector.tools.training_cli import parse
 from detector.training.data import CocoDataModule
