@@ -4,7 +4,7 @@ from detector.data.results import Result, to_results
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.metric import SUMMARY, evaluate
 from detector.evaluation.report import Report
-from detector.evaluation.running import EvaluationOptions, Predictions, predict
+from detector.evaluation.running import EvaluationOptions, Predictions
 
 __all__ = [
     "SUMMARY",
@@ -14,6 +14,5 @@ __all__ = [
     "Result",
     "detect_with_losses",
     "evaluate",
-    "predict",
     "to_results",
 ]

@@ -8,9 +8,10 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from detector.data.results import Result
-from detector.evaluation.metric import match
+from detector.evaluation.metric import ALL_SIZES, match
 
 Outcome = Literal["found", "confused", "missed", "false", "crowd"]
+MATCHING_IOU = 0.5  # minimum IoU of a detection with the object that it covers
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BoxOutcome:
 
 
 def match_boxes(
-    truth: COCO, results: list[Result], image_ids: Iterable[int], *, min_score: float = 0.5, iou: float = 0.5
+    truth: COCO, results: list[Result], image_ids: Iterable[int], *, min_score: float = 0.5
 ) -> dict[int, list[BoxOutcome]]:
     """Match detections with objects of any class, in the order of their scores.
 
@@ -40,15 +41,17 @@ def match_boxes(
         results: detections in COCO's results format.
         image_ids: the images.
         min_score: minimum score of a detection.
-        iou: minimum IoU of a detection with the object that it covers.
 
     Returns:
         For each image, every object once and every detection once.
     """
-    kept = [result for result in results if result["score"] >= min_score]
-    no_limit = max(len(kept), 1)
-    image_ids = list(image_ids)
-    scorer = match(truth, kept, image_ids, by_class=False, iou=(iou,), max_detections=(no_limit,), all_sizes=False)
+    kept, image_ids = [result for result in results if result["score"] >= min_score], list(image_ids)
+    settings = {
+        "iouThrs": np.array([MATCHING_IOU]),
+        "maxDets": [max(len(kept), 1)],
+        **ALL_SIZES,
+    }  # no limit to the detections
+    scorer = match(truth, kept, image_ids, by_class=False, **settings)
     outcomes: dict[int, list[BoxOutcome]] = {image_id: [] for image_id in image_ids}
     for matched in filter(None, scorer.evalImgs):
         of_image = outcomes[matched["image_id"]]

@@ -1,7 +1,8 @@
-"""COCO's own metric: detections in COCO's results format, scored by pycocotools."""
+"""COCO's metric: detections in COCO's results format, scored by pycocotools."""
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from typing import Any, Literal, get_args
@@ -18,18 +19,19 @@ from detector.data.results import Result
 from detector.errors import DataError, ModelError
 from detector.evaluation.truth import index_coco
 
-IouType = Literal["bbox", "segm", "keypoints"]  # pycocotools' word for what is compared
-# pycocotools' 12 summary numbers, in its order. AP is averaged over IoU 0.50 to 0.95, AR is at that many detections.
+IouType = Literal["bbox", "segm", "keypoints"]  # pycocotools' name of what is compared
+# pycocotools' summary numbers, in its order. AP is the mean over IoU 0.50 to 0.95; AR100 uses 100 detections.
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 SUMMARIES: dict[IouType, tuple[str, ...]] = {
     "bbox": SUMMARY,
     "segm": SUMMARY,
-    # Of keypoints 10: by object keypoint similarity (OKS), at 20 detections an image; COCO labels no small persons.
+    # By object keypoint similarity (OKS), at 20 detections per image. COCO has no small objects with keypoints.
     "keypoints": ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"),
 }
-MASKS_AND_KEYPOINTS: dict[IouType, str] = {"segm": "Masks", "keypoints": "Keypoints"}  # in titles
 IOU_TYPES: dict[AnnotationType, IouType] = {"masks": "segm", "keypoints": "keypoints"}
-# COCO measured one for each of its 17 points; of others nobody did, and all get the mean of these.
+TITLES: dict[IouType, str] = {"segm": "Masks", "keypoints": "Keypoints"}
+ALL_SIZES: dict[str, Any] = {"areaRng": [[0, 1e10]], "areaRngLbl": ["all"]}  # settings without small, medium and large
+# COCO measured a tolerance for each of its 17 keypoints. All others get the mean of these.
 SIGMA = float(Params("keypoints").kpt_oks_sigmas.mean())
 
 
@@ -41,24 +43,23 @@ def evaluate(
     evaluator: Evaluator = "pycocotools",
     iou_type: IouType = "bbox",
 ) -> tuple[dict[str, float], str]:
-    """Score results with pycocotools' COCOeval: boxes, masks or keypoints.
+    """Score results with pycocotools' COCOeval.
 
     Args:
-        truth: the ground truth: annotations, crowds and all.
-        results: detections in COCO's results format; none at all is a score of 0.
-        image_ids: the images to score; all of ``truth`` by default. Results for others are not counted.
-        evaluator: what computes the scores; "faster-coco-eval" does the same in C++.
-        iou_type: what is compared: "bbox", "segm" (masks) or "keypoints". Objects without a mask count as missed, those
-            without a labelled keypoint as neither. COCO's 17 keypoints have COCO's own tolerances, all
-            others the mean of these.
+        truth: the ground truth, with crowds.
+        results: detections in COCO's results format; an empty list scores 0.
+        image_ids: the images to score; all of ``truth`` by default. Results on others are ignored.
+        evaluator: "faster-coco-eval" computes the same numbers in C++.
+        iou_type: "bbox", "segm" (masks) or "keypoints". Objects without a mask count as missed, those without a
+            labelled keypoint do not count.
 
     Returns:
-        The numbers of :data:`SUMMARIES` and AP90 (at IoU 0.90), -1 where no object is of that size, as in
-        pycocotools; and pycocotools' own table with a line of AP90.
+        The numbers of :data:`SUMMARIES` and AP90 (at IoU 0.90), -1 where no object has the size, and pycocotools' table
+        with a line of AP90.
 
     Raises:
         DataError: a result is for an image or a category that ``truth`` does not have.
-        ModelError: the evaluator's package is missing.
+        ModelError: the evaluator's package is not installed.
     """
     return summary(match(truth, results, image_ids, evaluator=evaluator, iou_type=iou_type))
 
@@ -66,8 +67,8 @@ def evaluate(
 def evaluate_types(
     truth: COCO, results: list[Result], image_ids: Iterable[int], *, annotation_types: Sequence[AnnotationType] = ()
 ) -> dict[str, float]:
-    """The scores of boxes, see :func:`evaluate`, and of masks and keypoints as "segm/AP", "keypoints/AP" and so on."""
-    return scores_of(match_types(truth, results, list(image_ids), annotation_types=annotation_types))
+    """Return the scores of boxes, see :func:`evaluate`, and of masks and keypoints as "segm/AP", "keypoints/AP", ..."""
+    return summaries(match_types(truth, results, list(image_ids), annotation_types=annotation_types))[0]
 
 
 def match_types(
@@ -78,27 +79,21 @@ def match_types(
     annotation_types: Sequence[AnnotationType] = (),
     evaluator: Evaluator = "pycocotools",
 ) -> list[COCOeval]:
-    """The scorers of :func:`match` of boxes, and of masks and keypoints."""
-    kinds: list[IouType] = ["bbox", *(IOU_TYPES[part] for part in annotation_types)]
-    return [match(truth, results, image_ids, evaluator=evaluator, iou_type=kind) for kind in kinds]
+    """Return the scorers, see :func:`match`, of boxes and of each annotation type."""
+    iou_types: list[IouType] = ["bbox", *(IOU_TYPES[name] for name in annotation_types)]
+    return [match(truth, results, image_ids, evaluator=evaluator, iou_type=iou_type) for iou_type in iou_types]
 
 
-def scores_of(scorers: Iterable[COCOeval]) -> dict[str, float]:
-    """The scores of several scorers: of boxes as in :func:`evaluate`, of others as "segm/AP", "keypoints/AP", ..."""
+def summaries(scorers: Iterable[COCOeval]) -> tuple[dict[str, float], str]:
+    """Return the scores, see :func:`evaluate_types`, and the tables of scorers with default settings."""
     scores: dict[str, float] = {}
-    for scorer in scorers:
-        before = "" if scorer.params.iouType == "bbox" else f"{scorer.params.iouType}/"
-        scores |= {f"{before}{name}": score for name, score in summary(scorer)[0].items()}
-    return scores
-
-
-def summary_tables(scorers: Iterable[COCOeval]) -> str:
-    """Return pycocotools' tables of several scorers."""
     tables = []
     for scorer in scorers:
-        name, table = scorer.params.iouType, summary(scorer)[1]
-        tables.append(table if name == "bbox" else f"{MASKS_AND_KEYPOINTS[name]} ({name})\n{table}")
-    return "\n\n".join(tables)
+        name = scorer.params.iouType
+        of_type, table = summary(scorer)
+        scores |= of_type if name == "bbox" else {f"{name}/{key}": score for key, score in of_type.items()}
+        tables.append(table if name == "bbox" else f"{TITLES[name]} ({name})\n{table}")
+    return scores, "\n\n".join(tables)
 
 
 def match(
@@ -109,58 +104,43 @@ def match(
     evaluator: Evaluator = "pycocotools",
     iou_type: IouType = "bbox",
     by_class: bool = True,
-    iou: Sequence[float] | None = None,
-    max_detections: Sequence[int] | None = None,
-    all_sizes: bool = True,
+    **settings: Any,
 ) -> COCOeval:
-    """Match results with the ground truth.
+    """Match results with the ground truth. Returns pycocotools' scorer, evaluated and accumulated.
 
     Args:
         truth, results, image_ids, evaluator, iou_type: see :func:`evaluate`.
-        by_class: whether a detection only matches an object of its own class.
-        iou: the IoU thresholds; 0.50 to 0.95 by default.
-        max_detections: how many detections count, the best ones of each image, and, with ``by_class``, of each class;
-            by default 1, 10 and 100, of keypoints 20.
-        all_sizes: whether small, medium and large objects are also matched apart.
-
-    Returns:
-        pycocotools' scorer, evaluated and accumulated.
+        by_class: whether a detection only matches objects of its own class.
+        settings: of pycocotools' ``Params``, such as ``iouThrs``, ``maxDets`` and :data:`ALL_SIZES`.
     """
     for result in results:
-        if result["image_id"] not in truth.imgs:
-            raise DataError(f"a result has image_id {result['image_id']}, which the annotations do not have")
-        if result["category_id"] not in truth.cats:
-            raise DataError(f"a result has category_id {result['category_id']}, which the annotations do not have")
-    # COCO.loadRes cannot take an empty list; this is what it does with a list of one kind.
+        for name, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
+            if result[name] not in known:
+                raise DataError(f"a result has {name} {result[name]}, which the annotations do not have")
+    # As COCO.loadRes does, which takes no empty list and one IoU type alone.
     annotations = [
         {**result, "id": number, "area": _area(result, iou_type), "iscrowd": 0}
         for number, result in enumerate(results, start=1)
     ]
-    truth = _prepared(truth, iou_type)
+    truth = _complete(truth, iou_type)
     found = index_coco({**truth.dataset, "annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):
         scorer = COCOeval(truth, found, iouType=iou_type)
-        settings = scorer.params
-        settings.imgIds = sorted(truth.imgs if image_ids is None else set(image_ids))
-        settings.useCats = int(by_class)
-        if max_detections is not None:
-            settings.maxDets = list(max_detections)
+        scorer.params.imgIds = sorted(truth.imgs if image_ids is None else set(image_ids))
+        scorer.params.useCats = int(by_class)
         if iou_type == "keypoints":
-            _set_keypoints(settings, truth)
-        if iou is not None:
-            settings.iouThrs = np.array(iou)
-        if not all_sizes:
-            settings.areaRng, settings.areaRngLbl = settings.areaRng[:1], settings.areaRngLbl[:1]
+            _set_keypoints(scorer.params, truth)
+        vars(scorer.params).update(settings)
         if evaluator == "pycocotools":
             scorer.evaluate()
             scorer.accumulate()
         else:
-            scorer.eval = _accumulated_fast(scorer)
+            scorer.eval = _accumulate_fast(scorer)
     return scorer
 
 
 def _area(result: Result, iou_type: IouType) -> float:
-    """The area of a detection, as pycocotools takes it, by which it is small, medium or large."""
+    """Return the area by which pycocotools takes a detection as small, medium or large."""
     if iou_type == "segm":
         return mask_area(result["segmentation"])
     if iou_type == "bbox":
@@ -169,8 +149,8 @@ def _area(result: Result, iou_type: IouType) -> float:
     return (max(x) - min(x)) * (max(y) - min(y))
 
 
-def _prepared(truth: COCO, iou_type: IouType) -> COCO:
-    """A copy with a mask, or keypoints, of each object: pycocotools fails where one is missing, and changes masks."""
+def _complete(truth: COCO, iou_type: IouType) -> COCO:
+    """Give each object of a copy a mask, or keypoints: pycocotools needs them, and changes masks in place."""
     if iou_type == "bbox":
         return truth
     annotations = []
@@ -181,68 +161,73 @@ def _prepared(truth: COCO, iou_type: IouType) -> COCO:
             given = {"segmentation": as_rle(annotation.get("segmentation"), image["height"], image["width"])}
         else:
             points = annotation.get("keypoints") or []
-            given = {"keypoints": points, "num_keypoints": sum(seen > 0 for seen in points[2::3])}
+            given = {"keypoints": points, "num_keypoints": sum(visibility > 0 for visibility in points[2::3])}
         annotations.append({**annotation, **given})
     return index_coco({**truth.dataset, "annotations": annotations})
 
 
-def _set_keypoints(settings: Any, truth: COCO) -> None:
-    """Compare the keypoints of the classes that have any, with a tolerance for each."""
+def _set_keypoints(params: Any, truth: COCO) -> None:
+    """Compare the keypoints of the classes that have any, with their tolerances."""
     points = (annotation["keypoints"] for annotation in truth.anns.values())
     layout = truth.dataset.get("layout") or layout_of("the annotations", truth.cats.values(), points)
     if layout is None:
         raise DataError("the annotations have no keypoints to score with")
-    nothing = [0] * (3 * len(layout))
-    having = {category["id"] for category in truth.cats.values() if category.get("keypoints")}
+    with_keypoints = {category["id"] for category in truth.cats.values() if category.get("keypoints")}
     for annotation in truth.dataset["annotations"]:
         if annotation["keypoints"]:
-            having.add(annotation["category_id"])
+            with_keypoints.add(annotation["category_id"])
         else:
-            annotation["keypoints"] = nothing
-    settings.catIds = sorted(having)
+            annotation["keypoints"] = [0] * (3 * len(layout))
+    params.catIds = sorted(with_keypoints)
     if not layout.fits(PERSON):
-        settings.kpt_oks_sigmas = np.full(len(layout), SIGMA)
+        params.kpt_oks_sigmas = np.full(len(layout), SIGMA)
 
 
 def summary(scorer: COCOeval) -> tuple[dict[str, float], str]:
-    """The scores and the table, see :func:`evaluate`, of what :func:`match` returned by its defaults."""
+    """Return the scores and the table of :func:`evaluate` from a scorer with default settings."""
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
         scorer.summarize()
-    scores = dict(zip(SUMMARIES[scorer.params.iouType], (float(number) for number in scorer.stats)))
+    scores = dict(zip(SUMMARIES[scorer.params.iouType], scorer.stats.tolist()))
     precision = scorer.eval["precision"][np.isclose(scorer.params.iouThrs, 0.9), ..., 0, -1]
     precision = precision[precision > -1]
     scores["AP90"] = float(precision.mean()) if precision.size else -1.0
-    most = scorer.params.maxDets[-1]
-    row = f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets={most:3} ] = {scores['AP90']:0.3f}"
+    limit = scorer.params.maxDets[-1]
+    row = f" Average Precision  (AP) @[ IoU=0.90      | area=   all | maxDets={limit:3} ] = {scores['AP90']:0.3f}"
     return scores, f"{table.getvalue().rstrip()}\n{row}"
 
 
+def class_names(scorer: COCOeval) -> list[str]:
+    """Return the names of the scored classes, with the id where several have the same name."""
+    categories = [scorer.cocoGt.cats[category] for category in scorer.params.catIds]
+    counts = Counter(category["name"] for category in categories)
+    return [one["name"] if counts[one["name"]] == 1 else f"{one['name']} ({one['id']})" for one in categories]
+
+
 def evaluator_version(evaluator: Evaluator) -> str:
-    """The name and version of an evaluator, as in "pycocotools 2.0.11".
+    """Return the name and version of an evaluator, as in "pycocotools 2.0.11".
 
     Raises:
-        ModelError: there is none of that name, or its package is missing.
+        ModelError: the evaluator is unknown, or not installed.
     """
     if evaluator not in get_args(Evaluator):
-        raise ModelError(f"the evaluator must be one of {', '.join(get_args(Evaluator))}, got {evaluator!r}")
+        raise ModelError(f"must be one of {', '.join(get_args(Evaluator))}", setting="evaluator", value=evaluator)
     try:
         return f"{evaluator} {metadata.version(evaluator)}"
     except metadata.PackageNotFoundError:
         raise ModelError(f'{evaluator} is not installed: pip install "affine-crop-rcnn[faster]"') from None
 
 
-def _accumulated_fast(scorer: COCOeval) -> dict[str, Any]:
-    """What ``scorer.accumulate()`` would leave in ``scorer.eval``, by faster-coco-eval."""
-    evaluator_version("faster-coco-eval")  # raises where it is missing
+def _accumulate_fast(scorer: COCOeval) -> dict[str, Any]:
+    """Return what ``scorer.accumulate()`` leaves in ``scorer.eval``, computed by faster-coco-eval."""
+    evaluator_version("faster-coco-eval")  # raises if it is not installed
     from faster_coco_eval import COCOeval_faster
 
-    kind = scorer.params.iouType
-    fast = COCOeval_faster(None, None, iouType=kind, print_function=lambda *words: None)
-    fast.cocoGt, fast.cocoDt = scorer.cocoGt, scorer.cocoDt  # given above, keypoints would ask for its own class
-    names = ("imgIds", "catIds", "iouThrs", "recThrs", "maxDets", "areaRng", "areaRngLbl", "useCats")
-    for name in (*names, "kpt_oks_sigmas") if kind == "keypoints" else names:
-        setattr(fast.params, name, getattr(scorer.params, name))
+    fast = COCOeval_faster(None, None, iouType=scorer.params.iouType, print_function=lambda *words: None)
+    fast.cocoGt, fast.cocoDt = scorer.cocoGt, scorer.cocoDt  # given above, keypoints would need its own COCO class
+    for name, value in vars(scorer.params).items():
+        if name not in ("iouType", "useSegm"):
+            setattr(fast.params, name, value)
     fast.evaluate()
     fast.accumulate()
     return {**fast.eval, "params": scorer.params}

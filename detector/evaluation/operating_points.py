@@ -1,5 +1,6 @@
-"""From which score on to take detections: precision, recall and F1 over the score, and where F1 is highest."""
+"""Score thresholds: precision, recall and F1 at each, and the thresholds with the highest F1."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,128 +8,100 @@ import numpy as np
 from pycocotools.cocoeval import COCOeval
 
 from detector.data.results import Result
-from detector.evaluation.metric import match
-from detector.text import told_apart
+from detector.evaluation.metric import ALL_SIZES, class_names, match
 
 IOU = 0.5
 THRESHOLDS = [i / 100 for i in range(101)]  # of the curves
+MEASURES = ("precision", "recall", "f1")
 
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Detections in the order of their scores, those on crowds left out.
+    """Detections in the order of their scores, without those on crowds."""
 
-    Args:
-        scores: [D], the highest first.
-        right: [D], whether each found an object of its class.
-        objects: how many objects there are to be found.
-    """
-
-    scores: np.ndarray
-    right: np.ndarray
+    scores: np.ndarray  # [D], the highest first
+    right: np.ndarray  # [D], whether each found an object of its class
     objects: int
 
-    def measure(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Precision (NaN of none), recall and F1 of the first ``kept`` [K] detections, [K] each."""
+    @classmethod
+    def of(cls, matches: Sequence[Any], level: int) -> "_Ranking":
+        """Rank the detections in entries of pycocotools' ``evalImgs`` at the IoU threshold of index ``level``."""
+        scores = np.array([score for one in matches for score in one["dtScores"]], dtype=float)
+        matched = np.concatenate([[], *(one["dtMatches"][level] for one in matches)]) != 0
+        counts = np.concatenate([[], *(one["dtIgnore"][level] for one in matches)]) == 0
+        order = np.argsort(-scores[counts], kind="stable")
+        objects = sum(int((np.asarray(one["gtIgnore"]) == 0).sum()) for one in matches)
+        return cls(scores[counts][order], matched[counts][order], objects)
+
+    def measure(self, kept: np.ndarray) -> np.ndarray:
+        """Return :data:`MEASURES` [3, K] of the first ``kept`` [K] detections; the precision of none is NaN."""
         hits = np.concatenate([[0], np.cumsum(self.right)])[kept]
         with np.errstate(invalid="ignore"):
-            return hits / kept, hits / self.objects, 2 * hits / (self.objects + kept)
+            return np.stack([hits / kept, hits / self.objects, 2 * hits / (self.objects + kept)])
 
     def best(self) -> dict[str, float | None]:
-        """The score from which on F1 is highest (the highest of several), with precision, recall and F1 there."""
-        nothing: dict[str, float | None] = dict.fromkeys(("score", "precision", "recall", "f1"))
-        if not self.objects:
-            return nothing
-        if not self.right.any():
-            return nothing | {"recall": 0.0, "f1": 0.0}
+        """Return the threshold with the highest F1, of equal ones the highest, and the measures there."""
+        nothing: dict[str, float | None] = dict.fromkeys(("score", *MEASURES))
+        if not self.objects or not self.right.any():
+            return nothing | ({"recall": 0.0, "f1": 0.0} if self.objects else {})
         next_score = np.append(self.scores[1:], -np.inf)
-        kept = np.flatnonzero(self.scores > next_score) + 1  # of equal scores all are taken or none
-        precision, recall, f1 = self.measure(kept)
-        i = int(f1.argmax())
-        last = kept[i] - 1
-        return {
-            "score": _between(float(next_score[last]), float(self.scores[last])),
-            "precision": float(precision[i]),
-            "recall": float(recall[i]),
-            "f1": float(f1[i]),
-        }
+        kept = np.flatnonzero(self.scores > next_score) + 1  # detections with equal scores are kept together
+        measures = self.measure(kept)
+        i = int(measures[2].argmax())
+        score = _short_between(float(next_score[kept[i] - 1]), float(self.scores[kept[i] - 1]))
+        return {"score": score, **dict(zip(MEASURES, measures[:, i].tolist()))}
 
     def curves(self) -> dict[str, list[float | None]]:
-        """Precision, recall and F1 at each of :data:`THRESHOLDS`; the precision of no detections is ``None``."""
+        """Return the measures at each of :data:`THRESHOLDS`; the precision of no detections is ``None``."""
         if not self.objects:
             return {}
-        measured = self.measure(np.searchsorted(-self.scores, -np.array(THRESHOLDS), side="right"))
-        return {
-            name: [None if np.isnan(value) else float(value) for value in values]
-            for name, values in zip(("precision", "recall", "f1"), measured)
-        }
+        measures = self.measure(np.searchsorted(-self.scores, -np.array(THRESHOLDS), side="right"))
+        return {name: [None if np.isnan(v) else float(v) for v in row] for name, row in zip(MEASURES, measures)}
 
 
 def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
-    """What comes of taking detections from a score on, at IoU 0.50.
-
-    Matched as in the metric: class by class, the best 100 of an image. A detection counts if ``score >= threshold``.
+    """Measure precision, recall and F1 over the score threshold, at IoU 0.50. Matching is the metric's.
 
     Args:
-        scorer: what :func:`~detector.evaluation.metric.match` returned by its defaults.
-        results: what was matched.
+        scorer: see :func:`~detector.evaluation.metric.match`, with default settings.
+        results: the results that were matched.
 
     Returns:
-        ``iou``; ``mean``, of all classes' detections together, and ``by_class``: the threshold (``score``) with the
-        highest F1, of equal ones the highest, then cut to few decimals as far as no other detection passes, and
-        ``precision``, ``recall`` and ``f1`` there. Of a class of which nothing is found there is no ``score`` and
-        ``precision``, of one without objects none of the four (``None``); ``mean`` is ``None`` in both cases. And
-        ``curves``, over 101 thresholds (``score``): the three of ``mean``, and of each class with objects.
+        ``iou``; ``mean``, the threshold (``score``) with the highest F1 of all detections together and ``precision``,
+        ``recall`` and ``f1`` there, ``None`` if no object is found; ``by_class``, the same of each class; and
+        ``curves``, the three over 101 thresholds. A detection is kept if ``score >= threshold``. Without an object, or
+        a right detection, a number may be ``None``.
     """
     if not scorer.evalImgs:  # faster-coco-eval keeps no matches
-        images = scorer.params.imgIds
-        scorer = match(scorer.cocoGt, results, images, iou=(IOU,), max_detections=(100,), all_sizes=False)
-    settings = scorer.params
-    level = int(np.flatnonzero(np.isclose(settings.iouThrs, IOU))[0])
-    matches: dict[int, list[Any]] = {category: [] for category in settings.catIds}
+        settings = {"iouThrs": np.array([IOU]), "maxDets": [100], **ALL_SIZES}
+        scorer = match(scorer.cocoGt, results, scorer.params.imgIds, **settings)
+    params = scorer.params
+    level = int(np.flatnonzero(np.isclose(params.iouThrs, IOU))[0])
+    matches: dict[int, list[Any]] = {int(category): [] for category in params.catIds}
     for one in scorer.evalImgs:
-        if one is not None and one["aRng"] == settings.areaRng[0]:  # all sizes
+        if one is not None and one["aRng"] == params.areaRng[0]:  # all sizes
             matches[one["category_id"]].append(one)
-    rankings = [_ranking(matches[category], level) for category in settings.catIds]
-    together = _ranking([one for of_class in matches.values() for one in of_class], level)
-    categories = [scorer.cocoGt.cats[category] for category in settings.catIds]
+    rankings = {category: _Ranking.of(of_class, level) for category, of_class in matches.items()}
+    together = _Ranking.of([one for of_class in matches.values() for one in of_class], level)
     best = together.best()
+    named = zip(class_names(scorer), rankings.values(), strict=True)
     return {
         "iou": IOU,
         "mean": best if best["score"] is not None else None,
         "by_class": [
-            {"id": category["id"], "name": category["name"], "objects": ranking.objects, **ranking.best()}
-            for category, ranking in zip(categories, rankings, strict=True)
+            {"id": category, "name": scorer.cocoGt.cats[category]["name"], "objects": one.objects, **one.best()}
+            for category, one in rankings.items()
         ],
         "curves": {
             "score": THRESHOLDS,
             "mean": together.curves(),
-            "by_class": {
-                name: ranking.curves()
-                for name, ranking in zip(told_apart(categories), rankings, strict=True)
-                if ranking.objects
-            },
+            "by_class": {name: one.curves() for name, one in named if one.objects},
         },
     }
 
 
-def _ranking(matches: list[Any], level: int) -> _Ranking:
-    """The detections of pycocotools' matches of some images.
-
-    Args:
-        matches: entries of ``evalImgs``.
-        level: the index of the IoU threshold.
-    """
-    scores = np.array([score for one in matches for score in one["dtScores"]], dtype=float)
-    matched = np.concatenate([[], *(one["dtMatches"][level] for one in matches)]) != 0
-    counts = np.concatenate([[], *(one["dtIgnore"][level] for one in matches)]) == 0
-    order = np.argsort(-scores[counts], kind="stable")
-    objects = sum(int((np.asarray(one["gtIgnore"]) == 0).sum()) for one in matches)
-    return _Ranking(scores[counts][order], matched[counts][order], objects)
-
-
-def _between(low: float, high: float) -> float:
-    """A number of few decimals above ``low``, up to ``high``."""
+def _short_between(low: float, high: float) -> float:
+    """Return the number with the fewest decimals above ``low`` and up to ``high``."""
     for digits in range(2, 17):
         rounded = round(high, digits)
         if rounded > high:

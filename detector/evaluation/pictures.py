@@ -1,41 +1,82 @@
-"""Images of a split drawn with their ground truth and with what was detected in them."""
+"""Images of a split with their ground truth and their detections."""
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from detector.data.dataset import CocoDetection
-from detector.data.drawing import Box, Mask, class_color, draw, draw_boxes, sheet
+from detector.data.drawing import COLORS, Box, Stroke, class_color, draw_boxes, sheet
 from detector.data.masks import as_rle
 from detector.data.results import Result
 from detector.errors import DataError
 from detector.evaluation.confusion import BoxOutcome, Outcome
-from detector.evaluation.page import MARKS, SIDE, Picture, encode_jpeg
 from detector.evaluation.report import Report, Section
 from detector.text import short
 
-EXAMPLES = 4
+EXAMPLES = 4  # images in examples.png
+EXAMPLE_SIDE = 480  # pixels, their longer side
+SIDE = 960  # pixels, the longer side of the other pictures
 FONT_SIZE = 15
-BEFORE = "#FFFFFF"  # in turns with black
-ORDER: tuple[Outcome, ...] = ("crowd", "found", "confused", "false", "missed")
 
 
-def draw_examples(split: CocoDetection, results: list[Result], path: Path) -> None:
+@dataclass(frozen=True)
+class Mark:
+    color: str
+    stroke: Stroke
+
+
+MARKS: dict[Outcome, Mark] = {  # in the order of drawing: mistakes on top
+    "crowd": Mark("#666666", "thin"),
+    "found": Mark(COLORS[0], "thin"),  # on the page; in pictures each class has its own colour
+    "confused": Mark("#B000C8", "thick"),
+    "false": Mark("#E0002A", "thick"),
+    "missed": Mark("#FFE600", "dashed"),
+}
+BEFORE = Mark("#FFFFFF", "dotted")  # boxes without the refinement
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the page.
+
+    Args:
+        kind: whether the image is one of the worst or of the best.
+        entry: the image's row of the report.
+        uri: the image with its boxes, a JPEG in a data URI.
+        width: in pixels.
+        height: in pixels.
+    """
+
+    kind: Literal["worst", "best"]
+    entry: Section
+    uri: Markup
+    width: int
+    height: int
+
+
+def draw_examples(split: CocoDetection, outcomes: Mapping[int, Sequence[BoxOutcome]], path: Path) -> None:
     """Write a picture of a few images of a split: the ground truth on the left, detections on the right."""
     # Spread over the split, those with objects first.
     order = np.argsort(split.counts() == 0, kind="stable").tolist()
-    chosen = order[:: max(len(order) // EXAMPLES, 1)][:EXAMPLES]
-    rows = [_pair(split, results, index) for index in chosen]
+    rows = []
+    for index in order[:: max(len(order) // EXAMPLES, 1)][:EXAMPLES]:
+        boxes = outcomes.get(split.image_ids[index], [])
+        truth = [BoxOutcome("found", one.truth, None) for one in boxes if one.truth and one.kind != "crowd"]
+        found = [BoxOutcome("found", None, one.detection) for one in boxes if one.detection]
+        rows.append([draw_outcomes(split[index][0], several, split, side=EXAMPLE_SIDE) for several in (truth, found)])
     if rows:
-        sheet(rows, ["ground truth", "detections with a score of 0.5 or more"]).save(path)
+        sheet(rows, ["ground truth", "detections"]).save(path)
 
 
 def worst_and_best(
@@ -61,10 +102,8 @@ def worst_and_best(
     best = [row for row in reversed(report.images) if row["objects"] and row["f1"] > 0]
     best.sort(key=lambda row: (-row["f1"], -row["objects"]))
     worst = [row for row in report.images if row["f1"] < 1]
-    chosen: list[tuple[Literal["worst", "best"], Section]] = [
-        *(("worst", row) for row in worst[:number]),
-        *(("best", row) for row in best[:number]),
-    ]
+    chosen: list[tuple[Literal["worst", "best"], Section]] = [("worst", row) for row in worst[:number]]
+    chosen += [("best", row) for row in best[:number]]
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
     before: dict[int, list[Result]] = {row["id"]: [] for _, row in chosen}
     for result in unrefined:
@@ -78,113 +117,72 @@ def worst_and_best(
             notes.append(f"No picture of image {row['id']}: {error}")
             continue
         drawn = draw_outcomes(image, outcomes[row["id"]], split, before[row["id"]])
-        pictures.append(Picture(kind, row, *encode_jpeg(drawn)))
+        file = io.BytesIO()
+        drawn.save(file, "JPEG", quality=85, optimize=True)
+        uri = Markup("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
+        pictures.append(Picture(kind, row, uri, *drawn.size))
     return pictures, notes
 
 
 def draw_outcomes(
-    image: Tensor, outcomes: Sequence[BoxOutcome], split: CocoDetection, unrefined: Sequence[Result] = ()
+    image: Tensor,
+    outcomes: Sequence[BoxOutcome],
+    split: CocoDetection,
+    unrefined: Sequence[Result] = (),
+    *,
+    side: int = SIDE,
 ) -> Image.Image:
-    """An image with its boxes, masks and keypoints, :data:`~detector.evaluation.page.SIDE` pixels on its longer side.
+    """Draw an image with its boxes, masks and keypoints.
 
     Args:
         image: [3, H, W], float in 0..1 or uint8.
-        outcomes: what became of its boxes.
-        split: the data that it is of; masks and keypoints of the ground truth are drawn if it reads them.
-        unrefined: detections whose boxes are drawn beneath.
+        outcomes: of its boxes.
+        split: the data. Masks and keypoints of the ground truth are drawn if it reads them.
+        unrefined: detections whose boxes are drawn below the others.
+        side: the longer side of the picture in pixels.
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
-    factor = SIDE / max(picture.size)
+    factor = side / max(picture.size)
     size = (max(round(picture.width * factor), 1), max(round(picture.height * factor), 1))
     picture = picture.resize(size, Image.Resampling.LANCZOS)
-    boxes = [Box(_corners(one, picture.size, factor), "", BEFORE, "dotted") for one in unrefined]
-    # What is wrong lies on top.
-    for outcome in sorted(outcomes, key=lambda one: ORDER.index(one.kind)):
-        box = _box(outcome, split, picture.size, factor)
-        mask, points = _parts(outcome, split, (image.shape[-2], image.shape[-1]), factor)
-        boxes.append(replace(box, mask=mask, points=points))
+    names = {category["id"]: short(category["name"], 40) for category in split.annotations.categories}
+    boxes = [Box(_corners(one, size, factor), "", BEFORE.color, BEFORE.stroke) for one in unrefined]
+    order = list(MARKS)
+    for outcome in sorted(outcomes, key=lambda one: order.index(one.kind)):
+        shown, mark = outcome.truth if outcome.detection is None else outcome.detection, MARKS[outcome.kind]
+        assert shown is not None
+        segmentation, points = shown.get("segmentation"), list(shown.get("keypoints") or [])
+        if outcome.detection is not None:
+            points[2::3] = [1.0] * len(points[2::3])  # the third numbers of detections have no agreed meaning
+        else:
+            segmentation = segmentation if "masks" in split.annotation_types else None
+            points = points if "keypoints" in split.annotation_types else []
+        color = mark.color
+        if outcome.kind == "found":
+            color = class_color(split.category_ids.index(shown["category_id"]) + 1)
+        mask = as_rle(segmentation, image.shape[-2], image.shape[-1]) if segmentation else None
+        scaled = [(x * factor, y * factor, seen) for x, y, seen in zip(points[::3], points[1::3], points[2::3])]
+        corners, caption = _corners(shown, size, factor), _caption(outcome, names)
+        boxes.append(Box(corners, caption, color, mark.stroke, mask, scaled or None))
     draw_boxes(picture, boxes, font_size=FONT_SIZE, layout=split.keypoints)
     return picture
 
 
-def _parts(
-    outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float
-) -> tuple[Mask | None, list[tuple[float, float, float]] | None]:
-    """The mask and the keypoints of an annotation, as far as they are read, or a detection.
-
-    Args:
-        outcome: what they are of.
-        split: the data.
-        size: height and width of the image.
-        factor: by which the picture is enlarged.
-    """
-    if outcome.detection is not None:
-        segmentation, points = outcome.detection.get("segmentation"), _detected(outcome.detection)
-    else:
-        assert outcome.truth is not None
-        segmentation = outcome.truth.get("segmentation") if "masks" in split.annotation_types else None
-        points = (outcome.truth.get("keypoints") or []) if "keypoints" in split.annotation_types else []
-    enlarged = [(x * factor, y * factor, seen) for x, y, seen in zip(points[::3], points[1::3], points[2::3])]
-    return as_rle(segmentation, *size) if segmentation else None, enlarged or None
-
-
-def _detected(result: Result) -> list[float]:
-    """The keypoints of a detection, all visible: what its third numbers are nobody agreed on, and all are scored."""
-    points = list(result.get("keypoints", []))
-    points[2::3] = [1.0] * len(points[2::3])
-    return points
-
-
-def _box(outcome: BoxOutcome, split: CocoDetection, size: tuple[int, int], factor: float) -> Box:
-    shown = outcome.truth if outcome.detection is None else outcome.detection
-    assert shown is not None
-    names = {category["id"]: short(category["name"], 40) for category in split.annotations.categories}
-    name = names[shown["category_id"]]
-    caption = name if outcome.detection is None else f"{name} {outcome.detection['score']:.2f}"
-    corners = _corners(shown, size, factor)
-    if outcome.kind == "found":
-        return Box(corners, caption, class_color(split.category_ids.index(shown["category_id"]) + 1))
-    if outcome.kind == "crowd":
-        caption = f"crowd: {name}" if outcome.detection is None else f"{caption}, on a crowd"
-    elif outcome.kind == "confused":
-        assert outcome.truth is not None
-        caption += f", is: {names[outcome.truth['category_id']]}"
-    else:
-        caption = f"{outcome.kind}: {caption}"
-    mark = MARKS[outcome.kind]
-    return Box(corners, caption, mark.color, mark.stroke)
+def _caption(outcome: BoxOutcome, names: Mapping[int, str]) -> str:
+    true_class = "" if outcome.truth is None else names[outcome.truth["category_id"]]
+    if outcome.detection is None:
+        return true_class if outcome.kind == "found" else f"{outcome.kind}: {true_class}"
+    caption = f"{names[outcome.detection['category_id']]} {outcome.detection['score']:.2f}"
+    return {
+        "crowd": f"{caption}, on a crowd",
+        "confused": f"{caption}, is: {true_class}",
+        "false": f"false: {caption}",
+    }.get(outcome.kind, caption)
 
 
 def _corners(shown: Mapping[str, Any], size: tuple[int, int], factor: float) -> tuple[float, float, float, float]:
-    """Where the box of an annotation or a detection lies in a picture that is enlarged by a factor."""
+    """Return the corners of an annotation's or a detection's box in a picture enlarged by a factor."""
     x, y, width, height = (side * factor for side in shown["bbox"])
     x1, x2 = (min(max(side, 0), size[0] - 1) for side in (x, x + width))
     y1, y2 = (min(max(side, 0), size[1] - 1) for side in (y, y + height))
     return x1, y1, x2, y2
-
-
-def _pair(split: CocoDetection, results: list[Result], index: int) -> tuple[Image.Image, Image.Image]:
-    """One image with its ground truth, and with its detections."""
-    image, target = split[index]
-    image_id = split.image_ids[index]
-    found = _as_target(split, [result for result in results if result["image_id"] == image_id])
-    left, right = (draw(image, one, split.category_names, layout=split.keypoints) for one in (target, found))
-    return left, right
-
-
-def _as_target(split: CocoDetection, results: list[Result]) -> dict[str, Any]:
-    """Detections of an image as :func:`~detector.data.drawing.draw` takes them."""
-    labels = {category: label for label, category in enumerate(split.category_ids, start=1)}
-    boxes = torch.tensor([result["bbox"] for result in results], dtype=torch.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    target: dict[str, Any] = {
-        "boxes": boxes,
-        "labels": torch.tensor([labels[result["category_id"]] for result in results], dtype=torch.int64),
-        "scores": torch.tensor([result["score"] for result in results]),
-    }
-    if all("segmentation" in result for result in results):
-        target["segmentations"] = [result["segmentation"] for result in results]
-    if results and all("keypoints" in result for result in results):
-        points = torch.tensor([_detected(result) for result in results], dtype=torch.float64)
-        target["keypoints"] = points.reshape(len(results), -1, 3)
-    return target

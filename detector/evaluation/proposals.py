@@ -17,7 +17,7 @@ MIN_IOU = 0.5  # the lowest of COCO's thresholds
 
 @dataclass(frozen=True)
 class CoveringProposal:
-    """A proposal that overlaps an object enough to count. Others never affect recall, so they are not kept."""
+    """A proposal that overlaps an object enough to count. Others do not affect recall, and are not kept."""
 
     image_id: int
     place: int  # in the order of objectness, from 0
@@ -38,11 +38,11 @@ def covering_proposals(truth: Annotations, image_id: int, boxes: Tensor) -> list
         return []
     proposals = box_convert(boxes[: max(COUNTS)].double().cpu(), "xyxy", "xywh").numpy()
     covers = mask.iou(proposals, objects, [0] * len(objects)).max(axis=1) >= MIN_IOU
-    return [CoveringProposal(image_id, int(place), proposals[place].tolist()) for place in covers.nonzero()[0]]
+    return [CoveringProposal(image_id, place, proposals[place].tolist()) for place in covers.nonzero()[0].tolist()]
 
 
 def recall(truth: COCO, proposals: Iterable[CoveringProposal], image_ids: Iterable[int]) -> list[dict[str, float]]:
-    """Compute the class-agnostic average recall over IoU 0.50 to 0.95, by pycocotools.
+    """Return the average recall over IoU 0.50 to 0.95 of all classes together, by pycocotools.
 
     Returns:
         For each of :data:`COUNTS` a dict: ``at``, ``AR``, and by the objects' size ``ARs``, ``ARm`` and ``ARl``; -1
@@ -59,7 +59,7 @@ def recall(truth: COCO, proposals: Iterable[CoveringProposal], image_ids: Iterab
             for one in proposals
             if one.place < count
         ]
-        scorer = match(truth, results, image_ids, by_class=False, max_detections=(count,))
+        scorer = match(truth, results, image_ids, by_class=False, maxDets=[count])
         recalls = scorer.eval["recall"][:, 0, :, 0].mean(axis=0).tolist()  # by size
         rows.append({"at": count, **dict(zip(("AR", "ARs", "ARm", "ARl"), recalls, strict=True))})
     return rows

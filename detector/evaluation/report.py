@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detector.errors import DataError
-from detector.evaluation.confusion import BoxOutcome, confusion_matrix, image_rows
-from detector.evaluation.metric import SUMMARY, scores_of
+from detector.evaluation.confusion import MATCHING_IOU, BoxOutcome, confusion_matrix, image_rows
+from detector.evaluation.metric import class_names, summaries
 from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import recall
 from detector.evaluation.running import Predictions
 from detector.files import read_json
-from detector.text import told_apart
 
 Section = dict[str, Any]
 SIZE_RANGES = {  # COCO's, in its order
@@ -25,47 +23,27 @@ SIZE_RANGES = {  # COCO's, in its order
     "large": "area above 96 x 96 pixels",
 }
 CURVE_IOUS = (0.5, 0.75, 0.9)  # of the mean precision-recall curves
-MATCHING_IOU = 0.5  # of the confusion matrix and of the images' counts
 
 
 @dataclass
 class Report:
-    """The numbers of an evaluation, section by section, in JSON types. An undefined number is ``None``.
+    """The numbers of an evaluation in JSON types. An undefined number, or a section without data, is ``None``."""
 
-    Args:
-        about: how the detections were made, and the numbers of images, objects and detections.
-        scores: COCO's numbers, and AP90.
-        by_iou: ``AP`` at each IoU threshold.
-        by_size: ``AP``, ``AR`` and the number of objects of each size.
-        by_class: the scores and the numbers of objects of each class.
-        proposals: recall of the RPN's proposals, if they were recorded.
-        losses: mean losses, if they were computed.
-        curves: precision over recall.
-        operating_points: see :func:`~detector.evaluation.operating_points.operating_points`.
-        confusion: class names, and their confusion matrix.
-        images: see :func:`~detector.evaluation.confusion.image_rows`.
-        segm: the scores of masks, if they are scored.
-        keypoints: the scores of keypoints, if they are scored.
-        refinement: the scores before and after the refinement, if they are compared.
-        speed: see :func:`~detector.evaluation.timing.measure_stages`.
-        notes: sentences that a reader of the scores needs to know.
-    """
-
-    about: Section
-    scores: dict[str, float | None] = field(default_factory=dict)
+    about: Section  # how the detections were made, and the numbers of images, objects and detections
+    scores: dict[str, float | None] = field(default_factory=dict)  # COCO's numbers of boxes, and AP90
     by_iou: list[Section] = field(default_factory=list)
     by_size: list[Section] = field(default_factory=list)
     by_class: list[Section] = field(default_factory=list)
-    proposals: Section | None = None
-    losses: dict[str, float] | None = None
-    curves: Section = field(default_factory=dict)
-    operating_points: Section = field(default_factory=dict)
+    proposals: Section | None = None  # recall of the RPN
+    losses: dict[str, float] | None = None  # per image
+    curves: Section = field(default_factory=dict)  # precision over recall
+    operating_points: Section = field(default_factory=dict)  # see operating_points.py
     confusion: Section = field(default_factory=dict)
-    images: list[Section] = field(default_factory=list)
-    segm: Section | None = None
+    images: list[Section] = field(default_factory=list)  # see confusion.image_rows
+    segm: Section | None = None  # the scores of masks
     keypoints: Section | None = None
-    refinement: Section | None = None
-    speed: Section | None = None
+    refinement: Section | None = None  # the scores before and after
+    speed: Section | None = None  # see timing.measure_stages
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +54,7 @@ class Report:
         """Return the report of :meth:`to_dict`.
 
         Raises:
-            DataError: there is no ``about``, or an unknown section.
+            DataError: ``about`` is missing, or a section is unknown.
         """
         try:
             return cls(**content)
@@ -90,7 +68,7 @@ def make_report(
     outcomes: Mapping[int, Sequence[BoxOutcome]],
     *,
     about: Mapping[str, Any],
-    min_score: float = 0.5,
+    min_score: float,
     unrefined: Sequence[COCOeval] = (),
     notes: Sequence[str] = (),
 ) -> Report:
@@ -105,74 +83,60 @@ def make_report(
         unrefined: as ``scorers``, without the refinement.
         notes: sentences that a reader of the scores needs to know.
     """
-    scorer = scorers[0]
-    truth, image_ids = scorer.cocoGt, [int(image_id) for image_id in scorer.params.imgIds]
-    categories = [truth.cats[category] for category in scorer.params.catIds]
-    scores = scores_section([scorer])
-    by_class, by_size = by_class_section(scorer), by_size_section(scorer, scores)
-    objects = sum(row["objects"] for row in by_class)
+    boxes = scorers[0]
+    truth, classes, image_ids = boxes.cocoGt, _classes(boxes), [int(image_id) for image_id in boxes.params.imgIds]
+    scores, counts = _defined(summaries([boxes])[0]), _count_objects(boxes)
+    objects = sum(of_class["objects"] for of_class in counts.values())
     report = Report(
         about={**about, "images": len(image_ids), "objects": objects, "detections": len(found.results)},
-        scores={name: scores[name] for name in (*SUMMARY, "AP90")},
-        by_iou=by_iou_section(scorer),
-        by_size=by_size,
-        by_class=by_class,
+        scores=scores,
+        by_iou=by_iou_section(boxes),
+        by_size=[
+            {
+                "size": size,
+                "range": text,
+                "objects": sum(of_class[f"objects_{size}"] for of_class in counts.values()),
+                "AP": scores[f"AP{size[0]}"],
+                "AR": scores[f"AR{size[0]}"],
+            }
+            for size, text in SIZE_RANGES.items()
+        ],
+        by_class=[{**row, **counts[row["id"]], **_class_scores(boxes, k)} for k, row in enumerate(classes)],
         losses=found.mean_losses(),
-        curves=curves_section(scorer),
-        operating_points=operating_points(scorer, found.results),
+        curves=curves_section(boxes),
+        operating_points=operating_points(boxes, found.results),
         confusion={
-            "names": [category["name"] for category in categories],
-            "matrix": confusion_matrix(outcomes, scorer.params.catIds).tolist(),
+            "names": [row["name"] for row in classes],
+            "matrix": confusion_matrix(outcomes, boxes.params.catIds).tolist(),
             "min_score": min_score,
             "iou": MATCHING_IOU,
         },
         images=[{**row, "file_name": truth.imgs[row["id"]].get("file_name", "")} for row in image_rows(outcomes)],
         notes=list(notes),
     )
-    for other in scorers[1:]:
-        setattr(report, other.params.iouType, masks_or_keypoints_section(other))
+    for scorer in scorers[1:]:
+        setattr(report, scorer.params.iouType, masks_or_keypoints_section(scorer))
     if unrefined:
-        report.refinement = refinement_section(unrefined, scorers)
+        report.refinement = {
+            when: {"scores": _defined(summaries(several)[0]), "by_iou": by_iou_section(several[0])}
+            for when, several in (("before", unrefined), ("after", scorers))
+        }
     if found.proposals is not None:
         rows = [_defined(row) for row in recall(truth, found.proposals, image_ids)]
         report.proposals = {"kept": found.kept_proposals, "rows": rows}
     return report
 
 
-def scores_section(scorers: Sequence[COCOeval]) -> dict[str, float | None]:
-    """Return the scores of :func:`~detector.evaluation.metric.scores_of`, ``None`` where they are undefined."""
-    return _defined(scores_of(scorers))
-
-
 def by_iou_section(scorer: COCOeval) -> list[Section]:
+    """Return the ``AP`` at each IoU threshold."""
     precision = scorer.eval["precision"]  # [IoU, recall, class, size, maximum number of detections]
     return [{"iou": iou, "AP": _mean(precision[t, :, :, 0, -1])} for t, iou in enumerate(_ious(scorer))]
 
 
-def by_size_section(scorer: COCOeval, scores: Mapping[str, float | None]) -> list[Section]:
-    counts = _object_counts(scorer)
-    return [
-        {
-            "size": size,
-            "range": text,
-            "objects": sum(of_class[f"objects_{size}"] for of_class in counts.values()),
-            "AP": scores[f"AP{size[0]}"],
-            "AR": scores[f"AR{size[0]}"],
-        }
-        for size, text in SIZE_RANGES.items()
-    ]
-
-
-def by_class_section(scorer: COCOeval) -> list[Section]:
-    counts = _object_counts(scorer)
-    return [{**row, **counts[row["id"]], **_class_scores(scorer, k)} for k, row in enumerate(_classes(scorer))]
-
-
 def curves_section(scorer: COCOeval) -> Section:
     """Return precision over recall: the mean of the classes at :data:`CURVE_IOUS`, and each class at IoU 0.50."""
-    precision, ious = scorer.eval["precision"][..., 0, -1], _ious(scorer)  # [IoU, recall, class]
+    precision, ious, names = scorer.eval["precision"][..., 0, -1], _ious(scorer), class_names(scorer)
     with_objects = np.flatnonzero((precision > -1).all(axis=(0, 1)))
-    names = told_apart(scorer.cocoGt.cats[category] for category in scorer.params.catIds)
     mean = {
         f"{iou:.2f}": precision[ious.index(iou)][:, with_objects].mean(axis=1).tolist()
         for iou in (CURVE_IOUS if len(with_objects) else ())
@@ -182,19 +146,9 @@ def curves_section(scorer: COCOeval) -> Section:
 
 
 def masks_or_keypoints_section(scorer: COCOeval) -> Section:
-    scores = scores_section([scorer])
-    return {
-        "scores": {name.rpartition("/")[2]: score for name, score in scores.items()},
-        "by_iou": by_iou_section(scorer),
-        "by_class": [{**row, **_class_scores(scorer, k)} for k, row in enumerate(_classes(scorer))],
-    }
-
-
-def refinement_section(before: Sequence[COCOeval], after: Sequence[COCOeval]) -> Section:
-    return {
-        when: {"scores": scores_section(scorers), "by_iou": by_iou_section(scorers[0])}
-        for when, scorers in (("before", before), ("after", after))
-    }
+    scores = {name.rpartition("/")[2]: score for name, score in _defined(summaries([scorer])[0]).items()}
+    by_class = [{**row, **_class_scores(scorer, k)} for k, row in enumerate(_classes(scorer))]
+    return {"scores": scores, "by_iou": by_iou_section(scorer), "by_class": by_class}
 
 
 def newest_report(folder: Path, weights: str) -> Report | None:
@@ -220,13 +174,13 @@ def _ious(scorer: COCOeval) -> list[float]:
 
 
 def _classes(scorer: COCOeval) -> list[Section]:
-    categories = [scorer.cocoGt.cats[category] for category in scorer.params.catIds]
+    categories = (scorer.cocoGt.cats[category] for category in scorer.params.catIds)
     return [{"id": category["id"], "name": category["name"]} for category in categories]
 
 
-def _object_counts(scorer: COCOeval) -> dict[int, dict[str, int]]:
+def _count_objects(scorer: COCOeval) -> dict[int, dict[str, int]]:
     """Count the objects of each class, in total and by size. Crowds do not count."""
-    truth: COCO = scorer.cocoGt
+    truth = scorer.cocoGt
     counts = {category: {"objects": 0} | {f"objects_{size}": 0 for size in SIZE_RANGES} for category in truth.cats}
     for annotation in (one for image_id in scorer.params.imgIds for one in truth.imgToAnns[image_id]):
         if not annotation["iscrowd"]:

@@ -1,27 +1,29 @@
-"""Running a detector over a split: detections, losses and proposals."""
+"""Running a detector over a split, in one process or in those that torchrun started (ranks)."""
 
+import os
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
+from detector.choices import Evaluator
 from detector.data.annotations import Annotations
 from detector.data.batches import ScoringBatches
 from detector.data.dataset import CocoDetection, Target, as_float
-from detector.data.loading import collate, make_loader
+from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
 from detector.errors import DataError, one_line
 from detector.evaluation.losses import detect_with_losses, run_rcnn
-from detector.evaluation.metric import Evaluator
 from detector.evaluation.proposals import COUNTS, CoveringProposal, covering_proposals
-from detector.models.rle_detections import detect
+from detector.models.rle_detections import DetectionDict, detect
 from detector.overriding import eval_mode
 from detector.rcnn.sampling import seed_sampling
 from detector.seeds import seed_of
@@ -102,7 +104,7 @@ class Predictions:
 @torch.inference_mode()
 def predict(
     model: Any,
-    batches: Iterable[tuple[list[Tensor], list[dict[str, Tensor]]]],
+    batches: Iterable[tuple[list[Any], list[Target]]],
     category_ids: Sequence[int | None],
     *,
     device: torch.device | str = "cpu",
@@ -113,8 +115,8 @@ def predict(
 
     Args:
         model: a torchvision detector.
-        batches: images [3, H, W], float in 0..1 or uint8, and targets, of which ``image_id`` is used, and all for
-            losses.
+        batches: images [3, H, W], float in 0..1 or uint8, and targets: ``image_id``, and all fields for losses. Or
+            ``None`` in place of an image that cannot be read, with the reason as ``broken`` in its target.
         category_ids: the category id of each label of the model, from label 1 on.
         device: where the model is.
         labels: [n + 1], the model's label of each label of the targets, from 0 on; needed for losses.
@@ -124,26 +126,30 @@ def predict(
     try:
         with eval_mode(model):
             for images, targets in batches:
+                found = Predictions(broken={int(one["image_id"]): one["broken"] for one in targets if "broken" in one})
+                targets = [target for target in targets if "broken" not in target]
+                images = [as_float(image.to(device)) for image in images if image is not None]
                 image_ids = [int(target["image_id"]) for target in targets]
-                images = [as_float(image.to(device)) for image in images]
-                found, on_device = Predictions(image_ids), None
+                on_device: list[Target] | None = None
+                detections: list[DetectionDict] = []
+                losses: dict[str, Tensor] = {}
                 if labels is not None:
                     relabelled = [target | {"labels": labels[target["labels"]]} for target in targets]
                     on_device = [{name: value.to(device) for name, value in one.items()} for one in relabelled]
                     if is_rcnn:  # the same losses in every run, for any number of processes
                         seed_sampling(model, [seed_of(0, 0, image_id) for image_id in image_ids])
-                losses: dict[str, Tensor] = {}
-                if proposals_of is not None:
+                if not images:
+                    pass
+                elif proposals_of is not None:
                     detections, losses, proposals = run_rcnn(model, images, on_device, min_proposals=max(COUNTS))
                     found.kept_proposals = model.rpn.post_nms_top_n()
-                    found.proposals = []
-                    for image_id, boxes in zip(image_ids, proposals, strict=True):
-                        found.proposals += covering_proposals(proposals_of, image_id, boxes)
+                    pairs = zip(image_ids, proposals, strict=True)
+                    found.proposals = [one for pair in pairs for one in covering_proposals(proposals_of, *pair)]
                 elif on_device is not None:
                     detections, losses = detect_with_losses(model, images, on_device)
                 else:
                     detections = detect(model, images)
-                found.results = to_results(detections, image_ids, category_ids)
+                found.image_ids, found.results = image_ids, to_results(detections, image_ids, category_ids)
                 found.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})
                 yield found
     finally:
@@ -182,22 +188,17 @@ def run_detector(
     images = len(split) if options.limit is None else min(options.limit, len(split))
     # Masks and keypoints are read for losses alone.
     split = (split.boxes_alone() if labels is None else split.with_layers()).as_bytes()
-    loader = make_loader(
-        _Readable(split) if options.skip_broken else split,
-        ScoringBatches(images, options.batch_size, ranks=ranks, rank=rank),
-        workers=options.workers,
-        collate_fn=_collate_readable if options.skip_broken else collate,
-    )
+    batches = ScoringBatches(images, options.batch_size, ranks=ranks, rank=rank)
+    loader = make_loader(_Readable(split) if options.skip_broken else split, batches, workers=options.workers)
+    truth = split.annotations if proposals else None
+    running = predict(model, loader, category_ids, device=options.device, labels=labels, proposals_of=truth)
     found = Predictions(proposals=[] if proposals else None)
     with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:
-        batches = _without_broken(loader, found, ranks, bar) if options.skip_broken else loader
-        truth = split.annotations if proposals else None
-        running = predict(model, batches, category_ids, device=options.device, labels=labels, proposals_of=truth)
         try:
             with closing(running):  # which restores the model's mode
                 for batch in running:
                     found.add(batch)
-                    bar.update(len(batch.image_ids) * ranks)
+                    bar.update((len(batch.image_ids) + len(batch.broken)) * ranks)
         except (KeyboardInterrupt, DataError) as stop:
             if not partial or not found.image_ids:
                 raise
@@ -206,7 +207,7 @@ def run_detector(
 
 
 class _Readable(Dataset[Any]):
-    """A split that returns (image id, reason) in place of an image that cannot be read."""
+    """A split that returns ``None`` for an image that cannot be read, with the reason in the target."""
 
     def __init__(self, split: CocoDetection) -> None:
         self.split = split
@@ -214,23 +215,36 @@ class _Readable(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Target] | tuple[int, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, Target]:
         try:
             return self.split[index]
         except DataError as error:
-            return self.split.image_ids[index], one_line(error)
+            return None, {"image_id": self.split.image_ids[index], "broken": one_line(error)}
 
 
-def _collate_readable(items: list[Any]) -> tuple[list[Tensor], list[Target], dict[int, str]]:
-    """Collate the readable images, and the reasons of the others by image id."""
-    readable = [item for item in items if isinstance(item[0], Tensor)]
-    images, targets = collate(readable) if readable else ([], [])
-    return images, targets, dict(item for item in items if not isinstance(item[0], Tensor))
+@contextmanager
+def joined() -> Iterator[tuple[int, int]]:
+    """Join the processes. Yields this process's rank and the number of ranks: (0, 1) without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield 0, 1
+        return
+    distributed.init_process_group("gloo")  # lists are gathered, which are on no device
+    try:
+        yield distributed.get_rank(), distributed.get_world_size()
+    finally:
+        distributed.destroy_process_group()
 
 
-def _without_broken(batches: Iterable[Any], found: Predictions, ranks: int, bar: tqdm) -> Iterator[Any]:
-    for images, targets, broken in batches:
-        found.broken |= broken
-        bar.update(len(broken) * ranks)
-        if images:
-            yield images, targets
+def gathered(part: Predictions) -> Predictions | None:
+    """Return the predictions of all ranks, in the order of a single process, on rank 0; ``None`` on the others."""
+    if not distributed.is_initialized():
+        return part
+    parts = [part] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+    distributed.gather_object(part, parts)
+    if parts is None:
+        return None
+    whole, *others = parts
+    for other in others:
+        whole.add(other)
+    whole.results.sort(key=lambda result: result["image_id"])
+    return whole

@@ -1,4 +1,4 @@
-"""Evaluations: a detector on a split, its predictions, or a file of detections."""
+"""Evaluations: of a detector on a split, of its predictions, and of a file of detections."""
 
 import sys
 from collections import Counter
@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
 
+from detector.choices import Orientation
 from detector.data.annotation_types import AnnotationType
-from detector.data.annotations import read_annotations
+from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_categories, match_notes
 from detector.data.checks import FAR_FROM_BOX, IGNORED
 from detector.data.dataset import CocoDetection
-from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
 from detector.data.results import Result, annotation_types_in, read_results, results_file
 from detector.errors import DataError, UserError, one_line, short_repr
 from detector.evaluation.confusion import BoxOutcome, match_boxes
-from detector.evaluation.metric import IOU_TYPES, evaluator_version, match_types, scores_of, summary_tables
+from detector.evaluation.metric import IOU_TYPES, evaluator_version, match_types, summaries
 from detector.evaluation.page import render_page
-from detector.evaluation.pictures import draw_examples, worst_and_best
-from detector.evaluation.ranks import gathered, joined
+from detector.evaluation.pictures import Picture, draw_examples, worst_and_best
 from detector.evaluation.report import Report, make_report
-from detector.evaluation.running import DEFAULT_OPTIONS, EvaluationOptions, Predictions, run_detector
+from detector.evaluation.running import DEFAULT_OPTIONS, EvaluationOptions, Predictions, gathered, joined, run_detector
 from detector.evaluation.tables import report_text
 from detector.evaluation.timing import WARM_UP, measure_stages
 from detector.evaluation.truth import coco_of
@@ -36,7 +35,6 @@ from detector.files import write_atomically, write_json
 from detector.models.rle_detections import annotation_types_of
 from detector.overriding import overridden
 from detector.pretrained.detector import Detector
-from detector.refinement.attach import refinement_of
 from detector.versions import circumstances
 
 # The effects of warnings about the annotations on the scores.
@@ -46,18 +44,18 @@ EFFECTS = {
 }
 EFFECTS_ON: dict[AnnotationType, dict[str, str]] = {
     "masks": {
-        "masks without a pixel": "In segm scores they count as missed.",
-        "masks outside their boxes": "In segm scores the objects in the boxes count as missed.",
+        "masks without a pixel": "They count as missed in segm scores.",
+        "masks outside their boxes": "The objects in the boxes count as missed in segm scores.",
         "areas that are far from their masks'": "segm AP by size uses these areas.",
-        "objects without a segmentation": "In segm scores they count as missed.",
+        "objects without a segmentation": "They count as missed in segm scores.",
         "masks without an area": "segm AP by size uses the areas of the boxes.",
     },
     "keypoints": {
-        "keypoints outside their boxes": "In keypoints scores they are compared as they are.",
-        "labelled keypoints at (0, 0) or (-1, -1)": "In keypoints scores they are compared as they are.",
-        "keypoints outside their image": "In keypoints scores they are compared as they are; training leaves them out.",
-        "objects without keypoints": "In keypoints scores they count as neither found nor missed.",
-        "objects whose keypoints are all unlabelled": "In keypoints scores they count as neither found nor missed.",
+        "keypoints outside their boxes": "They are compared as they are in keypoints scores.",
+        "labelled keypoints at (0, 0) or (-1, -1)": "They are compared as they are in keypoints scores.",
+        "keypoints outside their image": "They are compared as they are in keypoints scores. Training leaves them out.",
+        "objects without keypoints": "They count as neither found nor missed in keypoints scores.",
+        "objects whose keypoints are all unlabelled": "They count as neither found nor missed in keypoints scores.",
         "keypoints without an area": "The larger areas of the boxes are used, so keypoints scores are too high.",
     },
 }
@@ -97,9 +95,9 @@ class Evaluation:
         """Write detections.json, scores.json, report.json and report.html to a folder, and print the tables.
 
         Args:
-            folder: made if it does not exist.
+            folder: created if it does not exist.
             pictures: number of the worst images on the page, and of the best.
-            of_training: also write examples.png, and print pycocotools' tables alone.
+            of_training: also write examples.png, and print pycocotools' tables only.
         """
         report = self.report
         try:
@@ -107,17 +105,17 @@ class Evaluation:
             write_json(folder / "detections.json", self.results)
             write_json(folder / "scores.json", self.scores)
             write_json(folder / "report.json", report.to_dict(), indent=1)  # before the drawing, which may fail
+            drawn: list[Picture] = []
+            notes: list[str] = []
             if self.images is not None:
                 drawn, notes = worst_and_best(self.images, report, self.outcomes, self.unrefined, number=pictures)
-                report = replace(report, notes=[*report.notes, *notes])
-            else:
-                drawn, notes = [], []
-            write_atomically(folder / "report.html", render_page(report, drawn).encode())
             if notes:
+                report = replace(report, notes=[*report.notes, *notes])
                 write_json(folder / "report.json", report.to_dict(), indent=1)
+            write_atomically(folder / "report.html", render_page(report, drawn).encode())
             if of_training and self.images is not None:
-                draw_examples(self.images, self.results, folder / "examples.png")
-        finally:  # last, because nobody may read it; but on a full disk, too
+                draw_examples(self.images, self.outcomes, folder / "examples.png")
+        finally:  # last, because the output may be closed; also on a full disk
             print(self.tables)
             if not of_training:
                 print(report_text(report))
@@ -135,7 +133,7 @@ def evaluate_detector(
     Args:
         detector: moved to the device.
         split: the data, without a transform. Images that cannot be read are left out of it.
-        options: see :class:`EvaluationOptions`.
+        options: see :class:`~detector.evaluation.EvaluationOptions`.
         model: where the detector comes from, for the report.
         root: the data set, for the report.
         split_name: the name of the split, for the report.
@@ -149,38 +147,37 @@ def evaluate_detector(
     """
     category_ids = match_categories(detector, split)
     detector.to(options.device)
-    notes = match_notes(detector, category_ids, split)
-    total = len(split)
+    notes, total = match_notes(detector, category_ids, split), len(split)
     with joined() as (rank, ranks):
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
-        labels, loss_notes = _labels_for_losses(detector, category_ids, split)
+        labels, later = _labels_for_losses(detector, category_ids, split)
+        run: Any = (detector.model, split, category_ids, options)
         shared: Any = {"partial": ranks == 1, "share": (rank, ranks)}
         proposals = isinstance(detector.model, GeneralizedRCNN)
-        found = gathered(
-            run_detector(detector.model, split, category_ids, options, labels=labels, proposals=proposals, **shared)
-        )
+        found = gathered(run_detector(*run, labels=labels, proposals=proposals, **shared))
         unrefined = None
         if options.compare_refinement and detector.refinement is not None and (found is None or not found.stopped):
             with overridden(detector.refinement, enabled=False):
-                unrefined = gathered(run_detector(detector.model, split, category_ids, options, **shared))
+                unrefined = gathered(run_detector(*run, **shared))
     if found is None:
         return None
     warning = split.leave_out(found.broken) if found.broken else ""
     if warning and not found.image_ids:
         raise DataError(f"none of the images that were asked for can be read: {warning}")
-    later = [*loss_notes, *_coverage_notes(found, options.limit, total), *([f"{warning}."] if warning else [])]
+    later += _coverage_notes(found, options.limit, total)
+    later += [f"{warning}."] if warning else []
     if unrefined is not None and not unrefined.stopped:
         found.unrefined = unrefined.results
     elif options.compare_refinement:
         later.append("Not compared with the detector without its refinement: stopped before the end.")
     sources = {"model": model, "root": root, "split_name": split_name}
     evaluation = evaluate_predictions(found, split, options, detector=detector, notes=notes, **sources)
-    evaluation.report.notes += later
     evaluation.warning = warning
     if options.speed and found.stopped is None and found.image_ids:
-        evaluation.report.speed, speed_notes = _measure_speed(detector.model, split, options, len(found.image_ids))
-        evaluation.report.notes += speed_notes
+        evaluation.report.speed, failed = _measure_speed(detector.model, split, options, len(found.image_ids))
+        later += failed
+    evaluation.report.notes += later
     return evaluation
 
 
@@ -207,12 +204,12 @@ def evaluate_predictions(
         split_name: the name of the split, for the report.
         notes: sentences for the report.
     """
-    about = _about(detector, model=model, data=root, split=split_name, device=options.device)
-    annotation_types, type_notes = scored_types(split, annotation_types_of(detector.model), detector.keypoints)
+    found_types = annotation_types_of(detector.model)
+    annotation_types, type_notes = scored_types(found_types, detector.keypoints, split.annotations)
     return evaluate_coco(
         coco_of(split.annotations, found.image_ids),
         found,
-        about=about,
+        about=_about(detector, model=model, data=root, split=split_name, device=options.device),
         annotation_types=annotation_types,
         options=options,
         images=split,
@@ -244,9 +241,8 @@ def evaluate_results(
     truth = read_annotations(annotations, annotation_types=found_types, needed=False)
     listed, notes = read_results(entries, truth)
     layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in found_types else None
-    given = (list(truth.annotation_types), truth.keypoint_layout())
-    annotation_types, type_notes = _scored_types(found_types, layout, *given, truth.warnings)
-    notes += type_notes
+    annotation_types, type_notes = scored_types(found_types, layout, truth)
+    notes = [*notes, *type_notes]
     split = None
     if images is not None:
         try:
@@ -260,11 +256,14 @@ def evaluate_results(
     if crowded := len({image for (image, _), count in counts.items() if count > MAX_PER_CLASS}):
         notes.append(f"{crowded:,} images have more than 100 results of one class; the metric uses the best 100.")
     kept = set(image_ids)
-    found = Predictions(image_ids, [result for result in listed if result["image_id"] in kept])
-    about = _about(None, model=results, data=str(annotations), split=split_name, device=None)
-    coco = coco_of(truth, image_ids)
     return evaluate_coco(
-        coco, found, about=about, annotation_types=annotation_types, options=options, images=split, notes=notes
+        coco_of(truth, image_ids),
+        Predictions(image_ids, [result for result in listed if result["image_id"] in kept]),
+        about=_about(None, model=results, data=str(annotations), split=split_name, device=None),
+        annotation_types=annotation_types,
+        options=options,
+        images=split,
+        notes=notes,
     )
 
 
@@ -289,80 +288,53 @@ def evaluate_coco(
         images: the images, to draw some of them.
         notes: sentences for the report.
     """
+    about = {**about, "evaluator": evaluator_version(options.evaluator)}
     how: Any = {"annotation_types": annotation_types, "evaluator": options.evaluator}
     scorers = match_types(truth, found.results, found.image_ids, **how)
-    unrefined = [] if found.unrefined is None else match_types(truth, found.unrefined, found.image_ids, **how)
+    before = [] if found.unrefined is None else match_types(truth, found.unrefined, found.image_ids, **how)
     outcomes = match_boxes(truth, found.results, found.image_ids, min_score=options.min_score)
-    report = make_report(
-        scorers,
-        found,
-        outcomes,
-        about={**about, "evaluator": evaluator_version(options.evaluator)},
-        min_score=options.min_score,
-        unrefined=unrefined,
-        notes=notes,
-    )
-    return Evaluation(
-        report=report,
-        results=found.results,
-        scores=scores_of(scorers),
-        tables=summary_tables(scorers),
-        outcomes=outcomes,
-        images=images,
-        unrefined=found.unrefined or [],
-        skipped=found.broken,
-        stopped=found.stopped,
-    )
+    counted: Any = {"about": about, "min_score": options.min_score, "unrefined": before, "notes": notes}
+    report, (scores, tables) = make_report(scorers, found, outcomes, **counted), summaries(scorers)
+    drawn: Any = {"outcomes": outcomes, "images": images, "unrefined": found.unrefined or []}
+    return Evaluation(report, found.results, scores, tables, skipped=found.broken, stopped=found.stopped, **drawn)
 
 
 def scored_types(
-    split: CocoDetection, found: Sequence[AnnotationType], layout: KeypointLayout | None = None
+    found: Sequence[AnnotationType], layout: KeypointLayout | None, truth: Annotations
 ) -> tuple[list[AnnotationType], list[str]]:
     """Return the annotation types that are scored besides boxes, and notes on the others and on warnings.
 
     Args:
-        split: the data.
-        found: the annotation types that the detector finds.
-        layout: that of its keypoints, if it is known.
+        found: the annotation types of the detections.
+        layout: that of their keypoints, if it is known.
+        truth: the ground truth.
     """
-    return _scored_types(found, layout, split.annotation_types, split.keypoints, split.annotations.warnings)
-
-
-def _scored_types(
-    found: Sequence[AnnotationType],
-    layout: KeypointLayout | None,
-    given: Sequence[AnnotationType],
-    given_layout: KeypointLayout | None,
-    warnings: Mapping[str, int],
-) -> tuple[list[AnnotationType], list[str]]:
     scored: list[AnnotationType] = []
-    notes = _effect_notes(warnings, EFFECTS)
-    for kind in found:
+    notes = _effect_notes(truth, EFFECTS)
+    for name in found:
+        theirs = truth.keypoint_layout() if name == "keypoints" else None
         reason = None
-        if kind not in given:
-            reason = f"the annotations have no {kind}"
-        elif kind == "keypoints" and layout and given_layout and len(layout) != len(given_layout):
-            reason = f"detections have {len(layout)} keypoints, the annotations {len(given_layout)}"
-        elif kind == "keypoints" and layout and given_layout and not layout.fits(given_layout):
-            reason = (
-                f"the detector's keypoints are {short_repr(layout.names)}, those of the annotations "
-                f"{short_repr(given_layout.names)}"
-            )
+        if name not in truth.annotation_types:
+            reason = f"the annotations have no {name}"
+        elif layout and theirs and len(layout) != len(theirs):
+            reason = f"detections have {len(layout)} keypoints, the annotations {len(theirs)}"
+        elif layout and theirs and not layout.fits(theirs):
+            reason = f"detections have the keypoints {short_repr(layout.names)}, not {short_repr(theirs.names)}"
         if reason is None:
-            scored.append(kind)
-            notes += _effect_notes(warnings, EFFECTS_ON[kind])
+            scored.append(name)
+            notes += _effect_notes(truth, EFFECTS_ON[name])
         else:
-            notes.append(f"No {IOU_TYPES[kind]} scores: {reason}.")
+            notes.append(f"No {IOU_TYPES[name]} scores: {reason}.")
     return scored, notes
 
 
-def _effect_notes(warnings: Mapping[str, int], effects: Mapping[str, str]) -> list[str]:
-    found = [(kind, effect) for kind, effect in effects.items() if kind in warnings]
-    return [f"{kind[0].upper()}{kind[1:]}: {warnings[kind]:,}. {effect}" for kind, effect in found]
+def _effect_notes(truth: Annotations, effects: Mapping[str, str]) -> list[str]:
+    found = [(kind, effect) for kind, effect in effects.items() if kind in truth.warnings]
+    return [f"{kind[0].upper()}{kind[1:]}: {truth.warnings[kind]:,}. {effect}" for kind, effect in found]
 
 
 def _coverage_notes(found: Predictions, limit: int | None, total: int) -> list[str]:
-    """Say that an evaluation covers a part of the images, and why."""
+    """Say why an evaluation covers a part of the images, if it does."""
     covered = f"these are the first {len(found.broken) + len(found.image_ids):,} of {total:,} images."
     if isinstance(found.stopped, KeyboardInterrupt):
         return [f"Stopped by Ctrl-C: {covered}"]
@@ -375,8 +347,9 @@ def _labels_for_losses(
     detector: Detector, category_ids: Sequence[int | None], split: CocoDetection
 ) -> tuple[Tensor | None, list[str]]:
     """Return the model's label for each label of the data, or a note on why there are no losses."""
-    scored, _ = scored_types(split, annotation_types_of(detector.model), detector.keypoints)
-    if missing := [kind for kind in annotation_types_of(detector.model) if kind not in scored]:
+    found = annotation_types_of(detector.model)
+    scored, _ = scored_types(found, detector.keypoints, split.annotations)
+    if missing := [name for name in found if name not in scored]:
         return None, [f"No losses: the annotations have no {' and '.join(missing)} for them."]
     label = {category: label for label, category in enumerate(category_ids, start=1)}
     if any(split.category_ids[one - 1] not in label for one in split.label_counts()):
@@ -387,13 +360,11 @@ def _labels_for_losses(
 def _measure_speed(
     model: nn.Module, split: CocoDetection, options: EvaluationOptions, images: int
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Time the stages on the images that were scored. Errors become a note: the scores are worth keeping."""
+    """Time the stages on the images that were scored. An error becomes a note, because the scores are valid."""
     with tqdm(total=options.speed + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
+        how: Any = {"among": images, "device": options.device, "on_image": bar.update}
         try:
-            times = measure_stages(
-                model, split, images=options.speed, among=images, device=options.device, on_image=bar.update
-            )
-            return times, []
+            return measure_stages(model, split, images=options.speed, **how), []
         except (KeyboardInterrupt, UserError, RuntimeError, MemoryError) as stop:
             reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else one_line(stop)[:200]
             return None, [f"No times: the measurement was stopped by {reason}."]
@@ -402,21 +373,13 @@ def _measure_speed(
 def _about(
     detector: Detector | None, *, model: str, data: str, split: str | None, device: torch.device | str | None
 ) -> dict[str, Any]:
-    """Say how detections were made. The digest of the weights tells a model card which scores are its own."""
-    return {
-        "model": model,
-        "crop": None if detector is None else detector.crop,
-        "refinement": None if detector is None else _refinement_text(detector.model),
-        "weights": None if detector is None else detector.digest(),
-        "data": data,
-        "split": split,
-        **circumstances(device),
-    }
-
-
-def _refinement_text(model: nn.Module) -> str | None:
-    refinement = refinement_of(model)
-    if refinement is None:
-        return None
-    config = refinement.config
-    return f"{config.iterations} iterations, {config.ascent_steps} ascent steps" if refinement.enabled else "off"
+    """Return how detections were made. A model card recognizes its scores by the digest of the weights."""
+    crop = refinement = weights = None
+    if detector is not None:
+        crop, weights = detector.crop, detector.digest()
+        if detector.refinement is not None:
+            config = detector.refinement.config
+            iterations = f"{config.iterations} iterations, {config.ascent_steps} ascent steps"
+            refinement = iterations if detector.refinement.enabled else "off"
+    about = {"model": model, "crop": crop, "refinement": refinement, "weights": weights, "data": data, "split": split}
+    return about | circumstances(device)

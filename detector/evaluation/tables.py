@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detector.evaluation.confusion import confused_pairs
-from detector.evaluation.metric import MASKS_AND_KEYPOINTS
+from detector.evaluation.metric import TITLES
 from detector.evaluation.report import SIZE_RANGES, Report, Section
 from detector.text import short
 
@@ -23,32 +23,30 @@ def report_text(report: Report) -> str:
     ]
     if classes:
         hidden = len(report.by_class) - len(classes)
-        title = "By class" + (f" ({hidden} with fewer objects are not shown)" if hidden else "")
         columns = [name for name in classes[0] if name != "id" and not name.startswith("objects_")]
+        title = "By class" + (f" ({hidden} with fewer objects are not shown)" if hidden else "")
         tables += [(title, _table(classes, columns)), _operating_points(report, classes)]
-    for iou_type, name in MASKS_AND_KEYPOINTS.items():
+    for iou_type, name in TITLES.items():
         if section := getattr(report, iou_type):
             known = {row["id"]: row for row in section["by_class"]}
             if rows := [known[row["id"]] for row in classes if row["id"] in known]:
                 tables.append((f"{name} by class", _table(rows, [column for column in rows[0] if column != "id"])))
     if report.proposals and report.proposals["rows"]:
-        rows = [{"proposals": row["at"], **row} for row in report.proposals["rows"]]
-        title = "Recall of the RPN's proposals, before the box head, for all classes together"
-        tables.append((title, _table(rows, ("proposals", "AR", "ARs", "ARm", "ARl"), first="proposals")))
+        rows = _table(report.proposals["rows"], ("at", "AR", "ARs", "ARm", "ARl"))
+        rows[0][0] = "proposals"
+        tables.append(("Recall of the RPN's proposals, before the box head, for all classes together", rows))
     tables += _confusion(report.confusion)
     if report.refinement:
         tables.append(("Before and after the refinement", refinement_table(report.refinement)))
     if report.losses:
         tables.append(("Losses", [list(report.losses), [f"{value:.4f}" for value in report.losses.values()]]))
     if report.speed:
-        rows = [[row["stage"], *(f"{row[key]:.1f}" for key in SPEED_COLUMNS)] for row in report.speed["rows"]]
+        columns = ["ms", "low", "high", "images_per_second"]
+        rows = [[row["stage"], *(f"{row[key]:.1f}" for key in columns)] for row in report.speed["rows"]]
         title = f"Milliseconds per image, median of {report.speed['images']} images (and the middle 80 %)"
         tables.append((title, [["", "ms", "from", "to", "images per second"], *rows]))
     texts = [f"\n{title}\n{text_table(rows)}" for title, rows in tables]
     return "\n".join([*texts, *(f"\nNote: {note}" for note in report.notes)])
-
-
-SPEED_COLUMNS = ("ms", "low", "high", "images_per_second")
 
 
 def refined_rows(refinement: Section) -> list[Section]:
@@ -63,13 +61,13 @@ def refined_rows(refinement: Section) -> list[Section]:
 
 def refinement_table(refinement: Section) -> Table:
     """Return :func:`refined_rows` for :func:`text_table`."""
-    rows = refined_rows(refinement)
-    signed = [None if row["difference"] is None else f"{row['difference']:+.3f}" for row in rows]
-    table = [[row["score"], row["before"], row["after"], difference] for row, difference in zip(rows, signed)]
-    return [["", "before", "after", "difference"], *table]
+    table = _table(refined_rows(refinement), ("score", "before", "after", "difference"))
+    for row in table[1:]:
+        row[3] = None if row[3] is None else f"{row[3]:+.3f}"
+    return table
 
 
-def text_table(rows: Table) -> str:
+def text_table(rows: Sequence[Sequence[Any]]) -> str:
     """Align cells: words on the left, numbers on the right with three decimals, "-" for ``None``."""
     cells = [
         ["-" if c is None else f"{c:.3f}" if isinstance(c, float) else short(str(c), 30) for c in row] for row in rows
@@ -84,17 +82,17 @@ def text_table(rows: Table) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, first: str = "") -> Table:
-    return [[first, *columns[1:]], *([row[column] for column in columns] for row in rows)]
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
+    """Return a head, empty over the first column, and the rows."""
+    return [["", *columns[1:]], *([row[column] for column in columns] for row in rows)]
 
 
 def _operating_points(report: Report, classes: Sequence[Section]) -> tuple[str, Table]:
     """The objects by class and size, and the thresholds; of all classes together first."""
-    points = report.operating_points
+    points, keys = report.operating_points, ("objects", *(f"objects_{size}" for size in SIZE_RANGES))
     best = {row["id"]: row for row in points["by_class"]}
     counts = [report.about["objects"], *(row["objects"] for row in report.by_size)]
     counted = [("all", counts, points["mean"] or {})]
-    keys = ("objects", *(f"objects_{size}" for size in SIZE_RANGES))
     counted += [(row["name"], [row[key] for key in keys], best[row["id"]]) for row in classes]
     table: Table = [["", "objects", *SIZE_RANGES, "score", "precision", "recall", "F1"]]
     for name, numbers, point in counted:
@@ -109,8 +107,8 @@ def _confusion(confusion: Section) -> list[tuple[str, Table]]:
     names = confusion["names"]
     title = f"Confusion (minimum score {confusion['min_score']}, minimum IoU {confusion['iou']})"
     if len(names) <= MAX_MATRIX:
-        heads = ["", *(short(name, 12) for name in names), "missed"]
+        head = ["", *(short(name, 12) for name in names), "missed"]
         rows = [[name, *row] for name, row in zip([*names, "nothing"], confusion["matrix"])]
-        return [(f"{title}: rows are the ground truth, columns the detected classes", [heads, *rows])]
+        return [(f"{title}: rows are the ground truth, columns the detected classes", [head, *rows])]
     pairs = [[true, "as", detected, count] for true, detected, count in confused_pairs(confusion, 10)]
     return [(f"{title}: the most frequent ones", pairs)] if pairs else []

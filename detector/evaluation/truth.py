@@ -1,4 +1,4 @@
-"""The ground truth as pycocotools takes it, made of the annotations that are scored."""
+"""The ground truth as pycocotools' index."""
 
 import contextlib
 import io
@@ -13,15 +13,15 @@ from detector.data.annotations import Annotations
 
 
 def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) -> COCO:
-    """Make pycocotools' index of the annotations of some images, by default of all.
+    """Return pycocotools' index of the annotations of some images, by default of all.
 
-    Its ``dataset`` has an extra key, ``layout``: that of the keypoints, which a few images may not tell.
+    Its ``dataset`` has an extra key, ``layout``: the keypoint layout of all images.
     """
     chosen = np.arange(len(annotations)) if image_ids is None else np.unique(annotations.find(image_ids))
     chosen = chosen[chosen >= 0]
     rows = np.flatnonzero(np.isin(annotations.image_of, chosen))
     ids = annotations.ids
-    if (ids == 0).any():  # which pycocotools takes for none; nothing else reads the ids
+    if (ids == 0).any():  # pycocotools takes 0 for no match
         ids = np.arange(1, len(ids) + 1)
     columns = {
         "id": ids,
@@ -32,18 +32,18 @@ def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) ->
         "iscrowd": annotations.crowds.astype(int),
     }
     entries = [dict(zip(columns, row)) for row in zip(*(column[rows].tolist() for column in columns.values()))]
-    for part in annotations.annotation_types:
+    for name in annotations.annotation_types:
         for entry, row in zip(entries, rows.tolist()):
-            entry[FIELD[part]] = annotations.value(part, row)
+            entry[FIELD[name]] = annotations.value(name, row)
     images = [annotations.image(index) for index in chosen.tolist()]
     content = {"images": images, "annotations": entries, "categories": annotations.categories}
     return index_coco(content | {"layout": annotations.keypoint_layout()})
 
 
-def index_coco(data: dict[str, Any]) -> COCO:
+def index_coco(content: dict[str, Any]) -> COCO:
     """Return pycocotools' index of a dict in COCO's format, without what its constructor prints."""
     coco = COCO()
-    coco.dataset = data
+    coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco

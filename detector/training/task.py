@@ -16,8 +16,7 @@ from detector.data.annotation_types import AnnotationType
 from detector.data.results import Result, to_results
 from detector.evaluation.losses import detect_with_losses
 from detector.evaluation.metric import evaluate_types
-from detector.evaluation.ranks import gathered
-from detector.evaluation.running import EvaluationOptions, Predictions, run_detector
+from detector.evaluation.running import EvaluationOptions, Predictions, gathered, run_detector
 from detector.evaluation.scoring import Evaluation, evaluate_predictions
 from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice

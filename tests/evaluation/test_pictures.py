@@ -7,8 +7,7 @@ from support.drawn import POINTS, as_rle, assert_cat, changed, over, pixels_of, 
 
 from detector.data.drawing import COLORS, RIGHT
 from detector.evaluation.confusion import BoxOutcome
-from detector.evaluation.page import MARKS, SIDE
-from detector.evaluation.pictures import draw_examples, draw_outcomes
+from detector.evaluation.pictures import MARKS, SIDE, draw_examples, draw_outcomes
 from detector.evaluation.truth import coco_of
 
 CAT = {"bbox": [10, 20, 30, 40], "category_id": 3}
@@ -94,12 +93,14 @@ def test_ground_truth_beside_detections(tmp_path):
     split = write_split(tmp_path, "masks", "keypoints")
     mask = as_rle(rectangle(500, 1000, 200, 200, 600, 400))
     found = {"image_id": 1, "category_id": 3, "bbox": [200, 100, 400, 300], "score": 0.9, "segmentation": mask}
-    draw_examples(split, [found | {"keypoints": [*POINTS[:6], 100, 450, 0]}], tmp_path / "a.png")
+    found["keypoints"] = [*POINTS[:6], 100, 450, 0]
+    truth = coco_of(split.annotations).anns[1]
+    draw_examples(split, {1: [BoxOutcome("found", truth, found)]}, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as drawn:
-        for left in (8, 8 + 1000 + 8):
-            assert_cat(drawn, 1, (left, 28), COLORS[0])
-        assert drawn.getpixel((1016 + 100, 28 + 450)) == tuple(rgb(RIGHT))
-        assert drawn.getpixel((8 + 100, 28 + 450)) == (128, 128, 128)
-    draw_examples(split, [], tmp_path / "a.png")
+        for left in (8, 8 + 480 + 8):
+            assert_cat(drawn, 0.48, (left, 28), COLORS[0])
+        assert drawn.getpixel((496 + 48, 28 + 216)) == tuple(rgb(RIGHT))
+        assert drawn.getpixel((8 + 48, 28 + 216)) == (128, 128, 128)
+    draw_examples(split, {1: [BoxOutcome("missed", truth, None)]}, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as drawn:
-        assert not changed(drawn.crop((1016, 28, 2016, 528))).any()
+        assert not changed(drawn.crop((496, 28, 976, 268))).any()
