@@ -92,21 +92,18 @@ def make_parser(function: Callable[..., Any]) -> ArgumentParser:
         options: dict[str, Any] = {"type": hint, "help": texts[name].replace("%", "%%")}
         if default is inspect.Parameter.empty:
             options["metavar"] = name.upper().removesuffix("S")
-            if get_origin(hint) in (Sequence, list):
+            if get_origin(hint) is Sequence:
                 options |= {"type": get_args(hint)[0], "nargs": "+"}
             positional += f"{options['metavar']}{' ...' if 'nargs' in options else ''} "
             parser.add_argument(name, **options)
             continue
-        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if get_origin(kinds[0]) is tuple:
-            kinds, options["nargs"] = get_args(kinds[0]), len(get_args(kinds[0]))
-            options["type"] = kinds[0]
-        if metavar := _metavar(kinds):
-            options["metavar"] = metavar
+        types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if get_origin(types[0]) is tuple:
+            types = get_args(types[0])
+            options |= {"type": types[0], "nargs": len(types)}
         if default is not None:
-            shown = str(default).lower() if isinstance(default, bool) else default
-            options["help"] += f" (default: {shown})"
-        parser.add_argument(f"--{name}", default=default, **options)
+            options["help"] += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        parser.add_argument(f"--{name}", default=default, metavar=_metavar(types), **options)
     parser.add_argument("--config", metavar="FILE.yaml", help="Read flags from a YAML file. The command line wins.")
     parser.add_argument("--print_config", type=bool, default=False, metavar=SWITCH, help="Print such a file and exit.")
     parser.usage = f"%(prog)s {positional}[--FLAG VALUE ...]"
@@ -194,9 +191,16 @@ def usage_error(error: argparse.ArgumentError) -> UsageError:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     switches = {action.dest for action in parser._actions if action.metavar == SWITCH}
     try:
-        return parser.parse_args(underscored(arguments, switches)).as_dict()
+        options = parser.parse_args(underscored(arguments, switches)).as_dict()
     except argparse.ArgumentError as error:
         raise usage_error(error) from None
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a number without jsonargparse's type, such as PositiveInt."""
+    kinds = [kind for kind in (bool, int, float) if isinstance(value, kind)]
+    return kinds[0](value) if kinds else value
 
 
 def named_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

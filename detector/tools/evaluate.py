@@ -65,8 +65,8 @@ def evaluate(
         annotations: Annotation file, relative to root. Default:
             annotations/instances_{split}.json, where {split} is replaced.
         images: Image folder, relative to root. {split} is replaced.
-        orientation: Turn images upright by their EXIF orientation, or take them as stored. An annotated size that fits
-            only one of the two decides.
+        orientation: upright applies the EXIF orientation of photographs; stored ignores it. Where the annotated size
+            fits only one of the two, that one is used.
         refine: Run the detector's refinement or not. "both" compares the two. Default: on, if it has one.
         output: Folder to write. Default: eval-SPLIT in the run folder, or runs/eval-MODEL-SPLIT.
         limit: Score only the first N images.
@@ -76,7 +76,7 @@ def evaluate(
         pictures: Number of worst and of best images on the page.
         speed: Time each stage on N images after the scoring, one image at a time. 50 is a good number.
         batch_size: Images per batch. More than 1 are padded to one size, which changes scores slightly.
-        workers: Processes that read images.
+        workers: Number of processes that read images.
         device: cpu, cuda, cuda:1, ... Default: cuda if available.
 
     Returns:

@@ -71,8 +71,8 @@ def refine(
         annotations: Annotation file, relative to root. Default: annotations/instances_{split}.json, where {split} is
             replaced.
         images: Image folder, relative to root. {split} is replaced.
-        orientation: Turn images upright by their EXIF orientation, or take them as stored. An annotated size that fits
-            only one of the two decides.
+        orientation: upright applies the EXIF orientation of photographs; stored ignores it. Where the annotated size
+            fits only one of the two, that one is used.
         run_dir: Folder of the run. If it holds a run, a number is added. Default: RUN-refined beside the checkpoint's
             run folder, or runs/refined-MODEL.
         ckpt_path: "last" resumes from the last checkpoint of the last run in run_dir, a file from that checkpoint.
@@ -91,7 +91,7 @@ def refine(
         flip: Flip half of the images. Switch off where left and right differ, as in digits.
         cache_gb: Memory for the feature cache. Features of an 800 x 1333 image with 256 channels take 91 MB. Features
             that do not fit are computed again in each pass.
-        workers: Processes that read images.
+        workers: Number of processes that read images.
         seed: Seed of the weights, the order of the images and the sampling.
         device: cpu, cuda, cuda:1, ... Default: cuda if available.
         devices: Number of devices, with one process each. Default: 1, or torchrun's.

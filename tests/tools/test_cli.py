@@ -1,0 +1,248 @@
+"""Command lines made from typed functions, and what all tools have in common."""
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import pytest
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+from support.commands import refused
+from support.tiny_training import REPOSITORY
+
+from detector import tools
+from detector.errors import ModelError, UsageError
+from detector.tools.cli import FlagNames, make_parser, run_tool, underscored
+
+TOOLS = {"check": tools.check, "eval": tools.evaluate, "export": tools.export, "predict": tools.predict}
+
+
+def sample(
+    files: Sequence[str],
+    *,
+    source: str | None = None,
+    refine: Literal["on", "off"] | None = None,
+    min_score: ClosedUnitInterval | Literal["auto"] = 0.5,
+    limit: PositiveInt | None = None,
+    workers: NonNegativeInt = 2,
+    skip: bool = False,
+    draw: bool = True,
+    sizes: tuple[int, int] | None = None,
+) -> dict:
+    """Return the options.
+
+    Examples:
+        100 % as it is
+
+    Args:
+        files: Input files.
+        source: Where from, in
+            two lines.
+        refine: One.
+        min_score: Two.
+        limit: Three.
+        workers: Four, 100 %.
+        skip: Five.
+        draw: Six.
+        sizes: Seven.
+
+    Returns:
+        Hidden.
+    """
+    if source == "bad":
+        raise ModelError("wrong", setting="model.source", value=source, hints=["lower {workers}", "set {momentum}"])
+    return dict(locals())
+
+
+def called(*arguments):
+    """The options that a command line gives the function."""
+    results = []
+    assert run_tool(sample, arguments, exit_code=lambda result: results.append(result) or 5, files=("source",)) == 5
+    return results[0]
+
+
+def test_values_and_defaults():
+    defaults = called("a", "b")
+    assert defaults == {
+        "files": ["a", "b"],
+        "source": None,
+        "refine": None,
+        "min_score": 0.5,
+        "limit": None,
+        "workers": 2,
+        "skip": False,
+        "draw": True,
+        "sizes": None,
+    }
+    given = ["a", "b", "--min-score=auto", "--limit", "3", "--sizes", "1", "2", "--refine=off", "--source", "x-y"]
+    options = {"min_score": "auto", "limit": 3, "sizes": [1, 2], "refine": "off", "source": "x-y"}
+    assert called(*given) == defaults | options
+
+
+@pytest.mark.parametrize(
+    "flags", [["--skip", "--no-draw"], ["--skip=true", "--draw=false"], ["--skip", "true", "--draw", "false"]]
+)
+def test_switches(flags):
+    options = called(*flags, "a")
+    assert (options["files"], options["skip"], options["draw"]) == (["a"], True, False)
+
+
+def test_hyphens_are_kept_in_values_and_files():
+    assert underscored(["--a-b=c-d", "-x-y", "--output=a-b"]) == ["--a_b=c-d", "-x-y", "--output=a-b"]
+    assert underscored(["--a-b", "--", "--c-d"]) == ["--a_b", "--", "--c-d"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--skip=1", "--skip '1'.*true or false"),
+        ("--min_score=2", "--min_score '2'.*from 0 to 1 or auto"),
+        ("--min_score=nan", "--min_score 'nan'"),
+        ("--limit=0", "--limit '0'.*at least 1"),
+        ("--limit=many", "--limit 'many'.*at least 1"),
+        ("--workers=-1", "--workers '-1'.*at least 0"),
+        ("--workers=many", "--workers 'many'.*at least 0"),
+        ("--refine=twice", "--refine 'twice'.*on or off"),
+        ("--sizes 1 x", "--sizes 'x'.*integer"),
+        ("--sizes 1", "--sizes"),
+        ("--workers", "--workers"),
+        ("--unknown-flag", "--unknown_flag"),
+        ("--limi=3", "--limi=3"),
+    ],
+)
+def test_wrong_flags_are_named_in_one_line(flags, words):
+    with refused(words):
+        called("a", *flags.split())
+
+
+def test_positional_arguments_are_required():
+    with refused("files"):
+        called("--workers=1")
+
+
+def test_an_empty_command_line_prints_the_description(capsys):
+    with pytest.raises(SystemExit) as stop:
+        called()
+    assert stop.value.code == 2
+    assert "100 % as it is" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_refused():
+    with refused("--source nothing.ckpt", code=1):
+        called("a", "--source", "nothing.ckpt")
+    assert called("a", "--source=hf://nothing.ckpt")["source"] == "hf://nothing.ckpt"
+
+
+def test_errors_name_the_flags_of_the_tool():
+    with refused(r"--source 'bad': wrong: lower --workers$", code=1):
+        called("a", "--source=bad")
+    flag_of = FlagNames(make_parser(sample))
+    assert (flag_of("refinement.limit"), flag_of("limit.other"), flag_of("momentum")) == ("--limit", None, None)
+    error = ModelError("wrong", setting="limit", value=3, hints=["lower {workers}"])
+    assert str(error) == "limit 3: wrong: lower workers"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        called("--help")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "Return the options." in said
+    assert "        100 % as it is\n" in said.replace("    100", "        100")
+    assert "Hidden" not in said
+    assert "--refine {on,off}" in said
+    assert "Four, 100 %. (default: 2)" in " ".join(said.split())
+
+
+def test_flags_from_a_file_and_to_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    content = "source: data\nskip: true\nmin_score: 0.25\nlimit: null\nworkers: 0\nrefine: off\nsizes: [3, 4]\n"
+    (tmp_path / "a.yaml").write_text(content)
+    given = ["a", "--workers=1", "--config", "a.yaml"]
+    options = called(*given)
+    expected = {"source": "data", "skip": True, "min_score": 0.25, "limit": None, "workers": 1, "sizes": [3, 4]}
+    assert expected.items() <= options.items()
+    assert options["refine"] == "off"  # which YAML reads as false
+    with pytest.raises(SystemExit) as stop:
+        called(*given, "--print_config")
+    assert stop.value.code == 0
+    (tmp_path / "b.yaml").write_text(capsys.readouterr().out)
+    assert called("a", "--config=b.yaml") == options
+    with refused("--config c.yaml", code=1):
+        called("a", "--config=c.yaml")
+    for content, words, code in (
+        (b"[1]", r"a\.yaml", 1),
+        (b"a: [", r"a\.yaml", 1),
+        (b"\xff", r"a\.yaml", 1),
+        (b"some: 1", "--some=1", 2),
+        (b"workers: []", "--workers", 2),
+    ):
+        (tmp_path / "a.yaml").write_bytes(content)
+        with refused(words, code=code):
+            called(*given)
+
+
+def test_usage_errors_exit_with_2():
+    def fail(x: int = 3) -> None:
+        """Fail.
+
+        Args:
+            x: A number.
+        """
+        raise UsageError("wrong", setting="x", value=x)
+
+    with refused("--x 4", code=2):
+        run_tool(fail, ["--x=4"])
+
+
+def run(name, *arguments, **environment):
+    command = [sys.executable, str(REPOSITORY / "tools" / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """A search path where torch and Lightning cannot be imported."""
+    for name in ("torch", "lightning"):
+        (tmp_path / f"{name}.py").write_text("raise SystemError('imported')")
+    return {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
+
+
+@pytest.mark.parametrize("name", [*TOOLS, "refine"])
+def test_command_lines_are_read_before_torch(name, without_torch):
+    done = run(name, "--help", **without_torch)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python tools/{name}.py " in done.stdout
+    assert "exit code" in done.stdout.lower()
+    done = run(name, "x.json", "--unknown-flag", **without_torch)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("name", ["train", "browse"])
+def test_a_training_refuses_before_torch(name, without_torch):
+    done = run(name, **without_torch)
+    assert done.returncode == 2
+    assert f"python tools/{name}.py --config" in done.stderr
+    done = run(name, "--config=nothing.yaml", **without_torch)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "--config nothing.yaml" in done.stderr
+
+
+@pytest.mark.slow
+def test_flags_of_a_training():
+    done = run("train", "--config", str(REPOSITORY / "configs" / "bccd.yaml"), "--run-dir=a-b", "--print-config")
+    assert done.returncode == 0, done.stderr
+    assert "\nrun_dir: a-b\n" in done.stdout
+    done = run("train", "--config", str(REPOSITORY / "configs" / "bccd.yaml"), "--model.crop=x")
+    assert (done.returncode, done.stderr) == (2, "error: --model.crop 'x': must be affine or roi_align\n")
+
+
+def test_shared_flags_have_one_help_text():
+    texts = defaultdict(set)
+    for function in (tools.evaluate, tools.export, tools.predict, tools.refine):
+        for action in make_parser(function)._actions:
+            texts[action.dest].add(action.help)
+    for name in ("checkpoint", "model", "weights", "crop", "root", "dataset", "orientation", "device"):
+        assert len(texts[name]) == 1, name
