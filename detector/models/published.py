@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Wei
 
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.errors import ModelError
-from detector.models.config import DetectorConfig
+from detector.models.config import TORCHVISION, DetectorConfig
 from detector.models.weights import as_model_error, load_weights, read_weights
 
 # Published files for which torchvision sets the eps of the batch norms to 0.
@@ -56,7 +57,10 @@ def load_torchvision_detector(name: str, weights: str) -> nn.Module:
     state = read_weights(weights, legacy=True)  # the format of torchvision's first files
     with as_model_error(f"{weights}: not the weights of {name}"):
         state = with_new_names(state.get("model", state))  # as torchvision's training script saves it
-        options = {"num_classes": number_of_classes(name, state), **_keypoint_option(name, state)}
+        options = {"num_classes": number_of_classes(name, state)}
+        bias = state.get("roi_heads.keypoint_predictor.kps_score_lowres.bias")
+        if name.startswith("keypointrcnn") and isinstance(bias, Tensor) and bias.dim() == 1 and len(bias):
+            options["num_keypoints"] = len(bias)
         model = load_weights(lambda: _without_weights(name, **options), state)
     if Path(weights).name in COCO_V1_FILES:
         set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.0))
@@ -131,33 +135,17 @@ def published_names(name: str = "fasterrcnn_resnet50_fpn") -> list[str]:
 
 def settings_of(name: str, model: FasterRCNN) -> DetectorConfig:
     """Return the settings that rebuild a torchvision detector."""
-    rpn, heads, transform = model.rpn, model.roi_heads, model.transform
+    rpn = model.rpn
     return DetectorConfig(
         name=name,
-        min_size=transform.min_size[-1],
-        max_size=transform.max_size,
+        min_size=model.transform.min_size[-1],
         rpn_pre_nms_top_n=(rpn._pre_nms_top_n["training"], rpn._pre_nms_top_n["testing"]),
         rpn_post_nms_top_n=(rpn._post_nms_top_n["training"], rpn._post_nms_top_n["testing"]),
         anchor_sizes=tuple(dict.fromkeys(size for level in rpn.anchor_generator.sizes for size in level)),
         aspect_ratios=rpn.anchor_generator.aspect_ratios[0],
-        rpn_nms_threshold=rpn.nms_thresh,
-        rpn_fg_iou_threshold=rpn.proposal_matcher.high_threshold,
-        rpn_bg_iou_threshold=rpn.proposal_matcher.low_threshold,
-        box_nms_threshold=heads.nms_thresh,
-        box_fg_iou_threshold=heads.proposal_matcher.high_threshold,
-        box_bg_iou_threshold=heads.proposal_matcher.low_threshold,
-        rois_per_image=heads.fg_bg_sampler.batch_size_per_image,
-        detections_per_image=heads.detections_per_img,
-        score_threshold=heads.score_thresh,
+        **{field: attrgetter(attribute)(model) for field, (_, attribute) in TORCHVISION.items()},
     )
 
 
 def _without_weights(name: str, **options: int) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, weights_backbone=None, **options)
-
-
-def _keypoint_option(name: str, state: dict[str, Any]) -> dict[str, int]:
-    bias = state.get("roi_heads.keypoint_predictor.kps_score_lowres.bias")
-    if not name.startswith("keypointrcnn") or not isinstance(bias, Tensor) or bias.dim() != 1 or not len(bias):
-        return {}  # load_weights reports what is missing
-    return {"num_keypoints": len(bias)}

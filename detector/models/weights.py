@@ -1,12 +1,8 @@
 """Reading files of weights that anybody may have written.
 
-- Nothing in a file is executed: tensors and plain values are read (``weights_only=True``, safetensors, JSON), and the
-  network is built by a name that timm or torchvision lists.
-- Damage is detected by the checksum of each member of an archive, and in a saved folder by a hash of all weights.
-  Neither is a signature. The format before torch 1.6 has no checksums, and is read only where it is expected.
-- A file takes no more memory than its size: archives must not be compressed, and the network that a file asks for is
-  compared with its weights on the meta device first.
-- Numbers are finite and have the model's kind of dtype.
+Nothing in a file is executed; only tensors and plain values are read. Checksums detect damage, but are no signatures. A
+file takes no more memory than its size: archives must not be compressed, and a network is first built on the meta
+device. Numbers are finite.
 """
 
 import math
@@ -38,11 +34,7 @@ def as_model_error(prefix: str) -> Iterator[None]:
 
 
 def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
-    """Read a dict of tensors and plain values that ``torch.save`` wrote.
-
-    Args:
-        path: the file.
-        legacy: also read the format before torch 1.6.
+    """Read a dict of tensors and plain values that ``torch.save`` wrote; ``legacy`` is the format before torch 1.6.
 
     Raises:
         ModelError: the file is missing, broken, or holds anything else.
@@ -113,14 +105,9 @@ def differences(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[s
 
 
 def check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse tensors that are not plain ones with finite values.
+    """Raise a :class:`ModelError` for tensors of a file that are not plain and finite, or differ in kind from a model's.
 
-    Args:
-        state: the tensors of a file.
-        expected: those of the model, on any device. Names in only one of the two are ignored.
-
-    Raises:
-        ModelError: names the tensor.
+    Names in only one of the two are ignored.
     """
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
