@@ -105,7 +105,7 @@ def differences(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[s
 
 
 def check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise a :class:`ModelError` for tensors of a file that are not plain and finite, or differ in kind from a model's.
+    """Raise a :class:`ModelError` for tensors that are not plain and finite, or of another kind than a model's.
 
     Names in only one of the two are ignored.
     """

@@ -9,12 +9,9 @@ from detector.errors import exit_on_user_error
 from detector.tools.cli import FlagNames, check_arguments
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+    from detector.data.dataset import CocoDetection
 
-    from detector.data.dataset import CocoDetection, Target
-
-LARGEST = 480  # pixels of a picture's longer side
+MAX_SIDE = 480  # pixels of a picture on the sheet
 DESCRIPTION = """Draw training images as the model sees them. Takes all flags of tools/train.py.
 
 Examples:
@@ -43,45 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def browse(
     stored: "CocoDetection", augmented: "CocoDetection", path: Path, *, images: int = 6, epochs: int = 3
 ) -> None:
-    """Write a picture of images as stored, and beside them as the first epochs of a training see them.
+    """Write a picture with a row per image: as stored, and as augmented in the first epochs.
 
     Args:
-        stored: a split without a transform.
-        augmented: the split with the training's transform.
+        stored: a split without a transform. Its images are sampled evenly, those with objects first.
+        augmented: the same split with the training's transform.
         path: the picture to write.
-        images: number of images, spread over the split. Images with objects come first.
+        images: number of images.
         epochs: number of epochs.
     """
-    import numpy as np
+    from detector.data.drawing import draw, sheet
 
-    from detector.data.drawing import sheet
-
-    order = np.argsort(stored.counts() == 0, kind="stable").tolist()
-    rows = []
+    counts, rows = stored.counts(), []
+    order = sorted(range(len(stored)), key=lambda index: counts[index] == 0)
     for index in order[:: max(len(order) // images, 1)][:images]:
-        items = [stored[index], *(augmented[epoch, index] for epoch in range(epochs))]
-        rows.append([_picture(image, target, stored) for image, target in items])
+        row = []
+        for image, target in [stored[index], *(augmented[epoch, index] for epoch in range(epochs))]:
+            names, size = stored.category_names, f"{image.shape[2]} x {image.shape[1]}"
+            row.append(draw(image, target, names, layout=stored.keypoints, max_side=MAX_SIDE, caption=size))
+        rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet(rows, ["as stored", *(f"epoch {epoch}" for epoch in range(epochs))]).save(path)
-
-
-def _picture(image: "Tensor", target: "Target", split: "CocoDetection") -> "Image.Image":
-    import torch
-    from PIL import ImageDraw
-
-    from detector.data.drawing import draw
-
-    height, width = image.shape[1:]
-    scale = min(LARGEST / max(height, width), 1.0)
-    if scale < 1:
-        size = [max(round(height * scale), 1), max(round(width * scale), 1)]
-        image = torch.nn.functional.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
-        target = target | {"boxes": target["boxes"] * scale}  # masks are stretched over the picture
-        if "keypoints" in target:
-            target["keypoints"] = target["keypoints"] * torch.tensor([scale, scale, 1])
-    picture = draw(image, target, split.category_names, layout=split.keypoints)
-    pen = ImageDraw.Draw(picture)
-    caption, place = f"{width} x {height}", (4, picture.height - 4)
-    pen.rectangle(pen.textbbox(place, caption, anchor="lb"), fill="white")
-    pen.text(place, caption, "black", anchor="lb")
-    return picture
