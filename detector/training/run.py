@@ -240,7 +240,7 @@ class Run:
             weights = f" {{weights}} {last}" if last.exists() else ""
             hints.append(f"leave such images out in a new run: {{skip_broken}} true{weights}")
         if last.exists():
-            message += f". The last good checkpoint is {last}"
+            message += f" (the last good checkpoint is {last})"
         return TrainingError(message, setting=known.setting, value=known.value, hints=hints)
 
 

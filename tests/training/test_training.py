@@ -1,22 +1,16 @@
-"""tools/train.py and tools/eval.py from end to end, on a handful of digits."""
+"""Trainings from end to end: what they write, how they resume, and what they read."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
-from contextlib import nullcontext
-from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
 import pytest
 import torch
-import torchvision
 from lightning.pytorch.plugins import HalfPrecision
 from PIL import Image
 from torchvision.transforms import v2
@@ -25,23 +19,19 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from support.commands import refused, score
-from support.tiny_training import REPOSITORY, TINY
+from support.runs import assert_equal
+from support.tiny_training import REPOSITORY, TINY, changed_copy, last_checkpoint, tiny_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector import training
 from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.data.batches import TrainingBatches
-from detector.data.categories import match_categories
-from detector.data.dataset import CocoDetection
-from detector.data.digits import write_digits
 from detector.data.folder import find_root
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses
-from detector.evaluation.metric import evaluate_types
-from detector.evaluation.running import EvaluationOptions, run_detector
-from detector.evaluation.truth import coco_of
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
-from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_published
+from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
 from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.sampling import seed_sampling
 from detector.run_folders import newest_folder, unused_folder
@@ -53,367 +43,233 @@ from detector.training.failures import TrainingError
 from detector.training.run import Run
 from detector.training.task import DetectionTask
 
-
-@pytest.fixture(autouse=True, scope="module")
-def command_line():
-    """In the repository's folder, and without pytest's own arguments, which LightningCLI would warn of."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        patch.setattr(sys, "argv", ["train.py"])
-        yield
+SPLITS = {"train_split": "train", "val_split": "val"}
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "digits"
-    write_digits(root, splits={"train": 8, "val": 4})
-    return root
+def read(path):
+    return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
-    """The folder of a finished run of two epochs."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    train([*TINY, f"--data.root={digits}", f"--run_dir={folder}", "--trainer.max_epochs=2"])
-    return folder
+def set_up(root, **options):
+    data = CocoDataModule(str(root), **(SPLITS | {"workers": 0} | options))
+    data.setup("fit")
+    return data
+
+
+# What a run writes
 
 
 def test_a_run_leaves_everything_in_its_folder(trained):
-    assert {path.name for path in trained.iterdir()} >= {
-        "checkpoints",
-        "config.yaml",
-        "detections.json",
-        "examples.png",
-        "report.html",
-        "report.json",
-        "scores.json",
-    }
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"checkpoints", "config.yaml", "detections.json", "examples.png", "report.html", "report.json"}
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    assert any(path.name.startswith("events.out.tfevents") for path in trained.iterdir())
-    scores = json.loads((trained / "scores.json").read_text())
-    assert set(scores) == {*SUMMARY, "AP90"}
-    found = json.loads((trained / "detections.json").read_text())
-    assert found
-    assert set(found[0]) == {"image_id", "category_id", "bbox", "score"}
-    with Image.open(trained / "examples.png") as picture:
-        assert picture.size[0] > 300
+    assert set(read(trained / "scores.json")) == {*SUMMARY, "AP90"}
+    assert set(read(trained / "detections.json")[0]) == {"image_id", "category_id", "bbox", "score"}
+    log = EventAccumulator(str(trained)).Reload()
+    names = set(log.Tags()["scalars"])
+    assert names >= {"val/AP", "val/loss", "val/loss_box_reg", "train/loss", "lr-AdamW/pg1"}
+    assert len(log.Scalars("val/loss")) == 2
 
 
-def test_checkpoint_is_plain_and_builds_the_detector_again(trained):
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+def test_a_checkpoint_holds_plain_values_and_builds_the_detector(trained, tmp_path):
+    content = last_checkpoint(trained)
     assert content["epoch"] == 1
     detector = load_checkpoint(trained / "checkpoints" / "last.ckpt")
     assert detector.category_names == [str(digit) for digit in range(10)]
     assert not detector.model.training
-    name, value = next(iter(detector.model.state_dict().items()))
-    assert torch.equal(value, content["state_dict"][f"model.{name}"])
-
-
-def test_eval_tool_gives_the_scores_of_the_run(trained, digits, tmp_path, capsys):
-    output = tmp_path / "eval"
-    score(checkpoint=str(trained / "checkpoints" / "last.ckpt"), root=str(digits), split="val", output=str(output))
-    printed = capsys.readouterr().out
-    assert printed.count("Average Precision") == 7
-    assert str(output) in printed
-    ours, theirs = (json.loads((folder / "report.json").read_text()) for folder in (trained, output))
-    assert json.loads((trained / "scores.json").read_text()) == json.loads((output / "scores.json").read_text())
-    for name in ("scores", "by_class", "by_size", "curves", "operating_points", "confusion", "images"):
-        assert ours[name] == theirs[name], name
-    assert ours["about"].keys() == theirs["about"].keys()
-    for folder in (trained, output):
-        assert "data:image/jpeg" in (folder / "report.html").read_text()
-    stock = tmp_path / "stock"
-    checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    score(checkpoint=checkpoint, crop="roi_align", root=str(digits), split="val", output=str(stock))
-    ours, theirs = (json.loads((folder / "detections.json").read_text()) for folder in (output, stock))
-    assert len(ours) == len(theirs) > 0
-    assert [r["score"] for r in ours] == pytest.approx([r["score"] for r in theirs], abs=1e-4)
-
-
-def test_eval_tool_scores_a_torchvision_detector(digits, tmp_path):
-    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    weights, output = tmp_path / "weights.pth", tmp_path / "out"
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=11)
-    torch.save(model.state_dict(), weights)
-    score(model=name, weights=str(weights), crop="affine", root=str(digits), split="val", output=str(output))
-    assert "AP" in json.loads((output / "scores.json").read_text())
-
-
-def test_labels_of_published_weights_are_cocos_category_ids(digits, tmp_path):
-    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
-    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=91)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    detector = load_published(name, str(tmp_path / "weights.pth"))
-    data = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
-    with pytest.raises(
-        ModelError, match=r"no class of the detector \('person', 'bicycle', .*\) has the name of a category"
-    ):
-        match_categories(detector, data)
-    data.category_ids, data.category_names = [0, 1, 2, 3], ["person", "stop sign", "N/A", "train"]
-    found = match_categories(detector, data)
-    assert len(found) == 90
-    assert {label: i for label, i in enumerate(found, start=1) if i is not None} == {1: 0, 13: 1, 7: 3}
-
-
-def test_batch_norm_eps_survives_a_checkpoint(trained, tmp_path):
-    """torchvision sets it to 0 for its COCO_V1 weights, and no state_dict holds it."""
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert_equal({f"model.{name}": value for name, value in detector.model.state_dict().items()}, content["state_dict"])
+    # torchvision sets the eps of batch norms for some weights; no state_dict has it.
     eps = content[CHECKPOINT_KEY]["batch_norm_eps"]
-    assert eps
     content[CHECKPOINT_KEY]["batch_norm_eps"] = dict.fromkeys(eps, 0.25)
     torch.save(content, tmp_path / "other.ckpt")
-    model = load_checkpoint(tmp_path / "other.ckpt").model
-    assert {model.get_submodule(name).eps for name in eps} == {0.25}
+    assert set(batch_norm_eps(load_checkpoint(tmp_path / "other.ckpt").model).values()) == {0.25}
 
 
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(digits, tmp_path, monkeypatch, capsys, ctrl_c):
-    folder = tmp_path / "run"
-    last = folder / "checkpoints" / "last.ckpt"
-    arguments = [*TINY, f"--data.root={digits}", "--data.batch_size=2", "--trainer.max_epochs=2"]
-    step = DetectionTask.training_step
-
-    def ctrl_c(task, batch, number):
-        if (task.current_epoch, number) == (1, 1):
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(task, batch, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DetectionTask, "training_step", ctrl_c)
-        with pytest.raises(SystemExit) as stop:
-            train([*arguments, f"--run_dir={folder}", "--ckpt_path", "last"])
-    assert stop.value.code == 130
-    said = capsys.readouterr().err
-    assert "STARTING FROM THE BEGINNING" in said
-    assert "Stopping after this step" in said
-    assert re.search(rf"python train.py .*--run_dir={folder} --ckpt_path {last}$", said, flags=re.MULTILINE)
-    assert "last --ckpt_path" not in said
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    first = torch.load(last, weights_only=True)
-    assert (first["epoch"], first["global_step"]) == (1, 6)
-    with pytest.raises(SystemExit, match=r"trained on 2 images a step, this run has 4: go on with the same devices x"):
-        train([*arguments, f"--ckpt_path={last}", "--trainer.accumulate_grad_batches=2"])
-    with pytest.raises(SystemExit, match="trained with images per batch 2, this run has 1: go on with the same data"):
-        train([*arguments, f"--ckpt_path={last}", "--data.batch_size=1"])
-    anew = r".*, or start a new run from its weights, with any settings: --model\.detector\.weights FILE"
-    with pytest.raises(SystemExit, match=rf"optimizer\.lr 0\.001, this run has 0\.01: go on with the same{anew}"):
-        train([*arguments, f"--ckpt_path={last}", "--model.optimizer.lr=0.01"])
-    with pytest.raises(
-        SystemExit, match=r"trained with box_gradient\.crop 1\.0, this run has 0\.0: go on with the same"
-    ):
-        train([*arguments, f"--ckpt_path={last}", "--model.box_gradient.crop=0"])
-    old = tmp_path / "old" / "last.ckpt"
-    old.parent.mkdir()
-    content = torch.load(last, weights_only=True)
-    for name in ("bound", "warmup_steps"):  # that earlier versions did not have
-        del content[CHECKPOINT_KEY]["box_gradient"][name]
-    torch.save(content, old)
-    with pytest.raises(SystemExit, match=r"trained with box_gradient\.bound None, this run has 0\.1: go on with the"):
-        train([*arguments, f"--ckpt_path={old}"])
-    del content[CHECKPOINT_KEY]["box_gradient"]
-    torch.save(content, old)
-    with pytest.raises(SystemExit, match="of an earlier version of this project: it can be scored, not resumed"):
-        train([*arguments, f"--ckpt_path={old}"])
-    shutil.rmtree(old.parent)
-    with pytest.raises(SystemExit, match=rf"trained with fpn_channels 16, this run has 32: go on with the same{anew}"):
-        train([*arguments, f"--ckpt_path={last}", "--model.detector.fpn_channels=32"])
-    with pytest.raises(SystemExit, match=f"schedule was made for 8 steps, this run has 12: go on{anew}"):
-        train([*arguments, f"--ckpt_path={last}", "--trainer.max_epochs=3"])
-    train([*arguments, f"--ckpt_path={last}"])
-    second = torch.load(last, weights_only=True)
-    assert (second["epoch"], second["global_step"]) == (1, 8)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-
-
-def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, capsys, ctrl_c):
-    score = DetectionTask.validation_step
-    scored = []
-
-    def ctrl_c(task, batch, number):
-        os.kill(os.getpid(), signal.SIGINT)
-        scored.append(number)
-        score(task, batch, number)
-
-    monkeypatch.setattr(DetectionTask, "validation_step", ctrl_c)
-    arguments = [*TINY, f"--data.root={digits}", "--data.batch_size=2", "--trainer.max_epochs=2"]
-    with pytest.raises(SystemExit):
-        train([*arguments, f"--run_dir={tmp_path / 'run'}"])
-    assert scored == [0]
-    assert "--ckpt_path" in capsys.readouterr().err
-    # Of the step before the epoch's last one.
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+def test_the_eval_tool_gives_the_scores_of_the_run(trained, digits, tmp_path):
+    options = {"checkpoint": trained, "root": digits, "split": "val", "workers": 0}
+    score(**options, output=tmp_path / "affine")
+    score(**options, output=tmp_path / "stock", crop="roi_align")
+    ours, theirs = (read(folder / "report.json") for folder in (trained, tmp_path / "affine"))
+    for name in ("scores", "by_class", "by_size", "images"):
+        assert ours[name] == theirs[name], name
+    assert read(trained / "scores.json") == read(tmp_path / "affine" / "scores.json")
+    ours, theirs = (read(tmp_path / name / "detections.json") for name in ("affine", "stock"))
+    assert [r["score"] for r in ours] == pytest.approx([r["score"] for r in theirs], abs=1e-4)
 
 
 def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch):
     monkeypatch.delenv("DETECTOR_DATA", raising=False)
     train([f"--config={trained / 'config.yaml'}", f"--run_dir={tmp_path / 'again'}"])
-    ours, theirs = (
-        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for folder in (tmp_path / "again", trained)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    (start,) = json.loads((trained / "environment.json").read_text())
+    assert_equal(last_checkpoint(tmp_path / "again")["state_dict"], last_checkpoint(trained)["state_dict"])
+    (start,) = read(trained / "environment.json")
     assert start["settings"]["seed"] == 0
     assert start["settings"]["detector"]["fpn_channels"] == 16
-    assert "RandomShortestSize" in start["settings"]["transform"]
     assert start["versions"]["torch"] == torch.__version__.split("+")[0]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
     if commit.returncode == 0:
         assert start["git"]["commit"] == commit.stdout.strip()
 
 
-@pytest.mark.slow
-def test_going_on_from_a_finished_run_scores_the_same_weights(digits, tmp_path):
-    arguments = [*TINY, f"--data.root={digits}", "--trainer.max_epochs=1", "--model.optimizer.ema=0.9"]
+def test_folders_are_numbered(tmp_path):
     folder = tmp_path / "run"
-    train([*arguments, f"--run_dir={folder}"])
+    folder.mkdir()
+    assert unused_folder(folder) == newest_folder(folder) == folder  # an empty one counts as unused
+    (folder / "scores.json").write_text("{}")
+    assert (unused_folder(folder), newest_folder(folder)) == (tmp_path / "run-2", folder)
+    for name in ("run-2", "run-10", "run-x", "runs-11"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run-12").write_text("a file")
+    assert (unused_folder(folder), newest_folder(folder)) == (tmp_path / "run-11", tmp_path / "run-10")
+
+
+# Stopping and resuming
+
+
+def test_ctrl_c_ends_the_step_and_the_run_resumes_with_the_same_settings_alone(
+    digits, tmp_path, monkeypatch, capsys, ctrl_c
+):
+    folder, step = tmp_path / "run", DetectionTask.training_step
+    flags = ["--data.batch_size=2", "--trainer.max_epochs=2"]
+
+    def interrupt(task, batch, number):
+        if (task.current_epoch, number) == (1, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(task, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DetectionTask, "training_step", interrupt)
+        with pytest.raises(SystemExit) as stop:
+            tiny_run(digits, folder, *flags, "--ckpt_path", "last")
+    assert stop.value.code == 130
+    said, last = capsys.readouterr().err, folder / "checkpoints" / "last.ckpt"
+    assert "STARTING FROM THE BEGINNING" in said
+    assert re.search(rf"python train.py .*--run_dir={folder} .*--ckpt_path {last}$", said, flags=re.MULTILINE)
+    assert "--ckpt_path last" not in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (last_checkpoint(folder)["epoch"], last_checkpoint(folder)["global_step"]) == (1, 6)
+    for words, flag in (
+        ("images a step .* 2, .* 4", "--trainer.accumulate_grad_batches=2"),
+        ("images per batch 2, .* 1", "--data.batch_size=1"),
+        (r"optimizer\.lr 0\.001, .* 0\.01", "--model.optimizer.lr=0.01"),
+        (r"box_gradient\.crop 1\.0, .* 0\.0", "--model.box_gradient.crop=0"),
+        ("fpn_channels 16, .* 32.*weights", "--model.detector.fpn_channels=32"),
+        ("steps 8, .* 12", "--trainer.max_epochs=3"),
+        ("seed 0, .* 1", "--data.seed=1"),
+    ):
+        with refused(words, code=1):
+            tiny_run(digits, folder, *flags, f"--ckpt_path={last}", flag)
+    tiny_run(digits, folder, *flags, f"--ckpt_path={last}")
+    assert (last_checkpoint(folder)["epoch"], last_checkpoint(folder)["global_step"]) == (1, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {"time/step", "time/data"} <= set(EventAccumulator(str(folder)).Reload().Tags()["scalars"])
+
+
+def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, ctrl_c):
+    original, scored = DetectionTask.validation_step, []
+
+    def interrupt(task, batch, number):
+        os.kill(os.getpid(), signal.SIGINT)
+        scored.append(number)
+        original(task, batch, number)
+
+    monkeypatch.setattr(DetectionTask, "validation_step", interrupt)
+    with pytest.raises(SystemExit):
+        tiny_run(digits, tmp_path / "run", "--data.batch_size=2", "--trainer.max_epochs=1")
+    assert scored == [0]
+    assert last_checkpoint(tmp_path / "run")["global_step"] == 3  # a step before the validation
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_only_scored_again(digits, tmp_path):
+    folder, flags = tmp_path / "run", ("--trainer.max_epochs=1", "--model.optimizer.ema=0.9")
+    tiny_run(digits, folder, *flags)
     found = (folder / "detections.json").read_text()
     (folder / "detections.json").unlink()
-    train([*arguments, f"--run_dir={folder}", "--ckpt_path=last"])
+    tiny_run(digits, folder, *flags, "--ckpt_path=last")
     assert (folder / "detections.json").read_text() == found
-    # From another checkpoint than the last one in a folder of its own, where nothing is written over.
+    # From another checkpoint than the last one, in a folder of its own.
     before = (folder / "checkpoints" / "last.ckpt").read_bytes()
-    train([*arguments, f"--run_dir={folder}", f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"])
+    tiny_run(digits, folder, *flags, f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}")
     assert (tmp_path / "run-2" / "scores.json").exists()
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_going_on_from_a_run_that_was_stopped_early_scores_the_same_weights(digits, tmp_path, capsys, caplog):
+def test_a_run_that_was_stopped_early_is_only_scored_again(digits, tmp_path):
     folder = tmp_path / "run"
-    flags = [*TINY, f"--data.root={digits}", f"--run_dir={folder}", "--trainer.max_epochs=9"]
-    flags += ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/AP"]
+    flags = ["--trainer.max_epochs=9", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/AP"]
     flags += ["--trainer.callbacks.mode=max", "--trainer.callbacks.patience=1"]
-    train(flags)
+    tiny_run(digits, folder, *flags)
     names = ("scores.json", "detections.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt")
     before = [(folder / name).read_bytes() for name in names]
-    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] < 8
-    with caplog.at_level("INFO"):
-        train([*flags, "--ckpt_path=last"])
-    assert "--model.detector.weights" in caplog.text
+    assert last_checkpoint(folder)["epoch"] < 8
+    tiny_run(digits, folder, *flags, "--ckpt_path=last")
     assert [(folder / name).read_bytes() for name in names] == before
 
 
 def test_a_run_without_a_step_is_refused(digits, tmp_path):
-    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_time=00:00:00:00"]
-    with pytest.raises(SystemExit, match=r"error: .*before its first step"):
-        train([*flags, "--trainer.max_epochs=1"])
+    with refused("first step.*max_time", code=1):
+        tiny_run(digits, tmp_path / "run", "--trainer.max_time=00:00:00:00")
     assert not (tmp_path / "run").exists()
 
 
-def test_checkpoints_that_are_none_are_refused(trained, digits, tmp_path):
-    arguments = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}"]
+def test_other_files_are_refused_as_checkpoints(trained, digits, tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(SystemExit, match=r"error: .*other\.ckpt: not a checkpoint of tools/train\.py"):
-        train([*arguments, f"--ckpt_path={path}"])
-    path.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes()[:9999])
-    with pytest.raises(SystemExit, match=r"error: .*other\.ckpt: cannot be read as weights"):
-        train([*arguments, f"--ckpt_path={path}"])
+    for _ in range(2):
+        with refused(r"other\.ckpt", code=1):
+            tiny_run(digits, tmp_path / "run", f"--ckpt_path={path}")
+        path.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes()[:9999])
+    task = DetectionTask()
+    saved = {"detector": last_checkpoint(trained)[CHECKPOINT_KEY]["detector"], "crop": "affine", "categories": []}
+    with pytest.raises(ModelError, match="batch_norm_eps"):
+        task.on_load_checkpoint({CHECKPOINT_KEY: saved})
 
 
-def test_folders_are_numbered(tmp_path):
-    folder = tmp_path / "run"
-    assert unused_folder(folder) == newest_folder(folder) == folder
-    folder.mkdir()
-    assert unused_folder(folder) == newest_folder(folder) == folder
-    (folder / "scores.json").write_text("{}")
-    assert unused_folder(folder) == tmp_path / "run-2"
-    assert newest_folder(folder) == folder
-    for name in ("run-2", "run-10", "run-x", "runs-11"):
-        (tmp_path / name / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run-12").write_text("a file")
-    (tmp_path / "another-13").mkdir(mode=0)  # that nobody may look into
-    assert unused_folder(folder) == tmp_path / "run-11"
-    assert newest_folder(folder) == tmp_path / "run-10"
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(trained):
+    run = Run(trained, trained)
+    assert (run.checkpoint, run.folder) == (trained / "checkpoints" / "last.ckpt", trained)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("before", "now", "setting"),
     [
-        (["--data.root=nowhere"], "nowhere/val: no such image folder|nowhere/annotations.*no such file"),
-        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
-        (["--model.detector.name=timm/nothing"], "timm cannot build 'nothing'"),
+        ({}, {"detector": DetectorConfig(box_nms_threshold=0.8)}, "detector.box_nms_threshold"),
+        ({}, {"box_gradient": BoxGradient(crop=0, coder=0)}, "box_gradient"),
+        ({"crop": "roi_align"}, {"crop": "roi_align", "box_gradient": BoxGradient(bound=0.5)}, None),
+        ({}, {"box_gradient": BoxGradient(bound=0.5)}, "box_gradient.bound"),
+        ({"detector": DetectorConfig(weights="/a/run")}, {"detector": DetectorConfig(weights="run")}, None),
+        ({"detector": DetectorConfig(weights="/a/run")}, {}, "detector.weights"),
     ],
 )
-def test_mistakes_end_in_one_sentence(arguments, message, digits, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        train([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *arguments])
-    assert str(stop.value.code).startswith("error: ")
-    assert "\n" not in str(stop.value.code)
-    assert re.search(message, str(stop.value.code))
-
-
-def test_data_without_a_box_and_other_categories_are_refused(digits, tmp_path):
-    content = json.loads((digits / "annotations" / "instances_val.json").read_text())
-    other = tmp_path / "other"
-    (other / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (other / split).symlink_to(digits / "val")
-    (other / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    (other / "annotations" / "instances_train.json").write_text(json.dumps({**content, "annotations": []}))
-    splits = {"train_split": "train", "val_split": "val"}
-    with pytest.raises(DataError, match=r"instances_train\.json: no box to train on"):
-        CocoDataModule(str(other), **splits).setup("fit")
-    for number, category in enumerate(content["categories"]):
-        category["name"] = f"number {number}"
-    (other / "annotations" / "instances_train.json").write_text(json.dumps(content))
-    with pytest.raises(
-        DataError, match=r"val: no category \('0', '1', .* has the name of one to train on \('number 0',"
-    ):
-        CocoDataModule(str(other), **splits).setup("fit")
-
-
-def test_checkpoint_of_other_classes_is_refused(trained, digits, tmp_path):
-    content = json.loads((digits / "annotations" / "instances_val.json").read_text())
-    for category in content["categories"]:
-        category["name"] = f"number {category['name']}"
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
-    (tmp_path / "val").symlink_to(digits / "val")
-    checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    with pytest.raises(SystemExit, match=r"no class of the detector \('0', .* has the name of .* \('number 0', "):
-        score(checkpoint=checkpoint, root=str(tmp_path), split="val")
-    with refused("give one of"):
-        score(root=str(digits), split="val")
-    (tmp_path / "cut.ckpt").write_bytes(Path(checkpoint).read_bytes()[:5000])
-    with pytest.raises(SystemExit, match=r"cut\.ckpt: cannot be read"):
-        score(checkpoint=str(tmp_path / "cut.ckpt"), root=str(digits), split="val")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(SystemExit, match=r"other\.ckpt: not a checkpoint of tools/train\.py"):
-        score(checkpoint=str(tmp_path / "other.ckpt"), root=str(digits), split="val")
+def test_settings_that_must_not_change_on_resuming(before, now, setting):
+    split = SimpleNamespace(category_ids=[1], category_names=["a"], keypoints=None)
+    ours, theirs = DetectionTask(**before), DetectionTask(**now)
+    for task in (ours, theirs):
+        task.trainer, task.model = SimpleNamespace(datamodule=SimpleNamespace(train_set=split)), torch.nn.Identity()
+    if setting is None:
+        assert ours._model_settings() == theirs._model_settings()
+    else:
+        with pytest.raises(TrainingError, match=rf"with {setting} "):
+            training.failures.refuse_changes(ours._model_settings(), theirs._model_settings())
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_trained_longer_from_its_weights(trained, digits, tmp_path, monkeypatch, caplog):
-    """It goes on where the first one ended, and needs it no more once there is a checkpoint."""
+def test_a_finished_run_is_trained_longer_from_its_weights(trained, digits, tmp_path, monkeypatch):
+    """It begins where the first one ended, and no longer needs it once there is a checkpoint."""
     old, last = tmp_path / "old", tmp_path / "old" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
-    eps = content[CHECKPOINT_KEY]["batch_norm_eps"]
-    content[CHECKPOINT_KEY]["batch_norm_eps"] = dict.fromkeys(eps, 0.01)  # which is in no state_dict
+    content = last_checkpoint(trained)
+    content[CHECKPOINT_KEY]["batch_norm_eps"] = dict.fromkeys(content[CHECKPOINT_KEY]["batch_norm_eps"], 0.01)
     torch.save(content, last)
-    before = load_checkpoint(last).model
-    flags = [*TINY, f"--data.root={digits}", f"--model.detector.weights={old}", "--trainer.max_epochs=3"]
-    flags += ["--model.optimizer.schedule=cosine", "--model.optimizer.ema=0.5", "--save_every=1"]
-    step, compared = DetectionTask.training_step, []
+    before, step, compared = load_checkpoint(last).model, DetectionTask.training_step, []
+    flags = [f"--model.detector.weights={old}", "--trainer.max_epochs=3", "--model.optimizer.ema=0.5", "--save_every=1"]
 
     def compare(task, batch, number):
-        if not compared:
-            images, targets = batch
-            seed_sampling(before, [1] * len(images))
-            seed_sampling(task.model, [1] * len(images))
-            for model in (before, task.model):
-                compared.append(detect_with_losses(model, images, [dict(target) for target in targets])[1])
+        for model in () if compared else (before, task.model):
+            seed_sampling(model, [1] * len(batch[0]))
+            compared.append(detect_with_losses(model, batch[0], [dict(target) for target in batch[1]])[1])
         return step(task, batch, number)
-
-    with monkeypatch.context() as patch, caplog.at_level("INFO"):
-        patch.setattr(DetectionTask, "training_step", compare)
-        train([*flags, f"--run_dir={tmp_path / 'whole'}"])
-    assert f"weights of {old}: 270 of 270 tensors; its classes are the data's" in caplog.text
-    assert {name: loss.item() for name, loss in compared[1].items()} == pytest.approx(
-        {name: loss.item() for name, loss in compared[0].items()}, rel=1e-4
-    )
 
     def stop(task, batch, number):
         if task.global_step == 3:
@@ -421,73 +277,227 @@ def test_a_finished_run_is_trained_longer_from_its_weights(trained, digits, tmp_
         return step(task, batch, number)
 
     with monkeypatch.context() as patch:
+        patch.setattr(DetectionTask, "training_step", compare)
+        whole = tiny_run(digits, tmp_path / "whole", *flags)
+    first, second = ({name: loss.item() for name, loss in losses.items()} for losses in compared)
+    assert first == pytest.approx(second, rel=1e-4)
+    with monkeypatch.context() as patch:
         patch.setattr(DetectionTask, "training_step", stop)
         with pytest.raises(SystemExit):
-            train([*flags, f"--run_dir={tmp_path / 'run'}"])
+            tiny_run(digits, tmp_path / "run", *flags)
     shutil.rmtree(old)
-    train([*flags, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"])
-    whole, run = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("whole", "run")
-    )
-    assert run["global_step"] == 6
+    run = tiny_run(digits, tmp_path / "run", *flags, "--ckpt_path=last")
     for part in ("state_dict", "current_model_state"):
-        assert all(torch.equal(value, run[part][name]) for name, value in whole[part].items())
-    detector = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert set(batch_norm_eps(detector.model).values()) == {0.01}
-    split = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
-    results = run_detector(detector, split, split.category_ids, EvaluationOptions(workers=0)).results
-    assert results == json.loads((tmp_path / "whole" / "detections.json").read_text())
+        assert_equal(last_checkpoint(run)[part], last_checkpoint(whole)[part])
+    assert set(batch_norm_eps(load_checkpoint(run / "checkpoints" / "last.ckpt").model).values()) == {0.01}
 
 
-def test_val_categories_are_matched_by_name(trained, digits, tmp_path, caplog):
-    """Other ids, another order, one fewer: labels, losses and scores are those of the same names."""
-    root = tmp_path / "digits"
-    shutil.copytree(digits, root)
-    path = root / "annotations" / "instances_val.json"
-    content = json.loads(path.read_text())
-    used = {annotation["category_id"] for annotation in content["annotations"]}
-    unused = next(i for i in (category["id"] for category in content["categories"]) if i not in used)
-    new = {category["id"]: 100 - category["id"] for category in content["categories"]}
-    content["categories"] = [
-        {"id": new[category["id"]], "name": category["name"]}
-        for category in content["categories"]
-        if category["id"] != unused
-    ]
-    for annotation in content["annotations"]:
-        annotation["category_id"] = new[annotation["category_id"]]
-    path.write_text(json.dumps(content))
-    with caplog.at_level("INFO"):
-        train([*TINY, f"--data.root={root}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=2"])
-    note = "val: categories are matched by name: '0', '1', "
-    assert note in caplog.text
-    ours, theirs = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (tmp_path / "run", trained))
+# Data
+
+
+def test_val_categories_are_matched_by_name(trained, digits, tmp_path):
+    """With other ids, in another order, one fewer: labels, losses and scores are those of the same names."""
+    used = {a["category_id"] for a in read(digits / "annotations" / "instances_val.json")["annotations"]}
+    unused = min({*range(1, 11)} - used)
+
+    def change(content):
+        content["categories"] = [
+            {"id": 100 - category["id"], "name": category["name"]}
+            for category in content["categories"]
+            if category["id"] != unused
+        ]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 100 - annotation["category_id"]
+
+    root = changed_copy(digits, tmp_path / "digits", "val", change)
+    run = tiny_run(root, tmp_path / "run", "--trainer.max_epochs=2")
+    ours, theirs = last_checkpoint(run), last_checkpoint(trained)
     assert ours[CHECKPOINT_KEY]["categories"] == theirs[CHECKPOINT_KEY]["categories"]  # those of training
-    assert all(torch.equal(ours["state_dict"][name], value) for name, value in theirs["state_dict"].items())
-    found, wanted = (json.loads((f / "detections.json").read_text()) for f in (tmp_path / "run", trained))
-    wanted = [r | {"category_id": new[r["category_id"]]} for r in wanted if r["category_id"] != unused]
-    assert found == wanted
-    one, two = (json.loads((f / "report.json").read_text()) for f in (tmp_path / "run", trained))
-    assert one["scores"] == two["scores"]
-    assert one["notes"][0].startswith(note)
-    assert logged(tmp_path / "run", "val/loss") == logged(trained, "val/loss")
+    assert_equal(ours["state_dict"], theirs["state_dict"])
+    wanted = [result for result in read(trained / "detections.json") if result["category_id"] != unused]
+    wanted = [result | {"category_id": 100 - result["category_id"]} for result in wanted]
+    assert read(run / "detections.json") == wanted
+    assert read(run / "scores.json") == read(trained / "scores.json")
+    assert read(run / "report.json")["notes"][0].startswith("val: ")
+    ours, theirs = (EventAccumulator(str(folder)).Reload().Scalars("val/loss") for folder in (run, trained))
+    assert [event.value for event in ours] == [event.value for event in theirs]
 
 
-def logged(folder, name):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path):
+    def without_nines(content):
+        (nine,) = (category["id"] for category in content["categories"] if category["name"] == "9")
+        content["categories"] = [one for one in content["categories"] if one["id"] != nine]
+        content["annotations"] = [one for one in content["annotations"] if one["category_id"] != nine]
 
-    log = EventAccumulator(str(folder))
-    log.Reload()
-    return [event.value for event in log.Scalars(name)]
+    data = set_up(changed_copy(digits, tmp_path / "digits", "train", without_nines))
+    nines = sum(i not in data.val_set.category_ids for i in data.val_set.annotations.category_ids.tolist())
+    assert nines > 0
+    assert any("('9')" in note and str(nines) in note for note in data.notes)
+    assert data.val_set.counts().sum() == len(data.val_set.annotations.ids) - nines
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-def test_images_have_the_precision_of_the_model(digits, precision):
-    data = CocoDataModule(str(digits), train_split="train", val_split="val", workers=0)
+def test_data_without_a_box_or_a_common_category_is_refused(digits, tmp_path):
+    def rename(content):
+        for category in content["categories"]:
+            category["name"] = f"number {category['name']}"
+
+    empty = changed_copy(digits, tmp_path / "empty", "train", lambda content: content["annotations"].clear())
+    with pytest.raises(DataError, match=r"instances_train\.json"):
+        set_up(empty)
+    with pytest.raises(DataError, match=r"val: .*number 0"):
+        set_up(changed_copy(digits, tmp_path / "other", "train", rename))
+
+
+def test_images_are_sent_as_bytes_and_trained_on_as_floats(digits):
+    data = set_up(digits, batch_size=2)
+    for loader, split in ((data.train_dataloader(), data.train_set), (data.val_dataloader(), data.val_set)):
+        sent, targets = next(iter(loader))
+        assert {image.dtype for image in sent} == {torch.uint8}
+        received, _ = data.on_after_batch_transfer((sent, targets), 0)
+        for image, target in zip(received, targets, strict=True):
+            expected, _ = split[0, split.image_ids.index(int(target["image_id"]))]
+            assert torch.equal(image, expected)
+    data = set_up(digits, augmentation=[v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)])
+    batch = next(iter(data.train_dataloader()))
+    assert data.on_after_batch_transfer(batch, 0)[0][0].min() < 0  # floats of a transform stay
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_images_have_the_precision_of_the_model(digits, precision, dtype):
+    data = CocoDataModule(str(digits), **SPLITS, workers=0)
     data.trainer = lightning.Trainer(accelerator="cpu", precision=precision, logger=False)
     data.setup("fit")
-    sent = next(iter(data.train_dataloader()))
-    images, _ = data.on_after_batch_transfer(sent, 0)
-    assert {image.dtype for image in images} == {torch.float64 if precision == "64-true" else torch.bfloat16}
+    images, _ = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    assert {image.dtype for image in images} == {dtype}
+
+
+@pytest.fixture
+def damaged(digits, tmp_path):
+    """A copy with images that are cut off, missing and of another size, and their names, by split."""
+    root = shutil.copytree(digits, tmp_path / "damaged")
+    names, val = (sorted((root / split).iterdir()) for split in ("train", "val"))
+    for path in (names[2], val[1]):
+        path.write_bytes(path.read_bytes()[:2000])
+    names[4].unlink()
+    Image.new("RGB", (7, 5)).save(val[3])
+    return root, {"train": {names[2].name, names[4].name}, "val": {val[1].name, val[3].name}}
+
+
+def test_broken_images_end_a_run_before_its_first_step(damaged, digits, tmp_path, monkeypatch):
+    root, names = damaged
+    shutil.copytree(digits / "train", root / "train", dirs_exist_ok=True)
+    monkeypatch.setattr(DetectionTask, "training_step", lambda *arguments: pytest.fail("it trains"))
+    with refused(rf"{min(names['val'])}: .*1 more image.*tools/check\.py \S+instances_val\.json.*skip_broken", code=1):
+        tiny_run(root, tmp_path / "run", "--trainer.max_epochs=1")
+
+
+@pytest.mark.slow
+def test_broken_images_are_left_out_of_a_training(damaged, digits, tmp_path):
+    root, names = damaged
+    flags = ("--data.skip_broken=true", "--trainer.max_epochs=1")
+    run = tiny_run(root, tmp_path / "run", *flags)
+    for split, files in names.items():
+        path = root / "annotations" / f"instances_{split}.json"
+        content = read(path)
+        content["images"] = [image for image in content["images"] if image["file_name"] not in files]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        path.write_text(json.dumps(content))
+    without = tiny_run(root, tmp_path / "without", *flags)
+    one, two = (read(folder / "report.json") for folder in (run, without))
+    assert one["about"]["images"] == 2
+    assert len(one["notes"]) == 2
+    assert two["notes"] == []
+    assert (one["scores"], one["about"]["objects"]) == (two["scores"], two["about"]["objects"])
+    assert_equal(last_checkpoint(run)["state_dict"], last_checkpoint(without)["state_dict"])
+
+
+def test_many_images_are_opened_only_on_request(damaged, tmp_path, monkeypatch, caplog):
+    root, _ = damaged
+    monkeypatch.setattr("detector.training.data.MAX_OPENED_PIXELS", 1000)
+    with caplog.at_level("INFO"):
+        set_up(root, train_split="val")
+    assert f"tools/check.py {root}/annotations/instances_val.json --images {root}/val" in caplog.text
+    assert len(set_up(root, train_split="val", skip_broken=True).train_set) == 2
+    with refused("skip_broken true", code=1):  # when it is read
+        tiny_run(root, tmp_path / "run", "--data.train_split=val", "--trainer.max_epochs=1")
+
+
+def test_one_process_opens_the_images_for_all(damaged, monkeypatch):
+    sent = []
+
+    def broadcast(found):
+        sent.append(found)
+        return sent[0]
+
+    for rank in (0, 1):
+        data = CocoDataModule(str(damaged[0]), **SPLITS, skip_broken=True)
+        strategy = SimpleNamespace(broadcast=broadcast)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy, lightning_module=None)
+        data.setup("fit")
+        assert (len(data.train_set), len(data.val_set)) == (6, 2)
+        monkeypatch.setattr("detector.training.data.open_images", None)  # the second process opens none
+    assert sent[1] == []
+
+
+def test_shared_images_and_unsuitable_anchors_are_reported(digits, tmp_path, monkeypatch, caplog):
+    flags = ("--data.train_split=val", "--trainer.max_steps=1", "--trainer.limit_val_batches=1")
+    with caplog.at_level("INFO"):
+        tiny_run(digits, tmp_path / "run", *flags, "--model.detector.anchor_sizes=[300, 310, 320, 330, 340]")
+    assert caplog.text.count("val: 4 of 4 images are byte for byte in val, too") == 1
+    assert re.search(r"val: 100% of \d+ objects .*anchors", caplog.text)
+    caplog.clear()
+    monkeypatch.setattr("detector.training.data.MAX_COMPARED_IMAGES", 7)
+    with caplog.at_level("INFO"):
+        set_up(digits, train_split="val")
+    assert "byte for byte" not in caplog.text
+
+
+def test_the_root_is_found_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTOR_DATA", str(tmp_path))
+    assert find_root(None, "bccd") == tmp_path / "bccd"
+    assert str(find_root("here", "bccd")) == "here"
+    monkeypatch.delenv("DETECTOR_DATA")
+    for dataset in ("bccd", None):
+        with pytest.raises(DataError):
+            find_root(None, dataset)
+
+
+def test_browsing_draws_what_training_sees(digits, tmp_path):
+    output = tmp_path / "sheets" / "sheet.png"
+    browse_training_images([*TINY, f"--data.root={digits}", "--count=3", "--epochs=2", f"--output={output}"])
+    with Image.open(output) as picture:
+        assert picture.size[0] > 3 * 192
+
+
+# Settings
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
+@pytest.mark.parametrize("images", [1, 6, 9])
+def test_the_images_a_step_are_those_that_it_sees(images, batch_size, ranks, accumulate):
+    wide = [index in (0, 3, 4) for index in range(images)]
+    orders = [TrainingBatches(wide, batch_size, ranks=ranks, rank=rank).batches(0) for rank in range(ranks)]
+    together = [{image for batch in batches for image in batch} for batches in zip(*orders, strict=True)]
+    steps = [set().union(*together[i : i + accumulate]) for i in range(0, len(together), accumulate)]
+    task = DetectionTask()
+    task.trainer = SimpleNamespace(
+        world_size=ranks,
+        accumulate_grad_batches=accumulate,
+        num_training_batches=len(together),
+        fit_loop=SimpleNamespace(setup_data=lambda: None),
+        datamodule=SimpleNamespace(batch_size=batch_size, train_set=range(images)),
+    )
+    assert task.images_per_step == max(map(len, steps)) <= images
+
+
+def test_the_learning_rate_follows_the_images_there_are(digits, tmp_path):
+    flags = ("--data.batch_size=64", "--model.optimizer.lr=0.004", "--model.optimizer.lr_batch=16")
+    run = tiny_run(digits, tmp_path / "run", *flags, "--trainer.max_epochs=1", "--trainer.limit_val_batches=1")
+    groups = last_checkpoint(run)["optimizer_states"][0]["param_groups"]
+    assert {group["max_lr"] for group in groups} == {0.002}
 
 
 HALF = ["16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"]
@@ -496,304 +506,48 @@ HALF = ["16-true", "bf16-true", "transformer-engine", "transformer-engine-float1
 @pytest.mark.parametrize("precision", HALF)
 def test_weights_of_16_bits_are_refused_before_anything_is_read(precision, digits, tmp_path, monkeypatch):
     monkeypatch.setattr(CocoDataModule, "setup", lambda *arguments: pytest.fail("it reads"))
-    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", f"--trainer.precision={precision}"]
-    with pytest.raises(SystemExit, match=rf"^error: --trainer\.precision is {precision}: .*bf16-mixed"):
-        train(flags)
-    data = CocoDataModule(str(digits), train_split="train", val_split="val")
-    with pytest.raises(TrainingError, match="bf16-mixed"):
-        training.train(DetectionTask(), data, run_dir=tmp_path / "run", precision=precision)
+    data = CocoDataModule(str(digits), **SPLITS)
+    options = [{"precision": precision}]
+    if precision in HALF[:2]:
+        options.append({"plugins": [HalfPrecision(precision)], "max_epochs": 1})
+    for option in options:
+        with pytest.raises(TrainingError) as refusal:
+            training.train(DetectionTask(), data, run_dir=tmp_path / "run", accelerator="cpu", logger=False, **option)
+        assert (refusal.value.setting, refusal.value.value) == ("precision", precision)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("precision", HALF[:2])
-def test_weights_of_16_bits_by_a_plugin_are_refused(precision, digits, tmp_path):
-    data = CocoDataModule(str(digits), train_split="train", val_split="val")
-    options = {"accelerator": "cpu", "logger": False, "max_epochs": 1, "plugins": [HalfPrecision(precision)]}
-    with pytest.raises(TrainingError, match=rf"{precision}.*bf16-mixed"):
-        training.train(DetectionTask(), data, run_dir=tmp_path / "run", **options)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["64-true", "16-mixed", "bf16-mixed"])
+def test_other_precisions(precision, digits, tmp_path):
+    flags = (f"--trainer.precision={precision}", "--data.batch_size=2", "--trainer.max_steps=3")
+    run = tiny_run(digits, tmp_path / "run", *flags)
+    scores = (run / "scores.json").read_text()
+    tiny_run(digits, tmp_path / "run", *flags, "--ckpt_path=last")
+    assert (run / "scores.json").read_text() == scores
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["64-true", "32-true", "16-mixed", "bf16-mixed"])
-def test_other_precisions_are_trained_in_and_gone_on_with(precision, digits, tmp_path):
-    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", f"--trainer.precision={precision}"]
-    flags += ["--data.batch_size=2", "--trainer.max_steps=3", "--trainer.max_epochs=null"]
-    train(flags)
-    scores = (tmp_path / "run" / "scores.json").read_text()
-    train([*flags, "--ckpt_path=last"])
-    assert (tmp_path / "run" / "scores.json").read_text() == scores
+def test_losses_in_bfloat16_are_close_to_those_in_float32(digits, tmp_path, monkeypatch):
+    """All RoIs are taken, since another order of the proposals would be another sample."""
+    forward, losses, boxes = MultiScaleAffineCrop.forward, {}, []
 
+    def noting(pooler, features, proposals, shapes):
+        boxes.extend(proposals)
+        return forward(pooler, features, proposals, shapes)
 
-def test_images_are_sent_as_bytes_and_trained_on_as_floats(digits):
-    """A worker sends a fourth; the values are those of the data set."""
-    data = CocoDataModule(str(digits), train_split="train", val_split="val", workers=0, batch_size=2)
-    data.setup("fit")
-    for loader, split in ((data.train_dataloader(), data.train_set), (data.val_dataloader(), data.val_set)):
-        sent, targets = next(iter(loader))
-        assert {image.dtype for image in sent} == {torch.uint8}
-        received, _ = data.on_after_batch_transfer((sent, targets), 0)
-        for image, target in zip(received, targets, strict=True):
-            expected, _ = split[0, split.image_ids.index(int(target["image_id"]))]
-            assert torch.equal(image, expected)
-    normalised = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
-    data = CocoDataModule(str(digits), train_split="train", val_split="val", augmentation=normalised, workers=0)
-    data.setup("fit")
-    sent, targets = next(iter(data.train_dataloader()))
-    assert data.on_after_batch_transfer((sent, targets), 0)[0][0].min() < 0  # floats of a transform stay
-
-
-def test_objects_of_classes_that_are_not_trained_on_are_missed(digits, tmp_path, caplog):
-    root = tmp_path / "digits"
-    shutil.copytree(digits, root)
-    path = root / "annotations" / "instances_train.json"
-    content = json.loads(path.read_text())
-    content["categories"] = [category for category in content["categories"] if category["name"] != "9"]
-    known = {category["id"] for category in content["categories"]}
-    content["annotations"] = [a for a in content["annotations"] if a["category_id"] in known]
-    path.write_text(json.dumps(content))
-    data = CocoDataModule(str(root), train_split="train", val_split="val")
-    with caplog.at_level("INFO"):
-        data.setup("fit")
-    nines = [a for a in coco_of(data.val_set.annotations).anns.values() if a["category_id"] not in known]
-    assert f"val: objects of classes that are not trained on ('9') count as missed: {len(nines)}" in caplog.text
-    assert len(nines) > 0
-    assert len(data.val_set.category_ids) == 9
-    assert data.val_set.counts().sum() == len(data.val_set.annotations.ids) - len(nines)
-    assert max(data.val_set.label_counts()) <= 9
-
-
-def damaged(digits, root):
-    """A copy with images that are cut off, missing and of another size than annotated; of each split their names."""
-    shutil.copytree(digits, root)
-    train, val = (sorted((root / split).iterdir()) for split in ("train", "val"))
-    for path in (train[2], val[1]):
-        path.write_bytes(path.read_bytes()[:2000])
-    train[4].unlink()
-    Image.new("RGB", (7, 5)).save(val[3])
-    return [train[2].name, train[4].name], [val[1].name, val[3].name]
-
-
-def test_broken_images_are_told_before_the_first_step(digits, tmp_path, monkeypatch):
-    _, val = damaged(digits, tmp_path / "digits")
-    shutil.copytree(digits / "train", tmp_path / "digits" / "train", dirs_exist_ok=True)
-    monkeypatch.setattr(DetectionTask, "training_step", lambda *arguments: pytest.fail("it trains"))
-    flags = [*TINY, f"--data.root={tmp_path / 'digits'}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
-    with pytest.raises(SystemExit) as stop:
-        train(flags)
-    assert re.fullmatch(
-        rf"error: \S+{val[0]}: cannot be read as an image \(broken or cut off\): .* \(and 1 more image\): python "
-        r"tools/check\.py \S+instances_val\.json --images \S+/val shows all; --data\.skip_broken true trains without "
-        "them",
-        str(stop.value.code),
-    )
-
-
-@pytest.mark.slow
-def test_broken_images_are_left_out_of_a_training(digits, tmp_path, capsys, caplog, monkeypatch):
-    train_names, val_names = damaged(digits, tmp_path / "digits")
-    scored = []
-
-    def noting(truth, results, image_ids, **options):
-        scored.append(sorted(truth.imgs[image_id]["file_name"] for image_id in image_ids))
-        return evaluate_types(truth, results, image_ids, **options)
-
-    monkeypatch.setattr("detector.training.task.evaluate_types", noting)
-    flags = [*TINY, f"--data.root={tmp_path / 'digits'}", "--data.skip_broken=true", "--trainer.max_epochs=1"]
-    with caplog.at_level("INFO"):
-        train([*flags, f"--run_dir={tmp_path / 'run'}"])
-    printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    for said in (printed, caplog.text, "\n".join(report["notes"])):
-        assert re.search(
-            rf"train: 2 of 8 images cannot be read and .* objects \(\d+\): {', '.join(train_names)} \(", said
-        )
-        assert re.search(rf"val: 2 of 4 images cannot be read and .* objects \(\d+\): {', '.join(val_names)} \(", said)
-    assert report["about"]["images"] == 2
-    assert scored == [sorted({path.name for path in (digits / "val").iterdir()} - set(val_names))]
-    # As if they were not in the annotations.
-    for split, names in (("train", train_names), ("val", val_names)):
-        path = tmp_path / "digits" / "annotations" / f"instances_{split}.json"
-        content = json.loads(path.read_text())
-        content["images"] = [image for image in content["images"] if image["file_name"] not in names]
-        kept = {image["id"] for image in content["images"]}
-        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-        path.write_text(json.dumps(content))
-    train([*flags, f"--run_dir={tmp_path / 'without'}"])
-    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("run", "without"))
-    assert two["notes"] == []
-    assert one["scores"] == two["scores"]
-    assert one["about"]["objects"] == two["about"]["objects"]
-    ours, theirs = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("run", "without")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_many_images_are_not_opened_unasked(digits, tmp_path, monkeypatch, caplog):
-    damaged(digits, tmp_path / "digits")
-    options = {"train_split": "val", "val_split": "val"}
-    monkeypatch.setattr("detector.training.data.OPENED_PIXELS", 1000)
-    with caplog.at_level("INFO"):
-        CocoDataModule(str(tmp_path / "digits"), **options).setup("fit")
-    assert "The images are not opened before training" in caplog.text
-    assert f"python tools/check.py {tmp_path}/digits/annotations/instances_val.json --images {tmp_path}" in caplog.text
-    data = CocoDataModule(str(tmp_path / "digits"), skip_broken=True, **options)
-    data.setup("fit")
-    assert len(data.train_set) == len(data.val_set) == 2
-
-
-def test_a_broken_image_that_was_not_opened_first_names_the_way_on_without_it(digits, tmp_path, monkeypatch):
-    shutil.copytree(digits, tmp_path / "digits")
-    path = min((tmp_path / "digits" / "train").iterdir())
-    path.write_bytes(path.read_bytes()[:2000])
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setattr("detector.training.data.OPENED_PIXELS", 1000)
-    flags = [*TINY, f"--data.root={tmp_path / 'digits'}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
-    with pytest.raises(SystemExit, match=r"\.png: .*begin a new run: --data\.skip_broken true"):
-        train(flags)
-
-
-def test_other_braces_in_the_pattern_of_a_file(tmp_path):
-    data = CocoDataModule(str(tmp_path), annotations="{a}/{split}.json", images="{split}{")
-    assert data.folder.image_folder("val") == tmp_path / "val{"
-    assert data.folder.annotation_file("val") == tmp_path / "{a}" / "val.json"
-
-
-def test_the_folder_of_a_run_stands_for_its_last_checkpoint(tmp_path):
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
-    run = Run(tmp_path / "run", tmp_path / "run")
-    assert run.checkpoint == last
-    assert run.folder == tmp_path / "run"
-
-
-def test_one_process_opens_the_images_for_all(digits, tmp_path, monkeypatch):
-    damaged(digits, tmp_path / "digits")
-    sent = []
-
-    def broadcast(found):
-        sent.append(found)
-        return sent[0]
-
-    for rank in (0, 1):
-        data = CocoDataModule(str(tmp_path / "digits"), train_split="train", val_split="val", skip_broken=True)
-        strategy = SimpleNamespace(broadcast=broadcast)
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy, lightning_module=None)
-        data.setup("fit")
-        assert (len(data.train_set), len(data.val_set)) == (6, 2)
-        monkeypatch.setattr("detector.training.data.open_images", None)  # the second looks at none
-    assert sent[1] == []
-
-
-def test_broken_image_is_named_in_one_sentence(trained, digits, tmp_path):
-    shutil.copytree(digits, tmp_path / "digits")
-    broken = sorted((tmp_path / "digits" / "val").iterdir())[2]
-    broken.write_bytes(broken.read_bytes()[:2000])
-    checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    with pytest.raises(SystemExit) as stop:  # the image is read in another process
-        score(
-            checkpoint=checkpoint, root=str(tmp_path / "digits"), split="val", output=str(tmp_path / "out"), workers=1
-        )
-    assert re.fullmatch(
-        rf"error: .*{broken.name}: cannot be read as an image .*: --skip_broken true goes .*", str(stop.value.code)
-    )
-    assert not multiprocessing.active_children()  # at exit Python would wait for them
-    report = json.loads((tmp_path / "out" / "report.json").read_text())  # what was found before is not lost
-    assert report["about"]["images"] == 2
-    assert f"{broken.name}: cannot be read as an image" in report["notes"][0]
-    assert "the first 2 of 4 images" in report["notes"][0]
-
-
-def test_full_disk_leaves_the_scores_that_were_there(trained, digits, tmp_path, monkeypatch):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "scores.json").write_text("before")
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match="No space left on device"):
-        score(
-            checkpoint=str(trained / "checkpoints" / "last.ckpt"),
-            root=str(digits),
-            split="val",
-            output=str(output),
-            workers=0,
-        )
-    assert (output / "scores.json").read_text() == "before"
-
-
-def test_loss_that_is_not_finite_stops_with_the_images(digits, tmp_path):
-    with pytest.raises(SystemExit, match=r"not finite in step .* on images \["):
-        train(
-            [
-                *TINY,
-                f"--data.root={digits}",
-                f"--run_dir={tmp_path / 'run'}",
-                "--trainer.max_epochs=20",
-                "--model.optimizer.lr=1e12",
-                "--trainer.gradient_clip_val=null",
-            ]
-        )
-
-
-def test_data_is_found_by_the_setting(monkeypatch, tmp_path):
-    monkeypatch.setenv("DETECTOR_DATA", str(tmp_path))
-    assert find_root(None, "bccd") == tmp_path / "bccd"
-    assert find_root("here", "bccd") == Path("here")
-    monkeypatch.delenv("DETECTOR_DATA")
-    with pytest.raises(DataError, match="DETECTOR_DATA"):
-        find_root(None, "bccd")
-    with pytest.raises(DataError, match="root"):
-        find_root(None, None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tool", "words"),
-    [
-        (
-            "train.py",
-            "--model.box_gradient.crop --model.optimizer.lr_rule --data.root --data.augmentation --run_dir --ckpt_path "
-            "--save_every scale of the crop path",
-        ),
-        ("browse.py", "--data.augmentation --output --count --epochs"),
-        ("check.py", "--images --quick exit code"),
-        ("eval.py", "--checkpoint --crop --split"),
-    ],
-)
-def test_help_teaches(tool, words):
-    done = subprocess.run(
-        [sys.executable, f"tools/{tool}", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    for word in words.split():
-        assert word in done.stdout, word
-    if tool in ("train.py", "browse.py"):
-        assert done.stdout.split("\noptions:")[0].count(f"\n  python tools/{tool} --config configs/") == 2
-        # Lightning's trainer, with the most of them, comes last.
-        ours = [
-            done.stdout.index(f"\n  --{name}") for name in ("run_dir", "data.root", "model.crop", "trainer.devices")
-        ]
-        assert ours == sorted(ours)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_parse_and_say_how_to_run_them(config):
-    done = subprocess.run(
-        [sys.executable, "tools/train.py", "--config", str(config), "--print_config"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DETECTOR_DATA": "/nowhere"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert config.read_text().startswith("# ")
-    assert f"python tools/train.py --config configs/{config.name}" in config.read_text().split("\nrun_dir")[0]
+    monkeypatch.setattr(MultiScaleAffineCrop, "forward", noting)
+    for precision in ("32-true", "bf16-mixed"):
+        flags = ["--model.detector.weights_backbone=packaged", "--model.detector.rois_per_image=100000"]
+        flags += ["--trainer.max_steps=1", f"--trainer.precision={precision}", f"--run_dir={tmp_path / precision}"]
+        cli = parse([*TINY, f"--data.root={digits}", *flags], "")
+        cli.run.train(cli.trainer, cli.model, cli.datamodule)
+        metrics = cli.trainer.callback_metrics.items()
+        losses[precision] = {name: value.item() for name, value in metrics if name.startswith("train/")}
+        assert {p.dtype for p in cli.model.parameters()} == {torch.float32}
+    assert {box.dtype for box in boxes} == {torch.float32}
+    assert losses["32-true"] != losses["bf16-mixed"]
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -801,236 +555,29 @@ def test_configs_parse_and_say_how_to_run_them(config):
     [
         ([], BoxGradient()),
         (["--model.box_gradient.bound=null"], BoxGradient.exact()),
-        (
-            ["--model.box_gradient.bound=0.5", "--model.box_gradient.warmup_steps=7"],
-            BoxGradient(bound=0.5, warmup_steps=7),
-        ),
+        (["--model.box_gradient.bound=0.5"], BoxGradient(bound=0.5)),
     ],
-    ids=["default", "exact", "both"],
+    ids=["default", "exact", "bound"],
 )
 def test_the_box_gradient_by_flags(digits, tmp_path, flags, settings):
     cli = parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags], "")
     assert cli.model.box_gradient == settings
 
 
-@pytest.mark.slow
-def test_losses_in_bfloat16_are_float32s(digits, monkeypatch):
-    """On a fixed batch within 3 %, each loss within 10 %: a proposal or two on the other side of an IoU of 0.5.
-
-    All RoIs are taken: another order of the proposals would be another draw.
-    """
-    losses = {}
-    for precision in ("32-true", "bf16-mixed"):
-        cli = parse(
-            [
-                *TINY,
-                f"--data.root={digits}",
-                "--model.detector.weights_backbone=packaged",
-                "--model.detector.rois_per_image=100000",
-                "--trainer.max_steps=1",
-                f"--trainer.precision={precision}",
-                f"--run_dir={digits.parent / precision}",
-            ],
-            "",
-        )
-        boxes = []
-        with monkeypatch.context() as patch:
-            patch.setattr(MultiScaleAffineCrop, "forward", noting(MultiScaleAffineCrop.forward, boxes))
-            cli.run.train(cli.trainer, cli.model, cli.datamodule)
-        losses[precision] = {
-            name: value.item() for name, value in cli.trainer.callback_metrics.items() if name.startswith("train/")
-        }
-        assert boxes
-        assert {box.dtype for box in boxes} == {torch.float32}
-        assert {p.dtype for p in cli.model.parameters()} == {torch.float32}
-    assert losses["32-true"] != losses["bf16-mixed"]
-    assert losses["bf16-mixed"]["train/loss"] == pytest.approx(losses["32-true"]["train/loss"], rel=0.03)
-    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.1)
-
-
-def noting(forward, boxes):
-    def noted(pooler, features, proposals, shapes):
-        boxes.extend(proposals)
-        return forward(pooler, features, proposals, shapes)
-
-    return noted
-
-
-def test_browsing_draws_what_training_sees(digits, tmp_path, capsys):
-    output = tmp_path / "sheets" / "sheet.png"
-    browse_training_images([*TINY, f"--data.root={digits}", "--count=3", "--epochs=2", f"--output={output}"])
-    assert str(output) in capsys.readouterr().out
-    with Image.open(output) as picture:
-        assert picture.size[0] > 3 * 192
-    with pytest.raises(SystemExit, match=r"error: .*nowhere/annotations.*no such file"):
-        browse_training_images([*TINY, "--data.root=nowhere"])
-
-
-def test_scores_of_the_run_include_the_losses(trained):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(trained))
-    log.Reload()
-    names = set(log.Tags()["scalars"])
-    assert {"val/AP", "val/loss", "val/loss_box_reg", "train/loss", "lr-AdamW/pg1", "lr-AdamW/pg2"} <= names
-    assert {"box_gradient/ratio", "box_gradient/passed", "box_gradient/iou"} <= names
-    assert len(log.Scalars("val/loss")) == 2
-
-
-def trained_by(images, batch_size, ranks, accumulate, wide=()):
-    """A task that is about to train on so many images, and the images of each of its steps in an epoch."""
-    orders = [
-        TrainingBatches([i in wide for i in range(images)], batch_size, ranks=ranks, rank=rank).batches(0)
-        for rank in range(ranks)
-    ]
-    together = [{image for batch in batches for image in batch} for batches in zip(*orders, strict=True)]
-    steps = [set().union(*together[i : i + accumulate]) for i in range(0, len(together), accumulate)]
-    task, data = DetectionTask(), SimpleNamespace(batch_size=batch_size, train_set=range(images))
-    task.trainer = SimpleNamespace(
-        world_size=ranks,
-        accumulate_grad_batches=accumulate,
-        num_training_batches=len(together),
-        fit_loop=SimpleNamespace(setup_data=lambda: None),
-        datamodule=data,
-    )
-    return task, steps
-
-
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 64])
-@pytest.mark.parametrize("images", [1, 6, 9])
-def test_the_images_a_step_are_those_that_it_sees(images, batch_size, ranks, accumulate):
-    task, steps = trained_by(images, batch_size, ranks, accumulate, wide=(0, 3, 4))
-    assert task.images_per_step == max(map(len, steps)) <= images
-
-
-def test_a_run_goes_on_with_the_images_a_step_that_it_saw_or_in_earlier_versions_asked_for():
-    task, _ = trained_by(6, 64, 1, 1)
-    for before, goes_on in ((6, True), (64, True), (32, False)):
-        task._resumed = {"optimizer": asdict(task.optimizer), "images_per_step": before, "steps": 10}
-        with nullcontext() if goes_on else pytest.raises(TrainingError, match="32 images a step, this run has 6"):
-            task._check_resumed(task.images_per_step, 10)
-
-
-def test_the_learning_rate_is_that_of_the_images_there_are(digits, tmp_path, caplog):
-    flags = [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_epochs=1"]
-    with caplog.at_level("INFO"):
-        train([*flags, "--data.batch_size=64", "--model.optimizer.lr=0.004", "--model.optimizer.lr_batch=16"])
-    assert re.search(r"8 images a step .*64, more than train gives.*peak learning rate 0\.002 ", caplog.text)
-    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert last[CHECKPOINT_KEY]["images_per_step"] == 8
-    assert {group["max_lr"] for group in last["optimizer_states"][0]["param_groups"]} == {0.002}
-
-
-@pytest.mark.slow
 def test_training_from_python(digits, tmp_path):
-    """What the command line does is callable."""
-    data = CocoDataModule(str(digits), train_split="train", val_split="val", min_size=96, max_size=256, workers=0)
-    detector = DetectorConfig(
-        name="fasterrcnn_mobilenet_v3_large_320_fpn", min_size=96, max_size=256, rois_per_image=16
-    )
+    data = CocoDataModule(str(digits), **SPLITS, min_size=64, max_size=128, workers=0)
+    tiny = {"min_size": 64, "max_size": 128, "fpn_channels": 8, "box_head_size": 16}
+    task = DetectionTask(DetectorConfig(name="timm/test_efficientnet", weights_backbone=None, **tiny))
     options = {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "logger": False}
-    scores = training.train(DetectionTask(detector), data, run_dir=tmp_path / "run", **options)
-    assert scores == json.loads((tmp_path / "run" / "scores.json").read_text())
-    again = training.train(DetectionTask(detector), data, run_dir=tmp_path / "run", ckpt_path="last", **options)
-    assert again == scores
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    scores = training.train(task, data, run_dir=tmp_path / "run", **options)
+    assert scores == read(tmp_path / "run" / "scores.json")
 
 
-def test_the_start_of_a_training_says_what_is_wrong_with_its_data(digits, tmp_path, caplog):
-    """Images of val that are in train, and anchors that most objects lie outside of."""
-    root = tmp_path / "digits"
-    shutil.copytree(digits, root)
-    train_file, val_file = (root / "annotations" / f"instances_{split}.json" for split in ("train", "val"))
-    content = json.loads(val_file.read_text())
-    content["images"][3] |= json.loads(train_file.read_text())["images"][5] | {"id": content["images"][3]["id"]}
-    val_file.write_text(json.dumps(content))
-    name = content["images"][3]["file_name"]
-    shutil.copy(root / "train" / name, root / "val" / name)
-    flags = [*TINY, f"--data.root={root}", f"--run_dir={tmp_path / 'run'}", "--trainer.max_steps=1"]
-    with caplog.at_level("INFO"):
-        train([*flags, "--model.detector.anchor_sizes=[300, 310, 320, 330, 340]"])
-    said = [record.message for record in caplog.records]
-    assert (
-        said.count(
-            "val: 1 of 4 images are byte for byte in train, too, and score too high; tools/check.py --other names them"
-        )
-        == 1
-    )
-    (advice,) = [message for message in said if "with any anchor" in message]
-    assert re.match(r"train: 100% of \d+ objects", advice)
-    assert '--model.detector.anchor_sizes "[' in advice
-
-
-def test_splits_that_are_large_or_apart_are_not_compared_aloud(digits, monkeypatch, caplog):
-    data = CocoDataModule(str(digits), train_split="train", val_split="val")
-    with caplog.at_level("INFO"):
-        data.setup("fit")
-        assert "byte for byte" not in caplog.text
-        same = CocoDataModule(str(digits), train_split="val", val_split="val")
-        monkeypatch.setattr("detector.training.data.MOST_COMPARED", 7)
-        same.setup("fit")
-        assert "byte for byte" not in caplog.text
-        monkeypatch.setattr("detector.training.data.MOST_COMPARED", 8)
-        same.setup("fit")
-        assert "val: 4 of 4 images are byte for byte in val, too" in caplog.text
-
-
-def test_going_on_from_a_checkpoint_of_before_a_setting_was_there():
-    """It had the default: this run may have it, and nothing else."""
-    names = [
-        f"{part}_threshold" for part in ("rpn_nms", "rpn_fg_iou", "rpn_bg_iou", "box_nms", "box_fg_iou", "box_bg_iou")
-    ]
-    names.append("aspect_ratios")
-    data = SimpleNamespace(val_set=SimpleNamespace(category_names=["a"], keypoints=None))
-    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), datamodule=data)
-
-    def go_on(saved, now):
-        task = DetectionTask(now)
-        task.trainer = trainer
-        content = {"detector": saved, "crop": "affine", "categories": [{"id": 1, "name": "a"}], "batch_norm_eps": {}}
-        content["box_gradient"] = asdict(BoxGradient())
-        task.on_load_checkpoint({CHECKPOINT_KEY: content})
-
-    for settings in (DetectorConfig(name="timm/resnet18", anchor_sizes=(1, 2, 3, 4, 5)), DetectorConfig()):
-        whole = asdict(settings)
-        old = {name: value for name, value in whole.items() if name not in names}
-        go_on(whole, settings)
-        go_on(old, settings)
-        for name in names:
-            value = (1.0, 2.0, 3.0) if name == "aspect_ratios" else 0.25 if "bg" in name else 0.8
-            other = replace(settings, **{name: value})
-            go_on(asdict(other), other)
-            for saved in (whole, old):
-                with pytest.raises(TrainingError, match=rf"was trained with {name} .*, this run has "):
-                    go_on(saved, other)
-    # torchvision's builders took no anchor sizes then: whatever it says, they were the default.
-    ignored = replace(DetectorConfig(), anchor_sizes=(1, 2, 3, 4, 5))
-    old = {name: value for name, value in asdict(ignored).items() if name not in names}
-    go_on(old, DetectorConfig())
-    # Where the weights that it began from lay, or are called now, does not matter; that it had some does.
-    begun = asdict(DetectorConfig(weights="/somewhere/run"))
-    go_on(begun, DetectorConfig(weights="run"))
-    for other in (None, "DEFAULT"):
-        with pytest.raises(TrainingError, match="was trained with weights one's own, this run has"):
-            go_on(begun, DetectorConfig(weights=other))
-    with pytest.raises(TrainingError, match=r"was trained with anchor_sizes \(32, 64, 128, 256, 512\), this run has"):
-        go_on(old, ignored)
-
-
-def test_going_on_from_a_checkpoint_with_holes_is_a_sentence():
-    task = DetectionTask()
-    task.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
-    saved = {"detector": asdict(DetectorConfig()), "crop": "affine", "category_ids": [1], "category_names": ["a"]}
-    message = "^the checkpoint is of an earlier version of this project, or damaged: it has no 'batch_norm_eps'$"
-    with pytest.raises(ModelError, match=message):
-        task.on_load_checkpoint({CHECKPOINT_KEY: saved})
-
-
-def test_settings_that_are_not_utf_8_are_refused_in_a_sentence(tmp_path, capsys):
-    path = tmp_path / "settings.yaml"
-    path.write_bytes("run_dir: runs/größe\n".encode("cp1252"))
-    for flags in (["--config", str(path)], [f"--config={path}"]):
-        with pytest.raises(SystemExit, match=r"settings\.yaml: not UTF-8.*save it as UTF-8"):
-            train(flags)
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_parse(config, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTOR_DATA", "/nowhere")
+    with pytest.raises(SystemExit) as stop:
+        train(["--config", str(config), "--print_config"])
+    assert stop.value.code == 0
+    assert "box_gradient" in capsys.readouterr().out
+    assert f"python tools/train.py --config configs/{config.name}" in config.read_text().split("\nrun_dir")[0]
