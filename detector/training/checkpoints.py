@@ -27,7 +27,7 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt``, to go on from exactly, and ``best.ckpt``, the weights with the best score.
+    """Writes ``last.ckpt``, to resume from exactly, and ``best.ckpt``, the weights with the best score.
 
     ``last.ckpt`` is written every few steps, at the end of each epoch, and a step before each validation: Lightning
     would skip a validation right after the checkpoint. Ctrl-C and SIGTERM end the step under way, write it and stop. If
@@ -51,7 +51,7 @@ class Checkpoints(Checkpoint):
 
     @property
     def last(self) -> Path:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
         return self.folder / LAST
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Callbacks may stop the run after the last save, so it is certain only now. Nothing else in the file changes,
-        # since its position in the epoch decides how a run with more time goes on.
+        # since its position in the epoch decides how a run with more time resumes.
         if not _ends(trainer):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -219,7 +219,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             raise TrainingError(
                 f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}",
-                hints=("make room, then go on",),
+                hints=("make room, then resume",),
             ) from error
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:

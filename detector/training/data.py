@@ -110,7 +110,7 @@ class CocoDataModule(lightning.LightningDataModule):
             transforms.append(RandomShortestSize(sizes, max_size, antialias=False))
         self.train_transform = v2.Compose(transforms) if transforms else None
         self.notes: list[str] = []  # on the splits, for the report
-        self._position: dict[str, Any] = {}  # of the checkpoint to go on from
+        self._position: dict[str, Any] = {}  # of the checkpoint to resume from
 
     def prepare_data(self) -> None:
         if self.generate == "digits" and not self.root.exists():

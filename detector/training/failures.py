@@ -11,18 +11,18 @@ START_AGAIN = ("start again with a lower {lr}", "start again with {gradient_clip
 
 
 class TrainingError(UserError, RuntimeError):
-    """Training cannot start or go on."""
+    """Training cannot start or resume."""
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM stopped the training.
 
     Args:
-        checkpoint: the file to go on from; ``None`` if there is none yet.
+        checkpoint: the file to resume from; ``None`` if there is none yet.
     """
 
     def __init__(self, checkpoint: Path | None) -> None:
-        super().__init__("there is no checkpoint yet" if checkpoint is None else f"go on from {checkpoint}")
+        super().__init__("there is no checkpoint yet" if checkpoint is None else f"resume from {checkpoint}")
         self.checkpoint = checkpoint
 
 
@@ -73,5 +73,5 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, new_run
         if before.get(name) != value:
             raise TrainingError(
                 f"the checkpoint was trained with {name} {before.get(name)}, this run has {value}",
-                hints=("go on with the same settings", new_run),
+                hints=("resume with the same settings", new_run),
             )

@@ -24,7 +24,7 @@ class RunRecord(Callback):
 
     Args:
         folder: the run folder.
-        checkpoint: the checkpoint to go on from.
+        checkpoint: the checkpoint to resume from.
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None) -> None:

@@ -65,7 +65,7 @@ def train(
         task: what to train.
         data: the splits to train and score on.
         run_dir: folder for checkpoints, logs and scores; a new run beside an old one gets a number.
-        ckpt_path: "last" goes on from the last checkpoint of the last run in ``run_dir``. A file goes on from that
+        ckpt_path: "last" resumes from the last checkpoint of the last run in ``run_dir``; a file, from that
             checkpoint, in its own folder if it is a run's ``last.ckpt``, else in a new one.
         save_every: steps between two checkpoints.
         trainer_options: of ``lightning.Trainer``: ``max_epochs``, ``devices``, ``precision``, ...
@@ -74,8 +74,8 @@ def train(
         The scores on the val split, see :func:`detector.evaluation.evaluate`; ``None`` on ranks other than 0.
 
     Raises:
-        DataError, ModelError, TrainingError: the run cannot start or go on.
-        Interrupted: Ctrl-C or SIGTERM stopped it; the same call with ``ckpt_path="last"`` goes on.
+        DataError, ModelError, TrainingError: the run cannot start or resume.
+        Interrupted: Ctrl-C or SIGTERM stopped it; the same call with ``ckpt_path="last"`` resumes.
     """
     run = Run(run_dir, ckpt_path, save_every=save_every)
     return run.train(Trainer(**run.trainer_options(task.trainer_defaults | trainer_options)), task, data)
@@ -99,7 +99,7 @@ class Run:
             self.folder = newest_folder(Path(run_dir))
             self.checkpoint = self.folder / "checkpoints" / LAST
             if not self.checkpoint.is_file():
-                _print_loudly(f"There is no {self.checkpoint} to go on from. STARTING FROM THE BEGINNING.")
+                _print_loudly(f"There is no {self.checkpoint} to resume from. STARTING FROM THE BEGINNING.")
                 self.checkpoint = None
         else:
             self.checkpoint = Path(checkpoint_of(ckpt_path))
