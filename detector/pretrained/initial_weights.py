@@ -5,7 +5,7 @@ keypoint predictor is kept if its keypoints have the same names.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,11 @@ PREFIXES = ("", "module.", "model.", "module.model.", "model.module.", "_orig_mo
 
 @dataclass(frozen=True)
 class _Source:
-    """Weights by torchvision's names, and what is known of their detector.
-
-    Args:
-        state: the tensors.
-        names: the class names of labels 1, 2, ..., if known.
-        eps: see :func:`~detector.models.published.batch_norm_eps`.
-        detector: the detector; ``None`` for a bare state_dict.
-    """
+    """Weights by torchvision's names, and what is known of their detector, which is ``None`` for a bare state_dict."""
 
     state: dict[str, Tensor]
-    names: list[str] | None = None
-    eps: dict[str, float] = field(default_factory=dict)
+    names: list[str] | None  # the class names of labels 1, 2, ...
+    eps: dict[str, float]  # see published.batch_norm_eps
     detector: Detector | None = None
 
 
@@ -71,8 +64,7 @@ def load_initial_weights(
         A message about what was loaded, and what was not.
 
     Raises:
-        ModelError: the source is missing or damaged, holds NaN, or is another network or one with another
-            normalisation of images.
+        ModelError: the source is missing or damaged, holds NaN, is another network, or normalises images differently.
     """
     source = _read(str(config.weights), config)
     expected, found = _without_counts(model.state_dict()), _without_counts(source.state)
@@ -81,12 +73,12 @@ def load_initial_weights(
         found = {name: value for name, value in found.items() if not name.startswith(KEYPOINTS)}
     body = {name: value for name, value in expected.items() if not name.startswith(BY_CLASS)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
+    _refuse_another_network(config, source, found, body, taken)
+    _refuse_another_normalisation(model, config, source)
+    rows, classes = _class_rows(source, expected, found, category_names)
+    by_class = [name for name in expected if name not in body and (name in found or name.startswith(PREDICTOR))]
+    by_class = by_class if rows else []
     with as_model_error(f"weights of {config.weights}"):
-        _refuse_another_network(config, source, found, body, taken)
-        _refuse_another_normalisation(model, config, source)
-        rows, classes = _class_rows(source, expected, found, category_names)
-        by_class = [name for name in expected if name not in body and (name in found or name.startswith(PREDICTOR))]
-        by_class = by_class if rows else []
         check_tensors(taken | {name: found[name] for name in by_class}, expected)
     for name in body.keys() - taken.keys():  # the head of a new refinement starts from the box head
         if (like := name.replace(TRUNK, BOX_HEAD)) in taken:
@@ -95,10 +87,10 @@ def load_initial_weights(
     model.load_state_dict(taken | changed, strict=False)
     own_eps = batch_norm_eps(model)
     set_batch_norm_eps(model, {name: value for name, value in source.eps.items() if name in own_eps})
-    whole = len(by_class) if len(rows) == len(expected[CLASSES]) else 0
-    parts = [f"weights of {config.weights}: {len(taken) + whole} of {len(expected)} tensors", classes]
+    count = len(taken) + (len(by_class) if len(rows) == len(expected[CLASSES]) else 0)
     initial = [name for name in expected if name not in taken | changed and not name.startswith(PREDICTOR)]
     unused = [name for name in found if name not in expected]
+    parts = [f"weights of {config.weights}: {count} of {len(expected)} tensors", classes]
     parts += [f"{len(initial)} do not fit and keep their initial values ({listed(initial)})"] if initial else []
     parts += [f"{len(unused)} of the file are not in the model ({listed(unused)})"] if unused else []
     if source.detector is None and config.name.startswith("timm/"):
@@ -117,11 +109,8 @@ def _read(given: str, config: DetectorConfig) -> _Source:
     elif path.is_dir() or is_hub_name(path):
         detector = load_detector(given)
     else:
-        timm = config.name.startswith("timm/")
-        others = (
-            "no timm detectors are published" if timm else f"torchvision publishes no such weights of {config.name}"
-        )
-        raise ModelError(f"no such file or folder, and {others}", setting="detector.weights", value=given)
+        what = f"no such file or folder, and no published weights of {config.name}"
+        raise ModelError(what, setting="detector.weights", value=given)
     named = any(category is not None for category in detector.category_ids)
     names = detector.category_names if named else None
     return _Source(detector.model.state_dict(), names, batch_norm_eps(detector.model), detector)
@@ -150,27 +139,22 @@ def _without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse_another_network(
-    config: DetectorConfig,
-    source: _Source,
-    found: dict[str, Tensor],
-    body: dict[str, Tensor],
-    taken: dict[str, Tensor],
+    config: DetectorConfig, source: _Source, found: dict[str, Tensor], body: dict[str, Tensor], taken: dict[str, Tensor]
 ) -> None:
-    taken_numbers, all_numbers = (
-        sum(value.numel() for name, value in state.items() if not name.startswith(REFINEMENT))
-        for state in (taken, body)
+    taken_size, size = (
+        sum(value.numel() for name, value in state.items() if not name.startswith(REFINEMENT)) for state in (taken, body)
     )
-    if taken_numbers >= MIN_SHARE * all_numbers:
-        return
-    wrong = differences({name: value for name, value in found.items() if not name.startswith(BY_CLASS)}, body)
-    shown = wrong[:3] + ([f"and {len(wrong) - 3:,} more"] if len(wrong) > 3 else [])
-    settings = source.detector and source.detector.settings
-    network = f"they are of {settings.name} and" if settings else "they"
-    raise ModelError(f"{network} do not fit {config.name}: {'; '.join(shown)}")
+    if taken_size < MIN_SHARE * size:
+        wrong = differences({name: value for name, value in found.items() if not name.startswith(BY_CLASS)}, body)
+        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else "")
+        settings = source.detector and source.detector.settings
+        network = f"the weights of {settings.name}" if settings else "the weights"
+        what = f"{network} do not fit {config.name}: {shown}"
+        raise ModelError(what, setting="detector.weights", value=config.weights)
 
 
 def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, source: _Source) -> None:
-    """The network would see other colours than in its training, without an error."""
+    """Refuse weights that were trained on other colours, which would not fail, but detect badly."""
     if source.detector is None or source.detector.settings is None:
         return
     transforms: list[Any] = [model.transform, source.detector.model.transform]
@@ -178,8 +162,10 @@ def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, sou
     if ours != theirs:
         before, now = (settings.weights_backbone or "null" for settings in (source.detector.settings, config))
         raise ModelError(
-            f"they were trained on images normalised as for weights_backbone {before}, this run has {now}",
-            hints=[f"set {{detector.weights_backbone}} {before} (it is not fetched)"],
+            f"trained on images normalised as for weights_backbone {before}, and this run has {now}",
+            setting="detector.weights",
+            value=config.weights,
+            hints=[f"set {{weights_backbone}} {before} (it is not fetched)"],
         )
 
 
@@ -204,10 +190,9 @@ def _class_rows(
         if kept or theirs != ours or source.detector is not None:  # otherwise the names are only a guess: COCO's
             names = quoted([category_names[label - 1] for label in kept])
             what = f"kept by name: {names}" if kept else "no class has the name of one of the data's"
-            if why := mixed_up(category_names, source.names):
-                what = f"{what}; {why}"
+            why = mixed_up(category_names, source.names)
             done = "is reordered" if len(kept) == ours == theirs else f"is replaced by one for {ours}"
-            return {0: 0} | kept, f"the predictor for its {theirs} classes {done} ({what})"
+            return {0: 0} | kept, f"the predictor for its {theirs} classes {done} ({what}{f'; {why}' if why else ''})"
     if theirs == ours:
         return every, f"its {ours} classes, which have no names, are taken for the data's, in order"
     return {}, f"the predictor for its {theirs} classes, which have no names, is replaced by one for {ours}"

