@@ -142,7 +142,8 @@ def _refuse_another_network(
     config: DetectorConfig, source: _Source, found: dict[str, Tensor], body: dict[str, Tensor], taken: dict[str, Tensor]
 ) -> None:
     taken_size, size = (
-        sum(value.numel() for name, value in state.items() if not name.startswith(REFINEMENT)) for state in (taken, body)
+        sum(value.numel() for name, value in state.items() if not name.startswith(REFINEMENT))
+        for state in (taken, body)
     )
     if taken_size < MIN_SHARE * size:
         wrong = differences({name: value for name, value in found.items() if not name.startswith(BY_CLASS)}, body)
