@@ -1,0 +1,51 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from detector import BoxGradient
+from detector.errors import ModelError
+from detector.refinement import RefinementConfig
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RefinementConfig(),
+        RefinementConfig(0, 1, 100, 0.0, BoxGradient(crop=0.5, losses=["box", "mask"]), 1),
+        RefinementConfig(iterations=100, iou_power=10, box_gradient=BoxGradient(bound=2.0), boxes_per_image=10_000),
+    ],
+)
+def test_dict_and_json_give_the_settings_back(config):
+    fields = dataclasses.asdict(config)
+    for same in (fields, json.loads(json.dumps(fields))):
+        assert RefinementConfig.from_dict(same) == config
+        assert hash(RefinementConfig.from_dict(same)) == hash(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("iterations", (-1, 101, 2.5, True, None, "2")),
+        ("train_iterations", (0, 101)),
+        ("ascent_steps", (-1, 101)),
+        ("boxes_per_image", (0, 10_001)),
+        ("iou_power", (-1e-9, 10.1, math.nan, True, "0.5")),
+        ("box_gradient", (None, 0.1)),
+    ],
+)
+def test_invalid_values_are_named(name, values):
+    for value in values:
+        with pytest.raises(ModelError) as caught:
+            RefinementConfig(**{name: value})
+        assert caught.value.setting == f"refinement.{name}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"unknown": 1}, {"box_gradient": None}, {"box_gradient": {"crop": 1, "losses": None}}, {"iterations": -1}],
+)
+def test_invalid_dicts(change):
+    with pytest.raises((ValueError, TypeError, LookupError)):
+        RefinementConfig.from_dict(dataclasses.asdict(RefinementConfig()) | change)
