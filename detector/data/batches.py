@@ -47,15 +47,13 @@ class TrainingBatches(Sampler[list[Item]]):
 
     @property
     def sampler(self) -> "TrainingBatches":
-        """Return itself, because Lightning calls ``set_epoch`` of a batch sampler's sampler."""
+        """Itself, because Lightning calls ``set_epoch`` of a batch sampler's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of batches of a whole epoch."""
         return max(len(self.wide) // (self.batch_size * self.ranks), 1)
 
     def __iter__(self) -> Iterator[list[Item]]:

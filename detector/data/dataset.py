@@ -57,7 +57,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             is changed to fill masks with 0. Left and right keypoints are swapped if it mirrors the image.
         seed: seed of the transform, together with the epoch and the index.
         skip_missing: accept missing image files; reading them raises an error.
-        orientation: see :func:`~detector.data.images.read_image`.
+        orientation: see :func:`~detector.data.images.read_image_with_remarks`.
 
     Raises:
         DataError: see :func:`read_annotations`; or an image file is missing.

@@ -16,7 +16,7 @@ from detector.errors import DataError
 SPLITS = {"train": 400, "val": 80}
 SIZES = ((240, 192), (192, 240), (224, 208))  # width, height of the canvases, in pixels
 INK = 127  # value of 255 above which a pixel belongs to the stroke
-SOURCE_SCALE = 8  # enlargement of the 8x8 digits before they are distorted, which keeps strokes smooth
+SOURCE_SCALE = 8  # enlargement of the 8x8 digits, which keeps distorted strokes smooth
 Corners = tuple[int, int, int, int]  # x1, y1, x2, y2
 Range = tuple[int, int]
 
@@ -38,8 +38,8 @@ def write_digits(
         root: the folder to create.
         seed: random seed.
         splits: number of images of each split.
-        count: minimum and maximum number of digits in an image; fewer if there is no space.
-        height: minimum and maximum height of digits in pixels.
+        count: minimum and maximum number of digits in an image. Those without space are left out.
+        height: minimum and maximum height of a digit in pixels.
 
     Raises:
         DataError: scikit-learn is missing, or ``root`` exists.

@@ -14,13 +14,13 @@ ROOT_VARIABLE = "DETECTOR_DATA"
 
 @dataclass(frozen=True)
 class DataFolder:
-    """The folder of a data set. In file patterns, {split} stands for the name of the split.
+    """The folder of a data set.
 
     Args:
         root: the folder.
-        annotations: pattern of the annotation file, relative to ``root``.
-        images: pattern of the image folder, relative to ``root``.
-        orientation: see :func:`~detector.data.images.read_image`.
+        annotations: annotation file of a split, relative to ``root``; {split} stands for its name.
+        images: image folder of a split, likewise.
+        orientation: see :func:`~detector.data.images.read_image_with_remarks`.
     """
 
     root: Path
@@ -29,11 +29,9 @@ class DataFolder:
     orientation: Orientation = "upright"
 
     def annotation_file(self, split: str) -> Path:
-        """Return the annotation file of a split."""
         return self.root / self.annotations.replace("{split}", split)
 
     def image_folder(self, split: str) -> Path:
-        """Return the image folder of a split."""
         return self.root / self.images.replace("{split}", split)
 
     def dataset(self, split: str, **options: Any) -> CocoDetection:

@@ -47,10 +47,10 @@ def read_image_with_remarks(
     orientation: Orientation = "upright",
     max_pixels: int | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Read an image of any mode as RGB. An alpha channel is dropped, and only the first frame or page is read.
+    """Read the first frame or page of an image as RGB. An alpha channel is dropped.
 
-    Integers of 16 or 32 bits are reduced to 8 bits. The largest value decides how many bits the image uses (8, 10, 12,
-    14 or 16), and the upper 8 of them are kept. Floats up to 1 are scaled to 0..255; larger floats are truncated.
+    The largest of integers with 16 or 32 bits decides how many bits are in use (8, 10, 12, 14 or 16), and the upper
+    8 of them are kept. Floats up to 1 are scaled to 0..255; larger floats are truncated.
 
     Args:
         path: a file in one of :data:`FORMATS`.
@@ -60,9 +60,7 @@ def read_image_with_remarks(
         max_pixels: maximum number of pixels. ``None``: Pillow's ``Image.MAX_IMAGE_PIXELS``.
 
     Returns:
-        The image, [3, H, W] uint8, and remarks for the user: on scaled values, on further frames, and on an annotated
-        size that leaves the orientation open (:data:`AMBIGUOUS_ORIENTATION`) or contradicts ``orientation``
-        (:data:`OVERRULED_ORIENTATION`).
+        The image, [3, H, W] uint8, and remarks on scaled values, further frames and doubtful orientations.
 
     Raises:
         ImageError: the file is missing, broken or too large, or its values are no colours.
@@ -114,12 +112,7 @@ def without_pillow_warnings() -> Iterator[None]:
 def pil_to_rgb(
     image: Image.Image, *, size: tuple[int, int] | None = None, orientation: Orientation = "upright"
 ) -> tuple[Tensor, list[str]]:
-    """Convert a PIL image as :func:`read_image_with_remarks` does.
-
-    Raises:
-        DataError: the values are no colours.
-        SizeError: the image does not have ``size``.
-    """
+    """Convert a PIL image as :func:`read_image_with_remarks` does. Raises DataError or SizeError."""
     stored_size = image.size
     drops_bits = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))  # Pillow reads the upper 8
     turned, turn_remark = _orient(image, size, orientation)
@@ -133,18 +126,10 @@ def pil_to_rgb(
     remarks = [remark for remark in (turn_remark, scale_remark) if remark is not None]
     if drops_bits and 0 < int(pixels.max()) < 64:
         remarks.append("dark colours of 16 bits, of which only the upper 8 are read; save them with 8")
-    if _has_more_frames(image):
-        remarks.append("several frames or pages, of which the first was taken")
+    with contextlib.suppress(Exception):  # the data after the first frame may be broken
+        if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph with a preview
+            remarks.append("several frames or pages, of which the first was taken")
     return pixels, remarks
-
-
-def _has_more_frames(image: Image.Image) -> bool:
-    if image.format == "MPO":  # a photograph with a preview or a second view
-        return False
-    try:
-        return bool(getattr(image, "is_animated", False))
-    except Exception:  # the data after the first frame are broken
-        return False
 
 
 def _orient(

@@ -17,15 +17,7 @@ def collate(items: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
 def make_loader(
     dataset: Dataset[Any], batches: Sampler[Any] | None, *, workers: int, collate_fn: Any = collate, **options: Any
 ) -> DataLoader[Any]:
-    """Build a loader.
-
-    Args:
-        dataset: images and targets.
-        batches: the indices of each batch. ``None``: the loader yields single items.
-        workers: number of processes that read images.
-        collate_fn: makes a batch of a list of items.
-        options: further arguments of ``DataLoader``.
-    """
+    """Build a loader with ``workers`` processes. Without ``batches`` it yields single items."""
     if batches is None:
         options["batch_size"], collate_fn = None, None
     return DataLoader(

@@ -16,13 +16,10 @@ MASK_THRESHOLD = 0.5  # probability, as in torchvision's references
 
 
 def as_rle(segmentation: Any, height: int, width: int) -> Rle:
-    """Convert a valid segmentation to one compressed RLE.
+    """Convert a valid segmentation of an image to one compressed RLE.
 
-    Args:
-        segmentation: polygons [[x1, y1, x2, y2, ...], ...] in pixels, whose union is the mask; an RLE, compressed or
-            not; or an empty mask, see :func:`is_empty`.
-        height: height of the image.
-        width: width of the image.
+    It is a list of polygons [x1, y1, x2, y2, ...] in pixels, whose union is the mask; an RLE, compressed or not; or
+    empty, see :func:`is_empty`.
     """
     if is_empty(segmentation):
         return as_rle({"counts": [height * width]}, height, width)
@@ -162,8 +159,7 @@ def run_lengths(counts: str) -> list[int] | None:
     """Return the run lengths of a compressed RLE, ``None`` if it is broken.
 
     Each number is written as 5-bit digits, the lowest first, in characters from "0" on. A sixth bit marks that more
-    digits follow. From the fourth number on, the difference to the number two before is written (pycocotools'
-    maskApi.c, rleToString).
+    digits follow. From the fourth number on, it is the difference to the number two before (rleToString in maskApi.c).
     """
     if not counts.isascii():
         return None

@@ -40,11 +40,7 @@ def starts_from_own_weights(config: DetectorConfig) -> bool:
 
 
 def load_torchvision_detector(name: str, weights: str) -> nn.Module:
-    """Load a torchvision detector with weights, in eval mode.
-
-    Args:
-        name: one of :func:`torchvision_detectors`.
-        weights: a file with its state_dict, or a name that torchvision publishes ("DEFAULT", "COCO_V1").
+    """Load a torchvision detector with weights, published ones ("DEFAULT", "COCO_V1") or a file, in eval mode.
 
     Raises:
         ModelError: the name is unknown, or the weights cannot be fetched or belong to another model.

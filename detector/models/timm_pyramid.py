@@ -20,9 +20,9 @@ class TimmPyramid(nn.Module):
     Args:
         name: a timm model.
         channels: number of channels of every map.
-        weights: "DEFAULT", "packaged" or ``None``, see :class:`DetectorConfig`. Determines the image normalization.
+        weights: "DEFAULT", "packaged" or ``None``. They determine the normalization of images.
         pretrained: ``False`` does not load the weights.
-        frozen_batch_norm: see :class:`DetectorConfig`.
+        frozen_batch_norm: freeze the batch norms.
 
     Raises:
         ModelError: timm is missing, the name is unknown, or the weights cannot be fetched.
