@@ -2,9 +2,7 @@
 
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 BETWEEN_LETTERS = re.compile(r"(?<=[^\W\d_])[-_](?=[^\W\d_])")
@@ -37,16 +35,6 @@ def alike(name: str) -> str:
 def alike_file(name: str) -> str:
     """Return :func:`alike` of the last part of a file's name, percent-decoded, without a query."""
     return alike(unquote(name).partition("?")[0].replace("\\", "/").rpartition("/")[2])
-
-
-def told_apart(categories: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the categories' names, with the id where several have the same name."""
-    categories = list(categories)
-    times = Counter(category["name"] for category in categories)
-    return [
-        category["name"] if times[category["name"]] == 1 else f"{category['name']} ({category['id']})"
-        for category in categories
-    ]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -112,7 +112,7 @@ def match_notes(
     if unknown:
         why = mixed_up(detector.category_names, list(unknown))
         notes.append(
-            f"The {name} does not have the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) "
+            f"The {name} does not know the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) "
             f"count as missed{f' ({why})' if why else ''}."
         )
     pairs = [(i, called, found) for (i, called), found in zip(_categories(detector), category_ids) if i is not None]

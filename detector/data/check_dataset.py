@@ -165,19 +165,20 @@ def _compare(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str
     for pair in names_alike(names, others):
         message = f"{file.path} and {other.path}: the categories {difference(*pair)}"
         yield Finding("category names that are almost the same", "warning", message)
+    level: Level
     if images is None:
         theirs = _places(other.images)
-        for name in [name for name in ours if name in theirs]:
-            message = f"{ours[name]}, has the name of {theirs[name]}: give both folders of images to compare the files"
-            yield Finding("file names that the other split has, too", "note", message)
-        return
-    unusable = dict(check_files(other.images["file_name"].tolist(), images, other.images.where))
-    if None in unusable:
-        yield unusable[None]
-    theirs = _places(other.images, images, unusable)
-    for path, same in equal_files(ours, theirs).items():
-        message = f"{ours[path]}, is byte for byte {theirs[same]}: a detector trained on one scores too high"
-        yield Finding("images that the other split has, too", "warning", message)
+        pairs = {name: name for name in ours if name in theirs}
+        kind, level, what = "file names", "note", "has the name of {}: give both folders of images to compare the files"
+    else:
+        unusable = dict(check_files(other.images["file_name"].tolist(), images, other.images.where))
+        if None in unusable:
+            yield unusable[None]
+        theirs = _places(other.images, images, unusable)
+        pairs = equal_files(ours, theirs)
+        kind, level, what = "images", "warning", "is byte for byte {}: a detector trained on one scores too high"
+    for path, same in pairs.items():
+        yield Finding(f"{kind} that the other split has, too", level, f"{ours[path]}, {what.format(theirs[same])}")
 
 
 def _places(images: Entries, folder: str | Path = "", unusable: Container[int | None] = ()) -> dict[Path, str]:

@@ -43,9 +43,8 @@ def check_annotations(file: CocoFile) -> Iterator[Finding]:
     if "categories" not in file.missing:
         yield from _unknown(annotations, "category_id", file.category_places >= 0, "and there is no such category")
     yield from _check_boxes(file)
-    for position in np.flatnonzero(annotations["ignore"] == 1).tolist():
-        message = f"{annotations.where(position)} has ignore 1: it is trained on and scored like any other"
-        yield Finding(IGNORED, "note", f"{message}; iscrowd 1 excludes it from both")
+    ignored = "has ignore 1: it is trained on and scored like any other; iscrowd 1 excludes it from both"
+    yield from findings_at(annotations, annotations["ignore"] == 1, IGNORED, "note", ignored)
     if "annotations" not in file.missing:
         yield from _unused(file.categories, file.category_places, "name", "categories never used")
         yield from _unused(file.images, file.image_places, "file_name", "images without annotations")
@@ -89,9 +88,8 @@ def _repeated(entries: Entries, field: str, level: Level) -> Iterator[Finding]:
 
 
 def _unknown(entries: Entries, field: str, is_known: np.ndarray, what: str) -> Iterator[Finding]:
-    kind = f"{entries.name} of an unknown {field.removesuffix('_id')}"
-    for position in np.flatnonzero(entries.has(field) & ~is_known).tolist():
-        yield Finding(kind, "error", f"{entries.where(position)} has {field} {entries[field][position]}, {what}")
+    kind, message = f"{entries.name} of an unknown {field.removesuffix('_id')}", f"has {field} {{value}}, {what}"
+    yield from findings_at(entries, entries.has(field) & ~is_known, kind, "error", message, value=entries[field])
 
 
 def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Iterator[Finding]:
@@ -99,6 +97,16 @@ def _unused(entries: Entries, places: np.ndarray, name: str, kind: str) -> Itera
     for position in np.flatnonzero(entries.has("id") & ~np.isin(entries["id"], used)).tolist():
         message = f"{entries.where(position)}, {short_repr(entries[name][position])}, has no annotation"
         yield Finding(kind, "note", message)
+
+
+def findings_at(
+    entries: Entries, which: np.ndarray, kind: str, level: Level, message: str, **columns: np.ndarray
+) -> Iterator[Finding]:
+    """Yield a finding for each entry where ``which``, [N] bool; ``message`` names its values in ``columns``."""
+    for position in np.flatnonzero(which).tolist():
+        values = {name: column[position] for name, column in columns.items()}
+        shown = {"bbox": short_repr(values["bbox"].tolist())} if "bbox" in values else {}
+        yield Finding(kind, level, f"{entries.where(position)} {message.format(**values | shown)}")
 
 
 def sizes_of_images(file: CocoFile) -> np.ndarray:
@@ -137,25 +145,21 @@ def _check_boxes(file: CocoFile) -> Iterator[Finding]:
     reaching &= sized & ~outside
     far = far_from_boxes(annotations["area"], annotations["bbox"]) & ~annotations["iscrowd"]
     image = "its image of {width:.0f}x{height:.0f} pixels"
-    for kind, which, what in (
-        ("empty boxes", empty, "bbox {bbox}, without width or height: left out in training"),
-        ("boxes outside their image", outside, f"bbox {{bbox}}, outside {image}: left out in training"),
-        ("boxes that reach outside their image", reaching, f"bbox {{bbox}}, reaching outside {image}: clipped"),
-        (FAR_FROM_BOX, far, "area {area:.4g}, its box has {box:.4g}: AP by size and keypoint scores use the area"),
+    columns = {"bbox": annotations["bbox"], "area": annotations["area"], "box": w * h, "width": width, "height": height}
+    for kind, which, message in (
+        ("empty boxes", empty, "has bbox {bbox}, without width or height: left out in training"),
+        ("boxes outside their image", outside, f"has bbox {{bbox}}, outside {image}: left out in training"),
+        ("boxes that reach outside their image", reaching, f"has bbox {{bbox}}, reaching outside {image}: clipped"),
+        (FAR_FROM_BOX, far, "has area {area:.4g}, its box {box:.4g}: AP by size and keypoint scores use the area"),
     ):
-        for position in np.flatnonzero(which).tolist():
-            values = {"bbox": short_repr(annotations.entry(position)["bbox"]), "area": annotations["area"][position]}
-            values |= {"box": (w * h)[position], "width": width[position], "height": height[position]}
-            yield Finding(kind, "warning", f"{annotations.where(position)} has {what.format(**values)}")
-    for position, first in _equal_boxes(file):
-        bbox = short_repr(annotations.entry(position)["bbox"])
-        what = f"has the image, category and bbox of annotations[{first}], {bbox}"
-        message = f"{annotations.where(position)} {what}: the object counts twice in training and scoring"
-        yield Finding("duplicate boxes", "warning", message)
+        yield from findings_at(annotations, which, kind, "warning", message, **columns)
+    first = _first_equal_boxes(file)
+    message = "has the image, category and bbox of annotations[{first}], {bbox}: one object counts twice"
+    yield from findings_at(annotations, first >= 0, "duplicate boxes", "warning", message, first=first, **columns)
 
 
-def _equal_boxes(file: CocoFile) -> list[tuple[int, int]]:
-    """The positions of objects with the image, category and box of an earlier one, and of the first of these."""
+def _first_equal_boxes(file: CocoFile) -> np.ndarray:
+    """The position of the first object with the same image, category and box as each later one, [L]; -1 elsewhere."""
     annotations, images = file.annotations, file.image_places
     has = annotations.has("bbox") & annotations.has("category_id") & (images >= 0) & ~annotations["iscrowd"]
     columns = np.column_stack([annotations["bbox"], annotations["category_id"], images])
@@ -163,9 +167,12 @@ def _equal_boxes(file: CocoFile) -> list[tuple[int, int]]:
     objects = np.flatnonzero(has)
     sums = (columns[objects] * [1.1, 2.3, 3.7, 5.9, 7.1, 11.3]).sum(axis=1)
     _, numbers, counts = np.unique(sums, return_inverse=True, return_counts=True)
-    first: dict[tuple[float, ...], int] = {}
-    pairs = [(at, first.setdefault(tuple(columns[at]), at)) for at in objects[counts[numbers] > 1].tolist()]
-    return [(at, earlier) for at, earlier in pairs if earlier != at]
+    earlier: dict[tuple[float, ...], int] = {}
+    first = np.full(len(annotations), -1)
+    for position in objects[counts[numbers] > 1].tolist():
+        same = earlier.setdefault(tuple(columns[position]), position)
+        first[position] = same if same != position else -1
+    return first
 
 
 def _check_convention(path: Any, boxes: np.ndarray) -> Iterator[Finding]:

@@ -130,7 +130,7 @@ def layout_of(
     return None if first is None else KeypointLayout.numbered(len(first) // 3)
 
 
-def keypoints_problem(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
+def keypoints_error(points: bytes | Raw, count: int, *, visibility: bool = True) -> str | None:
     """Return what is wrong with the JSON of an object's keypoints.
 
     Args:

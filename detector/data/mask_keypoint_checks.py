@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from detector.data.annotation_types import FIELD, AnnotationType
-from detector.data.checks import ROUNDING, Finding, Level, far_from_boxes, sizes_of_images
+from detector.data.checks import ROUNDING, Finding, Level, far_from_boxes, findings_at, sizes_of_images
 from detector.data.entries import CocoFile, value_of
-from detector.data.keypoints import keypoints_problem, layout_of
+from detector.data.keypoints import keypoints_error, layout_of
 from detector.data.masks import is_empty
 from detector.data.placement import keypoint_placement, mask_placement
 from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
@@ -106,14 +106,9 @@ def check_annotation_type(
         beyond.any(axis=1) & ~read.is_empty,
         far if annotation_type == "masks" else read.placeholders,
     ]
+    columns = {"bbox": boxes, "area": areas, "mask": read.areas}
     for (kind, message), which in zip(WARNINGS[annotation_type].items(), conditions, strict=True):
-        for position in np.flatnonzero(objects & which).tolist():
-            values = {
-                "bbox": short_repr(boxes[position].tolist()),
-                "area": areas[position],
-                "mask": read.areas[position],
-            }
-            yield Finding(kind, "warning", f"{annotations.where(position)} {message.format(**values)}")
+        yield from findings_at(annotations, objects & which, kind, "warning", message, **columns)
 
 
 def _read_masks(file: CocoFile) -> _Read:
@@ -130,9 +125,9 @@ def _read_masks(file: CocoFile) -> _Read:
     doubtful: dict[int, Any] = {}
     columns = zip(raws, annotations["iscrowd"].tolist(), *sizes.astype(int).T.tolist(), *limits.T.tolist())
     for row, (raw, is_crowd, width, height, *limit) in enumerate(columns):
-        value, problem = read_segmentation(raw, width, height)
-        wrong.append(problem)
-        if problem is not None or not (is_crowd or spans_a_pixel(value, *limit)):
+        value, reason = read_segmentation(raw, width, height)
+        wrong.append(reason)
+        if reason is not None or not (is_crowd or spans_a_pixel(value, *limit)):
             doubtful[row] = value
         if len(doubtful) == BATCH or row == len(raws) - 1:
             rows = list(doubtful)
@@ -152,7 +147,7 @@ def _read_keypoints(file: CocoFile) -> _Read:
     count = len(layout) if layout else 1
     named = [bool(entry.get("keypoints")) for entry in categories]
     expected = np.isin(file.annotations["category_id"], file.categories["id"][named if any(named) else slice(None)])
-    wrong = [keypoints_problem(raw, count) for raw in raws]
+    wrong = [keypoints_error(raw, count) for raw in raws]
     nothing = [0] * (3 * count)
     values = [nothing if what is not None else value_of(raw) for raw, what in zip(raws, wrong)]
     points = np.array(values, dtype=np.float64).reshape(-1, count, 3)

@@ -14,7 +14,7 @@ from detector.data.annotations import Annotations, raise_errors
 from detector.data.checks import Finding, check_results
 from detector.data.conventions import boxes_look_like
 from detector.data.entries import RESULTS, Entries, type_name, value_of
-from detector.data.keypoints import keypoints_problem
+from detector.data.keypoints import keypoints_error
 from detector.data.masks import as_rle, encode_masks, mask_box
 from detector.data.placement import keypoint_placement, mask_placement
 from detector.data.segmentations import MAX_PIXELS, measure_masks, read_segmentation
@@ -152,16 +152,16 @@ def _check_field(
     lengths = Counter(len(value) // 3 for value in values if isinstance(value, list) and value)
     count = max(lengths, key=lambda length: lengths[length], default=1)  # keypoints of an object
     for number, (raw, size) in enumerate(zip(entries[field], sizes)):
-        problem = None
+        reason = None
         if not (has_box[number] if field == "bbox" else bytes(raw)):
             others = has_box.any() or field != "bbox"
             what = f"no {field}, which others have" if others else "no bbox, segmentation or keypoints: one is needed"
             yield Finding(f"results without {field}", "error", f"{entries.where(number)} has {what}")
             continue
         if field == "segmentation" and (values[number] != [] or size[0] * size[1] > MAX_PIXELS):  # []: no pixel
-            _, problem = read_segmentation(raw, *size)
+            _, reason = read_segmentation(raw, *size)
         elif field == "keypoints":
-            problem = keypoints_problem(raw, max(count, 1), visibility=False)
-        if problem is not None:
-            message = f"{entries.where(number)} has {field} {short_repr(values[number])}, {problem}"
+            reason = keypoints_error(raw, max(count, 1), visibility=False)
+        if reason is not None:
+            message = f"{entries.where(number)} has {field} {short_repr(values[number])}, {reason}"
             yield Finding(f"results with a wrong {field}", "error", message)

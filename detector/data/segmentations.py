@@ -67,14 +67,14 @@ def read_segmentation(segmentation: bytes | msgspec.Raw, width: int, height: int
             what = f"{numbers} numbers in a flat list: write [[x, y, ...]], a list of polygons"
         return None, f"neither polygons, each of 3 points or more, nor an RLE: {what}"
     if isinstance(value, _Rle):
-        problem = _rle_problem(value, width, height)
+        reason = _rle_error(value, width, height)
         value = {"size": list(value.size), "counts": value.counts}
     else:
-        problem = _polygons_problem(value, width, height)
-    return (None, problem) if problem else (value, None)
+        reason = _polygons_error(value, width, height)
+    return (None, reason) if reason else (value, None)
 
 
-def _polygons_problem(polygons: list[list[float]], width: int, height: int) -> str | None:
+def _polygons_error(polygons: list[list[float]], width: int, height: int) -> str | None:
     outline = 0.0
     for number, polygon in enumerate(polygons):
         if len(polygon) % 2:
@@ -88,7 +88,7 @@ def _polygons_problem(polygons: list[list[float]], width: int, height: int) -> s
     return None
 
 
-def _rle_problem(rle: _Rle, width: int, height: int) -> str | None:
+def _rle_error(rle: _Rle, width: int, height: int) -> str | None:
     if rle.size != (height, width):
         return f"an RLE of size {list(rle.size)}, [height, width], in an image of {width}x{height} pixels"
     runs = run_lengths(rle.counts) if isinstance(rle.counts, str) else rle.counts

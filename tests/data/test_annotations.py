@@ -241,8 +241,8 @@ def test_a_data_set_of_cocos_size_is_right_at_any_size(tmp_path):
     folder = tmp_path / "coco"
     made = [sys.executable, scripts / "coco_sized.py", folder, "--images", "40", "--val_images", "5"]
     subprocess.run(made, check=True, capture_output=True)
-    findings = check_dataset(folder / "annotations" / "instances_train2017.json", folder / "train2017")
-    assert {problem.level for problem in findings.findings} <= {"note"}
+    report = check_dataset(folder / "annotations" / "instances_train2017.json", folder / "train2017")
+    assert {finding.level for finding in report.findings} <= {"note"}
     data = CocoDetection(
         folder / "train2017", folder / "annotations" / "instances_train2017.json", annotation_types=["masks"]
     )

@@ -101,8 +101,8 @@ CASES = [
         "30x20",
         [boxed(-1.1, 2, 5, 3), boxed(1, -1.1, 5, 3), boxed(1, 2, 30.1, 3), boxed(1, 2, 5, 19.1)],
     ),
-    ("note", "categories never used", "categories[2] (id 8), 'bird'", [added("categories", id=8, name="bird")]),
-    ("note", "images without annotations", "images[2] (id 8), 'c.png'", [added("images", id=8, file_name="c.png")]),
+    ("note", "categories never used", "'bird'", [added("categories", id=8, name="bird")]),
+    ("note", "images without annotations", "'c.png'", [added("images", id=8, file_name="c.png")]),
 ]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.detection import KeypointRCNN_ResNet50_FPN_Weights
 
-from detector.data.keypoints import PERSON, KeypointLayout, keypoints_problem, layout_of
+from detector.data.keypoints import PERSON, KeypointLayout, keypoints_error, layout_of
 from detector.errors import DataError
 
 
@@ -88,7 +88,7 @@ def test_keypoints_of_categories_that_are_refused(fields):
 
 
 def problem(points, **options):
-    return keypoints_problem(json.dumps(points).replace("NaN", '"NaN"').encode(), 2, **options)
+    return keypoints_error(json.dumps(points).replace("NaN", '"NaN"').encode(), 2, **options)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_objects_without_an_area_are_counted_where_it_matters(tmp_path, annotati
     assert read_annotations(path).warnings == {}  # of boxes it is their own
 
 
-def test_classes_without_key_points_need_none(tmp_path):
+def test_classes_without_keypoints_need_none(tmp_path):
     data = with_types(keypoints="gone")  # a dog
     del data["categories"][1]["keypoints"]
     assert not read_annotations(write(tmp_path, data), annotation_types=["keypoints"]).warnings

@@ -36,7 +36,7 @@ def filled(*polygons):
     return np.array(image)
 
 
-def problem(segmentation, width, height):
+def reason(segmentation, width, height):
     return read_segmentation(json.dumps(segmentation).encode(), width, height)[1]
 
 
@@ -59,7 +59,7 @@ def test_real_segmentations_are_read_as_pycocotools_reads_them(coco_cc):
             image, segmentation = coco.imgs[annotation["image_id"]], annotation["segmentation"]
             height, width = image["height"], image["width"]
             kinds.add(len(segmentation) > 1 if isinstance(segmentation, list) else type(segmentation["counts"]))
-            assert problem(segmentation, width, height) is None
+            assert reason(segmentation, width, height) is None
             expected = coco.annToMask(annotation)
             (mask,) = decode_masks([segmentation], height, width).numpy()
             assert np.array_equal(mask, expected)
@@ -95,7 +95,7 @@ MASKS = st.builds(
 def test_a_mask_comes_back_from_each_kind_of_rle(mask):
     (compressed,) = encode_masks(torch.from_numpy(mask)[None])
     for rle in (compressed, runs_of(mask)):
-        assert problem(rle, mask.shape[1], mask.shape[0]) is None
+        assert reason(rle, mask.shape[1], mask.shape[0]) is None
         assert np.array_equal(decode_masks([rle], *mask.shape)[0].numpy(), mask)
         assert mask_area(as_rle(rle, *mask.shape)) == mask.sum()
     rows, columns = np.nonzero(mask)
@@ -206,12 +206,12 @@ BROKEN = [
 
 @pytest.mark.parametrize(("value", "words"), BROKEN, ids=range(len(BROKEN)))
 def test_broken_segmentations_are_named(value, words):
-    assert words in problem(value, WIDTH, HEIGHT)
+    assert words in reason(value, WIDTH, HEIGHT)
 
 
 def test_images_too_large_for_pycocotools_are_refused():
-    assert problem([SQUARE], 2**14, 2**12) is None
-    assert "67,108,864 at most" in problem([SQUARE], 2**14, 2**12 + 1)
+    assert reason([SQUARE], 2**14, 2**12) is None
+    assert "67,108,864 at most" in reason([SQUARE], 2**14, 2**12 + 1)
 
 
 COUNTS = st.text(st.characters(min_codepoint=40, max_codepoint=115), max_size=12)
@@ -221,7 +221,7 @@ COUNTS = st.text(st.characters(min_codepoint=40, max_codepoint=115), max_size=12
 @given(counts=COUNTS | st.lists(st.integers(-3, 700), max_size=6))
 def test_valid_rle_fill_the_image(counts):
     rle = {"size": SIZE, "counts": counts}
-    if problem(rle, WIDTH, HEIGHT) is None:
+    if reason(rle, WIDTH, HEIGHT) is None:
         mask = coco_mask.decode(as_rle(rle, HEIGHT, WIDTH))
         assert mask_area(as_rle(rle, HEIGHT, WIDTH)) == mask.sum()
         assert mask.shape == (HEIGHT, WIDTH)

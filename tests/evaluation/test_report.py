@@ -589,7 +589,7 @@ class TestResultsFile:
     def test_a_field_that_is_missing(self, tmp_path, field):
         bad = result(1, [0, 0, 20, 20])
         del bad[field]
-        with pytest.raises(DataError, match=rf"'{field}' is missing.*1 more problem"):
+        with pytest.raises(DataError, match=rf"no {field}.*1 more"):
             self.read(tmp_path, [bad, bad])
 
     @pytest.mark.parametrize("size", [1e200, 1e-200])

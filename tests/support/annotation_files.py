@@ -75,7 +75,7 @@ def boxed(*box):
 
 
 def scattered(box, *, count=60, size=(640, 480)):
-    """A file with boxes in random places, each told by ``box`` of x, y, w, h, W, H."""
+    """A file with boxes in random places, each the result of ``box`` for x, y, w, h, W, H."""
     rng = np.random.default_rng(0)
     annotations = []
     for i in range(count):
