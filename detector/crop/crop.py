@@ -3,12 +3,11 @@
 torchvision also has ``torchvision.ops.roi_align._roi_align``, a private RoIAlign in Python whose gradients reach the
 boxes. ``roi_align`` uses it only for deterministic runs on a GPU. The crops here add to it:
 
-* speed and memory: ``_roi_align`` writes four neighbours of every sample to memory, and for adaptive counts takes one
-  sample per pixel of the map in every bin; the gather writes bins only;
+* speed and memory: ``_roi_align`` writes four neighbours of every sample to memory (of as many samples per bin as the
+  map has pixels, for adaptive counts); the gather writes bins only;
 * ``roi_align``'s border rules: ``_roi_align`` reads edge pixels for samples that count as zero, and drops adaptive
   samples in excess of the map's height or width;
-* export to ONNX, and ``torch.vmap`` over boxes;
-* several levels in one call, and float32 geometry for maps of half precision.
+* export to ONNX, ``torch.vmap`` over boxes, several levels in one call, and float32 geometry for half precision maps.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.positions import adaptive_samples, fixed_samples, is_vmapped
-from detector.crop.rois import pair, place_rois
+from detector.crop.rois import adaptive_samples, fixed_samples, is_vmapped, pair, place_rois
 
 Sampler = Literal["auto", "grid_sample", "gather"]
 # With fewer channels grid_sample is faster: a row of the gather's table costs more to find than to read.
@@ -45,32 +43,30 @@ def affine_crop(
 
     Boxes are (x1, y1, x2, y2) in image pixels, x to the right and y down. Pixel ``i`` covers ``[i, i + 1]`` with
     ``aligned=True``. Arguments, defaults and values are those of ``torchvision.ops.roi_align``, which gives boxes no
-    gradient. Its private Python version ``torchvision.ops.roi_align._roi_align`` does; ``detector.crop.crop`` says what
+    gradient. Its private Python version ``torchvision.ops.roi_align._roi_align`` does; the top of this module says what
     is added to that.
 
     Args:
-        input: [N, C, H, W], any floating dtype. channels_last maps are read in place by the gather.
-        boxes: one [L, 4] tensor per image, or one [K, 5] tensor whose first column is the image's index. The
-            sequence avoids a synchronisation on a GPU. Coordinates are used in float32 or float64.
+        input: [N, C, H, W], any floating dtype.
+        boxes: one [L, 4] tensor per image, or one [K, 5] tensor whose first column is the image's index. The sequence
+            avoids a synchronisation on a GPU. Coordinates are used in float32 or float64.
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per image pixel.
-        sampling_ratio: samples per bin and axis. 0 or less: ``ceil(box size / output_size)``, which cannot be
-            compiled into one graph, traced, or vmapped over boxes, and synchronises on a GPU.
+        sampling_ratio: samples per bin and axis. 0 or less: ``ceil(box size / output_size)``, which cannot be compiled
+            into one graph, traced, or vmapped over boxes, and synchronises on a GPU.
         aligned: shift samples by half a pixel, to pixel centres. torchvision's detectors use ``False``, which also
             widens boxes to at least one map pixel.
-        sampler: how maps are read. Values and gradients agree to rounding.
-            ``"grid_sample"`` can be compiled and exported; its CUDA backward is not deterministic.
-            ``"gather"`` is deterministic and faster from 32 channels on; it copies maps that are not channels_last
-            and runs outside compiled graphs.
-            ``"auto"`` takes the gather for 32 channels or more, unless a CPU would have to copy more than two pixels
-            per sample. For compiling and tracing it takes ``grid_sample``; on CUDA in deterministic mode, the gather.
+        sampler: how maps are read; values and gradients agree to rounding. ``"grid_sample"`` can be compiled and
+            exported; its CUDA backward is not deterministic. ``"gather"`` is deterministic, copies maps that are not
+            channels_last, and runs outside compiled graphs. ``"auto"`` takes the gather from 32 channels on, unless a
+            CPU would copy more than two pixels per sample; it takes ``grid_sample`` in graphs.
 
     Returns:
-        [K, C, output height, output width] in the dtype of ``input``, in the order of the boxes. On a GPU, in a graph
-        and under ``vmap``, RoIs with a bad image index or a non-finite coordinate are NaN.
+        [K, C, output height, output width] in the dtype of ``input``. RoIs with a bad image index or a non-finite
+        coordinate are NaN where a check would synchronise or is impossible: on a GPU, in graphs, vmapped over boxes.
 
     Raises:
-        TypeError: ``input`` or ``boxes`` has the wrong type, an integer dtype, or another device.
+        TypeError: ``input`` or ``boxes`` has the wrong type, dtype or device.
         ValueError: a shape, size, scale, sampler, image index or coordinate is invalid, or adaptive counts are traced
             or vmapped over boxes.
 
@@ -96,29 +92,15 @@ def crop_levels(
     aligned: bool,
     sampler: Sampler,
 ) -> Tensor:
-    """:func:`affine_crop` from maps of several sizes; see :func:`~detector.crop.rois.place_rois` for the arguments.
-
-    Returns:
-        [K, C, output height, output width] in the first map's dtype. RoIs on no level are zero.
-    """
+    """:func:`affine_crop` from maps of several sizes; RoIs on no level are zero. See :func:`.place_rois`."""
     bins = pair("output_size", output_size)
     check_sampler(sampler)
     if sampling_ratio <= 0 and torch.jit.is_tracing():
-        raise ValueError(
-            f"sampling_ratio is {sampling_ratio}: a sample count that depends on the box cannot be traced, by "
-            "torch.jit.trace or for ONNX; use a sampling_ratio above 0, as torchvision's detectors do"
-        )
+        raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced; use one above 0")
     rois = place_rois(maps, boxes, level_of, bins, spatial_scales, aligned)
     if rois.vmapped and sampling_ratio <= 0:
-        raise ValueError(
-            f"sampling_ratio={sampling_ratio} cannot be vmapped over boxes: the sample count depends on the box; use a "
-            "sampling_ratio above 0, or crop all boxes in one call"
-        )
-    counts = rois.counts
-    if sampling_ratio > 0:
-        samples = [fixed_samples(rois.y, rois.x, rois.level, rois.image, sampling_ratio)]
-    else:
-        samples, counts = adaptive_samples(rois.y, rois.x, rois.level, rois.image), None
+        raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be vmapped over boxes; use one above 0")
+    samples = [fixed_samples(rois, sampling_ratio)] if sampling_ratio > 0 else adaptive_samples(rois)
     if torch.jit.is_tracing() or rois.vmapped or any(is_vmapped(source) for source in maps):
         sampler = "grid_sample"  # PyTorch can trace and vmap it
     elif maps[0].is_meta:
@@ -128,12 +110,13 @@ def crop_levels(
     if sampler == "gather":
         crops = crop_by_gather(maps, samples)
     else:
+        counts = rois.counts if sampling_ratio > 0 else None
         crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
     return rois.finish(crops, maps[0].dtype)
 
 
 class AffineCrop(nn.Module):
-    """Crop boxes (x1, y1, x2, y2), in image pixels, out of maps: :func:`affine_crop` as a module.
+    """Crop boxes (x1, y1, x2, y2), in image pixels, out of a map: :func:`affine_crop` as a module.
 
     Example:
         >>> crop = AffineCrop((7, 14), spatial_scale=1 / 16, sampling_ratio=2, aligned=True)
@@ -162,19 +145,14 @@ class AffineCrop(nn.Module):
         return affine_crop(input, rois, *geometry, sampler=self.sampler)
 
     def extra_repr(self) -> str:
-        names = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names) + describe(self.sampler)
+        names = ("output_size", "spatial_scale", "sampling_ratio", "aligned", "sampler")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
 def check_sampler(sampler: Sampler) -> Sampler:
     if sampler not in get_args(Sampler):
         raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}")
     return sampler
-
-
-def describe(sampler: Sampler) -> str:
-    """Return the end of a module's repr: nothing for the default, so that it equals torchvision's."""
-    return "" if sampler == "auto" else f", sampler={sampler}"
 
 
 def _fastest_sampler(maps: Sequence[Tensor], samples: int) -> Sampler:

@@ -1,9 +1,7 @@
 """The exact crop: each bin is the mean of the bilinear surface over the bin, in closed form.
 
 This is Precise RoI Pooling (Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection", 2018,
-equations 4 to 6) with RoIAlign's border rules. The surface is separable, and so is its mean. Along an axis a pixel's
-weight is the integral of its hat function over the bin, divided by the bin's length. That integral is continuously
-differentiable across pixel centres, where the gradient of sampled bins has kinks.
+equations 4 to 6) with RoIAlign's border rules. A pixel weighs the integral of its hat function, over the bin's length.
 """
 
 from collections.abc import Sequence
@@ -14,12 +12,9 @@ from torch import Tensor
 
 from detector.crop.gather_sampler import Taps, crop_by_gather
 from detector.crop.geometry import geometry_dtype
-from detector.crop.positions import Axis, Samples, group_by_size, is_vmapped, makes_graph
-from detector.crop.rois import RoIs, pair, place_rois
+from detector.crop.rois import Axis, RoIs, Samples, group_by_size, is_vmapped, makes_graph, pair, place_rois
 
-# Pixels. A smaller bin (an empty side, with aligned=True) is widened to this around its middle: up to rounding its mean
-# and gradient stay those of the point.
-MIN_BIN = 0.01
+MIN_BIN = 0.01  # pixels; smaller bins (empty sides, with aligned=True) are widened to this around their middle
 
 
 def exact_crop(
@@ -31,26 +26,11 @@ def exact_crop(
 ) -> Tensor:
     """Crop boxes out of maps; each bin is the mean of the bilinear surface over the bin.
 
-    Boxes are (x1, y1, x2, y2) in image pixels, as in :func:`~detector.affine_crop`, which converges to this function as
-    its ``sampling_ratio`` grows. The box gradient is continuous. All pixels of a bin are read, so large boxes take
-    longer.
-
-    Args:
-        input: [N, C, H, W], any floating dtype.
-        boxes: one [L, 4] tensor per image, or one [K, 5] tensor whose first column is the image's index.
-        output_size: height and width of the crop in bins, or one number for both.
-        spatial_scale: pixels of ``input`` per image pixel.
-        aligned: see :func:`~detector.affine_crop`.
-
-    Returns:
-        [K, C, output height, output width] in the dtype of ``input``. On a GPU, where it synchronises, RoIs with a bad
-        image index or a non-finite coordinate are NaN.
-
-    Raises:
-        TypeError: see :func:`~detector.affine_crop`.
-        ValueError: see :func:`~detector.affine_crop`; or the call is compiled, traced, or vmapped over boxes.
-
-    Second derivatives and vmap over maps multiply each RoI with its whole map, which is slow.
+    Boxes are (x1, y1, x2, y2) in image pixels. Arguments, result and errors are those of :func:`~detector.affine_crop`,
+    which converges to this function as its ``sampling_ratio`` grows. The box gradient is continuous, also where a box
+    puts a sample on a pixel centre. Every pixel of a bin is read, so large boxes take longer. It synchronises on a GPU.
+    Second derivatives and vmap over maps multiply each RoI with its whole map, which is slow. A call that is compiled,
+    traced, or vmapped over boxes raises a ValueError.
 
     Example:
         >>> boxes = torch.tensor([[20.0, 30.0, 180.0, 150.0]], requires_grad=True)
@@ -61,10 +41,7 @@ def exact_crop(
         raise ValueError("exact_crop cannot be compiled or traced; use affine_crop with a sampling_ratio above 0")
     rois = place_rois([input], boxes, None, pair("output_size", output_size), [spatial_scale], aligned)
     if rois.vmapped:
-        raise ValueError(
-            "exact_crop cannot be vmapped over boxes: the pixels it reads depend on the box; use affine_crop with a "
-            "sampling_ratio above 0, or crop all boxes in one call"
-        )
+        raise ValueError("exact_crop cannot be vmapped over boxes; use affine_crop with a sampling_ratio above 0")
     bins = _bins(rois)
     if is_vmapped(input):
         crops = _crop_by_matrices([input.to(geometry_dtype(input))], bins)
@@ -84,24 +61,19 @@ def _bins(rois: RoIs) -> list[Samples]:
 
 
 def _edges(axis: Axis) -> Tensor:
-    """Return the normalised start and end of each bin, [K, bins, 2]."""
+    """Return the start and end of each bin, [K, bins, 2], in pixels; 0 is the centre of the first pixel."""
     unit = torch.arange(axis.bins + 1, dtype=axis.start.dtype, device=axis.start.device) * (2 / axis.bins) - 1
-    edges = axis.scale[:, None] * unit + axis.shift[:, None]
+    edges = ((axis.scale[:, None] * unit + axis.shift[:, None] + 1) * axis.size[:, None] - 1) / 2
     start, end = edges[:, :-1], edges[:, 1:]
     middle, half = (start + end) / 2, (end - start) / 2
-    least = (MIN_BIN / axis.size)[:, None]  # half a bin, in a frame of width 2
+    least = torch.full_like(half, MIN_BIN / 2)
     half = torch.where(half.abs() < least, least.copysign(half.detach()), half)
     return torch.stack([middle - half, middle + half], dim=2)
 
 
-def _pixels(edges: Tensor, size: Tensor) -> Tensor:
-    """Convert normalised edges to pixels, with the centre of the first pixel at 0."""
-    return ((edges + 1) * size[:, None, None] - 1) / 2
-
-
 def _first_and_run(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first pixel that each bin reads and the number of pixels, both [K, bins]."""
-    on_map = torch.minimum(_pixels(edges.detach(), size).clamp(min=0), (size - 1)[:, None, None])
+    on_map = torch.minimum(edges.detach().clamp(min=0), (size - 1)[:, None, None])
     first, last = on_map.amin(2).floor(), on_map.amax(2).ceil()
     return first, last - first + 1
 
@@ -116,44 +88,27 @@ def _exact_taps(edges: Tensor, size: Tensor) -> Taps:
 
 
 def _weights(edges: Tensor, size: Tensor, numbers: Tensor) -> Tensor:
-    """Return each pixel's weight in the mean over a bin, differentiable in the edges.
-
-    Args:
-        edges: [M, bins, 2], normalised.
-        size: [M], pixels of the map.
-        numbers: the pixels, [n] or [M, bins, n].
-    """
+    """Return the weights of pixels, [n] or [M, bins, n], in the means over bins. Differentiable in the edges."""
     last = (size - 1)[:, None, None]
-    start, end = _pixels(edges, size).split(1, dim=2)
+    start, end = edges.split(1, dim=2)
     return (_integral(end, numbers, last) - _integral(start, numbers, last)) / (end - start)
 
 
 def _integral(to: Tensor, number: Tensor, last: Tensor) -> Tensor:
-    """Integrate a pixel's weight in the bilinear surface from -1 to a position.
-
-    The weight is a hat. The first and last pixel's continue for one pixel beyond the border, and then are zero.
-    """
-    before = torch.where(number == 0, _clamp(to, -1, 0) + 1, 0)
+    """Integrate a pixel's hat from -1 to a position. Beyond the border the edge pixel's is 1 for a pixel, then 0."""
+    before = torch.where(number == 0, _clamp(to, -1, 0) + 1 / 2, 0)  # less the half of the hat that is off the map
     after = torch.where(number == last, _clamp(to, last, last + 1) - last, 0)
-    return before + _hat_integral(_clamp(to, 0, last) - number) - _hat_integral(-number) + after
-
-
-def _hat_integral(to: Tensor) -> Tensor:
-    """Integrate ``max(1 - |t|, 0)`` from -1 to a position."""
-    to = _clamp(to, -1, 1)
-    return torch.where(to < 0, (1 + to) ** 2 / 2, 1 - (1 - to) ** 2 / 2)
+    at = _clamp(_clamp(to, 0, last) - number, -1, 1)
+    return before + torch.where(at < 0, (1 + at) ** 2 / 2, 1 - (1 - at) ** 2 / 2) + after
 
 
 def _clamp(at: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Clamp with the slope to the right on both ends: 1 at ``low``, 0 at ``high``.
-
-    On a tie nested torch.clamp would add both slopes, and torch.minimum would halve them.
-    """
+    # The slope is that to the right on both ends. torch.clamp would add both slopes on a tie, torch.minimum halve them.
     return torch.where(at < low, low, torch.where(at < high, at, high))
 
 
 def _crop_by_matrices(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
-    """Compute the exact crop of one map as rows x map x columns, by operations that have all derivatives."""
+    """Compute the exact crop as rows x map x columns, by operations that have all derivatives."""
     (source,) = maps
     crops, order = [], []
     for group in samples:

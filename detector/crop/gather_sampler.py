@@ -1,10 +1,9 @@
 """The crop as a gather: a bin is a weighted sum of pixels, computed by ``embedding_bag``.
 
-In channels_last a map is a table with one row per pixel. The weights of bilinear sampling and of averaging over a bin
-are products of a weight for the pixel's row and one for its column. All geometry therefore stays in small tensors
-without channels, and no sample is written to memory. The map's gradient is a gather as well: a pixel's row is a
-weighted sum of the bins that read it, found by sorting. No two threads add to the same place in memory, so values and
-gradients are the same to the last bit in every run.
+In channels_last a map is a table with one row per pixel. A pixel's weight in a bin is the product of a weight for its
+row and one for its column, so all geometry stays in small tensors without channels, and no sample is written to memory.
+The map's gradient is a gather as well: a weighted sum of the bins that read a pixel, found by sorting. No two threads
+add to the same place in memory, so values and gradients are the same to the last bit in every run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,39 +17,32 @@ from torch import Tensor
 
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.positions import Samples
+from detector.crop.rois import Rows, Samples
 
-# Pixels that one call of embedding_bag reads (a single RoI may read more). On a CPU the bins of a chunk should stay in
-# the cache until they are written; on a GPU a call costs more than that.
+# Pixels per call of embedding_bag. On a CPU the bins should stay in the cache; on a GPU few calls matter more.
 MAX_PIXELS_READ_CPU = 2**17
 MAX_PIXELS_READ_GPU = 2**26
-# Pixels that are sorted at once for the maps' gradient, at about 30 bytes each.
-MAX_PIXELS_SORTED = 2**25
+MAX_PIXELS_SORTED = 2**25  # at once for the maps' gradient, at about 30 bytes each
 
 
 @dataclass(frozen=True)
-class Taps:
+class Taps(Rows):
     """The pixels that each bin reads along one axis, and their weights."""
 
     index: Tensor  # [M, bins, T], pixel numbers
     weight: Tensor  # [M, bins, T], differentiable in the positions
 
-    def select(self, rois: slice | Tensor) -> "Taps":
-        return Taps(self.index[rois], self.weight[rois])
-
 
 def point_taps(position: Tensor, size: Tensor) -> Taps:
     """Return the taps of samples at normalised positions [M, bins, n] on maps of a size [M]; each sample weighs 1.
 
-    A sample reads two neighbouring pixels. If the samples of all bins lie close together, a bin's taps are the run of
-    pixels from its first to its last; otherwise they are the two of each sample.
+    They are the two neighbours of each sample or, if that is fewer, the run of pixels from a bin's first to its last.
     """
     size = size[:, None, None]
     on_map = position.abs() <= 1
     pixel = ((position + 1) * size - 1) / 2
     low = torch.minimum(pixel.detach().floor(), size - 2).clamp(min=0)
-    # Samples that count as zero read a pixel that the bin, or the RoI, reads anyway: pixels outside every box may be
-    # NaN. An RoI without other samples reads the first pixel, like roi_align.
+    # Samples that count as zero read a pixel that the bin or the RoI reads anyway, as others may be NaN; or the first.
     first = torch.where(on_map, low, torch.inf).amin(2, keepdim=True)  # [M, bins, 1]
     first = torch.where(first.isinf(), first.amin(1, keepdim=True), first)
     first = torch.where(first.isinf(), 0, first)
@@ -77,57 +69,34 @@ def crop_by_gather(
     taps_of: Callable[[Tensor, Tensor], Taps] = point_taps,
     reference: Callable[[Sequence[Tensor], Sequence[Samples]], Tensor] = crop_by_grid,
 ) -> Tensor:
-    """Compute what ``reference`` computes, as weighted sums of pixels. Tensors must not be vmapped.
+    """Crop maps [N, C, H, W] of any floating dtype, not vmapped. Returns [K, C, bins, bins].
 
-    Sums are in float32, or float64 if a map is. Maps that are not channels_last are copied, one at a time, and again in
-    the backward rather than kept; on a GPU all levels are copied together.
-
-    Args:
-        maps: one [N, C, H, W] per level, with the same N and C, any floating dtype.
-        samples: the K RoIs, each in one of the groups.
-        taps_of: returns the taps for the positions of a group, [M, bins, n], and the sizes of the maps, [M].
-        reference: the same crop by differentiable operations, of float32 or float64 maps; for second derivatives.
-
-    Returns:
-        [K, C, bins, bins]
+    ``taps_of`` returns the taps at positions [M, bins, n] on maps of a size [M]. ``reference`` computes the same by
+    differentiable operations, for second derivatives. Maps that are not channels_last are copied, in the backward too.
     """
     if not maps[0].shape[1]:  # embedding_bag takes no table without columns
         return reference([source.to(geometry_dtype(*maps)) for source in maps], samples)
     positions = [axis for group in samples for axis in (group.y, group.x)]
-    plan = _Plan(_with_positions(samples, [axis.detach() for axis in positions]), taps_of, reference, len(maps))
-    return _Gather.apply(plan, *maps, *positions)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    samples: list[Samples]  # without gradient
-    taps_of: Callable[[Tensor, Tensor], Taps]
-    reference: Callable[[Sequence[Tensor], Sequence[Samples]], Tensor]
-    maps: int
-
-    def crop(self, *tensors: Tensor) -> Tensor:
-        """Compute :class:`_Gather` by the reference, which has second derivatives."""
-        dtype = geometry_dtype(*tensors[: self.maps])
-        maps = [source.to(dtype) for source in tensors[: self.maps]]
-        return self.reference(maps, _with_positions(self.samples, tensors[self.maps :]))
+    without_gradient = _with_positions(samples, [axis.detach() for axis in positions])
+    return _Gather.apply(len(maps), without_gradient, taps_of, reference, *maps, *positions)
 
 
 class _Gather(torch.autograd.Function):
-    """Inputs: the plan, the maps, and y and x of each group."""
+    """Inputs: the number of maps, the samples and functions, the maps, and y and x of each group of samples."""
 
     @staticmethod
-    def forward(plan: _Plan, *tensors: Tensor) -> Tensor:
-        maps, samples = tensors[: plan.maps], plan.samples
+    def forward(count: int, samples: list[Samples], taps_of: Any, reference: Any, *tensors: Tensor) -> Tensor:
+        maps = tensors[:count]
         rois = sum(len(group.image) for group in samples)
-        tables = _tables(maps, samples, plan.taps_of)
+        tables = _tables(maps, samples, taps_of)
         # Contiguous like roi_align's output: a head may call view.
         shape = (rois, maps[0].shape[1], samples[0].y.shape[1], samples[0].x.shape[1])
-        crops = maps[0].new_empty(shape, dtype=tables[0].dtype)
-        if sum(len(part.rois) for table in tables for part in table.readers) < rois:
+        crops = maps[0].new_empty(shape, dtype=geometry_dtype(*maps))
+        if sum(len(part.rois) for _, readers in tables for part in readers) < rois:
             crops.zero_()
-        for table in tables:
-            rows = table.rows(maps)
-            for chunk in (chunk for part in table.readers for chunk in part.chunks()):
+        for numbers, readers in tables:
+            rows = _rows(maps, numbers)
+            for chunk in (chunk for part in readers for chunk in part.chunks()):
                 sums = F.embedding_bag(chunk.pixels(), rows, mode="sum", per_sample_weights=chunk.weights())
                 sums = sums.view(-1, *shape[2:], shape[1]).permute(0, 3, 1, 2)
                 crops.index_copy_(0, chunk.rois, sums)
@@ -135,36 +104,43 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.plan = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
+        ctx.settings = inputs[:4]
+        ctx.save_for_backward(*inputs[4:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, tensors = ctx.plan, ctx.saved_tensors
+        count, samples, taps_of, reference = ctx.settings
+
+        def crop(*tensors: Tensor) -> Tensor:
+            dtype = geometry_dtype(*tensors[:count])
+            return reference([m.to(dtype) for m in tensors[:count]], _with_positions(samples, tensors[count:]))
+
         if torch.is_grad_enabled():  # with create_graph=True this gradient will be differentiated
-            return None, *torch.func.vjp(plan.crop, *tensors)[1](grad)
+            return None, None, None, None, *torch.func.vjp(crop, *ctx.saved_tensors)[1](grad)
         grad = grad.permute(0, 2, 3, 1)  # [K, bins, bins, C]
-        maps = tensors[: plan.maps]
-        boxes_need_it = any(ctx.needs_input_grad[1 + plan.maps :])
-        positions = [position.detach().requires_grad_(boxes_need_it) for position in tensors[plan.maps :]]
+        maps, need_grad = ctx.saved_tensors[:count], ctx.needs_input_grad[4:]
+        boxes_need_it = any(need_grad[count:])
+        positions = [position.detach().requires_grad_(boxes_need_it) for position in ctx.saved_tensors[count:]]
         with torch.set_grad_enabled(boxes_need_it):
-            tables = _tables(maps, _with_positions(plan.samples, positions), plan.taps_of)
-        map_grads: list[Tensor | None] = [None] * plan.maps
+            tables = _tables(maps, _with_positions(samples, positions), taps_of)
+        gradients: list[Tensor | None] = [None] * len(need_grad)
         weights: list[Tensor] = []
         weight_grads: list[Tensor] = []
-        for table in tables:
+        for numbers, readers in tables:
             if boxes_need_it:
-                rows = table.rows(maps)
-                for part in table.readers:
+                rows = _rows(maps, numbers)
+                for part in readers:
                     weights += [part.y.weight, part.x.weight]
                     weight_grads += _weight_gradients(part, rows, grad)
-            if any(ctx.needs_input_grad[1 + number] for number in table.maps):
-                sizes = [maps[number][:, 0].numel() for number in table.maps]
-                for number, map_rows in zip(table.maps, _rows_gradient(table, grad, sum(sizes)).split(sizes)):
-                    map_grads[number] = _as_map(map_rows, maps[number])
-        if not boxes_need_it:
-            return None, *map_grads, *([None] * len(positions))
-        return None, *map_grads, *torch.autograd.grad(weights, positions, weight_grads)
+            if any(need_grad[number] for number in numbers):
+                sizes = [maps[number][:, 0].numel() for number in numbers]
+                for number, map_rows in zip(numbers, _rows_gradient(readers, grad, sum(sizes)).split(sizes)):
+                    like = maps[number]
+                    source = map_rows.to(like.dtype).view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+                    gradients[number] = source.contiguous() if like.is_contiguous() else source
+        if boxes_need_it:
+            gradients[count:] = torch.autograd.grad(weights, positions, weight_grads)
+        return None, None, None, None, *gradients
 
     @staticmethod
     def vmap(*args: Any) -> tuple[Tensor, int]:
@@ -173,7 +149,7 @@ class _Gather(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Part(Rows):
     """M RoIs of one group that read one table."""
 
     rois: Tensor  # [M], which RoIs of the call
@@ -190,11 +166,8 @@ class _Part:
         """Pixels that all bins read."""
         return len(self.rois) * self.y.index.shape[1] * self.x.index.shape[1] * self.taps
 
-    def select(self, rois: slice | Tensor) -> "_Part":
-        return _Part(self.rois[rois], self.y.select(rois), self.x.select(rois))
-
     def chunks(self, max_pixels: int | None = None) -> Iterator["_Part"]:
-        """Split these RoIs so that each chunk reads at most ``max_pixels``, by default the limit of the device."""
+        """Split these RoIs into chunks that read at most ``max_pixels``, by default the device's limit."""
         if max_pixels is None:
             max_pixels = MAX_PIXELS_READ_CPU if self.rois.is_cpu else MAX_PIXELS_READ_GPU
         rois = len(self.rois)
@@ -210,23 +183,18 @@ class _Part:
         return (self.y.weight[:, :, None, :, None] * self.x.weight[:, None, :, None, :]).flatten(3).flatten(0, 2)
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A row for each pixel of some maps, and the RoIs that read it."""
-
-    maps: Sequence[int]
-    dtype: torch.dtype
-    readers: list[_Part]
-
-    def rows(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return the table, [pixels, C]. A channels_last map in the right dtype is not copied."""
-        # Contiguous, because the rows of a single NCHW image would be a view, which is slow to read.
-        rows = [maps[n].permute(0, 2, 3, 1).contiguous().to(self.dtype).flatten(0, 2) for n in self.maps]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+def _rows(maps: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """Return the table of some of the maps, [pixels, C]. A channels_last map in the right dtype is not copied."""
+    # Contiguous, because the rows of a single NCHW image would be a view, which is slow to read.
+    channels_last = [maps[n].permute(0, 2, 3, 1).contiguous() for n in numbers]
+    rows = [source.to(geometry_dtype(*maps)).flatten(0, 2) for source in channels_last]
+    return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
-def _tables(maps: Sequence[Tensor], samples: list[Samples], taps_of: Callable[[Tensor, Tensor], Taps]) -> list[_Table]:
-    """Make one table per map on a CPU, and one of all maps on a GPU, where reading the levels would synchronise."""
+def _tables(
+    maps: Sequence[Tensor], samples: list[Samples], taps_of: Callable[[Tensor, Tensor], Taps]
+) -> list[tuple[Sequence[int], list[_Part]]]:
+    """Return the maps and readers of each table: one per map, or on a GPU, where levels cannot be read, one of all."""
     working = geometry_dtype(*maps)
     ends = list(accumulate(source[:, 0].numel() for source in maps))
     dtype = torch.int32 if ends[-1] < 2**31 else torch.int64  # half the memory: an RoI reads hundreds of pixels
@@ -246,19 +214,16 @@ def _tables(maps: Sequence[Tensor], samples: list[Samples], taps_of: Callable[[T
         x = Taps(x.index.to(dtype), x.weight.to(working))
         parts.append(_Part(torch.arange(len(origin), device=origin.device) if group.rois is None else group.rois, y, x))
     if not maps[0].is_cpu or len(maps) == 1:
-        return [_Table(range(len(maps)), working, parts)]
-    tables = []
-    for number in range(len(maps)):
-        readers = [part.select(torch.where(group.level == number)[0]) for part, group in zip(parts, samples)]
-        tables.append(_Table([number], working, readers))
-    return tables
+        return [(range(len(maps)), parts)]
+    on_level = [[torch.where(group.level == number)[0] for group in samples] for number in range(len(maps))]
+    return [([n], [part.select(rois) for part, rois in zip(parts, on_level[n])]) for n in range(len(maps))]
 
 
-def _rows_gradient(table: _Table, grad: Tensor, size: int) -> Tensor:
+def _rows_gradient(readers: list[_Part], grad: Tensor, size: int) -> Tensor:
     """Return the gradient of a table's rows, [size, C], from that of the crops, [K, bins, bins, C]."""
     # RoIs are sorted together while their bins take no more memory than the table, and no more than the limit.
     batches: list[list[_Part]] = []
-    for part in table.readers:
+    for part in readers:
         max_pixels = min(MAX_PIXELS_SORTED, size * part.taps)
         for chunk in part.chunks(max_pixels):
             if batches and sum(part.size for part in batches[-1]) + chunk.size <= max_pixels:
@@ -281,12 +246,6 @@ def _rows_gradient(table: _Table, grad: Tensor, size: int) -> Tensor:
         of_batch = F.embedding_bag(bins, of_bins, starts, mode="sum", per_sample_weights=weights)
         rows = of_batch if rows is None else rows.add_(of_batch)
     return grad.new_zeros(size, grad.shape[3]) if rows is None else rows
-
-
-def _as_map(rows: Tensor, like: Tensor) -> Tensor:
-    """Return rows [pixels, C] as a map of the shape, dtype and layout of another."""
-    source = rows.to(like.dtype).view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-    return source.contiguous() if like.is_contiguous() else source
 
 
 def _weight_gradients(part: _Part, rows: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Boxes, the normalised frame and the affine matrix theta.
 
-The normalised frame is that of ``torch.nn.functional.grid_sample`` with ``align_corners=False``: -1 is the outer edge
-of a map's first column (row) of pixels, +1 the outer edge of its last.
+The normalised frame is that of ``grid_sample`` with ``align_corners=False``, from -1 to 1 between a map's outer edges.
 """
 
 import torch
@@ -9,10 +8,7 @@ from torch import Tensor
 
 
 def geometry_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype for coordinates: float64 if a tensor has it, otherwise float32.
-
-    bfloat16 and float16 would move coordinates by whole pixels, whatever the features or autocast use.
-    """
+    """Return float64 if a tensor has it, otherwise float32: in half precision coordinates would be off by pixels."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -26,15 +22,14 @@ def normalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float =
         boxes: [..., 4], (x1, y1, x2, y2) in image pixels. Inverted boxes stay inverted.
         size: (height, width) of the map that will be sampled: an image, or a feature map.
         spatial_scale: map pixels per image pixel, 1/16 for a feature map of stride 16.
-        aligned: ``True``: pixel ``i`` of the image covers ``[i, i + 1]``. ``False``: the convention of
-            ``torchvision.ops.roi_align(aligned=False)``, which samples half a map pixel further right and down.
+        aligned: ``True``: pixel ``i`` of the image covers ``[i, i + 1]``. ``False``: as in
+            ``torchvision.ops.roi_align(aligned=False)``, half a map pixel further right and down.
 
     Returns:
-        [..., 4], (x1, y1, x2, y2) in the normalised frame; float64 if ``boxes`` is, otherwise float32.
+        [..., 4], normalised; float64 if ``boxes`` is, otherwise float32.
 
     Raises:
-        TypeError: ``boxes`` is not a floating point tensor.
-        ValueError: ``boxes`` does not end in 4 coordinates, or ``size`` or ``spatial_scale`` is not positive.
+        TypeError, ValueError: ``boxes`` is not [..., 4] and floating point, or a size or the scale is not positive.
 
     Example:
         >>> normalize_boxes(torch.tensor([0.0, 0.0, 320.0, 120.0]), (240, 320))  # the upper half of an image
@@ -65,7 +60,7 @@ def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float
 def boxes_in_frame(
     boxes: Tensor, height: int | Tensor, width: int | Tensor, spatial_scale: float | Tensor, aligned: bool
 ) -> Tensor:
-    """:func:`normalize_boxes` without checks. Sizes and scale may differ between RoIs: numbers, or tensors [K]."""
+    """:func:`normalize_boxes` without checks. Sizes and scale are numbers, or tensors [K] that differ by RoI."""
     half_pixel = 0.0 if aligned else 1.0
     sides = []
     for axis, side in enumerate(boxes.unbind(-1)):
@@ -78,30 +73,25 @@ def boxes_in_frame(
 def boxes_to_theta(boxes: Tensor) -> Tensor:
     """Convert normalised boxes to the affine matrices that crop them. Differentiable.
 
-    theta maps the unit crop frame onto the box: (-1, -1) to (x1, y1) and (1, 1) to (x2, y2), without rotation or shear
-    (Jaderberg et al., "Spatial Transformer Networks", 2015, equation 1)::
-
-        theta = [[(x2 - x1) / 2, 0, (x2 + x1) / 2],
-                 [0, (y2 - y1) / 2, (y2 + y1) / 2]]
+    theta [[(x2 - x1) / 2, 0, (x2 + x1) / 2], [0, (y2 - y1) / 2, (y2 + y1) / 2]] maps the unit crop frame onto the box:
+    (-1, -1) to (x1, y1) and (1, 1) to (x2, y2) (Jaderberg et al., "Spatial Transformer Networks", 2015, equation 1).
 
     Args:
         boxes: [K, 4], (x1, y1, x2, y2) in the normalised frame.
 
     Returns:
-        [K, 2, 3] for ``torch.nn.functional.affine_grid(theta, size, align_corners=False)``; float64 if ``boxes`` is,
-        otherwise float32.
+        [K, 2, 3] for ``affine_grid(theta, size, align_corners=False)``; float64 if ``boxes`` is, otherwise float32.
 
     Raises:
-        TypeError: ``boxes`` is not a floating point tensor.
-        ValueError: ``boxes`` is not [K, 4].
+        TypeError, ValueError: ``boxes`` is not [K, 4] and floating point.
 
     Example:
         >>> boxes_to_theta(torch.tensor([[-1.0, -1.0, 1.0, 0.0]]))
         tensor([[[ 1.0000,  0.0000,  0.0000],
                  [ 0.0000,  0.5000, -0.5000]]])
     """
-    _check_coordinates(boxes)
-    if boxes.dim() != 2:
+    check_floating("boxes", boxes)
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape [K, 4], got {list(boxes.shape)}")
     x1, y1, x2, y2 = boxes.to(geometry_dtype(boxes)).unbind(1)
     zero = torch.zeros_like(x1)
@@ -109,16 +99,16 @@ def boxes_to_theta(boxes: Tensor) -> Tensor:
     return theta.view(-1, 2, 3)
 
 
-def _check_coordinates(boxes: Tensor) -> None:
-    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
-        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"boxes must be a floating point tensor, got {kind}")
-    if boxes.dim() < 1 or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must end in 4 coordinates (x1, y1, x2, y2), got shape {list(boxes.shape)}")
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
 
 
 def _check_frame(boxes: Tensor, size: tuple[int, int], spatial_scale: float) -> None:
-    _check_coordinates(boxes)
+    check_floating("boxes", boxes)
+    if boxes.dim() < 1 or boxes.shape[-1] != 4:
+        raise ValueError(f"boxes must have shape [..., 4] (x1, y1, x2, y2), got {list(boxes.shape)}")
     height, width = size
     if height < 1 or width < 1:
         raise ValueError(f"size must be (height, width), both at least 1, got {tuple(size)}")

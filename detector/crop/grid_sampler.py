@@ -9,24 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from detector.crop.positions import OUTSIDE, Samples, is_vmapped, makes_graph
+from detector.crop.rois import OUTSIDE, Samples, is_vmapped, makes_graph
 
 # Elements that one call of grid_sample may return (float32: 256 MiB). Larger crops are computed in chunks.
 MAX_SAMPLED_ELEMENTS = 2**26
 
 
 def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: list[int] | None = None) -> Tensor:
-    """Sample maps where the rows and columns of samples cross, and average over each bin.
-
-    Args:
-        maps: one [N, C, H, W] per level, with the same N and C, float32 or float64.
-        samples: the K RoIs, each in one of the groups.
-        counts: RoIs per image, if known without reading values. Only for a single map and group, whose RoIs are then in
-            the order of the images.
-
-    Returns:
-        [K, C, bins, bins]. RoIs on no level are zero.
-    """
+    """Sample maps, float32 or float64, and average over bins, [K, C, bins, bins]; ``counts``: see :class:`.RoIs`."""
     crops = [_crop_group(maps, group, counts) for group in samples]
     rois = [group.rois for group in samples if group.rois is not None]
     return torch.cat(crops)[torch.cat(rois).argsort()] if rois else crops[0]
@@ -56,31 +46,24 @@ def _average_selected(maps: Sequence[Tensor], group: Samples) -> Tensor:
             own = torch.where((group.level == level) & (group.image == i))[0]
             part = group.select(own)
             rois.append(own)
-            crops.append(_average_batched(image, part.y[None], part.x[None], _divisor(group))[0])
+            crops.append(_average_batched(image, part.y[None], part.x[None], group.divisor)[0])
     found = torch.cat(crops)
     return found.new_zeros(group.level.shape[0], *found.shape[1:]).index_copy(0, torch.cat(rois), found)
 
 
 def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
-    """Sample each image at all RoIs, without reading values. [M, C, bins, bins]
-
-    RoIs of another image or level read nothing and add zero.
-    """
+    """Sample each image at all RoIs; those of another image or level read nothing and add zero. [M, C, bins, bins]"""
     images = torch.arange(source.shape[0], device=source.device)[:, None]
     own = (group.image == images) & (group.level == level)  # [N, M]
     x = torch.where(own[..., None, None], group.x, OUTSIDE)
-    return _average_batched(source, group.y.expand(len(source), *group.y.shape), x, _divisor(group)).sum(dim=0)
+    return _average_batched(source, group.y.expand(len(source), *group.y.shape), x, group.divisor).sum(dim=0)
 
 
 def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor:
-    """Sample one map at its RoIs. [M, C, bins, bins]; means if all RoIs have one count, otherwise sums.
-
-    Images share one call, with their grids padded to one length: on a CPU grid_sample uses one thread per image.
-    """
+    """Sample one map at its RoIs. [M, C, bins, bins]; means if all RoIs have one count, otherwise sums."""
     images, rois = source.shape[0], group.image.shape[0]
-    divisor = _divisor(group)
     if images == 1 or (not makes_graph() and rois == 0):
-        return _average_batched(source[:1], group.y[None][:images], group.x[None][:images], divisor).flatten(0, 1)
+        return _average_batched(source[:1], group.y[None][:images], group.x[None][:images], group.divisor).flatten(0, 1)
     order = None
     if counts is None:
         counts = group.image.bincount(minlength=images).tolist()
@@ -88,35 +71,23 @@ def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor
             order = group.image.argsort(stable=True)
             group = replace(group, y=group.y[order], x=group.x[order])
     y, x = group.y.split(counts), group.x.split(counts)
-    # One by one where padding would cost more than it saves, or has no batching rule.
+    # One call for all images, padded to one length, as grid_sample uses one CPU thread per image. One by one where
+    # padding would cost more than it saves, or has no batching rule.
     if makes_graph() or images * max(counts) > 2 * rois or is_vmapped(group.y):
         of_images = [
-            _average_batched(source[i : i + 1], y_image[None], x_image[None], divisor)[0]
+            _average_batched(source[i : i + 1], y_image[None], x_image[None], group.divisor)[0]
             for i, (y_image, x_image) in enumerate(zip(y, x))
         ]
     else:
         padded_y, padded_x = (pad_sequence(list(p), batch_first=True, padding_value=OUTSIDE) for p in (y, x))
-        batched = _average_batched(source, padded_y, padded_x, divisor)
+        batched = _average_batched(source, padded_y, padded_x, group.divisor)
         of_images = [batched[i, :count] for i, count in enumerate(counts)]
     crops = torch.cat(of_images)
     return crops if order is None else crops[order.argsort()]
 
 
-def _divisor(group: Samples) -> int:
-    return 1 if isinstance(group.count, Tensor) else group.count
-
-
 def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tensor:
-    """Sample each image at M RoIs and return the bins' sums over ``divisor``, [N, M, C, bins, bins].
-
-    No map is copied per RoI: the grids of an image's RoIs are stacked along the height of one grid.
-
-    Args:
-        source: [N, C, H, W].
-        y: [N, M, bins, rows].
-        x: [N, M, bins, columns].
-        divisor: samples per bin, or 1 for sums.
-    """
+    """Sample each image at ``y`` [N, M, bins, rows] and ``x``; return sums over ``divisor``, [N, M, C, bins, bins]."""
     images, rois = y.shape[:2]
     # Constants in ONNX too: onnxruntime cannot infer a computed size where there are no RoIs.
     bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:], *x.shape[2:]))
@@ -137,6 +108,7 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
     y = y.to(source.dtype).reshape(images, rois, bins_y * rows)
     x = x.to(source.dtype).reshape(images, rois, bins_x * columns)
     shape = (images, rois, bins_y * rows, bins_x * columns)
+    # The grids of an image's RoIs are stacked along the height of one grid, as more would copy the map for each.
     grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
     sampled = F.grid_sample(
         source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
@@ -150,10 +122,7 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
 
 
 class _WindowMean(torch.autograd.Function):
-    """Sum over adjacent windows, divided by a constant: avg_pool2d without keeping its input.
-
-    avg_pool2d would save the samples, the largest tensor here, for a backward that needs only their shape.
-    """
+    """avg_pool2d that does not keep its input, the largest tensor here, for the backward."""
 
     generate_vmap_rule = True
 

@@ -1,6 +1,7 @@
 """RoI pooling over a feature pyramid, with box gradients through every level."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from math import log2
 from typing import Any
 
@@ -10,7 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop.crop import Sampler, check_sampler, crop_levels, describe
+from detector.crop.crop import Sampler, check_sampler, crop_levels
 from detector.crop.geometry import geometry_dtype
 from detector.crop.rois import pair
 
@@ -19,35 +20,29 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
     """Crop boxes out of a feature pyramid, with gradients to the maps and the boxes.
 
     Boxes are (x1, y1, x2, y2) in pixels of the resized images, x to the right and y down. Constructor, call and values
-    are those of ``torchvision.ops.MultiScaleRoIAlign``, which gives boxes no gradient.
-
-    The level of an RoI follows from its size (Lin et al., "Feature Pyramid Networks", 2017, equation 1). It is
-    piecewise constant in the box, so no gradient passes through it. Under ``torch.compile``, ``torch.export`` and
-    ``torch.vmap`` over boxes every level and image is sampled for every RoI.
+    are those of ``torchvision.ops.MultiScaleRoIAlign``, which gives boxes no gradient. The level of an RoI follows from
+    its size (Lin et al., "Feature Pyramid Networks", 2017, equation 1) and carries no gradient. Compiled, exported and
+    vmapped over boxes, every level and image is sampled for every RoI.
 
     Args:
         featmap_names: the feature maps to crop from; others are ignored.
-        output_size: height and width of the crop in bins, or one number for both.
-        sampling_ratio: see :func:`~detector.affine_crop`.
+        output_size, sampling_ratio, sampler: see :func:`~detector.affine_crop`.
         canonical_scale: box size, in image pixels, that maps to ``canonical_level``.
         canonical_level: level of a box of that size (k0 in equation 1); 4 is stride 16.
         aligned: see :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
-        sampler: see :func:`~detector.affine_crop`.
         size_divisible: images are padded, right and below, to a multiple of this many pixels before the backbone;
-            1 means no padding. :func:`~detector.swap_crop_head` takes it from ``GeneralizedRCNNTransform``. ``None``
-            tries 32 (torchvision's value) and 1, and takes what fits a map's size better; for unpadded images below
-            48 pixels it may be wrong.
+            1 means no padding. :func:`~detector.swap_crop_head` takes it from the model's transform. ``None`` takes
+            32 (torchvision's value) or 1, whichever fits a map's size better; below 48 pixels it may be wrong.
 
     Example:
         >>> pool = MultiScaleAffineCrop(["0", "1"], output_size=7, sampling_ratio=2)
         >>> maps = {"0": torch.rand(1, 8, 64, 64), "1": torch.rand(1, 8, 32, 32)}  # strides 4 and 8
         >>> boxes = torch.tensor([[10.0, 20.0, 60.0, 90.0], [5.0, 5.0, 250.0, 200.0]], requires_grad=True)
-        >>> crops = pool(maps, [boxes], [(256, 256)])
-        >>> crops.shape, crops.requires_grad
-        (torch.Size([2, 8, 7, 7]), True)
+        >>> pool(maps, [boxes], [(256, 256)]).shape
+        torch.Size([2, 8, 7, 7])
     """
 
-    # Defaults for modules whose class was changed by swap_crop_head.
+    # swap_crop_head changes the class of a pool that lacks these.
     aligned: bool = False
     sampler: Sampler = "auto"
     size_divisible: int | None = None
@@ -74,21 +69,13 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         self.size_divisible = size_divisible
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Crop RoIs out of a pyramid.
+        """Crop RoIs out of a pyramid, [K, C, *output_size]. Raises what :func:`~detector.affine_crop` does.
 
         Args:
-            x: feature maps by name, [N, C, H_level, W_level], from the finest level to the coarsest.
-            boxes: (x1, y1, x2, y2) in pixels of the resized, unpadded images, one [L, 4] tensor per image.
-            image_shapes: (height, width) of those images. They and ``size_divisible`` give the strides of the levels.
-
-        Returns:
-            [K, C, *output_size] in the dtype of the features, RoIs in the order of the images. With several levels,
-            RoIs of negative area belong to none and are zero, as in torchvision.
-
-        Raises:
-            TypeError: see :func:`~detector.affine_crop`.
-            ValueError: no map of ``x`` is in ``featmap_names``, ``image_shapes`` is empty, or see
-                :func:`~detector.affine_crop`.
+            x: feature maps by name, [N, C, H_level, W_level], from the finest level to the coarsest; at least one of
+                them in ``featmap_names``. If several are, RoIs of negative area belong to none and are zero.
+            boxes: one [L, 4] tensor per image.
+            image_shapes: (height, width) of the resized, unpadded images; they give the strides of the levels.
         """
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
@@ -97,36 +84,27 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError("image_shapes must have the size of at least one image, got none")
         largest = [max(sides) for sides in zip(*image_shapes)]
         scales = [_scale(feature.shape[-2:], largest, self.size_divisible) for feature in features]
-        level_of = self._level_mapper(scales) if len(features) > 1 else None
+        level_of = partial(self._level_of, scales) if len(features) > 1 else None
         options = (self.sampling_ratio, self.aligned, self.sampler)
         return crop_levels(features, boxes, level_of, self.output_size, scales, *options)
 
-    def _level_mapper(self, scales: list[float]) -> Callable[[Tensor], Tensor]:
-        first, last = (
-            -torch.log2(scale).round() if isinstance(scale, Tensor) else -int(log2(scale))
-            for scale in (scales[0], scales[-1])
-        )
+    def _level_of(self, scales: list[float | Tensor], corners: Tensor) -> Tensor:
+        """Return each RoI's level: -1 for a negative area, as in torchvision, and 0 for boxes that are not finite."""
+        ends = (scales[0], scales[-1])
+        first, last = (-torch.log2(s).round() if isinstance(s, Tensor) else -int(log2(s)) for s in ends)
+        corners = corners.to(geometry_dtype(corners))
         mapper = LevelMapper(first, last, self.canonical_scale, self.canonical_level)
-
-        def level_of(corners: Tensor) -> Tensor:
-            """Return -1 for a negative area, as torchvision does, and 0 for boxes that are not finite."""
-            corners = corners.to(geometry_dtype(corners))
-            area = box_area(corners)
-            level = torch.where(area < 0, -1, mapper([corners.nan_to_num()]))
-            return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
-
-        return level_of
+        level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
+        return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, aligned={self.aligned}{describe(self.sampler)})"
+        return f"{super().__repr__()[:-1]}, aligned={self.aligned}, sampler={self.sampler})"
 
 
 def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:
-    """Return map pixels per pixel of the padded image, rounded to a power of two.
+    """Return map pixels per pixel of the padded image, rounded to a power of two; a tensor while ONNX is traced.
 
     torchvision divides by the size before padding. For a thin image that doubles the scale: 20 pixels are padded to 32.
-
-    While a graph for ONNX is traced, sizes and scale are tensors, because they depend on the image.
     """
     exponents: list[Any] = []
     for multiple in (32, 1) if size_divisible is None else (size_divisible,):

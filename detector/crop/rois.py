@@ -1,24 +1,98 @@
-"""Checks of maps and boxes, and the place of every RoI on its map. Shared by all crops."""
+"""RoIs: checks, their place on the maps, and sample positions, one axis at a time.
+
+The rules are those of ``torchvision.ops.roi_align`` (He et al., "Mask R-CNN", 2017, section 3, and the C++ kernel):
+
+* a bin is cut into equal parts, with one sample in the middle of each;
+* a sample more than one pixel outside the map (position < -1 or > size) counts as zero;
+* any other sample is clamped to [0, size - 1], the centres of the first and last pixel.
+"""
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from detector.crop.geometry import geometry_dtype
-from detector.crop.positions import Axis, is_vmapped, makes_graph, roi_axes
+from detector.crop.geometry import boxes_in_frame, boxes_to_theta, check_floating, geometry_dtype
+
+# Normalised position of samples that count as zero, more than a pixel outside any map: grid_sample then reads nothing.
+OUTSIDE = 3.0
+
+
+class Rows:
+    """Base of frozen dataclasses whose tensors have one row per RoI."""
+
+    def select(self, rois: slice | Tensor) -> Self:
+        """Return the rows of some RoIs."""
+        rows = {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, Rows))}
+        selected = {name: row[rois] if isinstance(row, Tensor) else row.select(rois) for name, row in rows.items()}
+        return replace(self, **selected)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
-class RoIs:
-    """K RoIs of one call, on maps of one or several sizes."""
+class Axis(Rows):
+    """One axis (x or y) of K RoIs.
+
+    ``start`` and ``extent`` decide whether a sample is outside the map, and are rounded as in roi_align. ``scale`` and
+    ``shift`` give the sample's position and carry the gradient.
+    """
+
+    start: Tensor  # [K], map pixels, without gradient
+    extent: Tensor  # [K], map pixels, without gradient
+    scale: Tensor  # [K], theta's entry for this axis
+    shift: Tensor  # [K], theta's translation
+    size: Tensor  # [K], pixels of the RoI's map, in the dtype of the others
+    bins: int
+
+    def adaptive_counts(self) -> Tensor:
+        """Return the samples per bin at ``sampling_ratio <= 0``, [K]: ceil(extent / bins), 0 for an empty side."""
+        return (self.extent / self.bins).ceil().clamp(min=0)
+
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Return the first sample of each bin that may lie on the map, [K, bins], and the most in a bin, [K]; int64."""
+        # Limits the cost of huge RoIs. With two samples of slack, as positions() decides exactly.
+        extent, size, counts = (values.double()[:, None] for values in (self.extent, self.size, self.adaptive_counts()))
+        bin_size = extent / self.bins
+        bin_start = self.start.double()[:, None] + torch.arange(self.bins, device=extent.device) * bin_size
+        step = bin_size / counts.clamp(min=1)  # [K, 1], pixels between samples
+        zero = torch.zeros_like(counts)
+        first = (((-1 - bin_start) / step - 0.5).floor() - 2).nan_to_num().clamp(zero, counts)
+        last = (((size - bin_start) / step - 0.5).ceil() + 3).nan_to_num().clamp(zero, counts)
+        return first.long(), (last - first).amax(dim=1).long()
+
+    def positions(self, index: Tensor, counts: Tensor | int) -> Tensor:
+        """Return normalised positions [K, bins, n] of samples number ``index``, OUTSIDE for those that are zero."""
+        dtype = self.start.dtype
+        bins = torch.arange(self.bins, dtype=dtype, device=self.start.device)[:, None]  # [bins, 1]
+        limit = counts[:, None, None] if isinstance(counts, Tensor) else counts
+        count = limit.clamp(min=1) if isinstance(limit, Tensor) else limit
+        size = self.size[:, None, None]
+        middle = index.to(dtype) + 0.5
+        bin_size = (self.extent / self.bins)[:, None, None]
+        # In roi_align's order of operations: samples of integer boxes lie exactly on the border.
+        pixel = self.start[:, None, None] + bins * bin_size + middle * bin_size / count  # [K, bins, n]
+        on_map = (pixel >= -1) & (pixel <= size) & (index < limit)
+
+        unit = (bins + middle / count) * (2 / self.bins) - 1  # the sample in the crop frame, -1..1
+        # A row of affine_grid written out: autocast would run its matrix product in bfloat16.
+        position = self.scale[:, None, None] * unit + self.shift[:, None, None]
+        # The centre of the edge pixel less a rounding error. On or beyond the centre, zero padding would give the
+        # slope from the pixel down to 0 where the surface is flat.
+        edge = (1 - 1 / size) * (1 - 4 * torch.finfo(dtype).eps)
+        position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
+        return torch.where(on_map, position, OUTSIDE)
+
+
+@dataclass(frozen=True)
+class RoIs(Rows):
+    """The K RoIs of one call, on maps of one or several sizes."""
 
     y: Axis
     x: Axis
-    level: Tensor  # [K] int64, which map the RoI is cropped from; -1: none
+    level: Tensor  # [K] int64, index of the RoI's map; -1: none
     image: Tensor  # [K] int64, index in the batch
     counts: list[int] | None  # RoIs per image, if known without reading values; the RoIs are then in image order
     valid: Tensor | None  # [K]; None: all are, as values were checked
@@ -31,52 +105,70 @@ class RoIs:
         return crops.to(dtype)
 
 
-def place_rois(
-    maps: Sequence[Tensor],
-    boxes: Tensor | Sequence[Tensor],
-    level_of: Callable[[Tensor], Tensor] | None,
-    bins: tuple[int, int],
-    spatial_scales: Sequence[float],
-    aligned: bool,
-) -> RoIs:
-    """Check the arguments of a crop and place its RoIs on the maps.
+@dataclass(frozen=True)
+class Samples(Rows):
+    """Sample positions of M of the K RoIs of a call, all with the same number of samples."""
 
-    Args:
-        maps: one [N, C, H, W] per level, all with the same N and C.
-        boxes: see :func:`~detector.affine_crop`.
-        level_of: maps corners [K, 4] to level indices [K], int64; -1: no level. ``None``: a single map.
-        bins: height and width of the crop.
-        spatial_scales: map pixels per image pixel, one per level.
-        aligned: see :func:`~detector.affine_crop`.
+    rois: Tensor | None  # [M] int64, which RoIs these are; None: all, in order
+    level: Tensor  # [M] int64, index of the RoI's map; -1: none
+    image: Tensor  # [M] int64, index in the batch
+    y: Tensor  # [M, bins, n], normalised positions of the rows of samples, differentiable
+    x: Tensor  # [M, bins, n], and of the columns
+    height: Tensor  # [M], pixels of the RoI's map
+    width: Tensor  # [M]
+    count: Tensor | int  # samples per bin, on the map or not, at least 1; [M] or one for all
 
-    Raises:
-        TypeError, ValueError: see :func:`~detector.affine_crop`.
-    """
-    for source, spatial_scale in zip(maps, spatial_scales):
-        _check_map(source, spatial_scale)
-        if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
-            given = [(list(m.shape), str(m.device)) for m in maps]
-            raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
-    index, corners, counts = _split_boxes(maps[0], boxes)
-    images = maps[0].shape[0]
-    known = (index >= 0) & (index < images)  # false for NaN
-    if index.is_floating_point():
-        known = known & (index == index.floor())
-    vmapped = is_vmapped(corners)
-    # On a GPU a check would synchronise. Values do not exist while a graph is made.
-    checked = corners.device.type == "cpu" and not makes_graph() and not vmapped
-    if checked:
-        _check_values(index, known, corners, images)
-    image = torch.where(known, index, 0).long()
-    level = torch.zeros_like(image) if level_of is None else level_of(corners.detach())
-    corners = corners.to(geometry_dtype(*maps, corners))
-    sizes = [(source.shape[2], source.shape[3]) for source in maps]
-    y, x, finite = roi_axes(corners, level, sizes, bins, spatial_scales, aligned)
-    if checked and not finite.all():
-        row = int((~finite).nonzero()[0])
-        scale = spatial_scales[max(int(level[row]), 0)]
-        raise ValueError(f"boxes must be finite in map pixels, got {corners[row].tolist()} at spatial_scale {scale}")
-    return RoIs(y, x, level, image, counts, None if checked else known & finite, vmapped)
+    @property
+    def divisor(self) -> int:
+        return 1 if isinstance(self.count, Tensor) else self.count
+
+
+def fixed_samples(rois: RoIs, sampling_ratio: int) -> Samples:
+    """Place ``sampling_ratio`` samples per bin and axis for every RoI."""
+    index = torch.arange(sampling_ratio, device=rois.level.device)
+    y, x = (axis.positions(index, sampling_ratio) for axis in (rois.y, rois.x))
+    return Samples(None, rois.level, rois.image, y, x, rois.y.size, rois.x.size, sampling_ratio**2)
+
+
+def adaptive_samples(rois: RoIs) -> list[Samples]:
+    """Place samples by the RoI's size, in groups of RoIs with similar numbers. Synchronises on a GPU."""
+    if rois.level.is_meta or not rois.level.numel():  # without RoIs, an empty result that stays in the graph
+        return [fixed_samples(rois, 1)]
+    largest = torch.stack([axis.windows()[1] for axis in (rois.y, rois.x)], dim=1)
+    samples = []
+    for group, shape in group_by_size(largest):
+        part = rois.select(group)
+        y, x = (
+            axis.positions(axis.windows()[0][..., None] + torch.arange(n, device=group.device), axis.adaptive_counts())
+            for axis, n in zip((part.y, part.x), shape)
+        )
+        count = (part.y.adaptive_counts() * part.x.adaptive_counts()).clamp(min=1)
+        samples.append(Samples(group, part.level, part.image, y, x, part.y.size, part.x.size, count))
+    return samples
+
+
+def group_by_size(sizes: Tensor) -> list[tuple[Tensor, list[int]]]:
+    """Group RoIs by their numbers of rows and columns, [K, 2], rounded up to powers of two to keep the groups few."""
+    sizes = (2.0 ** sizes.clamp(min=1).log2().ceil()).long()
+    groups, group_of = sizes.unique(dim=0, return_inverse=True)
+    return [(torch.where(group_of == number)[0], group) for number, group in enumerate(groups.tolist())]
+
+
+def makes_graph() -> bool:
+    """Return whether a graph is being compiled or traced (for ONNX too), so that values must not be read."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Return whether ``torch.vmap`` runs over this very tensor, so that its values must not be read."""
+    if torch.compiler.is_compiling():
+        return False
+    # PyTorch has no public function for this; torch.cond and tensor printing use these.
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)  # a wrapper of grad, perhaps around one of vmap
+    return False
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -90,58 +182,99 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return first, second
 
 
+def place_rois(
+    maps: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    level_of: Callable[[Tensor], Tensor] | None,
+    bins: tuple[int, int],
+    spatial_scales: Sequence[float],
+    aligned: bool,
+) -> RoIs:
+    """Check the arguments of a crop and place its RoIs. ``level_of`` returns the level of corners, or -1 for none."""
+    for source, spatial_scale in zip(maps, spatial_scales):
+        check_floating("input", source)
+        if source.dim() != 4 or source.shape[2] < 1 or source.shape[3] < 1:
+            raise ValueError(f"input must be [N, C, H, W], H and W at least 1, got {list(source.shape)}")
+        if not 0 < spatial_scale < inf:
+            raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
+        if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
+            given = [(list(m.shape), str(m.device)) for m in maps]
+            raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
+    index, corners, counts = _split_boxes(maps[0], boxes)
+    images = maps[0].shape[0]
+    known = (index >= 0) & (index < images)  # false for NaN
+    if index.is_floating_point():
+        known = known & (index == index.floor())
+    image = torch.where(known, index, 0).long()
+    level = torch.zeros_like(image) if level_of is None else level_of(corners.detach())
+    scales = _of_level(level, spatial_scales, corners.to(geometry_dtype(*maps, corners)))
+    y, x, finite = _axes(corners.to(scales.dtype), level, scales, maps, bins, aligned)
+    vmapped = is_vmapped(corners)
+    # On a GPU a check would synchronise. Values do not exist while a graph is made.
+    if corners.device.type != "cpu" or makes_graph() or vmapped:
+        return RoIs(y, x, level, image, counts, known & finite, vmapped)
+    if not known.all():
+        row = int((~known).nonzero()[0])
+        raise ValueError(f"boxes[{row}] has image index {index[row].item()}, but input has a batch of {images}")
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        place = f"(RoI {row}, spatial_scale {spatial_scales[max(int(level[row]), 0)]})"
+        raise ValueError(f"boxes must be finite in map pixels, got {corners[row].tolist()} {place}")
+    return RoIs(y, x, level, image, counts, None, vmapped)
+
+
 def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int] | None]:
     """Check the boxes; return image indices [K], corners [K, 4], and the RoIs per image if known."""
     images = input.shape[0]
-    counts = None
     if isinstance(boxes, Tensor):
         _check_boxes("boxes", boxes, input, 5, "[K, 5] (image index, x1, y1, x2, y2)")
-        index, corners = boxes[:, 0].detach(), boxes[:, 1:]
-        if images == 1:
-            counts = [boxes.shape[0]]
-    elif isinstance(boxes, Sequence) and not isinstance(boxes, str):
-        for i, image_boxes in enumerate(boxes):
-            _check_boxes(f"boxes[{i}]", image_boxes, input, 4, "[L, 4] (x1, y1, x2, y2)")
-        if len(boxes) > images:
-            raise ValueError(f"boxes has {len(boxes)} images, but input has a batch of {images}")
-        # len() would be baked into a traced graph.
-        counts = [image_boxes.shape[0] for image_boxes in boxes] + [0] * (images - len(boxes))
-        corners = torch.cat(list(boxes)) if boxes else input.new_zeros(0, 4, dtype=geometry_dtype(input))
-        # int64, because bfloat16 boxes count exactly to 256 only.
-        of_image = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(boxes)]
-        index = torch.cat(of_image or [corners.new_zeros(0, dtype=torch.int64)])
-    else:
+        return boxes[:, 0].detach(), boxes[:, 1:], [boxes.shape[0]] if images == 1 else None
+    if not isinstance(boxes, Sequence) or isinstance(boxes, str):
         raise TypeError(f"boxes must be a [K, 5] tensor or a sequence of [L, 4] tensors, got {type(boxes).__name__}")
-    return index, corners, counts
-
-
-def _check_map(input: Tensor, spatial_scale: float) -> None:
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        kind = input.dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"input must be a floating point tensor, got {kind}")
-    if input.dim() != 4:
-        raise ValueError(f"input must have shape [N, C, H, W], got {list(input.shape)}")
-    if input.shape[2] < 1 or input.shape[3] < 1:
-        raise ValueError(f"input must be at least one pixel high and wide, got shape {list(input.shape)}")
-    if not 0 < spatial_scale < inf:
-        raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
+    for i, image_boxes in enumerate(boxes):
+        _check_boxes(f"boxes[{i}]", image_boxes, input, 4, "[L, 4] (x1, y1, x2, y2)")
+    if len(boxes) > images:
+        raise ValueError(f"boxes has {len(boxes)} images, but input has a batch of {images}")
+    # len() would be baked into a traced graph.
+    counts = [image_boxes.shape[0] for image_boxes in boxes] + [0] * (images - len(boxes))
+    corners = torch.cat(list(boxes)) if boxes else input.new_zeros(0, 4, dtype=geometry_dtype(input))
+    # int64, because bfloat16 boxes count exactly to 256 only.
+    of_image = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(boxes)]
+    return torch.cat(of_image or [corners.new_zeros(0, dtype=torch.int64)]), corners, counts
 
 
 def _check_boxes(name: str, boxes: Tensor, input: Tensor, columns: int, shape: str) -> None:
-    if not isinstance(boxes, Tensor) or not boxes.is_floating_point():
-        kind = boxes.dtype if isinstance(boxes, Tensor) else type(boxes).__name__
-        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    check_floating(name, boxes)
     if boxes.dim() != 2 or boxes.shape[1] != columns:
         raise ValueError(f"{name} must have shape {shape}, got {list(boxes.shape)}")
     if boxes.device != input.device:
         raise TypeError(f"{name} and input must be on one device, got {boxes.device} and {input.device}")
 
 
-def _check_values(index: Tensor, known: Tensor, corners: Tensor, images: int) -> None:
-    if not known.all():
-        row = int((~known).nonzero()[0])
-        raise ValueError(f"boxes[{row}] has image index {index[row].item()}, but input has a batch of {images}")
-    finite = torch.isfinite(corners).all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"boxes must be finite, got {corners[row].tolist()} (RoI {row})")
+def _axes(
+    corners: Tensor, level: Tensor, scale: Tensor, maps: Sequence[Tensor], bins: tuple[int, int], aligned: bool
+) -> tuple[Axis, Axis, Tensor]:
+    """Return the y and x axes of RoIs, and which RoIs are finite in map pixels, [K]; the others are placed at 0."""
+    height, width = (_of_level(level, [source.shape[axis] for source in maps], corners) for axis in (2, 3))
+    pixels = corners.detach() * scale[:, None] - (0.5 if aligned else 0.0)
+    start, end = pixels.split(2, dim=1)
+    extent = end - start
+    if not aligned:
+        extent = extent.clamp(min=1)
+        corners = torch.cat([corners[:, :2], torch.maximum(corners[:, 2:], corners[:, :2] + 1 / scale[:, None])], 1)
+    theta = boxes_to_theta(boxes_in_frame(corners, height, width, scale, aligned))
+    finite = torch.isfinite(torch.cat([pixels, extent, theta.detach().flatten(1)], dim=1)).all(dim=1)
+    # Nothing may be computed from NaN: NaN times zero is NaN, in gradients too.
+    theta = torch.where(finite[:, None, None], theta, 0.0)
+    start, extent = torch.where(finite[:, None], start, 0.0), torch.where(finite[:, None], extent, 1.0)
+    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], height, bins[0])
+    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], width, bins[1])
+    return y, x, finite
+
+
+def _of_level(level: Tensor, values: Sequence[float], like: Tensor) -> Tensor:
+    """Return the value of each RoI's level, [K], without copying a tensor to a GPU, which would synchronise."""
+    chosen = like.new_full(level.shape, values[0])
+    for number, value in enumerate(values[1:], 1):
+        chosen = torch.where(level == number, value, chosen)
+    return chosen
