@@ -5,12 +5,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, overload
 
 import safetensors.torch
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detector.crop.pyramid import MultiScaleAffineCrop
@@ -18,41 +17,34 @@ from detector.data.folder import DataFolder
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
 from detector.errors import DataError, ModelError
-from detector.files import read_json, write_atomically, write_json
+from detector.files import write_atomically, write_json
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
 from detector.models.resizing import accept_narrow_images
 from detector.models.rle_detections import DetectionDict, detect, select
-from detector.models.weights import as_model_error
 from detector.overriding import eval_mode
 from detector.pretrained.description import Crop, DetectorDescription
 from detector.pretrained.detections import Detections
-from detector.pretrained.hub import CARD, CONFIG, WEIGHTS, fetch
+from detector.pretrained.hub import CARD, CONFIG, WEIGHTS, upload
 from detector.pretrained.image_tensors import ImageLike, batches_of_one_size, image_tensor
 from detector.pretrained.model_card import is_generated, model_card
 from detector.pretrained.onnx_export import OnnxExport, export_onnx
 from detector.rcnn.swap import restore_roi_align, swap_crop_head
 from detector.refinement.attach import refinement_of
 from detector.refinement.head import Refinement
-from detector.text import short
 
 if TYPE_CHECKING:
     from detector.evaluation.scoring import Evaluation
 
+ImageList = list[Any] | tuple[Any, ...]
 BATCH_SIZE = 8  # maximum number of images that detect() runs together
 
 
-class Detector(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="affine-crop-rcnn",
-    pipeline_tag="object-detection",
-    tags=["object-detection", "torchvision"],
-):
+class Detector(nn.Module):
     """A trained torchvision detector with its categories, in eval mode.
 
     Boxes are (x1, y1, x2, y2) in pixels of the image. Labels count from 1; 0 is the background.
-    :func:`~detector.load_detector` loads one; the inherited ``push_to_hub`` uploads one to Hugging Face's hub.
+    :func:`~detector.load_detector` loads one.
 
     Args:
         model: the network. A transform of torchvision's own class is changed to accept images of any shape.
@@ -115,17 +107,12 @@ class Detector(
 
     @overload
     def detect(
-        self,
-        image: list[Any] | tuple[Any, ...],
-        *,
-        min_score: float = ...,
-        orientation: Orientation = ...,
-        max_pixels: int | None = ...,
+        self, image: ImageList, *, min_score: float = ..., orientation: Orientation = ..., max_pixels: int | None = ...
     ) -> list[Detections]: ...
 
     def detect(
         self,
-        image: ImageLike | list[Any] | tuple[Any, ...],
+        image: ImageLike | ImageList,
         *,
         min_score: float = 0.5,
         orientation: Orientation = "upright",
@@ -224,12 +211,31 @@ class Detector(
     def export(self, path: str | Path, **options: Any) -> OnnxExport:
         """Write the detector to an ONNX file with :func:`~detector.pretrained.onnx_export.export_onnx`."""
         network: Any = self.model
-        names, ids = self.category_names, self.category_ids
-        return export_onnx(network, path, class_names=names, category_ids=ids, **options)
+        classes = list(zip(self.category_names, self.category_ids, strict=True))
+        return export_onnx(network, path, classes=classes, **options)
 
     def digest(self) -> str:
         """Return a hash of all weights, which links a report of scores to its detector."""
         return digest_of(self.model.state_dict())
+
+    def describe(self) -> DetectorDescription:
+        """Return what a file holds of the detector besides its weights.
+
+        Raises:
+            ModelError: the detector was not built from a :class:`~detector.models.config.DetectorConfig`.
+        """
+        if self.settings is None or self.crop is None:
+            raise ModelError("only detectors that tools/train.py can build can be saved: torchvision's R-CNNs")
+        initial = self.settings.weights and Path(self.settings.weights).name  # the folder is private
+        return DetectorDescription(
+            replace(self.settings, weights=initial),
+            self.crop,
+            self.category_ids,
+            self.category_names,
+            batch_norm_eps(self.model),
+            None if self.refinement is None else self.refinement.config,
+            self.keypoints,
+        )
 
     def save(self, folder: str | Path, *, report: dict[str, Any] | None = None) -> None:
         """Write ``model.safetensors``, ``config.json`` and a model card, ``README.md``, each in an atomic write.
@@ -241,108 +247,31 @@ class Detector(
             report: the content of a ``report.json`` of ``tools/eval.py``, whose scores the card shows.
 
         Raises:
-            ModelError: the detector was not built from a :class:`~detector.models.config.DetectorConfig`.
+            ModelError: see :meth:`describe`.
             DataError: the report lacks what the card shows.
             OSError: a file cannot be written.
         """
-        if self.settings is None or self.crop is None:
-            raise ModelError("only detectors that tools/train.py can build can be saved: torchvision's R-CNNs")
-        card = self.generate_model_card(report=report)
+        description = self.describe()
+        card = model_card(description, report)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.cpu().contiguous() for name, value in self.model.state_dict().items()}
-        description = DetectorDescription(
-            # Only the name of the initial weights is kept: their folder is private.
-            replace(self.settings, weights=self.settings.weights and Path(self.settings.weights).name),
-            self.crop,
-            self.category_ids,
-            self.category_names,
-            batch_norm_eps(self.model),
-            None if self.refinement is None else self.refinement.config,
-            self.keypoints,
-        )
         write_atomically(folder / WEIGHTS, safetensors.torch.save(weights))
         write_json(folder / CONFIG, description.to_dict() | {"weights_digest": digest_of(weights)}, indent=2)
         if is_generated(folder / CARD):
             write_atomically(folder / CARD, str(card).encode())
 
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        model_card_kwargs: dict[str, Any] | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        config: None = None,
-        **options: Any,
-    ) -> str | None:
-        """:meth:`save` under Hugging Face's name. The mixin's own would delete ``config.json`` before it writes."""
-        self.save(save_directory, **(model_card_kwargs or {}))
-        if not push_to_hub:
-            return None
-        return self.push_to_hub(repo_id or Path(save_directory).name, model_card_kwargs=model_card_kwargs, **options)
-
-    def generate_model_card(self, *args: Any, report: dict[str, Any] | None = None, **options: Any) -> ModelCard:
-        """Return the text of ``README.md``."""
-        assert self.settings is not None
-        return model_card(
-            self._hub_mixin_info.model_card_data,
-            self.settings,
-            self.crop,
-            self.category_names,
-            report,
-            refinement=None if self.refinement is None else self.refinement.config,
-            keypoints=self.keypoints,
-        )
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        map_location: str | torch.device = "cpu",
-    ) -> "Detector":
-        """Load the files of :meth:`save`. Nothing is unpickled.
+    def push_to_hub(self, repository: str, *, report: dict[str, Any] | None = None, **options: Any) -> str:
+        """Upload the files of :meth:`save` to Hugging Face's hub, and return their address.
 
         Args:
-            pretrained_model_name_or_path: a folder, or the name of a repository on Hugging Face's hub.
-            revision, token, cache_dir, force_download, local_files_only: see ``huggingface_hub.hf_hub_download``.
-            map_location: the device to load to.
-
-        Raises:
-            ModelError: the folder or repository is missing, or a file is missing or damaged.
+            repository: "owner/name", created if it does not exist.
+            report: see :meth:`save`.
+            options: see ``huggingface_hub.create_repo``, such as ``private`` and ``token``.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            folder = fetch(
-                str(folder),
-                local_files_only=local_files_only,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-            )
-        for name in (CONFIG, WEIGHTS):
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder}: not a saved detector: it has no {name}")
-        try:
-            config = read_json(folder / CONFIG)
-        except DataError as error:
-            raise ModelError(str(error)) from None
-        try:
-            weights = safetensors.torch.load_file(folder / WEIGHTS)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{folder / WEIGHTS}: cannot be read (cut off?): {short(str(error), 300)}") from None
-        with as_model_error(f"{folder / CONFIG}: not a detector of this project, or damaged"):
-            description = DetectorDescription.from_dict(config)
-            if config["weights_digest"] != digest_of(weights):
-                raise ModelError(f"{WEIGHTS} beside it is damaged, or another detector's")
-            return cls.from_description(description, weights).to(map_location)
+        with TemporaryDirectory() as folder:
+            self.save(folder, report=report)
+            return upload(repository, folder, **options)
 
 
 def digest_of(weights: dict[str, Tensor]) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import HfHubHTTPError
 
 from detector.errors import ModelError, one_line
@@ -11,22 +11,31 @@ from detector.errors import ModelError, one_line
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the hub's names
 
 
-def fetch(repository: str, *, local_files_only: bool, **options: Any) -> Path:
+def fetch(repository: str, **options: Any) -> Path:
     """Fetch a repository's config and weights, and return the folder of the hub's cache that holds them."""
-    unreachable = None if local_files_only else _connection_error(repository, options["revision"], options["token"])
-    offline = local_files_only or unreachable is not None
+    unreachable = None if options.get("local_files_only") else _connection_error(repository, options)
+    if unreachable is not None:
+        options["local_files_only"] = True
     try:
-        files = [hf_hub_download(repository, name, local_files_only=offline, **options) for name in (CONFIG, WEIGHTS)]
+        files = [hf_hub_download(repository, name, **options) for name in (CONFIG, WEIGHTS)]
     except Exception as error:  # the hub's client and its transport raise many types
         reason = f"cannot be reached: {one_line(unreachable)}" if unreachable else f"does not have it: {error}"
         raise ModelError(f"{repository}: no such folder, and the hub {' '.join(reason.split())}") from None
     return Path(files[-1]).parent
 
 
-def _connection_error(repository: str, revision: str | None, token: str | bool | None) -> Exception | None:
+def upload(repository: str, folder: str, *, token: str | bool | None = None, **options: Any) -> str:
+    """Upload the files of a folder to a repository, which is created if it does not exist."""
+    api = HfApi(token=token)
+    name = api.create_repo(repository, exist_ok=True, **options).repo_id
+    return str(api.upload_folder(repo_id=name, folder_path=folder))
+
+
+def _connection_error(repository: str, options: dict[str, Any]) -> Exception | None:
     """Try the hub once. Without a network the download itself would retry for half a minute."""
     try:
-        get_hf_file_metadata(hf_hub_url(repository, CONFIG, revision=revision), token=token)
+        address = hf_hub_url(repository, CONFIG, revision=options.get("revision"))
+        get_hf_file_metadata(address, token=options.get("token"))
     except (HfHubHTTPError, ValueError):  # the hub answered, or the name is invalid: the download says so
         return None
     except Exception as error:

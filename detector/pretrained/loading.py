@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from torchvision.models.detection import FasterRCNN
 
-from detector.errors import ModelError
+from detector.errors import DataError, ModelError
+from detector.files import read_json
 from detector.models.config import BUILDERS
 from detector.models.published import (
     load_torchvision_detector,
@@ -16,28 +20,48 @@ from detector.models.published import (
 )
 from detector.models.weights import as_model_error, read_weights
 from detector.pretrained.description import DetectorDescription
-from detector.pretrained.detector import Detector
-from detector.pretrained.hub import CONFIG, is_hub_name
+from detector.pretrained.detector import Detector, digest_of
+from detector.pretrained.hub import CONFIG, WEIGHTS, fetch, is_hub_name
+from detector.text import short
 
 CHECKPOINT_KEY = "affine_crop_rcnn"  # the key of the description in a training checkpoint
 
 
-def load_detector(source: str | Path) -> Detector:
+def load_detector(source: str | Path, *, map_location: str | torch.device = "cpu", **hub_options: Any) -> Detector:
     """Load a trained detector. Nothing is unpickled.
 
     Args:
         source: a checkpoint of ``tools/train.py``, a run folder (its last checkpoint is taken), a folder written by
             :meth:`Detector.save`, or the name of a repository on Hugging Face's hub, "owner/name".
+        map_location: the device to load to.
+        hub_options: see ``huggingface_hub.hf_hub_download``, such as ``revision``, ``token`` and ``cache_dir``.
 
     Raises:
         ModelError: the source is missing, damaged, or not a detector of this project.
     """
     path = Path(checkpoint_of(source))
-    if path.is_dir() and not (path / CONFIG).exists():
-        raise ModelError(f"{path}: neither a saved detector (no {CONFIG}) nor a run folder (no checkpoints/last.ckpt)")
-    if path.is_dir() or is_hub_name(path):
-        return Detector.from_pretrained(source)
-    return load_checkpoint(path)
+    if is_hub_name(path):
+        path = fetch(str(source), **hub_options)
+    return (_load_saved(path) if path.is_dir() else load_checkpoint(path)).to(map_location)
+
+
+def _load_saved(folder: Path) -> Detector:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder}: neither a saved detector (no {name}) nor a run (no checkpoints/last.ckpt)")
+    try:
+        config = read_json(folder / CONFIG)
+    except DataError as error:
+        raise ModelError(str(error)) from None
+    try:
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder / WEIGHTS}: cannot be read (cut off?): {short(str(error), 300)}") from None
+    with as_model_error(f"{folder / CONFIG}: not a detector of this project, or damaged"):
+        description = DetectorDescription.from_dict(config)
+        if config["weights_digest"] != digest_of(weights):
+            raise ModelError(f"{WEIGHTS} beside it is damaged, or another detector's")
+        return Detector.from_description(description, weights)
 
 
 def checkpoint_of(source: str | Path) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from detector.data.keypoints import KeypointLayout
+from detector.data.annotation_types import AnnotationType
 from detector.errors import DataError
-from detector.models.config import DetectorConfig
+from detector.pretrained.description import DetectorDescription
 from detector.refinement.config import RefinementConfig
 from detector.text import clean
 
@@ -22,14 +22,17 @@ SCORES = {  # of a report, with their meaning
     "APl": "larger",
     "AR100": "recall, up to 100 detections an image",
 }
-NETWORKS = {(): "Faster R-CNN", ("masks",): "Mask R-CNN", ("keypoints",): "Keypoint R-CNN"}
-# Hugging Face's task, and the name of the scores, by their section in the report.
+NETWORKS: dict[tuple[AnnotationType, ...], tuple[str, str]] = {  # with Hugging Face's task
+    (): ("Faster R-CNN", "object-detection"),
+    ("masks",): ("Mask R-CNN", "image-segmentation"),
+    ("keypoints",): ("Keypoint R-CNN", "keypoint-detection"),
+}
+# The task of each section of scores in a report, and the prefix of their names.
 SECTIONS = {
     "": ("object-detection", ""),
     "segm": ("image-segmentation", "mask "),
     "keypoints": ("keypoint-detection", "keypoints "),
 }
-PIPELINES = {(): "object-detection", ("masks",): "image-segmentation", ("keypoints",): "keypoint-detection"}
 MAX_NAMES = 100
 # Cards with this line may be replaced.
 GENERATED = "<!-- Written by affine-crop-rcnn. Delete this line to keep the file when the detector is saved again. -->"
@@ -43,38 +46,23 @@ def is_generated(path: Path) -> bool:
         return True
 
 
-def model_card(
-    data: ModelCardData,
-    settings: DetectorConfig,
-    crop: str | None,
-    names: Sequence[str],
-    report: dict[str, Any] | None = None,
-    *,
-    refinement: RefinementConfig | None = None,
-    keypoints: KeypointLayout | None = None,
-) -> ModelCard:
+def model_card(description: DetectorDescription, report: dict[str, Any] | None = None) -> ModelCard:
     """Return a model card in Hugging Face's format.
 
     Args:
-        data: the metadata that all cards share.
-        settings: the settings that the detector was built with.
-        crop: "affine" or "roi_align".
-        names: the class names.
+        description: the detector.
         report: the content of a ``report.json``. Without one the card says that there are no scores.
-        refinement: the settings of the refinement, if there is one.
-        keypoints: the layout of the keypoints, if there are any.
 
     Raises:
         DataError: the report lacks what the card shows.
     """
-    network = NETWORKS[settings.annotation_types]
-    data = ModelCardData(**data.to_dict())
-    data.pipeline_tag = PIPELINES[settings.annotation_types]
-    data.tags = sorted({*(data.tags or []), network.lower().replace(" ", "-")})
+    settings, names, keypoints = description.settings, description.category_names, description.keypoints
+    network, task = NETWORKS[settings.annotation_types]
+    tags = sorted(["object-detection", "torchvision", network.lower().replace(" ", "-")])
+    data = ModelCardData(library_name="affine-crop-rcnn", pipeline_tag=task, tags=tags)
     title = f"Affine-crop R-CNN: {settings.name}"
-    cropping = (
-        "the affine crop, which has RoIAlign's values and gradients to the boxes" if crop == "affine" else "RoIAlign"
-    )
+    affine = "the affine crop, which has RoIAlign's values and gradients to the boxes"
+    cropping = affine if description.crop == "affine" else "RoIAlign"
     install = 'pip install -e ".[timm]"' if settings.name.startswith("timm/") else "pip install -e ."
     found = ", each with a mask" if "masks" in settings.annotation_types else ""
     if keypoints is not None:
@@ -86,7 +74,7 @@ def model_card(
 A {network} (`{settings.name}`) that crops its feature maps with {cropping}, made with affine-crop-rcnn.
 It detects {len(names)} classes{found}: {_listed(names)}.
 Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.
-{_refinement(refinement)}
+{_refinement(description.refinement)}
 To load it, run `{install}` in a clone of the project's repository.
 
 ```python

@@ -34,18 +34,10 @@ from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 
 OPSETS = range(16, 21)  # GridSample needs 16; torch's exporter ends at 20
-# The outputs for an image, by what the detector finds.
-OUTPUTS = {
-    "boxes": {
-        "boxes": "(x1, y1, x2, y2) in pixels of the image",
-        "labels": "1 is the first class",
-        "scores": "best first",
-    },
+OUTPUTS = {  # for an image, by what the detector finds
+    "boxes": {"boxes": "(x1, y1, x2, y2) in pixels", "labels": "1 is the first class", "scores": "best first"},
     "masks": {"masks": "probabilities, per pixel of the image"},
-    "keypoints": {
-        "keypoints": "(x, y, 1) in pixels of the image",
-        "keypoints_scores": "logits of the keypoints",
-    },
+    "keypoints": {"keypoints": "(x, y, 1) in pixels", "keypoints_scores": "logits"},
 }
 # Tolerances of the comparison with PyTorch. They admit the rounding errors of deep networks with random weights.
 BOX_TOLERANCE = 3e-4  # times the longer side of the image
@@ -87,8 +79,7 @@ def export_onnx(
     *,
     batch_size: int = 1,
     opset: int = 18,
-    class_names: Sequence[str] | None = None,
-    category_ids: Sequence[int | None] | None = None,
+    classes: Sequence[tuple[str, int | None]] = (),
 ) -> OnnxExport:
     """Write a Faster, Mask or Keypoint R-CNN to an ONNX file, in an atomic write. The model is not changed.
 
@@ -107,12 +98,11 @@ def export_onnx(
         path: the file to write.
         batch_size: number of images per call, all of one size.
         opset: version of ONNX's operators, 16 to 20.
-        class_names: the name of each label, stored in the file's metadata under "classes".
-        category_ids: the category id of each label, stored likewise; ``None`` for a label without a category.
+        classes: the name and the category id of each label, stored in the file's metadata under "classes".
 
     Raises:
         ExportError: a package is missing, the model cannot be exported, or the graph is wrong.
-        ValueError: ``batch_size``, ``opset``, ``class_names`` or ``category_ids`` is invalid.
+        ValueError: ``batch_size``, ``opset`` or ``classes`` is invalid.
         OSError: the file cannot be written.
     """
     onnx = _import("onnx")
@@ -121,8 +111,7 @@ def export_onnx(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if opset not in OPSETS:
         raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
-    metadata = _metadata(model, class_names, category_ids)
-    side = _example_side(model)
+    metadata, side = _metadata(model, classes), _example_side(model)
     compared = importlib.util.find_spec("onnxruntime") is not None
     with _without_ascent(model) as left_out:
         graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, side, side), opset))
@@ -162,12 +151,8 @@ def compare_speed(model: GeneralizedRCNN, path: str | Path, repeats: int = 10) -
     return Times(size, pytorch, onnxruntime)
 
 
-def output_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a graph's outputs for an image, in order, without the suffix of a batch."""
-    return tuple(_outputs(model))
-
-
 def _outputs(model: nn.Module) -> dict[str, str]:
+    """Return the names of the outputs for an image, in order, and their meaning."""
     return {name: held for kind in ("boxes", *annotation_types_of(model)) for name, held in OUTPUTS[kind].items()}
 
 
@@ -218,7 +203,7 @@ class _Traced(nn.Module):
         if type(model.transform) in (GeneralizedRCNNTransform, DetectorTransform):
             self.detector.transform = copy.copy(model.transform)
             self.detector.transform.__class__ = _TracedTransform
-        self.names = output_names(model)
+        self.names = tuple(_outputs(model))
         self.training = False
 
     def forward(
@@ -261,26 +246,23 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _metadata(
-    model: GeneralizedRCNN, class_names: Sequence[str] | None, category_ids: Sequence[int | None] | None
-) -> dict[str, str]:
+def _metadata(model: GeneralizedRCNN, classes: Sequence[tuple[str, int | None]]) -> dict[str, str]:
     count = getattr(getattr(model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
-    for name, given in (("class_names", class_names), ("category_ids", category_ids)):
-        if given is not None and count is not None and len(given) != count - 1:
-            raise ValueError(f"{name} must be {count - 1}, one per class without the background, got {len(given)}")
-    known: dict[str, Sequence[Any] | None] = {"name": class_names, "category_id": category_ids}
-    classes = [
-        {"label": i + 1} | {name: values[i] for name, values in known.items() if values is not None}
-        for i in range(len(class_names or category_ids or ()))
-    ]
-    inputs = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1]}
-    inputs["size"] = "any; normalised and resized in the graph"
-    return {n: json.dumps(v) for n, v in {"input": inputs, "outputs": _outputs(model), "classes": classes}.items()}
+    if classes and count is not None and len(classes) != count - 1:
+        raise ValueError(f"classes must be {count - 1}, without the background, got {len(classes)}")
+    images = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1], "size": "any"}
+    labelled = [{"label": i, "name": name, "category_id": c} for i, (name, c) in enumerate(classes, start=1)]
+    metadata = {
+        "input": images | {"size": "any; resized in the graph"},
+        "outputs": _outputs(model),
+        "classes": labelled,
+    }
+    return {name: json.dumps(value) for name, value in metadata.items()}
 
 
 def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
     suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
-    axes = {name + suffix: {0: f"detections{suffix}"} for suffix in suffixes for name in output_names(model)}
+    axes = {name + suffix: {0: f"detections{suffix}"} for suffix in suffixes for name in _outputs(model)}
     size = {2: "height", 3: "width"}
     for name in axes:
         if name.startswith("masks"):
@@ -320,7 +302,7 @@ def _session(content: bytes) -> Any:
 def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int) -> None:
     """Raise unless onnxruntime and PyTorch detect the same objects in noise of other sizes than the example's."""
     session = _session(content)
-    generator, names = torch.Generator().manual_seed(0), output_names(model)
+    generator, names = torch.Generator().manual_seed(0), tuple(_outputs(model))
     # A stock model derives the same strides from these sizes as from the example.
     for height, width in ((side * 4 // 5 + 1, side + 3), (side + 5, side * 9 // 10)):
         images = torch.rand(batch_size, 3, height, width, generator=generator)
@@ -346,10 +328,11 @@ def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) ->
     scores = (wanted["scores"][:, None] - given["scores"]).abs() <= SCORE_TOLERANCE
     same = boxes & scores & (wanted["labels"][:, None] == given["labels"])
     for i, j in same.nonzero().tolist():
-        one, other = ({name: values[k] for name, values in found.items()} for found, k in ((wanted, i), (given, j)))
-        same[i, j] &= ("masks" not in one or _same_mask(one["masks"], other["masks"])) and (
-            "keypoints" not in one or _same_keypoints(one, other, pixels)
-        )
+        if "masks" in wanted:
+            same[i, j] &= _same_mask(wanted["masks"][i], given["masks"][j])
+        if "keypoints" in wanted:
+            points, logits = ((wanted[name][i], given[name][j]) for name in OUTPUTS["keypoints"])
+            same[i, j] &= _same_keypoints(*points, *logits, pixels)
     return same
 
 
@@ -359,29 +342,22 @@ def _same_mask(wanted: Tensor, given: Tensor) -> bool:
     return bool(union - intersection <= (1 - MIN_MASK_IOU) * union.clamp(min=1))
 
 
-def _same_keypoints(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> bool:
-    """Compare all logits of two detections' keypoints, and most places: pixels of a heatmap may have equal logits."""
-    logits = (wanted["keypoints_scores"] - given["keypoints_scores"]).abs()
-    places = (wanted["keypoints"] - given["keypoints"]).abs().amax(1) <= pixels + 1
-    close = bool((logits <= SCORE_TOLERANCE * wanted["keypoints_scores"].abs().clamp(min=1)).all())
-    return close and int(places.sum()) >= MIN_SHARE * len(places)
+def _same_keypoints(wanted: Tensor, given: Tensor, logits: Tensor, given_logits: Tensor, pixels: float) -> bool:
+    """Compare all logits [K] of two detections, and most keypoints [K, 3]: a heatmap may have several maxima."""
+    close = (logits - given_logits).abs() <= SCORE_TOLERANCE * logits.abs().clamp(min=1)
+    near = (wanted - given).abs().amax(1) <= pixels + 1
+    return bool(close.all()) and int(near.sum()) >= MIN_SHARE * len(near)
 
 
 def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Return PyTorch's detections, all of them refined, and thresholds low enough to have some in noise."""
     heads, refinement = model.roi_heads, refinement_of(model)
-    before = heads.score_thresh
     refining = nullcontext() if refinement is None else overridden(refinement, score_threshold=0.0)
-    try:
-        with torch.no_grad(), refining:
-            heads.score_thresh = -1.0
-            scores = [image["scores"] for image in model(list(images))]
-            if all(len(of_image) for of_image in scores):
-                heads.score_thresh = min(float(of_image[:MIN_COMPARED][-1]) for of_image in scores) * (1 - 1e-3)
-            given = {name: torch.tensor(value).numpy() for name, value in _thresholds(model).items()}
-            return model(list(images)), given
-    finally:
-        heads.score_thresh = before
+    with torch.no_grad(), refining, overridden(heads, score_thresh=-1.0):
+        scores = [image["scores"] for image in model(list(images))]
+        if all(len(of_image) for of_image in scores):
+            heads.score_thresh = min(float(of_image[:MIN_COMPARED][-1]) for of_image in scores) * (1 - 1e-3)
+        return model(list(images)), {name: torch.tensor(value).numpy() for name, value in _thresholds(model).items()}
 
 
 def _thresholds(model: GeneralizedRCNN) -> dict[str, float]:

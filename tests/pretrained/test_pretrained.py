@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -24,6 +25,7 @@ from detector.models.published import batch_norm_eps
 from detector.pretrained import description, hub
 from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_detector, load_published
+from detector.pretrained.model_card import model_card
 from detector.refinement.head import SCORE_THRESHOLD
 from detector.tools.export import export, main
 
@@ -157,21 +159,22 @@ def test_push_to_hub_sends_the_three_files(detector, monkeypatch, tmp_path):
     sent = {}
 
     class Hub:
-        def __init__(self, **options):
-            pass
+        def __init__(self, token):
+            sent["token"] = token
 
-        def create_repo(self, **options):
-            return type("Repository", (), {"repo_id": "me/" + options["repo_id"]})
+        def create_repo(self, repository, **options):
+            sent["options"] = options
+            return type("Repository", (), {"repo_id": repository})
 
-        def upload_folder(self, *, folder_path, **options):
-            sent.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
-            return "address"
+        def upload_folder(self, *, repo_id, folder_path):
+            sent["files"] = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            return f"address of {repo_id}"
 
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    address = detector.save_pretrained(tmp_path / "cells", push_to_hub=True, model_card_kwargs={"report": REPORT})
-    assert address == "address"
-    assert sent == {path.name: path.read_bytes() for path in (tmp_path / "cells").iterdir()}
-    assert b"0.577" in sent["README.md"]
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    assert detector.push_to_hub("me/cells", report=REPORT, token="t", private=True) == "address of me/cells"
+    assert (sent["token"], sent["options"]) == ("t", {"exist_ok": True, "private": True})
+    detector.save(tmp_path, report=REPORT)
+    assert sent["files"] == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_names_with_characters_that_no_file_can_hold(tmp_path):
@@ -285,7 +288,7 @@ def test_names_are_shown_as_they_are_and_do_nothing(tmp_path):
 def test_a_card_lists_a_hundred_names(tmp_path):
     names = [f"n{number}" for number in range(130)]
     detector = load_checkpoint(save_checkpoint(tmp_path / "last.ckpt", names=names, ids=range(130)))
-    text = detector.generate_model_card().text
+    text = model_card(detector.describe()).text
     assert "`n99` and 30 more" in text
     assert "n100" not in text
 
@@ -404,7 +407,7 @@ def test_a_folder_needs_no_network(saved, offline, monkeypatch):
 def test_without_a_network_a_name_is_given_up_at_once(offline, tmp_path):
     for options in ({}, {"local_files_only": True}):
         with pytest.raises(ModelError, match=r"^nobody/nothing-there") as caught:
-            Detector.from_pretrained("nobody/nothing-there", cache_dir=tmp_path, **options)
+            load_detector("nobody/nothing-there", cache_dir=tmp_path, **options)
         assert "\n" not in str(caught.value)
     assert set(offline) == {"huggingface.co"}
 
@@ -412,7 +415,7 @@ def test_without_a_network_a_name_is_given_up_at_once(offline, tmp_path):
 @pytest.mark.parametrize("name", ["bad name/!", "a/b/c", "nothing here at all"])
 def test_invalid_names_are_refused_unasked(name, offline, tmp_path):
     with pytest.raises(ModelError, match=f"^{name}"):
-        Detector.from_pretrained(name, cache_dir=tmp_path)
+        load_detector(name, cache_dir=tmp_path)
     assert offline == []
 
 
@@ -424,7 +427,7 @@ def test_a_fetched_repository_is_available_offline(saved, offline, tmp_path, det
     (snapshot.parent.parent / "refs").mkdir()
     (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
     saved.rename(snapshot)
-    assert_same(Detector.from_pretrained("me/cells", cache_dir=cache), detector)
+    assert_same(load_detector("me/cells", cache_dir=cache), detector)
 
 
 # ---- damaged and hostile files
@@ -680,10 +683,10 @@ def test_a_refinement_is_saved_and_loaded_and_can_be_switched_off(refining, dete
 
 
 def test_a_card_names_the_refinement(refining, detector):
-    card = refining.generate_model_card(report=REPORT | {"about": REPORT["about"] | {"refinement": "off"}}).text
+    card = model_card(refining.describe(), REPORT | {"about": REPORT["about"] | {"refinement": "off"}}).text
     for text in ("3 iterations", "4 steps", "detector.refinement.enabled = False", "without the refinement"):
         assert text in card
-    assert "refine" not in detector.generate_model_card().text
+    assert "refine" not in model_card(detector.describe()).text
 
 
 @pytest.mark.parametrize(

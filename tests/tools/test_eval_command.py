@@ -328,12 +328,12 @@ def test_the_folder_of_a_run_stands_for_its_last_checkpoint(checkpoint, scored, 
     export(checkpoint=str(run), format="pretrained")
     assert (run / "pretrained" / "model.safetensors").exists()
     assert "val" in (run / "pretrained" / "README.md").read_text()
-    # A folder of save_pretrained is one, whatever else lies in it.
+    # A saved folder is one, whatever else lies in it.
     shutil.copytree(run / "checkpoints", run / "pretrained" / "checkpoints")
     (run / "pretrained" / "checkpoints" / "last.ckpt").write_bytes(b"")
     load_detector(run / "pretrained")
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ModelError, match=r"run: not a folder of save_pretrained: .*no checkpoints/last\.ckpt"):
+    with pytest.raises(ModelError, match=r"run: .*checkpoints/last\.ckpt"):
         load_detector(run)
 
 
@@ -815,7 +815,7 @@ def refining(checkpoint, tmp_path_factory):
     detector = load_detector(checkpoint)
     refined(detector.model, iterations=2, ascent_steps=1)
     folder = tmp_path_factory.mktemp("refined") / "saved"
-    detector.save_pretrained(folder)
+    detector.save(folder)
     return folder
 
 

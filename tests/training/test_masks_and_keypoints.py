@@ -162,7 +162,7 @@ def test_what_it_finds_in_an_image(run, data, tmp_path):
         assert found.masks is None
     plain = found.draw(min_score=2.0)
     assert found.draw().tobytes() != plain.tobytes()
-    detector.save_pretrained(tmp_path / "saved")
+    detector.save(tmp_path / "saved")
     again = load_detector(tmp_path / "saved")
     assert again.keypoints == detector.keypoints
     assert repr(again.detect(image, min_score=0.0)) == repr(found)

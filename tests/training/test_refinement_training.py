@@ -119,7 +119,7 @@ def test_a_run_leaves_a_refined_detector_and_its_scores(refined, base, digits, t
         assert compared[when]["scores"]["AP"] == scores["AP"]
         assert 0 < scores["AP"] < 1
     assert json.loads((refined / "scores.json").read_text()) == scores
-    load_detector(refined).save_pretrained(tmp_path / "saved")
+    load_detector(refined).save(tmp_path / "saved")
     ours, theirs = load_detector(refined), load_detector(tmp_path / "saved")
     assert_equal(ours.model.state_dict(), theirs.model.state_dict())
     assert ours.refinement.config == theirs.refinement.config
