@@ -1,9 +1,8 @@
-"""A loss far above its own past for long is said while it happens, and nothing else is."""
+"""Warnings about a training that diverges."""
 
 import json
 import random
 import re
-import sys
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -13,9 +12,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
-from support.tiny_training import REPOSITORY, TINY
+from support.tiny_training import TINY, last_checkpoint
 
-from detector.data.digits import write_digits
 from detector.rcnn.box_gradient import BoxGradient
 from detector.tools.training_cli import parse
 from detector.training import divergence
@@ -54,35 +52,32 @@ RISEN = [3 - 2.5 * step / 300 for step in range(300)] + [0.5 * 1.1 ** min(step, 
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-def test_a_loss_that_rises_and_stays_finite_is_said_once_while_it_happens(scale, capsys):
+def test_a_loss_that_rises_and_stays_finite_is_reported_once(scale, capsys):
     watch = feed([loss * scale for loss in RISEN])
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    step, times, batches = re.match(
-        r"After step (\d+): the loss has been ([\d.]+) times as high as at its best for (\d+)", said
-    ).groups()
+    step, times, batches = re.match(r"After step (\d+): .* ([\d.]+) times its best for (\d+)", said).groups()
     assert int(step) == 460  # blocks end at 10, 60, ..., 310: far from that to 360 on
     assert float(times) == pytest.approx(33 / 0.68, rel=0.05)
     assert int(batches) == 150
-    assert "a lower --model.optimizer.lr (0.25), or --trainer.gradient_clip_val" in said
-    assert "or hold the box gradient back: --model.box_gradient.bound 0.1" in said
+    assert re.search(r"lr \(0\.25\), or gradient_clip_val, or box_gradient\.bound 0\.1", said)
     assert "for 250 batches" in watch.warning(TASK)  # at the end
 
 
-def test_the_box_gradient_is_not_blamed_where_there_is_none_or_it_is_held_back():
+def test_the_box_gradient_is_not_blamed_if_it_is_off_or_bound():
     watch = feed(RISEN)
     for other in ({"crop": "roi_align"}, *({"box_gradient": g} for g in (BoxGradient(crop=0, coder=0), BoxGradient()))):
         assert "box_gradient" not in watch.warning(SimpleNamespace(**(vars(TASK) | other)))
 
 
-def test_a_training_that_was_wrecked_is_told_half_way(capsys):
+def test_a_wrecked_training_is_reported_half_way(capsys):
     feed([loss for loss in WRECKED for _ in range(10)])
-    (said,) = re.findall(r"After step (\d+): the loss has been", capsys.readouterr().err)
+    (said,) = re.findall(r"After step (\d+): ", capsys.readouterr().err)
     assert int(said) <= 210
 
 
-def test_worse_than_untrained_from_the_start_is_said(capsys):
+def test_worse_than_untrained_from_the_start(capsys):
     feed([3.0] * 8 + [40.0] * 200)
-    assert "the training diverges" in capsys.readouterr().err
+    assert "diverges" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,14 +99,14 @@ def test_no_false_alarm(losses, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_one_that_recovers_later_is_said_once_and_not_at_the_end(capsys):
+def test_a_training_that_recovers_is_reported_once_and_not_at_the_end(capsys):
     watch = feed(RISEN + [0.6] * 100 + [50.0] * 200 + [0.6] * 100)
     assert capsys.readouterr().err.count("diverges") == 1
     assert watch.warning(TASK) is None
 
 
 @pytest.mark.parametrize("stop", [3, 10, 57, 333, 405])
-def test_a_run_that_goes_on_judges_as_one_never_stopped(stop):
+def test_a_resumed_run_judges_as_one_never_stopped(stop):
     whole, second = feed(RISEN), Divergence()
     second.load_state_dict(json.loads(json.dumps(feed(RISEN[:stop]).state_dict())))
     assert feed(RISEN[stop:], second, first=stop).state_dict() == whole.state_dict()
@@ -124,20 +119,15 @@ def test_accumulation_may_change_on_the_way(capsys):
 
 
 def test_detections_that_are_all_alike():
-    assert "all 100 detections score between 0.550 and 0.555" in warn_if_all_alike(
-        [{"score": 0.55 + 0.005 * (number % 2)} for number in range(100)]
-    )
+    alike = [{"score": 0.55 + 0.005 * (number % 2)} for number in range(100)]
+    assert "0.550 and 0.555" in warn_if_all_alike(alike)
     assert warn_if_all_alike([{"score": number / 100} for number in range(100)]) is None
     assert warn_if_all_alike([{"score": 0.55}] * 5) is None
     assert warn_if_all_alike([]) is None
 
 
-def test_a_training_says_so_at_its_end_too(tmp_path, monkeypatch, capsys):
+def test_a_training_warns_while_it_runs_and_at_its_end(digits, tmp_path, monkeypatch, capsys):
     """Real steps, two of which are accumulated; the loss grows a hundredfold, its gradient is clipped."""
-    root = tmp_path / "digits"
-    write_digits(root, splits={"train": 8, "val": 2})
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(divergence, "FIRST", 2)
     monkeypatch.setattr(divergence, "BLOCK", 1)
     original, losses = DetectionTask.training_step, []
@@ -149,12 +139,11 @@ def test_a_training_says_so_at_its_end_too(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(DetectionTask, "training_step", growing)
     flags = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=2"]
-    cli = parse([*TINY, f"--data.root={root}", f"--run_dir={tmp_path / 'run'}", *flags], "")
-    cli.run.train(cli.trainer, cli.model, cli.datamodule)
+    cli = parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags], "")
+    cli.train()
     assert cli.run.divergence.now == pytest.approx(losses[-1])
     assert cli.run.divergence.best == pytest.approx(min(fmean(losses[:2]), *losses[2:4]))
     said = capsys.readouterr()
-    assert len(re.findall(r"^After step 3: the loss has been .* the training diverges", said.err, re.MULTILINE)) == 1
-    assert re.search(r"^WARNING: the loss has been .* for 4 batches", said.out, re.MULTILINE)
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Divergence"]
-    assert state["far"] == 4
+    assert said.err.count("After step 3: the training diverges") == 1
+    assert "WARNING: the training diverges" in said.out
+    assert last_checkpoint(tmp_path / "run")["callbacks"]["Divergence"]["far"] == 4

@@ -1,6 +1,5 @@
-"""How the weights are changed: each formula beside the code's result, written out by hand."""
+"""Optimizer, schedules and averages against their formulas."""
 
-import itertools
 import math
 import warnings
 
@@ -30,11 +29,6 @@ NAMES = ["adamw", "sgd"]
 def test_the_peak_rate_follows_the_images_of_a_step(rule, rates):
     settings = OptimizerConfig(lr=0.2, lr_batch=16, lr_rule=rule)
     assert {images: settings.rate(images) for images in rates} == pytest.approx(rates, rel=1e-12)
-
-
-@pytest.mark.parametrize("rule", ["linear", "sqrt", "constant"])
-def test_the_rate_is_exact_at_the_batch_that_it_is_meant_for(rule):
-    assert OptimizerConfig(lr=0.003, lr_batch=7, lr_rule=rule).rate(7) == 0.003
 
 
 class SmallDetector(nn.Module):
@@ -170,7 +164,7 @@ CONFIGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
     steps=st.integers(1, 500),
@@ -189,35 +183,6 @@ def test_every_step_of_every_schedule_by_hand(config, steps, epochs, peak, name)
     assert rates == pytest.approx(expected, rel=1e-6, abs=1e-9 * peak)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "multistep"])
-@pytest.mark.parametrize(("asked", "steps", "warmup"), [(10, 120, 10), (500, 120, 60), (60, 120, 60), (1, 120, 1)])
-def test_the_warm_up_is_linear_from_a_thousandth_and_half_the_run_at_most(schedule, asked, steps, warmup):
-    config = OptimizerConfig(schedule=schedule, warmup_steps=asked, milestones=(11,))
-    rates = course(config, steps, 12, peak=0.4)
-    assert rates[0] == pytest.approx(0.0004)
-    climbs = [after - before for before, after in itertools.pairwise(rates[: warmup + 1])]
-    assert climbs == pytest.approx([0.999 * 0.4 / warmup] * warmup)
-    assert rates[warmup] == pytest.approx(0.4)
-    assert rates[warmup + 1] <= 0.4 * (1 + 1e-9)
-
-
-def test_multistep_drops_to_a_tenth_where_its_epochs_begin():
-    rates = course(OptimizerConfig(schedule="multistep", warmup_steps=10, milestones=(8, 11)), 120, 12)
-    drops = {step: rates[step] / rates[step - 1] for step in range(11, 120) if rates[step] != rates[step - 1]}
-    assert drops == pytest.approx({80: 0.1, 110: 0.1})
-    assert rates[10] == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
-def test_cosine_and_onecycle_end_near_zero(schedule):
-    rates = course(OptimizerConfig(schedule=schedule, warmup_steps=30), 300, 10, peak=0.4)
-    peak = rates.index(max(rates))
-    assert 30 <= peak <= 90
-    assert rates[peak] == pytest.approx(0.4, rel=1e-3)
-    assert all(after < before for before, after in itertools.pairwise(rates[peak:]))
-    assert rates[-1] < 0.4 * 1e-4
-
-
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep"])
 def test_the_peak_is_the_optimizers_rate_not_the_settings(schedule):
     config = OptimizerConfig(schedule=schedule, lr=77.0, warmup_steps=10, milestones=(8, 11))
@@ -225,7 +190,7 @@ def test_the_peak_is_the_optimizers_rate_not_the_settings(schedule):
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep"])
-@pytest.mark.parametrize("stop", [5, 10, 11, 60])
+@pytest.mark.parametrize("stop", [5, 11, 60])
 def test_a_schedule_goes_on_from_its_state(schedule, stop):
     config = OptimizerConfig(schedule=schedule, warmup_steps=10, milestones=(4, 7))
 
@@ -261,7 +226,7 @@ def averages(values, decay):
     return found
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     values=st.lists(st.floats(-100, 100), min_size=1, max_size=40),
     decay=st.sampled_from([1e-3, 0.3, 0.5, 0.9, 0.9998]) | st.floats(0.001, 0.999),
@@ -331,13 +296,11 @@ def test_lightning_scores_and_keeps_the_average(tmp_path):
     assert model.count.item() == 8
 
 
-@pytest.mark.parametrize("decay", [0, 1, 0.0, 1.0, -0.5, 9998, math.nan, math.inf])
-def test_a_decay_that_is_none(decay):
-    with pytest.raises(TrainingError, match=r"optimizer\.ema"):
-        OptimizerConfig(ema=decay)
-
-
-@pytest.mark.parametrize(("name", "value"), [("lr", 0.0), ("lr", -1.0), ("lr", math.nan), ("lr_batch", 0)])
-def test_numbers_that_make_no_rate(name, value):
-    with pytest.raises(TrainingError, match=rf"optimizer\.{name}"):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ema", 0), ("ema", 1.0), ("ema", 9998), ("ema", math.nan), ("lr", 0.0), ("lr", math.nan), ("lr_batch", 0)],
+)
+def test_values_out_of_range(name, value):
+    with pytest.raises(TrainingError) as refusal:
         OptimizerConfig(**{name: value})
+    assert refusal.value.setting == f"optimizer.{name}"
