@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,7 +22,6 @@ from detector.data.results import Result, to_results
 from detector.errors import DataError
 from detector.files import read_json, write_json
 from detector.models.rle_detections import DetectionDict
-from detector.pretrained.detections import Detections
 from detector.pretrained.detector import Detector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
 from detector.text import alike_file
@@ -38,24 +37,17 @@ NUMBERS, RESULTS, PICTURES = "predictions.json", "detections.json", "pictures"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image to detect objects in.
-
-    Args:
-        path: the file.
-        name: its name in the results: relative to the folder that was given, or the file's name.
-        id: the image id of its detections.
-        size: the annotated (width, height) in pixels, if there are annotations.
-    """
+    """An image to detect objects in."""
 
     path: Path
-    name: str
-    id: int
-    size: tuple[int, int] | None = None
+    name: str  # relative to the folder that was given, or the file's name
+    id: int  # the image id of its detections
+    size: tuple[int, int] | None = None  # annotated (width, height) in pixels
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """The images to detect objects in, and the files in the same folders whose image format is not read."""
+    """The images to detect objects in, and the files beside them in image formats that are not read."""
 
     files: list[ImageFile]
     skipped: list[Path]
@@ -86,21 +78,13 @@ class PredictOptions:
 
 @dataclass
 class Predicted:
-    """The outcome for each image.
+    """The detections in images."""
 
-    Args:
-        images: a dict with the detections of each image that was read.
-        results: all detections in COCO's results format.
-        broken: ``file_name``, ``path`` and ``error`` of each image that could not be read.
-        remarks: for each remark on how an image was read, the images' paths.
-        stopped: whether Ctrl-C ended the run early.
-    """
-
-    images: list[dict[str, Any]] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    broken: list[dict[str, str]] = field(default_factory=list)
-    remarks: dict[str, list[Path]] = field(default_factory=dict)
-    stopped: bool = False
+    images: list[dict[str, Any]] = field(default_factory=list)  # each image with its detections
+    results: list[Result] = field(default_factory=list)  # all detections in COCO's results format
+    broken: list[dict[str, str]] = field(default_factory=list)  # file_name, path and error of each unreadable image
+    remarks: dict[str, list[Path]] = field(default_factory=dict)  # the images with each remark on how they were read
+    stopped: bool = False  # by Ctrl-C
 
 
 def find_images(given: Sequence[str | Path], annotations: Annotations | None = None) -> FoundImages:
@@ -195,107 +179,96 @@ def predict_files(
         DataError: a picture would replace an input image, or an input image is a picture of the earlier run.
         OSError: a file cannot be written.
     """
-    ids, min_scores = _category_ids(detector, options), options.min_score
-    one_score = isinstance(min_scores, float | int)
-    by_label = [min_scores] * len(ids) if isinstance(min_scores, float | int) else list(min_scores)
+    labels = range(1, len(detector.category_names) + 1)
+    own = detector.category_ids if any(i is not None for i in detector.category_ids) else labels
+    ids = own if options.category_ids is None else options.category_ids
+    one_score = isinstance(options.min_score, float | int)
+    scores = torch.tensor(options.min_score, dtype=torch.float64).expand(len(labels)).tolist()
     categories = [
         {"id": i, "name": name} | ({} if one_score else {"min_score": score})
-        for i, name, score in zip(ids, detector.category_names, by_label, strict=True)
+        for i, name, score in zip(ids, detector.category_names, scores, strict=True)
         if i is not None
     ]
     pictures = [f"{PICTURES}/{name}" for name in _picture_names(files)] if options.pictures else []
-    earlier = _earlier_pictures(folder)
-    _refuse_input_images(folder, files, earlier, pictures)
-    (folder / PICTURES if pictures else folder).mkdir(parents=True, exist_ok=True)
-    for name in (*earlier, NUMBERS, RESULTS):
-        (folder / name).unlink(missing_ok=True)
+    _prepare(folder, files, pictures)
     done = Predicted()
     try:
-        for read, found in _detected(detector, files, options):
-            file = files[read.index]
+        for file, read, found in _detect(detector, files, options):
             if read.error is not None:
                 done.broken.append({"file_name": file.name, "path": str(file.path), "error": read.error})
                 tqdm.write(f"skipped: {read.error}", file=sys.stderr)
                 continue
-            shown = detector.named(read.pixels, found, by_label)
-            of_image = _as_dict(file, read, shown, ids)
+            shown = detector.named(read.pixels, found, scores)
+            detections = [{"category_id": ids[one.pop("label") - 1]} | one for one in shown]
+            image = {"id": file.id, "file_name": file.name, "path": str(file.path), "width": read.pixels.shape[2]}
+            image |= {"height": read.pixels.shape[1], "remarks": read.remarks, "detections": detections}
             if pictures:
-                of_image["picture"] = pictures[read.index]
-                _write_picture(folder / pictures[read.index], shown.draw())
+                image["picture"] = pictures[read.number]
+                _write_picture(folder / pictures[read.number], shown.draw())
             done.results += to_results([found], [file.id], ids)
-            done.images.append(of_image)
+            done.images.append(image)
             for remark in read.remarks:
                 done.remarks.setdefault(remark, []).append(file.path)
     except KeyboardInterrupt:
         done.stopped = True
     finally:
-        about = {**(head or {}), "min_score": min(by_label, default=0), "categories": categories}
+        about = {**(head or {}), "min_score": min(scores, default=0), "categories": categories}
         write_json(folder / NUMBERS, about | {"images": done.images, "broken": done.broken}, indent=1)
         write_json(folder / RESULTS, done.results)
     return done
 
 
-def _category_ids(detector: Detector, options: PredictOptions) -> Sequence[int | None]:
-    if options.category_ids is not None:
-        return options.category_ids
-    if any(category is not None for category in detector.category_ids):
-        return detector.category_ids
-    return range(1, len(detector.category_ids) + 1)  # labels stand for themselves
-
-
-@dataclass(frozen=True)
-class _Read:
+class _Read(NamedTuple):
     """An image file that was read. ``pixels`` has no element if it is broken."""
 
-    index: int
+    number: int
     pixels: Tensor
-    remarks: Sequence[str] = ()
+    remarks: list[str]
     error: str | None = None
 
 
 class _Files(Dataset[_Read]):
     def __init__(self, files: Sequence[ImageFile], options: PredictOptions) -> None:
-        self.files, self.options = files, options
+        self.files = files
+        self.how: dict[str, Any] = {"orientation": options.orientation, "max_pixels": options.max_pixels}
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> _Read:
-        file, options = self.files[index], self.options
-        how: dict[str, Any] = {"orientation": options.orientation, "max_pixels": options.max_pixels}
+        file = self.files[index]
         try:
-            pixels, remarks = read_image_with_remarks(file.path, size=file.size, **how)
+            return _Read(index, *read_image_with_remarks(file.path, size=file.size, **self.how))
         except DataError as error:
-            return _Read(index, torch.zeros(3, 0, 0, dtype=torch.uint8), error=str(error))
-        return _Read(index, pixels, remarks)
+            return _Read(index, torch.zeros(3, 0, 0, dtype=torch.uint8), [], str(error))
 
 
-def _detected(
+def _detect(
     detector: Detector, files: Sequence[ImageFile], options: PredictOptions
-) -> Iterator[tuple[_Read, DetectionDict]]:
+) -> Iterator[tuple[ImageFile, _Read, DetectionDict]]:
     """Yield each file as it was read, with its detections, under a progress bar."""
     loader = make_loader(_Files(files, options), None, workers=options.workers)
     with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
         for batch in batches_of_one_size(loader, lambda read: read.pixels, options.batch_size, BATCH_PIXELS):
             broken = batch[0].error is not None  # broken images share a size, 0 x 0, that no other image has
             found = [{}] * len(batch) if broken else detector.detect_batch([read.pixels for read in batch])
-            for one in zip(batch, found, strict=True):
-                yield one
+            for read, one in zip(batch, found, strict=True):
+                yield files[read.number], read, one
                 bar.update()
 
 
-def _as_dict(file: ImageFile, read: _Read, shown: Detections, ids: Sequence[int | None]) -> dict[str, Any]:
-    height, width = read.pixels.shape[1:]
-    detections = [{"category_id": ids[one.pop("label") - 1]} | one for one in shown]
-    return {
-        "id": file.id,
-        "file_name": file.name,
-        "path": str(file.path),
-        "width": width,
-        "height": height,
-        "remarks": list(read.remarks),
-        "detections": detections,
-    }
+def _prepare(folder: Path, files: Sequence[ImageFile], pictures: Sequence[str]) -> None:
+    """Delete the files of an earlier run in a folder, unless they, or new pictures, are input images."""
+    earlier, inputs = _earlier_pictures(folder), {file.path.resolve() for file in files}
+    for picture in (*earlier, *pictures):
+        if (folder / picture).resolve() in inputs:
+            what = (
+                "an earlier picture, which would be deleted" if picture in earlier else "its picture would replace it"
+            )
+            raise DataError(f"{folder / picture}: is an input image, and {what}: write to another folder")
+    (folder / PICTURES if pictures else folder).mkdir(parents=True, exist_ok=True)
+    for name in (*earlier, NUMBERS, RESULTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _earlier_pictures(folder: Path) -> list[str]:
@@ -307,26 +280,11 @@ def _earlier_pictures(folder: Path) -> list[str]:
     try:
         images = read_json(folder / NUMBERS)["images"]
         named = sorted({image["picture"] for image in images if image.get("picture", "").endswith(".jpg")})
-        paths = [(name, folder / name) for name in named]
-        return [
-            name
-            for name, path in paths
-            if path.is_file() and not path.is_symlink() and path.resolve().is_relative_to(home)
-        ]
+        paths = {name: folder / name for name in named}
+        files = {name: path for name, path in paths.items() if path.is_file() and not path.is_symlink()}
+        return [name for name, path in files.items() if path.resolve().is_relative_to(home)]
     except (DataError, LookupError, TypeError, AttributeError, ValueError, OSError):  # missing, foreign or damaged
         return []
-
-
-def _refuse_input_images(
-    folder: Path, files: Sequence[ImageFile], earlier: Sequence[str], pictures: Sequence[str]
-) -> None:
-    inputs = {file.path.resolve() for file in files}
-    for picture in (*earlier, *pictures):
-        if (folder / picture).resolve() in inputs:
-            what = (
-                "an earlier picture, which would be deleted" if picture in earlier else "its picture would replace it"
-            )
-            raise DataError(f"{folder / picture}: is an input image, and {what}; write to another folder")
 
 
 def _picture_names(files: Sequence[ImageFile]) -> list[str]:

@@ -80,10 +80,15 @@ def export(
 
 def _save(detector: "Detector", folder: Path, home: Path) -> None:
     from detector.evaluation.report import newest_report
+    from detector.files import read_json
     from detector.pretrained.hub import CARD, CONFIG, WEIGHTS
     from detector.pretrained.model_card import is_generated
 
-    if not _may_replace(folder):
+    try:
+        replaced = not folder.exists() or not any(folder.iterdir()) or "weights_digest" in read_json(folder / CONFIG)
+    except (DataError, TypeError, NotADirectoryError):  # another program's
+        replaced = False
+    if not replaced:
         raise DataError("holds other files; give another folder", setting="output", value=str(folder))
     report = newest_report(home, detector.digest())
     generated = is_generated(folder / CARD)
@@ -95,17 +100,6 @@ def _save(detector: "Detector", folder: Path, home: Path) -> None:
         print("The card has no scores: tools/eval.py has not scored these weights in this run folder.")
     else:
         print(f"The card has the scores of {report.about['time']}.")
-
-
-def _may_replace(folder: Path) -> bool:
-    """Whether a folder is missing, empty, or a saved detector."""
-    from detector.files import read_json
-    from detector.pretrained.hub import CONFIG
-
-    try:
-        return not folder.exists() or not any(folder.iterdir()) or "weights_digest" in read_json(folder / CONFIG)
-    except (DataError, TypeError, NotADirectoryError):  # another program's
-        return False
 
 
 def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) -> None:
@@ -123,10 +117,10 @@ def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) 
         network: Any = detector.model
         times = compare_speed(network, file, speed)
         pytorch, onnxruntime, size = 1000 * times.pytorch, 1000 * times.onnxruntime, " x ".join(map(str, times.size))
-        print(
-            f"{batch_size} x {size} pixels, {speed} calls: PyTorch {pytorch:.1f} ms, onnxruntime {onnxruntime:.1f} ms, "
-            f"{onnxruntime / pytorch:.2f} times"
+        what = (
+            f"{batch_size} x {size} pixels, {speed} calls: PyTorch {pytorch:.1f} ms, onnxruntime {onnxruntime:.1f} ms"
         )
+        print(f"{what}, {onnxruntime / pytorch:.2f} times")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

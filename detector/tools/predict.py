@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
@@ -102,13 +102,11 @@ def predict(
     )
     detector.to(pick_device(device))
     folder = unused_folder(Path("runs", "predict")) if output is None else Path(output)
-    head = {
-        "model": called,
-        "crop": detector.crop,
-        "left_out": Counter(path.suffix.lower() for path in found.skipped),
-    }
+    skipped = Counter(path.suffix.lower() for path in found.skipped)
+    head = {"model": called, "crop": detector.crop, "left_out": skipped}
     done = predict_files(detector, found.files, folder, options, head=head)
-    _print_summary(done, found, f"{'pictures/, ' if pictures else ''}predictions.json and detections.json", folder)
+    files = f"{'pictures/, ' if pictures else ''}predictions.json and detections.json"
+    _print_summary(done, found, f"{files} are in {folder}/")
     return done
 
 
@@ -119,35 +117,30 @@ def _best_scores(detector: "Detector", called: str) -> list[float]:
     from detector.run_folders import run_folder
     from detector.text import clean
 
+    auto: Any = {"setting": "min_score", "value": "auto"}
     folders = [run_folder(Path(called)), Path("runs")] if Path(called).exists() else [Path("runs")]
-    digest = detector.digest()
-    reports = [report for folder in folders if (report := newest_report(folder, digest)) is not None]
+    reports = [report for folder in folders if (report := newest_report(folder, detector.digest())) is not None]
     if not reports:
         places = " or ".join(f"{folder}/" for folder in folders)
-        raise ModelError(
-            f"no report.json in {places} is on these weights; run tools/eval.py, or give a score",
-            setting="min_score",
-            value="auto",
-        )
+        raise ModelError(f"no report.json in {places} is on these weights; run tools/eval.py, or give a score", **auto)
     report = max(reports, key=lambda report: str(report.about.get("time", "")))
-    about, points = report.about, report.operating_points
-    which = f"the report of {clean(str(about.get('time', '')))}"
-    if points == {} or (isinstance(points, dict) and points.get("mean", 0) is None):
-        raise ModelError(f"{which} has no best score; give one", setting="min_score", value="auto")
+    which, points = f"the report of {clean(str(report.about.get('time', '')))}", report.operating_points
     try:
-        ids = match_ids(detector, [(row["id"], row["name"]) for row in points["by_class"]])
-        by_id = {row["id"]: row["score"] for row in points["by_class"] if row["score"] is not None}
-        scores = [by_id.get(category, points["mean"]["score"]) for category in ids]
+        rows, mean = points["by_class"], points["mean"]
+        if mean is None:
+            raise ModelError(f"{which} has no best score; give one", **auto)
+        ids = match_ids(detector, [(row["id"], row["name"]) for row in rows])
+        by_id = {row["id"]: row["score"] for row in rows if row["score"] is not None}
+        scores = [by_id.get(category, mean["score"]) for category in ids]
         if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
             raise ValueError("a score must be a number from 0 to 1")
+    except ModelError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        what = f"{which} is damaged: operating_points: {type(error).__name__} {error}"
-        raise DataError(what, setting="min_score", value="auto") from None
+        raise DataError(f"{which}: operating_points: {type(error).__name__} {error}", **auto) from None
     span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
-    on = f", on {about['images']} images of {clean(str(about['data']))}" if {"images", "data"} <= about.keys() else ""
-    print(f"minimum score {span}: the highest F1 in {which}{on}")
+    data = f", on {clean(str(report.about['data']))}" if "data" in report.about else ""
+    print(f"minimum score {span}: the highest F1 in {which}{data}")
     return scores
 
 
@@ -155,28 +148,28 @@ def _annotated_ids(detector: "Detector", annotations: "Annotations") -> "Sequenc
     """Return the annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
     from detector.data.categories import match_ids, mixed_up, quoted
 
+    theirs = [(category["id"], category["name"]) for category in annotations.categories]
     try:
-        ids = match_ids(detector, [(category["id"], category["name"]) for category in annotations.categories])
+        ids = match_ids(detector, theirs)
     except (DataError, ModelError) as error:
         print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
         return None
     classes = zip(detector.category_ids, detector.category_names, ids, strict=True)
     if missing := [name for own, name, found in classes if own is not None and found is None]:
-        why = mixed_up(missing, [category["name"] for category in annotations.categories])
+        why = mixed_up(missing, [name for _, name in theirs])
         hint = f" ({why})" if why else ""
-        print(
-            f"Note: the annotations have no {quoted(missing)}{hint}; detections.json leaves them out.", file=sys.stderr
-        )
+        what = f"the annotations have no {quoted(missing)}{hint}; detections.json leaves them out"
+        print(f"Note: {what}.", file=sys.stderr)
     return ids
 
 
-def _print_summary(done: "Predicted", found: "FoundImages", files: str, folder: Path) -> None:
+def _print_summary(done: "Predicted", found: "FoundImages", written: str) -> None:
     from detector.pretrained.predict_files import count_by_suffix
     from detector.text import clean
 
     count = sum(len(image["detections"]) for image in done.images)
     of = f" of {len(found.files):,}" if len(done.images) < len(found.files) else ""
-    print(f"{count:,} objects in {len(done.images):,}{of} images; {files} are in {folder}/")
+    print(f"{count:,} objects in {len(done.images):,}{of} images; {written}")
     for remark, paths in done.remarks.items():
         name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
         print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
