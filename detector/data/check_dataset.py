@@ -52,9 +52,9 @@ class DatasetReport:
                 if finding.level == level:
                     kinds.setdefault(finding.kind, []).append(finding.message)
             for kind, messages in kinds.items():
-                lines += [f"{_count(len(messages), level)}: {kind}", *(f"    {text}" for text in messages[:examples])]
-                lines += [f"    ... and {len(messages) - examples:,} more"] if len(messages) > examples else []
-                lines.append("")
+                more = [f"... and {len(messages) - examples:,} more"] if len(messages) > examples else []
+                shown = [f"    {text}" for text in messages[:examples] + more]
+                lines += [f"{_count(len(messages), level)}: {kind}", *shown, ""]
             if kinds:
                 counts.append(_count(sum(map(len, kinds.values())), level))
             elif level == "warning" and not counts:

@@ -11,7 +11,7 @@ from detector.data.checks import ROUNDING, Finding, Level, far_from_boxes, findi
 from detector.data.entries import CocoFile, value_of
 from detector.data.keypoints import keypoints_error, layout_of
 from detector.data.masks import is_empty
-from detector.data.placement import keypoint_placement, mask_placement
+from detector.data.placement import placement_of
 from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
 from detector.errors import DataError, short_repr
 
@@ -86,23 +86,26 @@ def check_annotation_type(
         if not missing[position]:
             what = f"has {field} {short_repr(value)}, {read.wrong[position]}{without}"
             yield Finding(f"broken {field.rstrip('s')}s", broken, f"{annotations.where(position)} {what}")
-    outside, whole = _outside_boxes(file, annotation_type, read)
-    if whole is not None:
-        yield whole
+    areas, boxes, sizes = annotations["area"], annotations["bbox"], sizes_of_images(file)
+    placed = placement_of(annotation_type, read.points, read.labelled & objects[:, None], boxes, sizes)
+    if placed.wrong:
+        kind = f"annotation file whose {annotation_type} lie outside boxes"
+        looks = f"look like {placed.looks}" if placed.looks else "may be of other objects, or images of another size"
+        what = f"most {annotation_type} of {placed.compared:,} annotations do not lie in their bbox"
+        yield Finding(kind, "error", f"{file.path}: {what}; they {looks}")
         return
     valid = objects & np.array([what is None for what in read.wrong], dtype=bool)
     if annotation_type == "masks" and valid.any() and read.is_empty[valid].all():
         message = f"{file.path}: no segmentation has a pixel in its image: there is no mask to learn or to score"
         yield Finding("annotation file whose masks have no pixel", "error", message)
-    areas, boxes, sizes = annotations["area"], annotations["bbox"], sizes_of_images(file)[:, None]
-    beyond = ((read.points < -ROUNDING) | (read.points > sizes + ROUNDING)).any(axis=2) & read.labelled
+    beyond = ((read.points < -ROUNDING) | (read.points > sizes[:, None] + ROUNDING)).any(axis=2) & read.labelled
     most = 3 * np.maximum(read.areas, boxes[:, 2:].prod(axis=1)) + 20  # some tools write the area of the box
     far = ((areas < read.areas / 3 - 10) | (areas > most)) & (read.areas > 0) & ~far_from_boxes(areas, boxes)
     conditions = [
         missing & read.expected,
         read.is_empty,
         np.isnan(areas) & ~missing,
-        outside & ~read.is_empty,
+        placed.outside & ~read.is_empty,
         beyond.any(axis=1) & ~read.is_empty,
         far if annotation_type == "masks" else read.placeholders,
     ]
@@ -157,22 +160,3 @@ def _read_keypoints(file: CocoFile) -> _Read:
     labelled = np.where(others.any(axis=1, keepdims=True), others, visible)
     empty = np.array([what is None for what in wrong], dtype=bool) & ~visible.any(axis=1)
     return _Read(wrong, at, labelled, empty, np.full(len(raws), np.nan), expected, placeholders.any(axis=1))
-
-
-def _outside_boxes(file: CocoFile, annotation_type: AnnotationType, read: _Read) -> tuple[np.ndarray, Finding | None]:
-    """Which objects' masks or keypoints lie outside their boxes, [L] bool; an error if most do."""
-    boxes, sizes = file.annotations["bbox"].copy(), sizes_of_images(file)
-    which = ~file.annotations["iscrowd"] & read.labelled.any(axis=1) & (boxes[:, 2:] > 0).all(axis=1)
-    rows = np.flatnonzero(which)
-    boxes[:, 2:] += boxes[:, :2]
-    if annotation_type == "masks":
-        placed = mask_placement(read.points[rows], boxes[rows], sizes[rows])
-    else:
-        placed = keypoint_placement(read.points[rows], read.labelled[rows], boxes[rows], sizes[rows])
-    outside = np.zeros(len(boxes), dtype=bool)
-    outside[rows[placed.outside]] = True
-    if not placed.wrong:
-        return outside, None
-    what = f"look like {placed.looks}" if placed.looks else "may belong to other objects, or to images of another size"
-    message = f"{file.path}: most {annotation_type} of {len(rows):,} annotations do not lie in their bbox; they {what}"
-    return outside, Finding(f"annotation file whose {annotation_type} lie outside boxes", "error", message)

@@ -5,22 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from detector.data.annotation_types import AnnotationType
+
 MIN_OBJECTS = 3  # that another reading must fit
 UNSCALED = 0.8, 1.25  # factors in between are no other scale
 
 # How points [L, P, 2] may be meant, given their boxes (x1, y1, x2, y2) and the width and height of their images.
 READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
-    "coordinates normalised to 0..1: multiply x by the image's width and y by its height": lambda p, boxes, sizes: (
-        p * sizes[:, None]
-    ),
-    "coordinates normalised by the image's longer side: multiply both by it": lambda p, boxes, sizes: (
+    "coordinates normalised to 0..1: multiply by the image's width and height": lambda p, b, sizes: p * sizes[:, None],
+    "coordinates normalised by the image's longer side: multiply by it": lambda p, b, sizes: (
         p * sizes.max(axis=1)[:, None, None]
     ),
-    "coordinates normalised to their box: multiply by its size and add its corner": lambda p, boxes, sizes: (
-        p * (boxes[:, 2:] - boxes[:, :2])[:, None] + boxes[:, None, :2]
+    "coordinates normalised to their box: multiply by its size and add its corner": lambda p, b, sizes: (
+        p * (b[:, 2:] - b[:, :2])[:, None] + b[:, None, :2]
     ),
-    "offsets from their box's corner: add its x and y": lambda p, boxes, sizes: p + boxes[:, None, :2],
-    "y before x: swap them": lambda p, boxes, sizes: p[..., ::-1],
+    "offsets from their box's corner: add its x and y": lambda p, b, sizes: p + b[:, None, :2],
+    "y before x: swap them": lambda p, b, sizes: p[..., ::-1],
 }
 
 
@@ -29,33 +29,40 @@ class Placement:
     """Where the masks, or keypoints, of L objects lie."""
 
     outside: np.ndarray  # [L] bool, whether they lie outside their box
+    compared: int  # number of objects with a box and labelled points
     wrong: bool  # whether most objects' numbers are wrong: far outside, or right in another reading
-    looks: str | None = None  # what the numbers look like, and what to do; None if no reading fits
+    looks: str | None  # what the numbers look like, and what to do; None if no reading fits
 
 
-def mask_placement(corners: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare the corners (x1, y1), (x2, y2) around masks, [L, 2, 2], with the objects' boxes.
+def placement_of(
+    annotation_type: AnnotationType, points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray
+) -> Placement:
+    """Compare the masks, or keypoints, of L objects with their boxes.
 
-    ``boxes`` [L, 4] (x1, y1, x2, y2) have a positive size; ``sizes`` [L, 2] are width and height of their images. All
-    are in pixels. A mask is outside if less than a tenth of the box around it lies inside.
+    A mask is outside if less than a tenth of the box around it lies inside, an object's keypoints if less than half of
+    them lie in or near its box.
+
+    Args:
+        annotation_type: which of them.
+        points: [L, P, 2], x and y in pixels; for masks the upper left and the lower right corner around each.
+        labelled: [L, P] bool, the points that count.
+        boxes: [L, 4], x, y, width and height in pixels.
+        sizes: [L, 2], width and height of the images.
     """
-    labelled = np.ones(corners.shape[:2], dtype=bool)
-    wrong, looks = _best_reading(corners, labelled, boxes, sizes, fit=_iou, right=0.8, better=0.2)
-    both, areas, _ = _areas(corners + np.array([[-0.5], [0.5]]), boxes)  # gives points and lines an area
-    outside = both < 0.1 * areas
-    return Placement(outside, wrong or 2 * outside.sum() > len(outside), looks)
-
-
-def keypoint_placement(points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray) -> Placement:
-    """Compare keypoints (x, y), [L, P, 2], with the objects' boxes, as :func:`mask_placement` does.
-
-    ``labelled`` [L, P] are the points that count, at least one of each object. An object is outside if less than half
-    of them lie in or near its box.
-    """
-    outside = _share(points, labelled, boxes, margin=0.25, pixels=2) < 0.5
-    far = _share(points, labelled, boxes, margin=1, pixels=10) < 0.5
-    wrong, looks = _best_reading(points, labelled, boxes, sizes, fit=_share, right=0.9, better=0.25)
-    return Placement(outside, wrong or 2 * far.sum() > len(far), looks)
+    rows = np.flatnonzero(labelled.any(axis=1) & (boxes[:, 2:] > 0).all(axis=1))
+    corners = np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])[rows]
+    points, labelled, sizes = points[rows], labelled[rows], sizes[rows]
+    if annotation_type == "masks":
+        wrong, looks = _best_reading(points, labelled, corners, sizes, fit=_iou, right=0.8, better=0.2)
+        both, areas, _ = _areas(points + np.array([[-0.5], [0.5]]), corners)  # gives points and lines an area
+        misplaced = far = both < 0.1 * areas
+    else:
+        wrong, looks = _best_reading(points, labelled, corners, sizes, fit=_share, right=0.9, better=0.25)
+        misplaced = _share(points, labelled, corners, margin=0.25, pixels=2) < 0.5
+        far = _share(points, labelled, corners, margin=1, pixels=10) < 0.5
+    outside = np.zeros(len(boxes), dtype=bool)
+    outside[rows[misplaced]] = True
+    return Placement(outside, len(rows), wrong or 2 * far.sum() > len(far), looks)
 
 
 def _areas(corners: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from detector.data.conventions import boxes_look_like
 from detector.data.entries import RESULTS, Entries, type_name, value_of
 from detector.data.keypoints import keypoints_error
 from detector.data.masks import as_rle, encode_masks, mask_box
-from detector.data.placement import keypoint_placement, mask_placement
+from detector.data.placement import placement_of
 from detector.data.segmentations import MAX_PIXELS, measure_masks, read_segmentation
 from detector.errors import DataError, short_repr
 from detector.files import decode_json
@@ -125,19 +125,17 @@ def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) ->
         return
     some = slice(None, None, len(results) // MAX_COMPARED + 1)
     results, boxes, image_ids = results[some], boxes[some], image_ids[some]
-    sizes, sized = truth.sizes[truth.find(image_ids)], (boxes[:, 2:] > 0).all(axis=1)
-    boxes[:, 2:] += boxes[:, :2]
+    sizes = truth.sizes[truth.find(image_ids)]
     placed = {}
     if "segmentation" in results[0]:
         around, areas = measure_masks([result["segmentation"] for result in results], sizes.tolist())
         if 2 * (areas == 0).sum() > len(results):
             yield f"{(areas == 0).sum():,} of {len(results):,} masks that were compared have no pixel in their image."
-        rows = np.flatnonzero(sized & (areas > 0))
-        placed["masks"] = mask_placement(around[rows].reshape(-1, 2, 2), boxes[rows], sizes[rows])
+        corners = around.reshape(-1, 2, 2)
+        placed["masks"] = placement_of("masks", corners, np.isfinite(corners[..., 0]), boxes, sizes)
     if "keypoints" in results[0]:
-        points = np.array([result["keypoints"] for result in results]).reshape(len(results), -1, 3)[sized, :, :2]
-        found = np.ones(points.shape[:2], dtype=bool)
-        placed["keypoints"] = keypoint_placement(points, found, boxes[sized], sizes[sized])
+        points = np.array([result["keypoints"] for result in results]).reshape(len(results), -1, 3)[..., :2]
+        placed["keypoints"] = placement_of("keypoints", points, np.ones(points.shape[:2], dtype=bool), boxes, sizes)
     for name, placement in placed.items():
         if placement.wrong:
             looks = f"; they look like {placement.looks}" if placement.looks else ""
