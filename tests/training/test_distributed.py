@@ -71,7 +71,8 @@ def flags(tmp_path_factory):
         f"--data.root={root}",
         f"--data.augmentation={resize}",
         "--data.min_size=null",
-        "--model.detector.weights_backbone=packaged",  # frozen batch norm: statistics would be those of a rank
+        "--model.detector.name=timm/tf_efficientnet_lite0",
+        "--model.detector.weights_backbone=packaged",  # frozen batch norm, else statistics would be those of a rank
         "--save_every=1",
     ]
 

@@ -537,7 +537,8 @@ def test_losses_in_bfloat16_are_close_to_those_in_float32(digits, tmp_path, monk
 
     monkeypatch.setattr(MultiScaleAffineCrop, "forward", noting)
     for precision in ("32-true", "bf16-mixed"):
-        flags = ["--model.detector.weights_backbone=packaged", "--model.detector.rois_per_image=100000"]
+        flags = ["--model.detector.name=timm/tf_efficientnet_lite0", "--model.detector.weights_backbone=packaged"]
+        flags += ["--model.detector.rois_per_image=100000"]
         flags += ["--trainer.max_steps=1", f"--trainer.precision={precision}", f"--run_dir={tmp_path / precision}"]
         cli = parse([*TINY, f"--data.root={digits}", *flags], "")
         cli.run.train(cli.trainer, cli.model, cli.datamodule)
