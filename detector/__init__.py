@@ -1,19 +1,18 @@
 """Affine-crop R-CNN: detectors whose boxes get gradients through the crop.
 
-What is imported here needs torch and torchvision alone, except ``load_detector``. Below it lie, each using only what
-stands before it:
+These names need only torch and torchvision, except ``load_detector``. Each package uses only those above it:
 
-* ``crop``: a box becomes an affine matrix, by which feature maps are read where RoIAlign looks;
-* ``rcnn``: what changes in torchvision's R-CNN, so that the losses of its second stage move its proposals;
+* ``crop``: crops feature maps at boxes, with RoIAlign's values and gradients to the boxes;
+* ``rcnn``: swaps the crop into torchvision's R-CNNs, and lets the losses of the second stage move the proposals;
 * ``refinement``: refinement iterations and gradient ascent on the predicted IoU of detections;
-* ``data``: images and annotations in COCO's format, checked, batched and drawn, and the results format;
-* ``models``: detectors by their settings, and files of weights;
-* ``pretrained``: trained detectors, out of checkpoints and folders, applied to images, exported;
-* ``evaluation``: COCO's metric, and what else tells how a detector does, as a report and a page;
-* ``training``: runs, by Lightning;
-* ``tools``: what ``tools/`` calls, a module a tool.
+* ``data``: images, annotations and results in COCO's formats: checks, batches and pictures;
+* ``models``: detectors by name and settings, and files of weights;
+* ``pretrained``: trained detectors: loading, prediction and export;
+* ``evaluation``: COCO's metric and more, as a report and a page;
+* ``training``: training with Lightning;
+* ``tools``: the command lines.
 
-The single modules beside them (``errors``, ``text``, ``files``, ...) are what all of these use.
+All of them use the modules beside them: ``errors``, ``text``, ``files``, ...
 """
 
 from importlib import import_module
@@ -52,7 +51,7 @@ __all__ = [
     "watch_box_gradient",
 ]
 
-# Imported when first asked for: torch takes seconds, in which a command line could have been read.
+# Imported on first use: torch takes seconds, and command lines must answer faster.
 _FLOORS = {
     "detector.pretrained": ("load_detector",),
     "detector.rcnn": ("BoxGradient", "restore_roi_align", "swap_crop_head", "watch_box_gradient"),
@@ -61,7 +60,7 @@ _FLOORS = {
 }
 
 
-if not TYPE_CHECKING:  # which would take any name for one of these
+if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         for floor, names in _FLOORS.items():

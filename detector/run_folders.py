@@ -1,4 +1,4 @@
-"""Where the results of a run go: a folder of its own, beside those of earlier runs."""
+"""Folders of runs: a new run gets a new number."""
 
 import re
 from pathlib import Path
@@ -10,17 +10,16 @@ def run_folder(checkpoint: Path) -> Path:
 
 
 def unused_folder(folder: Path) -> Path:
-    """Return ``folder`` if no run is there, else ``folder-N`` with the number after the highest one that was used."""
+    """Return ``folder`` if it holds no run, else ``folder-N``, with N one above the highest number in use."""
     return _numbered(folder, _last_number(folder) + 1)
 
 
 def newest_folder(folder: Path) -> Path:
-    """Return the last run of that name: the highest of ``folder``, ``folder-2``, ... that holds something."""
+    """Return the folder with the highest number among ``folder``, ``folder-2``, ... that holds a run."""
     return _numbered(folder, _last_number(folder))
 
 
 def _last_number(folder: Path) -> int:
-    """Return the highest number of the runs of that name that hold something; 0 if there is none."""
     siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
     named = [path for path in siblings if re.fullmatch(rf"{re.escape(folder.name)}(-\d{{1,6}})?", path.name)]
     used = [path.name for path in named if path.is_dir() and any(path.iterdir())]

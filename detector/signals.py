@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which clusters end jobs with: both reach all processes of a group, and the first one decides."""
+"""Handling of Ctrl-C and of SIGTERM, with which clusters end jobs. Both reach all processes of a group."""
 
 import atexit
 import multiprocessing
@@ -12,9 +12,9 @@ PATIENCE = 2.0  # seconds
 
 
 def ignoring_signals() -> Callable[[int], None]:
-    """A ``worker_init_fn`` for a loader: its workers live until their parent has ended what is under way."""
+    """Return a ``worker_init_fn`` for a loader. Its workers ignore the signals, and live until the parent stops."""
     atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # behind multiprocessing's own handler, so that it runs before that
+    atexit.register(_end_workers)  # registered after multiprocessing's handler, so it runs before that
     return _ignore_signals
 
 
@@ -24,7 +24,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def _end_workers() -> None:
-    """Python sends its daemons a SIGTERM and waits for them, for ever if they ignore it: those are killed."""
+    """Kill the workers that ignore SIGTERM. Python would wait for them forever."""
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     for child in daemons:
         child.terminate()
@@ -37,8 +37,8 @@ def _end_workers() -> None:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Within, SIGTERM raises ``KeyboardInterrupt``, unless it is ignored or handled already."""
-    in_main = threading.current_thread() is threading.main_thread()  # Python lets no other thread handle signals
+    """Let SIGTERM raise ``KeyboardInterrupt``, unless it is ignored or handled already."""
+    in_main = threading.current_thread() is threading.main_thread()  # only the main thread may handle signals
     if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return

@@ -1,4 +1,4 @@
-"""How results came about: when, by which command, on what device, with which versions."""
+"""The circumstances of a result: time, command, device and versions."""
 
 import shlex
 import sys
@@ -11,24 +11,19 @@ import torch
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "pycocotools", "numpy", "pillow", "affine-crop-rcnn")
 
 
-def versions() -> dict[str, str | None]:
-    """The versions of the packages that results depend on; ``None`` for one that is not installed."""
-    found: dict[str, str | None] = {}
+def circumstances(device: torch.device | str | None) -> dict[str, Any]:
+    """Return the time, the command, the device and the versions of the packages that results depend on."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def circumstances(device: torch.device | str | None) -> dict[str, Any]:
-    """When, by which command, on what device and by which versions something is made."""
+            continue
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "device": _device_name(device),
-        "versions": {name: version for name, version in versions().items() if version is not None},
+        "versions": versions,
     }
 
 

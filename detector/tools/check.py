@@ -30,19 +30,18 @@ def check(
 ) -> "DatasetReport":
     """Check a data set in COCO's format before training, and print everything that is wrong with it.
 
-    python tools/check.py data/digits/annotations/instances_val.json --images data/digits/val
-    python tools/check.py instances.json --images photos --quick   # whether the images exist, without opening them
-    python tools/check.py instances.json                           # the annotation file alone
-    python tools/check.py val.json --images val --other train.json --other_images train   # images in both splits
-    python tools/check.py train.json --train_config configs/bccd.yaml   # whether its anchors fit the boxes
+    Examples:
+        python tools/check.py data/digits/annotations/instances_val.json --images data/digits/val
+        python tools/check.py instances.json --images photos --quick   # whether the images exist, without opening them
+        python tools/check.py instances.json                           # the annotation file alone
+        python tools/check.py val.json --images val --other train.json --other_images train   # images in both splits
+        python tools/check.py train.json --train_config configs/bccd.yaml   # whether its anchors fit the boxes
 
     Errors are what training or scoring refuses: wrong fields and references, normalised boxes, images that are missing,
     broken or of another size, no box to train on, masks or keypoints outside their boxes. Warnings are what it leaves
     out, clips or counts wrong: boxes that are empty, outside their image or duplicate, or look like corners or centres;
     areas that do not fit; duplicate or similar names; images of another split; broken or missing masks and keypoints.
     Notes: unused images and categories, EXIF orientations that matter, annotations with ignore 1, unfit anchors.
-
-    exit code: 0 nothing wrong (but for notes), 1 warnings, 2 errors (or a mistake in the command line), 130 interrupted
 
     Args:
         annotations: Annotation file of a split.
@@ -58,6 +57,12 @@ def check(
         max_size: Maximum pixels of their longer side. Default: 1333.
         anchor_sizes: Five anchor sizes in pixels. Default: 32 64 128 256 512.
         aspect_ratios: Three ratios of height to width. Default: 0.5 1 2.
+
+    Exit codes:
+        0: nothing wrong, except notes.
+        1: warnings.
+        2: errors, or a wrong command line.
+        130: interrupted.
 
     Returns:
         The findings.

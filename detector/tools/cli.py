@@ -4,7 +4,6 @@ import argparse
 import inspect
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -53,7 +52,7 @@ def run_tool(
         The exit code. User errors, ``--help`` and ``--print_config`` raise ``SystemExit``.
     """
     parser = make_parser(function)
-    with exit_on_user_error(flag_of=FlagNames(parser)):
+    with exit_on_user_error(FlagNames(parser)):
         options = read_options(parser, sys.argv[1:] if arguments is None else arguments, files)
         return exit_code(function(**options))
 
@@ -68,44 +67,42 @@ class FlagNames:
         """Return the shortest flag that ends with the most components of the name; ``None`` if there is none."""
         actions = [] if self.parser is None else self.parser._actions
         flags = sorted((flag for action in actions for flag in action.option_strings if flag[:2] == "--"), key=len)
-        parts = name.split(".")
-        for start in range(len(parts)):
-            ending = parts[start:]
+        while name:
             for flag in flags:
-                if flag[2:].split(".")[-len(ending) :] == ending:
+                if f".{flag[2:]}".endswith(f".{name}"):
                     return flag
+            name = name.partition(".")[2]
         return None
 
 
 def make_parser(function: Callable[..., Any]) -> ArgumentParser:
     """Return the parser for the parameters of a function, see :func:`run_tool`."""
     description, texts = _parse_docstring(inspect.getdoc(function) or "")
-    parser = ArgumentParser(
-        description=description,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False, exit_on_error=False)
     positional = ""
     for name, parameter in inspect.signature(function).parameters.items():
         hint, default = parameter.annotation, parameter.default
         options: dict[str, Any] = {"type": hint, "help": texts[name].replace("%", "%%")}
         if default is inspect.Parameter.empty:
-            options["metavar"] = name.upper().removesuffix("S")
+            metavar = name.upper()
             if get_origin(hint) is Sequence:
+                metavar = metavar.removesuffix("S")
                 options |= {"type": get_args(hint)[0], "nargs": "+"}
-            positional += f"{options['metavar']}{' ...' if 'nargs' in options else ''} "
-            parser.add_argument(name, **options)
+            positional += f"{metavar}{' ...' if 'nargs' in options else ''} "
+            parser.add_argument(name, metavar=metavar, **options)
             continue
         types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if get_origin(types[0]) is tuple:
-            types = get_args(types[0])
-            options |= {"type": types[0], "nargs": len(types)}
+            options["nargs"], types = len(get_args(types[0])), get_args(types[0])[:1]
+            options["type"] = types[0]
         if default is not None:
             options["help"] += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
         parser.add_argument(f"--{name}", default=default, metavar=_metavar(types), **options)
     parser.add_argument("--config", metavar="FILE.yaml", help="Read flags from a YAML file. The command line wins.")
-    parser.add_argument("--print_config", type=bool, default=False, metavar=SWITCH, help="Print such a file and exit.")
+    parser.add_argument(
+        "--print_config", type=bool, default=False, metavar=SWITCH, help="Print all flags as such a file."
+    )
     parser.usage = f"%(prog)s {positional}[--FLAG VALUE ...]"
     return parser
 
@@ -176,16 +173,15 @@ def usage_error(error: argparse.ArgumentError) -> UsageError:
     if setting is None or not names:
         return UsageError(" ".join(text.removeprefix("argument ").split()))
     value = re.search(r"(?:Got value:|Given value:|base 10:|to float:) (.*)$|: (\S+) does not conform", text)
+    given = "" if value is None else (value[1] or value[2]).strip("'")
     allowed: list[str] = []
     for name in names:
         if name.startswith("Literal["):
-            allowed += re.split(", ", name[8:-1].replace("'", ""))
+            allowed += name[8:-1].replace("'", "").split(", ")
         elif name != "NoneType":
             allowed.append(TYPE_NAMES.get(name, name))
-    allowed = list(dict.fromkeys(allowed))
-    text = " or ".join([", ".join(allowed[:-1]), allowed[-1]] if len(allowed) > 1 else allowed)
-    given = next((group for group in value.groups() if group is not None), "").strip("'") if value else ""
-    return UsageError(f"must be {text}", setting=setting[1], value=given)
+    *others, last = dict.fromkeys(allowed)
+    return UsageError(f"must be {', '.join(others)}{' or ' if others else ''}{last}", setting=setting[1], value=given)
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
@@ -215,21 +211,19 @@ def _flags_in(path: str) -> list[str]:
     settings = read_yaml(path, yaml.BaseLoader)  # all values as text: on and off are no booleans
     if not isinstance(settings, dict):
         raise DataError(f"{path}: must be a dict of flags")
-    given: list[str] = []
+    flags: list[str] = []
     for name, value in settings.items():
-        if isinstance(value, list):
-            given += [f"--{name}", *map(str, value)]
-        elif value not in ("", "null"):
-            given.append(f"--{name}={value}")
-    return given
+        if value not in ("", "null"):
+            flags += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+    return flags
 
 
 def _metavar(kinds: Sequence[Any]) -> str | None:
     if bool in kinds:
         return SWITCH
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
-    numbers = ["N" for kind in kinds if isinstance(kind, type) and issubclass(kind, (int, float))]
-    return f"{{{','.join([*choices, *numbers])}}}" if choices else "N" if numbers else None
+    shown = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    shown += ["N" for kind in kinds if isinstance(kind, type) and issubclass(kind, (int, float))]
+    return "N" if shown == ["N"] else f"{{{','.join(shown)}}}" if shown else None
 
 
 def _parse_docstring(text: str) -> tuple[str, dict[str, str]]:

@@ -22,7 +22,7 @@ Exit codes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tools/train.py`` and return its exit code."""
     flags = FlagNames()
-    with exit_on_user_error(flag_of=flags):
+    with exit_on_user_error(flags):
         check_arguments(DESCRIPTION, sys.argv[1:] if arguments is None else arguments, files=("config", "ckpt_path"))
         from detector.tools.training_cli import parse
 
