@@ -10,8 +10,9 @@ from detector.data.annotation_types import FIELD
 from detector.data.annotations import read_annotations
 from detector.data.check_dataset import check_dataset
 from detector.data.entries import CocoFile
-from detector.data.mask_keypoint_checks import check_annotation_type
+from detector.data.mask_keypoint_checks import WARNINGS, check_annotation_type
 from detector.errors import DataError, MissingAnnotationsError
+from detector.evaluation.scoring import EFFECTS_ON
 
 SQUARE = [[2, 3, 12, 3, 12, 13, 2, 13]]
 POINTS = {"masks": SQUARE, "keypoints": [1, 2, 2, 3, 4, 1]}
@@ -154,3 +155,8 @@ def test_real_coco_is_right(coco_cc):
     path = coco_cc / "annotations" / "instances_val2017.json"
     assert list(check_annotation_type(CocoFile(path), "masks")) == []
     assert list(check_annotation_type(CocoFile(path), "keypoints")) == []
+
+
+@pytest.mark.parametrize("annotation_type", FIELD)
+def test_the_effects_on_scores_are_those_of_warnings(annotation_type):
+    assert EFFECTS_ON[annotation_type].keys() <= WARNINGS[annotation_type].keys()
