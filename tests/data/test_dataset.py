@@ -13,7 +13,6 @@ from torchvision.transforms import v2
 from detector.data.annotations import read_annotations
 from detector.data.dataset import CocoDetection, as_float
 from detector.data.folder import DataFolder
-from detector.data.images import read_image
 from detector.errors import DataError
 from detector.training.data import CocoDataModule
 
@@ -86,15 +85,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
     assert any(not torch.equal(first[epoch, 0][0], other[epoch, 0][0]) for epoch in range(8))
 
 
-def test_12_bits_are_read_for_training_as_for_prediction(tmp_path):
-    dataset(tmp_path)
-    values = np.random.default_rng(0).integers(0, 4096, (20, 30), dtype=np.uint16)
-    values[0, 0] = 4095
-    Image.fromarray(values).save(tmp_path / "images" / "a.png")
-    image, _ = load(tmp_path)[0]
-    assert torch.equal((image * 255).round().to(torch.uint8), read_image(tmp_path / "images" / "a.png"))
-
-
 def test_files_that_are_no_annotations(tmp_path):
     path = tmp_path / "a.json"
     content = json.dumps(dataset(tmp_path)).encode()
@@ -128,15 +118,6 @@ def test_images_in_bytes_are_those_in_floats(tmp_path):
         assert torch.equal(as_float(sent), floats)
         assert all(torch.equal(target[name], same[name]) for name in target)
         assert sent.untyped_storage().nbytes() == sent.nbytes  # without the rest of the image
-
-
-def test_real_micrographs(bccd):
-    data = CocoDetection(bccd / "val", bccd / "annotations" / "instances_val.json")
-    assert data.category_names == ["WBC", "RBC", "Platelets"]
-    assert (len(data), len(data.annotations.ids)) == (87, 1137)
-    image, target = data[0]
-    assert image.shape == (3, 480, 640)
-    assert target["boxes"].amax() <= 640
 
 
 def test_real_coco(coco_cc):

@@ -20,7 +20,6 @@ from detector.data.drawing import (
     draw_mask,
 )
 from detector.data.keypoints import PERSON, KeypointLayout
-from detector.text import clean, short
 from detector.tools.browse import browse
 
 BLUE = COLORS[0]
@@ -34,12 +33,6 @@ def boxes_target(*boxes):
 @pytest.mark.parametrize("name", ["a\nb", "", "x" * 500, "\u202edrawkcab", "\ud800", "日本語", "<b>"])
 def test_any_name_can_be_drawn(name):
     assert max(draw(torch.zeros(3, 50, 60), boxes_target([5, 20, 30, 40]), [name]).size) >= 400
-
-
-def test_shown_names_are_one_short_line():
-    assert clean("a\n\tb\u200b\u202e c\ud800") == "a b c\ufffd"
-    assert short("x" * 100, 10) == "x" * 9 + "\u2026"
-    assert short("x" * 10, 10) == "x" * 10
 
 
 @pytest.mark.parametrize(("height", "width"), [(1000, 1), (10, 10), (500, 900)])

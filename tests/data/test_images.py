@@ -13,7 +13,6 @@ from PIL import Image, ImageOps
 from support.annotation_files import VALID
 
 from detector.data.check_dataset import check_dataset
-from detector.data.dataset import CocoDetection
 from detector.data.images import AMBIGUOUS_ORIENTATION, OVERRULED_ORIENTATION, read_image, read_image_with_remarks
 from detector.errors import ImageError, SizeError
 from detector.pretrained.image_tensors import image_tensor
@@ -251,38 +250,17 @@ def test_doubtful_orientations_are_remarked(tmp_path, orientation, height, width
     assert remarks == ([f"{start} {orientation}: {end}"] if start else [])
 
 
-def red_square(root, orientation):
-    """A red square on blue, labelled in the upright picture, in a COCO folder with one image."""
-    upright = np.zeros((30, 30, 3), dtype=np.uint8)
-    upright[..., 2] = 255
-    upright[2:10, 4:12] = (255, 0, 0)
-    numbers = UPRIGHT[orientation](np.arange(900).reshape(30, 30))
-    stored = upright.reshape(-1, 3)[np.argsort(numbers.reshape(-1))].reshape(30, 30, 3)
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [4, 2, 8, 8], "area": 64}
-    data = VALID | {"images": [{"id": 1, "file_name": "a.png", "width": 30, "height": 30}], "annotations": [box]}
-    (root / "annotations").mkdir()
-    for name in ("train2017", "val2017"):
-        (root / name).mkdir()
-        Image.fromarray(stored).save(root / name / "a.png", exif=exif)
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(data))
-    return root / "annotations" / "instances_train2017.json"
-
-
-@pytest.mark.parametrize("orientation", range(2, 9))
-def test_boxes_of_the_upright_picture_fit_its_pixels(tmp_path, orientation):
-    annotations = red_square(tmp_path, orientation)
-    image, target = CocoDetection(tmp_path / "train2017", annotations)[0]
-    x1, y1, x2, y2 = target["boxes"][0].int().tolist()
-    assert image[:, y1:y2, x1:x2].mean(dim=(1, 2)).tolist() == [1, 0, 0]
-    assert torch.equal((image * 255).byte(), image_tensor(tmp_path / "train2017" / "a.png"))  # for prediction
-
-
 @pytest.mark.parametrize("setting", ["upright", "stored"])
 def test_check_and_training_mention_doubtful_orientations(tmp_path, setting):
-    annotations = red_square(tmp_path, 3)
-    found = check_dataset(annotations, tmp_path / "train2017", orientation=setting)
+    box = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 2, 4, 4], "area": 16}
+    content = VALID | {"images": [{"id": 1, "file_name": "a.png", "width": 12, "height": 8}], "annotations": [box]}
+    (tmp_path / "annotations").mkdir()
+    for name in ("train2017", "val2017"):
+        (tmp_path / name).mkdir()
+        stored = write_oriented(tmp_path / name / "a.png", 3)
+        annotations = tmp_path / "annotations" / f"instances_{name}.json"
+        annotations.write_text(json.dumps(content))
+    found = check_dataset(annotations, tmp_path / "val2017", orientation=setting)
     (note,) = [finding for finding in found.findings if "both orientations" in finding.kind]
     assert note.level == "note"
     assert "a.png" in note.message
@@ -292,5 +270,5 @@ def test_check_and_training_mention_doubtful_orientations(tmp_path, setting):
     notes = [note for note in data.notes if "EXIF orientation" in note]
     assert [note.partition(":")[0] for note in notes] == ["train2017", "val2017"]
     assert all("a.png" in note and setting in note for note in notes)
-    pixel = data.val_set[0][0][:, 4, 6].tolist()  # in the box
-    assert pixel == ([1, 0, 0] if setting == "upright" else [0, 0, 1])
+    image, _ = data.val_set[0]
+    assert same((image * 255).byte(), UPRIGHT[3](stored) if setting == "upright" else stored)
