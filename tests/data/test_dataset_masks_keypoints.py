@@ -63,6 +63,7 @@ def test_targets_without_augmentation(root):
             assert torch.allclose(torch.tensor(box_of(target["masks"][i])).float(), target["boxes"][i], atol=1.01)
         middle = (target["boxes"][:, :2] + target["boxes"][:, 2:]) / 2
         assert torch.allclose(target["keypoints"][:, 4, :2], middle, atol=0.51)
+        assert (target["keypoints"][:, 0, 0] < target["keypoints"][:, 1, 0]).all()  # top_left and top_right
         assert (target["keypoints"][..., 2] == 1).all()  # hidden ones are labelled
 
 
