@@ -1,10 +1,11 @@
 """Export of a whole detector as one ONNX file of standard operators, compared with PyTorch before it is written.
 
-The exporter is ``torch.onnx.export(dynamo=False)``, which traces. ``dynamo=True`` and ``torch.export`` fail in
-torchvision's ``batched_nms``, which asks whether there are any boxes. The crop alone goes through both.
+The exporter is ``torch.onnx.export(dynamo=False)``, which traces: ``torch.export`` fails in torchvision's
+``batched_nms``, which asks whether there are any boxes. The crop alone goes through ``torch.export``.
 """
 
 import copy
+import importlib
 import importlib.util
 import io
 import json
@@ -53,22 +54,17 @@ class ExportError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """The outcome of an export.
+    """The outcome of an export."""
 
-    Args:
-        compared: whether the graph was compared with PyTorch, which needs onnxruntime.
-        left_out: a message about what the graph lacks; ``None`` if it lacks nothing.
-    """
-
-    compared: bool
-    left_out: str | None
+    compared: bool  # with PyTorch, which needs onnxruntime
+    left_out: str | None  # a message about what the graph lacks
 
 
 @dataclass(frozen=True)
 class Times:
-    """Median seconds of a call for images of ``size`` (height and width)."""
+    """Median seconds of a call."""
 
-    size: tuple[int, int]
+    size: tuple[int, int]  # height and width of the images
     pytorch: float
     onnxruntime: float
 
@@ -89,8 +85,8 @@ def export_onnx(
     float32, probabilities; a Keypoint R-CNN adds ``keypoints`` [L, K, 3] float32 (x, y, 1) in pixels and
     ``keypoints_scores`` [L, K] float32, logits. For several images the names are ``boxes_0``, ``labels_0``, and so on.
 
-    A swapped model crops with GridSample, a stock one with RoiAlign. Gradient ascent of a refinement is left out, as
-    graphs have no gradients. The graph is validated, and, with onnxruntime installed, compared with PyTorch on noise.
+    A swapped model crops with GridSample, a stock one with RoiAlign. The gradient ascent of a refinement is left out,
+    as graphs have no gradients. With onnxruntime installed the graph is compared with PyTorch on noise.
 
     Args:
         model: swapped or stock, in eval mode, on the CPU, in float32. A stock model that has never run takes its
@@ -217,7 +213,7 @@ class _Traced(nn.Module):
 
 def _import(name: str) -> Any:
     try:
-        return __import__(name)
+        return importlib.import_module(name)
     except ImportError as error:
         raise ExportError(f"the package {name} is missing ({error}): pip install 'affine-crop-rcnn[export]'") from None
 
@@ -230,20 +226,15 @@ def _check_model(model: nn.Module) -> None:
         raise ExportError("the model must be in eval mode: call model.eval() first")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
-            raise ExportError(
-                f"the model must be on the CPU in float32, {name} is {tensor.dtype} on {tensor.device}: call "
-                "model.float().cpu() first"
-            )
+            where = f"{tensor.dtype} on {tensor.device}"
+            raise ExportError(f"{name} is {where}, not float32 on the CPU: call model.float().cpu() first")
     pools = {kind: getattr(heads, f"{kind}_roi_pool") for kind in ("box", "mask", "keypoint")}
     refinement = refinement_of(model)
     if refinement is not None and refinement.enabled:
         pools["refinement"] = refinement.pool
     for name, pool in pools.items():
         if isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0:
-            raise ExportError(
-                f"the {name} pool has a sampling_ratio of {pool.sampling_ratio}, so that the number of samples depends "
-                "on the box; use a positive one, as torchvision's builders do"
-            )
+            raise ExportError(f"the {name} pool needs a fixed sampling_ratio above 0, got {pool.sampling_ratio}")
 
 
 def _metadata(model: GeneralizedRCNN, classes: Sequence[tuple[str, int | None]]) -> dict[str, str]:

@@ -240,13 +240,6 @@ def test_a_card_shows_the_scores_and_not_the_folder_of_the_data(detector, tmp_pa
     assert "secret" not in str(card)
 
 
-def test_undefined_scores_are_no_results(detector, tmp_path):
-    detector.save(tmp_path, report=REPORT | {"scores": {"AP": None}})
-    card = ModelCard.load(tmp_path / "README.md")
-    assert "| AP | - |" in card.text
-    assert not card.data.eval_results
-
-
 def test_a_generated_card_is_replaced_and_a_users_own_stays(detector, saved):
     detector.save(saved, report=REPORT)
     assert "| AP | 0.577 |" in (saved / "README.md").read_text()
@@ -285,29 +278,13 @@ def test_names_are_shown_as_they_are_and_do_nothing(tmp_path):
     assert card.text.count("```") == 4
 
 
-def test_a_card_lists_a_hundred_names(tmp_path):
-    names = [f"n{number}" for number in range(130)]
-    detector = load_checkpoint(save_checkpoint(tmp_path / "last.ckpt", names=names, ids=range(130)))
-    text = model_card(detector.describe()).text
-    assert "`n99` and 30 more" in text
-    assert "n100" not in text
-
-
 @pytest.mark.parametrize(
-    "report",
-    [
-        {},
-        {"about": REPORT["about"]},
-        REPORT | {"scores": {"AP": "high"}},
-        REPORT | {"about": {"data": 1}},
-        REPORT | {"about": REPORT["about"] | {"images": "many"}},
-        REPORT | {"notes": None},
-        {"about": [], "scores": []},
-    ],
+    "changes",
+    [{"about": []}, {"scores": {"AP": "high"}}, {"about": {"data": 1}}, {"notes": None}, {"scores": []}],
 )
-def test_a_damaged_report_is_refused_before_anything_is_written(detector, tmp_path, report):
+def test_a_damaged_report_is_refused_before_anything_is_written(detector, tmp_path, changes):
     with pytest.raises(DataError, match="report"):
-        detector.save(tmp_path / "saved", report=report)
+        detector.save(tmp_path / "saved", report=REPORT | changes)
     assert not (tmp_path / "saved").exists()
 
 
@@ -478,17 +455,11 @@ def test_a_config_with_a_missing_field_or_a_wrong_type(saved, field):
     ("setting", "value", "reason"),
     [
         ("name", "timm/hf-hub:evil/model", "timm"),
-        ("name", "timm/local-dir:/tmp", "timm"),
         ("name", "timm/../../x", "timm"),
-        ("name", "fasterrcnn_resnet50_fpn", "in the file"),
-        ("name", "timm/test_resnet", "in the file"),
         ("name", "maskrcnn_resnet50_fpn", "in the file"),
         ("name", "retinanet_resnet50_fpn", "name"),
-        ("name", None, "name"),
         ("fpn_channels", 10**6, "in the file"),
         ("box_head_size", -1, "box_head_size"),
-        ("min_size", "64", "min_size"),
-        ("anchor_sizes", [1], "anchor_sizes"),
         ("unheard_of", 1, "unheard_of"),
     ],
 )
@@ -518,30 +489,6 @@ def test_sizes_beyond_the_file_take_no_memory(saved, checkpoint, tmp_path, setti
         with pytest.raises(ModelError, match=r"config\.json"):
             load_detector(saved)
     assert all(parameter.is_meta for model in built for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    "category", [{"id": 1}, {"id": 1, "name": 2}, {"id": "1", "name": "a"}, {"id": True, "name": "a"}]
-)
-def test_categories_without_id_or_name(saved, category):
-    change(saved / "config.json", categories=[category] * 3)
-    with pytest.raises(ModelError, match=r"config\.json: .*(categories|name)"):
-        load_detector(saved)
-
-
-def test_another_number_of_categories(saved):
-    config = json.loads((saved / "config.json").read_text())
-    change(saved / "config.json", categories=config["categories"][:2])
-    with pytest.raises(ModelError, match="cls_score"):
-        load_detector(saved)
-
-
-@pytest.mark.parametrize("eps", [-1, 2, "0", None, True, float("nan"), {}])
-def test_invalid_batch_norm_eps(saved, eps):
-    names = json.loads((saved / "config.json").read_text())["batch_norm_eps"]
-    change(saved / "config.json", batch_norm_eps=eps if eps == {} else dict.fromkeys(names, eps))
-    with pytest.raises(ModelError, match="batch_norm_eps"):
-        load_detector(saved)
 
 
 def test_a_pickle_is_not_run(tmp_path, saved, checkpoint):
@@ -692,13 +639,10 @@ def test_a_card_names_the_refinement(refining, detector):
 @pytest.mark.parametrize(
     ("change_to", "named"),
     [
-        (lambda fields: [fields], "refinement"),
         (lambda fields: "on", "refinement"),
         (lambda fields: fields | {"iterations": 10**9}, r"refinement\.iterations"),
-        (lambda fields: fields | {"ascent_steps": None}, r"refinement\.ascent_steps"),
         (lambda fields: fields | {"unknown": 1}, "unknown"),
         (lambda fields: fields | {"box_gradient": 3}, "refinement"),
-        (lambda fields: fields | {"box_gradient": fields["box_gradient"] | {"crop": "a"}}, "refinement"),
         (lambda fields: {}, "box_gradient"),
     ],
 )
