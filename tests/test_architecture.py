@@ -1,22 +1,24 @@
-"""The floors of the package: imports go down, never up or in a circle, and none hides within a function."""
+"""The floors of the package: imports go down, never up or in a circle."""
 
 import ast
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+import detector
+
 PACKAGE = Path(__file__).parents[1] / "detector"
-# From the ground up. Below them all lie the single modules beside them: errors, text, files, ...
+# From the ground up. Below them lie the single modules beside them: errors, text, files, ...
 FLOORS = ("crop", "rcnn", "refinement", "data", "models", "pretrained", "evaluation", "training", "tools")
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-
-
-# Modules above their own floor that a function may import when it is called.
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+# Modules that functions of others may import when they are called. Functions of the tools may import any.
 LAZY = {
     "detector.pretrained.detector": {
         "detector.evaluation.running",
@@ -26,18 +28,23 @@ LAZY = {
 }
 
 
-def imports(module: str, within: type[ast.AST] = ast.Module) -> dict[str, ast.stmt]:
-    """The modules of the package that one imports, wherever in its text, with the statement that does."""
-    found: dict[str, ast.stmt] = {}
-    outer = [node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, within)]
+def imports(module: str, within: type[ast.AST] = ast.Module) -> set[str]:
+    """The modules that one imports anywhere within nodes of a kind."""
+    found = set()
+    outer = [node for node in ast.walk(TREES[module]) if isinstance(node, within)]
     for node in (inner for one in outer for inner in ast.walk(one)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative imports hide what they name"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in MODULES else str(node.module): node for name in names}
+            found |= {name if name in MODULES else str(node.module) for name in names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name: node for alias in node.names}
-    return {name: node for name, node in found.items() if name.split(".")[0] == "detector"}
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this package that one imports, except the lazy ones."""
+    return {name for name in imports(module) if name.split(".")[0] == "detector"} - LAZY.get(module, set())
 
 
 def floor(module: str) -> int:
@@ -46,41 +53,37 @@ def floor(module: str) -> int:
 
 
 def test_every_folder_is_a_floor():
-    folders = {path.parent.name for path in MODULES.values()} - {PACKAGE.name}
-    assert folders == set(FLOORS)
+    assert {path.parent.name for path in MODULES.values()} - {PACKAGE.name} == set(FLOORS)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"detector"}))  # the roof, which shows what lies below
-def test_imports_go_down(module):
-    for imported in imports(module).keys() - LAZY.get(module, set()):
-        assert imported != "detector", f"{module} imports the roof"
-        assert floor(imported) <= floor(module), f"{module} imports {imported}, which lies above it"
+def test_imports_go_down():
+    for module in set(MODULES) - {"detector"}:  # the roof, which shows what lies below
+        for imported in own_imports(module):
+            assert imported != "detector", f"{module} imports the roof"
+            assert floor(imported) <= floor(module), f"{module} imports {imported}, which lies above it"
 
 
 def test_no_imports_in_a_circle():
     # A package that is imported from stands for all that its __init__ imports.
-    graph = {module: imports(module).keys() - LAZY.get(module, set()) for module in MODULES}
-    TopologicalSorter(graph).prepare()
+    TopologicalSorter({module: own_imports(module) for module in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("module", sorted(module for module in MODULES if not module.startswith("detector.tools.")))
-def test_no_import_hides_in_a_function(module):
-    """Tools read their flags before they import torch, which takes seconds."""
-    assert imports(module, within=ast.FunctionDef).keys() <= LAZY.get(module, set())
+def test_no_import_hides_in_a_function():
+    for module in MODULES:
+        if not module.startswith("detector.tools."):  # these read their flags before they import torch
+            hidden = {name for name in imports(module, within=ast.FunctionDef) if name.startswith("detector")}
+            assert hidden <= LAZY.get(module, set()), module
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("test_*.py")), ids=lambda path: path.stem)
-def test_no_test_imports_another(path):
-    modules = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
-    assert not [module for module in modules if module.startswith("test_")]
+def test_no_test_imports_another():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        modules = [node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        assert not [module for module in modules if module.startswith("test_")], path
 
 
 def thirds(module: str) -> set[str]:
-    """The packages of others that a module imports anywhere."""
-    nodes = list(ast.walk(ast.parse(MODULES[module].read_text())))
-    names = [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
-    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    return {name for name in names if name.split(".")[0] not in {"detector", *sys.stdlib_module_names}}
+    """The packages of others that a module imports."""
+    return {name for name in imports(module) if name.split(".")[0] not in {"detector", *sys.stdlib_module_names}}
 
 
 def test_lightning_is_imported_on_the_last_two_floors_only():
@@ -89,5 +92,24 @@ def test_lightning_is_imported_on_the_last_two_floors_only():
 
 
 def test_the_crop_needs_torch_and_its_operators_alone():
-    of_crop = set().union(*(thirds(m) for m in MODULES if m.startswith("detector.crop")))
-    assert {name for name in of_crop if not name.startswith(("torch.", "torchvision.ops"))} == {"torch"}
+    names = set().union(*(thirds(m) for m in MODULES if m.startswith("detector.crop")))
+    assert {name for name in names if not name.startswith(("torch.", "torchvision.ops"))} == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("imported", "heavy"),
+    [
+        ("detector.tools", ["torch", "lightning"]),
+        ("detector.crop, detector.rcnn, detector.refinement", ["lightning", "jsonargparse", "pycocotools", "timm"]),
+        ("detector.tools.source, detector.evaluation, detector.pretrained.onnx_export", ["lightning"]),
+    ],
+)
+def test_what_is_imported_at_runtime(imported, heavy):
+    code = f"import sys, {imported}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", detector.__all__)
+def test_public_names_are_documented(name):
+    assert getattr(detector, name).__doc__

@@ -81,7 +81,8 @@ def flags(name: str) -> set[str]:
     """What ``--help`` of a tool says that it takes."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
         assert run_tool(name, ["--help"], patch) == 0
-    return set(re.findall(r"--[a-z][\w.]*\w", text.getvalue()))
+    found = set(re.findall(r"--[a-z][\w.]*\w", text.getvalue()))
+    return found | {flag.replace("--", "--no_") for flag in re.findall(r"(--\w+) {true,false}", text.getvalue())}
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
@@ -206,7 +207,7 @@ def test_console_scripts_can_be_called():
     for name, target in scripts.items():
         module, _, function = target.partition(":")
         assert callable(getattr(importlib.import_module(module), function)), name
-        assert name == f"affine-crop-{module.rpartition('.')[2]}"
+        assert name == f"affine-crop-{module.rpartition('.')[2].replace('evaluate', 'eval')}"
 
 
 def test_the_oldest_dependencies_are_those_of_pyproject():
