@@ -2,11 +2,9 @@
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
@@ -19,7 +17,7 @@ from detector.evaluation.tables import refined_rows
 from detector.text import clean, short
 
 DASH = "–"  # noqa: RUF001  for undefined numbers
-MAX_CLASSES = 20  # of the confusion matrix; the others are one row
+MAX_CLASSES = 20  # of a confusion matrix; of more, the most frequent confusions are listed
 
 
 def render_page(report: Report, pictures: Sequence[Picture]) -> str:
@@ -46,38 +44,11 @@ def render_page(report: Report, pictures: Sequence[Picture]) -> str:
         titles=TITLES,
         plots=make_plots(report),
         refined=refined_rows(report.refinement) if report.refinement else [],
-        matrix=confusion_table(report.confusion),
+        matrix=report.confusion["matrix"] if len(report.confusion["names"]) <= MAX_CLASSES else None,
+        pairs=confused_pairs(report.confusion, MAX_CLASSES),
         marks=MARKS,
         pictures=[(kind, [one for one in pictures if one.kind == kind]) for kind in ("worst", "best")],
     )
-
-
-def confusion_table(confusion: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a confusion matrix that fits on a page.
-
-    Args:
-        confusion: ``names`` of n classes and ``matrix`` [n + 1, n + 1].
-
-    Returns:
-        ``names`` and ``matrix``, in which all classes but the :data:`MAX_CLASSES` with most confusions are one, "other
-        classes"; ``others``, their number; ``totals``, the sums of the rows; and ``pairs``, the most frequent
-        confusions if there are others.
-    """
-    names, n = list(confusion["names"]), len(confusion["names"])
-    matrix = np.array(confusion["matrix"], dtype=np.int64).reshape(n + 1, n + 1)
-    others = max(n - MAX_CLASSES, 0)
-    if others:
-        confused = matrix[:-1, :-1] * ~np.eye(n, dtype=bool)
-        order = np.argsort(-(confused.sum(0) + confused.sum(1)), kind="stable")
-        chosen = np.sort(order[:MAX_CLASSES])  # in the order of the classes
-        group = np.full(n + 1, MAX_CLASSES)  # the new row of each class
-        group[chosen], group[-1] = np.arange(MAX_CLASSES), MAX_CLASSES + 1
-        member = np.eye(MAX_CLASSES + 2, dtype=np.int64)[group]
-        matrix = member.T @ matrix @ member
-        names = [names[i] for i in chosen] + ["other classes"]
-    pairs = confused_pairs(confusion, MAX_CLASSES) if others else []
-    totals = matrix.sum(1).tolist()
-    return {"names": names, "matrix": matrix.tolist(), "others": others, "totals": totals, "pairs": pairs}
 
 
 def _verbatim(text: str) -> Markup:

@@ -196,12 +196,7 @@ def evaluate_predictions(
 
     Args:
         found: the predictions.
-        split: the data, without a transform.
-        options: of which ``min_score``, ``evaluator`` and ``device`` are used.
-        detector: the detector that made them.
-        model: where the detector comes from, for the report.
-        root: the data set, for the report.
-        split_name: the name of the split, for the report.
+        split, options, detector, model, root, split_name: see :func:`evaluate_detector`.
         notes: sentences for the report.
     """
     found_types = annotation_types_of(detector.model)

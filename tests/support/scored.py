@@ -4,6 +4,8 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 from detector.data.annotations import read_annotations
 from detector.data.results import read_results, results_file
 from detector.evaluation.truth import index_coco
@@ -45,3 +47,26 @@ def truth(boxes, *, crowd=()):
 
 def result(image, box, score=0.9):
     return {"image_id": image, "category_id": 5, "bbox": box, "score": score}
+
+
+def jittered(coco, seed=0, spread=0.05):
+    """The truth, crowds too, moved a little, some under a wrong class, and some false detections."""
+    rng = np.random.default_rng(seed)
+    categories = sorted(coco.cats)
+    found = []
+    for annotation in coco.anns.values():
+        x, y, w, h = annotation["bbox"]
+        dx, dy, dw, dh = rng.normal(size=4) * spread
+        wrong = rng.random() < 0.2
+        found.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": int(rng.choice(categories)) if wrong else annotation["category_id"],
+                "bbox": [x + dx * w, y + dy * h, w * float(np.exp(dw)), h * float(np.exp(dh))],
+                "score": float(rng.random()),
+            }
+        )
+        if rng.random() < 0.5:
+            box = [float(v) for v in rng.uniform(1, 200, size=4)]
+            found.append(found[-1] | {"bbox": box, "score": float(rng.random())})
+    return found
