@@ -24,8 +24,7 @@ from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import adaptive_samples, fixed_samples, is_vmapped, pair, place_rois
 
 Sampler = Literal["auto", "grid_sample", "gather"]
-# With fewer channels grid_sample is faster: a row of the gather's table costs more to find than to read.
-MIN_CHANNELS_TO_GATHER = 32
+MIN_CHANNELS_TO_GATHER = 32  # with fewer grid_sample is faster: a row of the table costs more to find than to read
 
 
 @torch.fx.wrap  # a leaf of a symbolic trace, like roi_align
@@ -43,8 +42,7 @@ def affine_crop(
 
     Boxes are (x1, y1, x2, y2) in image pixels, x to the right and y down. Pixel ``i`` covers ``[i, i + 1]`` with
     ``aligned=True``. Arguments, defaults and values are those of ``torchvision.ops.roi_align``, which gives boxes no
-    gradient. Its private Python version ``torchvision.ops.roi_align._roi_align`` does; the top of this module says what
-    is added to that.
+    gradient. The top of this module compares it with ``torchvision.ops.roi_align._roi_align``, which does.
 
     Args:
         input: [N, C, H, W], any floating dtype.
@@ -59,7 +57,7 @@ def affine_crop(
         sampler: how maps are read; values and gradients agree to rounding. ``"grid_sample"`` can be compiled and
             exported; its CUDA backward is not deterministic. ``"gather"`` is deterministic, copies maps that are not
             channels_last, and runs outside compiled graphs. ``"auto"`` takes the gather from 32 channels on, unless a
-            CPU would copy more than two pixels per sample; it takes ``grid_sample`` in graphs.
+            CPU would copy more than two pixels per sample; it is ``grid_sample`` in graphs, not in deterministic CUDA.
 
     Returns:
         [K, C, output height, output width] in the dtype of ``input``. RoIs with a bad image index or a non-finite
@@ -67,8 +65,7 @@ def affine_crop(
 
     Raises:
         TypeError: ``input`` or ``boxes`` has the wrong type, dtype or device.
-        ValueError: a shape, size, scale, sampler, image index or coordinate is invalid, or adaptive counts are traced
-            or vmapped over boxes.
+        ValueError: a shape or value is invalid, or adaptive counts are traced or vmapped over boxes.
 
     Second derivatives and ``torch.func``'s reverse mode work. Forward mode does not, as in ``grid_sample``.
 

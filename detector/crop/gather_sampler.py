@@ -1,9 +1,8 @@
 """The crop as a gather: a bin is a weighted sum of pixels, computed by ``embedding_bag``.
 
-In channels_last a map is a table with one row per pixel. A pixel's weight in a bin is the product of a weight for its
-row and one for its column, so all geometry stays in small tensors without channels, and no sample is written to memory.
-The map's gradient is a gather as well: a weighted sum of the bins that read a pixel, found by sorting. No two threads
-add to the same place in memory, so values and gradients are the same to the last bit in every run.
+In channels_last a map is a table with one row per pixel. No sample is written to memory. The map's gradient is a gather
+as well: a weighted sum of the bins that read a pixel, found by sorting. No two threads add to the same place in memory,
+so values and gradients are the same to the last bit in every run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -77,8 +76,16 @@ def crop_by_gather(
     if not maps[0].shape[1]:  # embedding_bag takes no table without columns
         return reference([source.to(geometry_dtype(*maps)) for source in maps], samples)
     positions = [axis for group in samples for axis in (group.y, group.x)]
-    without_gradient = _with_positions(samples, [axis.detach() for axis in positions])
-    return _Gather.apply(len(maps), without_gradient, taps_of, reference, *maps, *positions)
+    constants = [group.map(_unwrapped) for group in samples]
+    return _Gather.apply(len(maps), constants, taps_of, reference, *maps, *positions)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """Return a constant without the wrappers of ``torch.func``, which are dead by the time of a backward."""
+    tensor = tensor.detach()
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 class _Gather(torch.autograd.Function):

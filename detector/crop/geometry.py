@@ -42,7 +42,7 @@ def normalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float =
 def denormalize_boxes(boxes: Tensor, size: tuple[int, int], spatial_scale: float = 1.0, aligned: bool = True) -> Tensor:
     """Convert boxes from the normalised frame to image pixels: the inverse of :func:`normalize_boxes`.
 
-    Arguments, dtypes and errors are those of :func:`normalize_boxes`, but ``boxes`` is normalised.
+    Arguments are those of :func:`normalize_boxes`, but ``boxes`` is normalised.
 
     Example:
         >>> denormalize_boxes(torch.tensor([-1.0, -1.0, 1.0, 0.0]), (240, 320)).round()

@@ -11,8 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from detector.crop.rois import OUTSIDE, Samples, is_vmapped, makes_graph
 
-# Elements that one call of grid_sample may return (float32: 256 MiB). Larger crops are computed in chunks.
-MAX_SAMPLED_ELEMENTS = 2**26
+MAX_SAMPLED_ELEMENTS = 2**26  # per call of grid_sample (float32: 256 MiB); larger crops are computed in chunks
 
 
 def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: list[int] | None = None) -> Tensor:

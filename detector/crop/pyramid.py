@@ -30,9 +30,9 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         canonical_scale: box size, in image pixels, that maps to ``canonical_level``.
         canonical_level: level of a box of that size (k0 in equation 1); 4 is stride 16.
         aligned: see :func:`~detector.affine_crop`. torchvision's pooler, and every weight trained with it, has False.
-        size_divisible: images are padded, right and below, to a multiple of this many pixels before the backbone;
-            1 means no padding. :func:`~detector.swap_crop_head` takes it from the model's transform. ``None`` takes
-            32 (torchvision's value) or 1, whichever fits a map's size better; below 48 pixels it may be wrong.
+        size_divisible: images are padded to a multiple of this many pixels before the backbone; 1 means no padding.
+            :func:`~detector.swap_crop_head` takes it from the model's transform. ``None`` takes 32 (torchvision's
+            value) or 1, whichever fits a map's size better; for images below 48 pixels it may be wrong.
 
     Example:
         >>> pool = MultiScaleAffineCrop(["0", "1"], output_size=7, sampling_ratio=2)
@@ -102,10 +102,8 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
 
 def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:
-    """Return map pixels per pixel of the padded image, rounded to a power of two; a tensor while ONNX is traced.
-
-    torchvision divides by the size before padding. For a thin image that doubles the scale: 20 pixels are padded to 32.
-    """
+    """Return map pixels per pixel of the padded image, rounded to a power of two; a tensor while ONNX is traced."""
+    # torchvision divides by the size before padding, which for a thin image doubles the scale: 20 are padded to 32.
     exponents: list[Any] = []
     for multiple in (32, 1) if size_divisible is None else (size_divisible,):
         # Sums of both sides, so that the longer side counts more where a backbone rounds.

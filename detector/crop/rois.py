@@ -25,23 +25,22 @@ OUTSIDE = 3.0
 class Rows:
     """Base of frozen dataclasses whose tensors have one row per RoI."""
 
-    def select(self, rois: slice | Tensor) -> Self:
-        """Return the rows of some RoIs."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor."""
         rows = {name: value for name, value in vars(self).items() if isinstance(value, (Tensor, Rows))}
-        selected = {name: row[rois] if isinstance(row, Tensor) else row.select(rois) for name, row in rows.items()}
-        return replace(self, **selected)  # type: ignore[type-var]
+        mapped = {name: function(row) if isinstance(row, Tensor) else row.map(function) for name, row in rows.items()}
+        return replace(self, **mapped)  # type: ignore[type-var]
+
+    def select(self, rois: slice | Tensor) -> Self:
+        return self.map(lambda rows: rows[rois])
 
 
 @dataclass(frozen=True)
 class Axis(Rows):
-    """One axis (x or y) of K RoIs.
+    """One axis (x or y) of K RoIs. Start and extent decide what is outside the map; scale and shift place samples."""
 
-    ``start`` and ``extent`` decide whether a sample is outside the map, and are rounded as in roi_align. ``scale`` and
-    ``shift`` give the sample's position and carry the gradient.
-    """
-
-    start: Tensor  # [K], map pixels, without gradient
-    extent: Tensor  # [K], map pixels, without gradient
+    start: Tensor  # [K], map pixels, without gradient, rounded as in roi_align
+    extent: Tensor  # [K], map pixels, without gradient, rounded as in roi_align
     scale: Tensor  # [K], theta's entry for this axis
     shift: Tensor  # [K], theta's translation
     size: Tensor  # [K], pixels of the RoI's map, in the dtype of the others
@@ -53,7 +52,7 @@ class Axis(Rows):
 
     def windows(self) -> tuple[Tensor, Tensor]:
         """Return the first sample of each bin that may lie on the map, [K, bins], and the most in a bin, [K]; int64."""
-        # Limits the cost of huge RoIs. With two samples of slack, as positions() decides exactly.
+        # Limits the cost of huge RoIs, with two samples of slack.
         extent, size, counts = (values.double()[:, None] for values in (self.extent, self.size, self.adaptive_counts()))
         bin_size = extent / self.bins
         bin_start = self.start.double()[:, None] + torch.arange(self.bins, device=extent.device) * bin_size
