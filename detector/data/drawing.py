@@ -209,7 +209,7 @@ def draw_keypoints(
         ends = [(places[a], places[b]) for a, b in layout.skeleton]
         mirrored = layout.mirrored()
         if mirrored != list(range(len(places))):
-            # Of two names that mirror each other, the one with "l" comes first in the alphabet.
+            # "left" comes before "right" in the alphabet, and "l" before "r".
             names = [name.lower() for name in layout.names]
             colors = [
                 MIDDLE if other == i else LEFT if names[i] < names[other] else RIGHT for i, other in enumerate(mirrored)

@@ -146,7 +146,7 @@ class DetectorConfig:
 
     @property
     def annotation_types(self) -> tuple[AnnotationType, ...]:
-        """What the detector finds besides boxes."""
+        """The annotation types that the detector finds besides boxes."""
         found = self.finds if self.name.startswith("timm/") else BUILDERS.get(self.name.partition("_")[0])
         return () if found is None else (found,)
 
