@@ -154,19 +154,6 @@ def test_losses_depend_on_the_seeds_only(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_seeded_sampling_leaves_the_global_state(kind):
-    model = build(kind)
-    images, targets = batch()
-    torch.manual_seed(0)
-    model.transform(images, copies(targets))  # samples the size, even if there is only one
-    expected = torch.get_rng_state()
-    seed_sampling(model, [1, 2])
-    torch.manual_seed(0)
-    model(images, copies(targets))
-    assert torch.equal(torch.get_rng_state(), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_none_returns_to_torchvisions_sampling(kind):
     expected = losses_of(build(kind), "untouched", 5)
     model = build(kind)

@@ -169,22 +169,6 @@ def test_a_second_call_changes_the_settings_and_keeps_the_weights():
     assert not torch.equal(boxes_of(detect(model)), boxes_of(one))
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_state_dict_and_deepcopy(swap):
-    model, other = refined(build("mask")), refined(tiny_rcnn("mask", seed=5).eval())
-    if swap:
-        swap_crop_head(model)
-        swap_crop_head(other)
-    expected = detect(model)
-    twin = copy.deepcopy(model)
-    assert_same(detect(twin), expected)
-    remove_refinement(twin)
-    assert refinement_of(model) is not None
-    assert_same(detect(model), expected)
-    other.load_state_dict(model.state_dict())
-    assert_same(detect(other), expected)
-
-
 def pickled(model):
     file = io.BytesIO()
     torch.save(model, file)

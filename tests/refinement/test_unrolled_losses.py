@@ -239,15 +239,3 @@ def test_an_iteration_that_leaves_no_box_has_no_effect():
     losses = losses_of(case, BoxGradient.exact(), boxes, iterations=2)
     assert gradients_of(losses, boxes).isfinite().all()
     torch.testing.assert_close(losses, 2 * losses_of(case, OFF, iterations=1), rtol=1e-9, atol=0)
-
-
-def test_deterministic_mode(case):
-    found = []
-    torch.use_deterministic_algorithms(True)
-    try:
-        for _ in range(2):
-            losses = losses_of(case, BoxGradient.exact())
-            found.append(gradients_of(losses, list(case.refinement.parameters())))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(*found)
