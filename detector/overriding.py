@@ -1,4 +1,4 @@
-"""Attributes and modes of a module that change for the duration of a block."""
+"""Temporary changes of a module's attributes and modes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

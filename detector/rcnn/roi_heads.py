@@ -73,11 +73,6 @@ class AttachedRoIHeads(RoIHeads):
         # Crops, mask targets and keypoint targets are taken at constant boxes.
         return [p.detach() for p in sampled], matched, labels, regression_targets
 
-    def assign_targets_to_proposals(
-        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        return super().assign_targets_to_proposals([p.detach() for p in proposals], gt_boxes, gt_labels)
-
     def postprocess_detections(
         self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -169,6 +169,15 @@ def test_scores_are_weighted_and_detections_ranked(case, power):
         assert found[image]["labels"].tolist() == [w[2] for w in wanted]
 
 
+def test_ties_keep_their_order():
+    case = RefinementCase(torch.float32)
+    torch.nn.init.zeros_(case.refinement.head.iou.weight)
+    boxes = torch.cat([case.boxes[0]] * 16)
+    given = [{"boxes": boxes, "scores": torch.full((len(boxes),), 0.5), "labels": torch.arange(len(boxes))}] * 2
+    for found in refined_by(case, given, iou_power=1.0):
+        assert torch.equal(found["labels"], torch.arange(len(boxes)))
+
+
 @pytest.mark.parametrize("settings", [{"iterations": 3}, {"iterations": 0, "ascent_steps": 10}])
 def test_boxes_stay_in_their_images(settings, monkeypatch):
     monkeypatch.setattr(inference, "MIN_IOU", 0.0)
