@@ -1,13 +1,19 @@
 """Pictures of an evaluation: outcomes, ground truth and detections."""
 
+import json
+from collections import Counter
+
 import pytest
 import torch
 from PIL import Image
 from support.drawn import POINTS, as_rle, assert_cat, changed, over, pixels_of, rectangle, rgb, write_split
+from support.shapes import truth_file, write_shapes
 
+from detector.data.dataset import CocoDetection
 from detector.data.drawing import COLORS, RIGHT
-from detector.evaluation.confusion import BoxOutcome
-from detector.evaluation.pictures import MARKS, SIDE, draw_examples, draw_outcomes
+from detector.evaluation import Report
+from detector.evaluation.confusion import BoxOutcome, image_rows, match_boxes
+from detector.evaluation.pictures import MARKS, SIDE, draw_examples, draw_outcomes, worst_and_best
 from detector.evaluation.truth import coco_of
 
 CAT = {"bbox": [10, 20, 30, 40], "category_id": 3}
@@ -104,3 +110,32 @@ def test_ground_truth_beside_detections(tmp_path):
     draw_examples(split, {1: [BoxOutcome("missed", truth, None)]}, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as drawn:
         assert not changed(drawn.crop((496, 28, 976, 268))).any()
+
+
+def test_pictures_show_what_was_counted(tmp_path, monkeypatch):
+    """The boxes that are drawn are those of the counts beside them."""
+    root, least = write_shapes(tmp_path / "shapes"), 0.5
+    split = CocoDetection(root / "val", truth_file(root))
+    truth = json.loads(truth_file(root).read_text())["annotations"]
+    found = [
+        {"image_id": one["image_id"], "category_id": category, "bbox": one["bbox"], "score": score}
+        for one in truth
+        for category, score in ((3, 0.9), (5, 0.8), (8, 0.4), (3, 0.6))
+    ]
+    outcomes = match_boxes(coco_of(split.annotations), found, split.image_ids, min_score=least)
+    report = Report({}, confusion={"min_score": least}, images=image_rows(outcomes))
+    drawn = []
+
+    def draw(image, boxes, split, unrefined):
+        drawn.append((Counter(box.kind for box in boxes), unrefined))
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", draw)
+    pictures, _ = worst_and_best(split, report, outcomes, found, number=5)
+    assert len(pictures) >= 5
+    for picture, (counts, unrefined) in zip(pictures, drawn, strict=True):
+        of_image = [one for one in found if one["image_id"] == picture.entry["id"] and one["score"] >= least]
+        assert unrefined == of_image
+        for kind in ("found", "missed", "confused", "false"):
+            assert picture.entry[kind] == counts[kind]
+    assert sum(counts.total() for counts, _ in drawn) > 20

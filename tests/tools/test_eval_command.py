@@ -7,42 +7,34 @@ import re
 import shutil
 import subprocess
 import sys
-import weakref
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image
 from support.commands import refused, score
 from support.refined_models import refined
+from support.shapes import IDS, NAMES, truth_file, write_shapes
 from support.tiny_detector import tiny_checkpoint
-from support.tiny_models import SIZE, batch, copies, tiny_rcnn
+from support.tiny_models import tiny_rcnn
 from support.tiny_training import REPOSITORY
-from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
-from detector import swap_crop_head
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError, exit_on_user_error
-from detector.evaluation import Report, detect_with_losses, scoring, to_results
-from detector.evaluation.confusion import image_rows, match_boxes
+from detector.evaluation import scoring
 from detector.evaluation.losses import run_rcnn
-from detector.evaluation.pictures import worst_and_best
-from detector.evaluation.running import EvaluationOptions, run_detector
+from detector.evaluation.running import EvaluationOptions
 from detector.evaluation.scoring import evaluate_detector
-from detector.evaluation.timing import STAGES, measure_stages
-from detector.evaluation.truth import coco_of
+from detector.evaluation.timing import STAGES
 from detector.models.published import published_names
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import load_detector
 from detector.tools import evaluate, export
 
-IDS, NAMES = [3, 5, 8], ["<b>3</b>", "<b>5</b>", "<b>8</b>"]
 FILES = {"report.html", "report.json", "scores.json", "detections.json"}
 UNREFINED = [stage for stage in (*STAGES, "total") if stage != "refinement"]
 PUBLISHED = {"model": "some", "weights": "w.pth"}
@@ -56,25 +48,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Five images of coloured rectangles, of three classes."""
-    root = tmp_path_factory.mktemp("data") / "shapes"
-    (root / "val").mkdir(parents=True)
-    (root / "annotations").mkdir()
-    generator = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(1, 6):
-        pixels = np.full((60, 80, 3), 40 * i, dtype=np.uint8)
-        for category in IDS[: 1 + i % 3]:
-            x, y = (int(v) for v in generator.integers(0, 40, 2))
-            pixels[y : y + 20, x : x + 30] = 25 * category
-            box = {"bbox": [x, y, 30, 20], "area": 600, "iscrowd": 0}
-            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": category, **box})
-        Image.fromarray(pixels).save(root / "val" / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "width": 80, "height": 60})
-    categories = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    truth_file(root).write_text(json.dumps(content))
-    return root
+    return write_shapes(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +69,6 @@ def checkpoint(tmp_path_factory):
 def scored(checkpoint, data, tmp_path_factory):
     """An evaluation with everything."""
     return evaluated(tmp_path_factory.mktemp("eval"), checkpoint=checkpoint, root=data, speed=2)
-
-
-def truth_file(root):
-    return root / "annotations" / "instances_val.json"
 
 
 def evaluated(folder="out", **options):
@@ -349,29 +319,6 @@ def test_as_many_pictures_as_are_asked_for(pictures, shown, data):
     assert ("No pictures" in page) == (pictures == 0)
 
 
-def test_pictures_show_what_was_counted(scored, split, monkeypatch):
-    """The boxes that are drawn are those of the counts beside them."""
-    found = scored.found
-    least = float(np.median([one["score"] for one in found]))
-    outcomes = match_boxes(coco_of(split.annotations), found, split.image_ids, min_score=least)
-    report = Report({}, confusion={"min_score": least}, images=image_rows(outcomes))
-    drawn = []
-
-    def draw(image, boxes, split, unrefined):
-        drawn.append((Counter(box.kind for box in boxes), unrefined))
-        return Image.new("RGB", (8, 8))
-
-    monkeypatch.setattr("detector.evaluation.pictures.draw_outcomes", draw)
-    pictures, _ = worst_and_best(split, report, outcomes, found, number=5)
-    assert len(pictures) >= 5
-    for picture, (counts, unrefined) in zip(pictures, drawn, strict=True):
-        of_image = [one for one in found if one["image_id"] == picture.entry["id"] and one["score"] >= least]
-        assert unrefined == of_image
-        for kind in ("found", "missed", "confused", "false"):
-            assert picture.entry[kind] == counts[kind]
-    assert sum(counts.total() for counts, _ in drawn) > 20
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_scores_as_the_cpu_does(checkpoint, data, scored):
@@ -397,111 +344,13 @@ def test_one_stage_detectors_are_scored_with_their_losses(data):
         evaluated(crop="affine", **options)
 
 
-def test_losses_of_a_one_stage_detector_are_those_of_training():
-    model = RetinaNet(tiny_rcnn().backbone, 3, min_size=SIZE, max_size=SIZE, score_thresh=0.0)
-    model.anchor_generator = tiny_rcnn().rpn.anchor_generator
-    model.head = torchvision.models.detection.retinanet.RetinaNetHead(8, 2, 3)
-    images, targets = batch()
-    model.train()
-    with torch.no_grad():
-        expected = model(images, copies(targets))
-    detections, losses = detect_with_losses(model, images, copies(targets))
-    torch.testing.assert_close(losses, dict(expected))
-    assert model.training
-    with torch.no_grad():
-        assert torch.equal(detections[0]["boxes"], model.eval()(images)[0]["boxes"])
-
-
-class TestStages:
-    @pytest.fixture
-    def ticks(self, monkeypatch):
-        """A clock that ticks once per reading: nothing is measured twice, nothing is left out."""
-        ticks = iter(range(10**6))
-        monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-        return ticks
-
-    @pytest.mark.parametrize("kind", ["box", "mask", "keypoint"])
-    def test_every_stage_takes_time_and_they_add_up(self, split, kind, ticks):
-        model = swap_crop_head(tiny_rcnn(kind))
-        model.train()
-        done = []
-        found = measure_stages(model, split, images=4, on_image=done.append)
-        assert model.training
-        assert (len(done), found["images"]) == (7, 4)
-        rows = {row["stage"]: row["ms"] for row in found["rows"]}
-        assert list(rows) == UNREFINED
-        assert sum(rows.values()) - rows["total"] == pytest.approx(rows["total"])
-        pools = {"box": 1, "mask": 2, "keypoint": 2}[kind]
-        assert rows["crop"] == 1000 * pools  # one tick for each module
-        assert rows["head"] == 2000 * pools
-        assert rows["decode and transform"] == 2000
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        for row in found["rows"]:
-            assert 0 <= row["low"] <= row["ms"] <= row["high"]
-            assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
-
-    def test_the_refinement_is_a_stage(self, split, monkeypatch, ticks):
-        """The whole refinement, once: the other stages take as long as before."""
-        model = refined(swap_crop_head(tiny_rcnn()), iterations=2, ascent_steps=2)
-        refine = type(model.roi_heads).refined
-
-        def slow(heads, *arguments):
-            for _ in range(10):
-                next(ticks)
-            return refine(heads, *arguments)
-
-        monkeypatch.setattr(type(model.roi_heads), "refined", slow)
-        rows = {row["stage"]: row["ms"] for row in measure_stages(model, split, images=2)["rows"]}
-        assert list(rows) == [*STAGES, "total"]
-        assert rows["refinement"] == 11000
-        assert (rows["crop"], rows["head"]) == (1000, 2000)
-        assert "refined" not in vars(model.roi_heads)
-        model.roi_heads.refinement.enabled = False
-        assert [row["stage"] for row in measure_stages(model, split, images=2)["rows"]] == UNREFINED
-
-    def test_only_images_that_were_scored_are_timed(self, split, monkeypatch):
-        seen = []
-        get = CocoDetection.__getitem__
-        monkeypatch.setattr(CocoDetection, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
-        measure_stages(tiny_rcnn(), split, images=4, among=2)
-        assert set(seen) == {0, 1}
-
-    @pytest.mark.parametrize("error", [DataError("broken"), RuntimeError("out of memory"), KeyboardInterrupt()])
-    def test_the_scores_are_kept_if_timing_fails(self, error, checkpoint, data, monkeypatch):
-        monkeypatch.setattr("detector.evaluation.scoring.measure_stages", raising(error))
-        kept = evaluated(checkpoint=checkpoint, root=data, limit=2, speed=5)
-        assert kept.report["speed"] is None
-        assert kept.report["about"]["images"] == 2
-        assert "No times" in " ".join(kept.notes)
-
-
-@pytest.mark.parametrize("stop", [DataError("broken"), KeyboardInterrupt()])
-def test_a_training_scores_all_images_or_none(split, monkeypatch, stop):
-    """With a part of the images, the other objects would count as missed."""
-    get = CocoDetection.__getitem__
-    monkeypatch.setattr(
-        CocoDetection, "__getitem__", lambda self, index: raising(stop)() if index == 3 else get(self, index)
-    )
-    with pytest.raises(type(stop)):
-        run_detector(tiny_rcnn(), split, [3, 5], EvaluationOptions(workers=0))
-
-
-def test_nothing_of_an_images_size_is_kept(split):
-    """Memory stays flat: while a batch is computed, the images of those before are gone."""
-    alive = []
-
-    class Watching(torch.nn.Module):
-        def forward(self, images):
-            before = [reference() for reference in alive]
-            assert sum(image is not None for image in before[:-1]) == 0
-            alive.extend(weakref.ref(image) for image in images)
-            boxes = torch.tensor([[1.0, 2, 30, 40]], requires_grad=True) + images[0].sum() * 0
-            return [{"boxes": boxes, "labels": torch.ones(1).long(), "scores": torch.ones(1)}]
-
-    found = run_detector(Watching(), split, split.category_ids, EvaluationOptions(workers=0))
-    assert len(alive) == 5
-    assert found.image_ids == [1, 2, 3, 4, 5]
-    assert all(isinstance(result["bbox"][0], float) for result in found.results)
+@pytest.mark.parametrize("error", [DataError("broken"), RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_scores_are_kept_if_timing_fails(error, checkpoint, data, monkeypatch):
+    monkeypatch.setattr("detector.evaluation.scoring.measure_stages", raising(error))
+    kept = evaluated(checkpoint=checkpoint, root=data, limit=2, speed=5)
+    assert kept.report["speed"] is None
+    assert kept.report["about"]["images"] == 2
+    assert "No times" in " ".join(kept.notes)
 
 
 @pytest.fixture
@@ -688,11 +537,6 @@ def test_a_damaged_image_of_a_results_file_is_noted_on_the_page(scored, data, tm
     page = evaluated(results=scored.folder / "detections.json", root=root).page
     assert "cannot be read as an image" in page
     assert "data:image" in page
-
-
-def test_label_0_is_the_background():
-    found = {"boxes": torch.zeros(2, 4), "labels": torch.tensor([0, 2]), "scores": torch.ones(2)}
-    assert [r["category_id"] for r in to_results([found], [1], [3, 7])] == [7]
 
 
 class TestRefine:
