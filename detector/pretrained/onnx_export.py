@@ -33,6 +33,7 @@ from detector.models.resizing import DetectorTransform
 from detector.models.rle_detections import annotation_types_of
 from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
+from detector.text import short
 
 OPSETS = range(16, 21)  # GridSample needs 16; torch's exporter ends at 20
 OUTPUTS = {  # for an image, by what the detector finds
@@ -274,7 +275,7 @@ def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
                 dynamo=False,
             )
         except Exception as error:  # the exporter and the model raise many types
-            raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {_first_line(error)}") from error
+            raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {short(str(error), 300)}") from error
     return content.getvalue()
 
 
@@ -287,7 +288,7 @@ def _session(content: bytes) -> Any:
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no base class
-        raise ExportError(f"onnxruntime does not accept the graph: {_first_line(error)}") from None
+        raise ExportError(f"onnxruntime does not accept the graph: {short(str(error), 300)}") from None
 
 
 def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int) -> None:
@@ -301,7 +302,7 @@ def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int)
         try:
             results = session.run(None, {"images": images.numpy(), **thresholds})
         except Exception as error:  # onnxruntime's errors have no base class
-            raise ExportError(f"onnxruntime cannot run the graph: {_first_line(error)}") from None
+            raise ExportError(f"onnxruntime cannot run the graph: {short(str(error), 300)}") from None
         for i, wanted in enumerate(expected):
             given = dict(zip(names, (torch.from_numpy(result) for result in results[len(names) * i :])))
             same = _same(wanted, given, BOX_TOLERANCE * max(height, width))
@@ -358,7 +359,3 @@ def _thresholds(model: GeneralizedRCNN) -> dict[str, float]:
     if refinement is not None and refinement.enabled:
         thresholds["refinement_threshold"] = float(refinement.score_threshold)
     return thresholds
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -64,7 +64,7 @@ class PredictOptions:
         workers: number of processes that read images.
         orientation: see :func:`~detector.data.images.read_image`.
         max_pixels: see :func:`~detector.data.images.read_image`.
-        category_ids: the category id of each label; ``None`` leaves a label out of the results. Default: its own.
+        category_ids: the category id of each label; ``None`` leaves a label out. Default: the detector's.
     """
 
     min_score: float | Sequence[float] = 0.5

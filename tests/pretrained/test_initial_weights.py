@@ -197,8 +197,9 @@ def test_torchvisions_first_files(tmp_path, small):
     )
 
 
-@pytest.mark.parametrize("trained", [0, 3, 5])
-@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", SMALL])
+@pytest.mark.parametrize(
+    ("name", "trained"), [("fasterrcnn_resnet50_fpn", 3), ("fasterrcnn_resnet50_fpn_v2", 0), (SMALL, 5)]
+)
 def test_a_torchvision_detector_is_held_as_torchvision_holds_it_with_weights(name, trained, monkeypatch):
     networks = {"ResNet50_Weights": "resnet50", "MobileNet_V3_Large_Weights": "mobilenet_v3_large"}
     monkeypatch.setattr(

@@ -295,8 +295,7 @@ def test_labels_without_categories_stand_for_themselves(photos, checkpoint):
 
 def test_a_picture_is_no_larger_than_a_jpeg_can_be(home):
     predict_module._write_picture(home / "long.jpg", Image.new("RGB", (70000, 20)))
-    with Image.open(home / "long.jpg") as picture:
-        assert picture.width == 65500
+    assert Image.open(home / "long.jpg").width == 65500
 
 
 def test_a_photograph_is_turned_upright(home, run):
@@ -725,19 +724,10 @@ def test_auto_matches_the_classes(photos, loaded, run, monkeypatch, category_ids
     assert [one["min_score"] for one in read()[0]["categories"]] == [0.1, 0.2, 0.3]
 
 
-ROWS = points_of([0.1] * 3)["by_class"]
-NO_SCORES = [
-    *(None, points_of([None] * 3, None), [], 7, {"by_class": ROWS}, {"mean": {}, "by_class": ROWS}),
-    *({"mean": {"score": 0.5}, "by_class": [row]} for row in ({"id": 7}, {"id": [], "name": NAMES[0], "score": 0.1})),
-    *(points_of([0.1, score, 0.3]) for score in ("0.2", 1.2, float("nan"), True)),
-    points_of([0.1, None, None], "0.5"),
-]
-
-
-@pytest.mark.parametrize("points", NO_SCORES)
+@pytest.mark.parametrize("points", [None, points_of([None] * 3, None)])
 def test_auto_with_a_report_without_scores(photos, trained, loaded, run, points):
     write_report(Path(trained).parent.parent / "eval-val" / "report.json", points, loaded.digest())
-    with pytest.raises((ModelError, DataError)) as caught:
+    with pytest.raises(ModelError) as caught:
         run("photos", checkpoint=trained, min_score="auto")
     assert caught.value.setting == "min_score"
     assert not Path("out").exists()
