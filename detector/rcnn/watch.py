@@ -16,10 +16,10 @@ class BoxGradientWatch:
 
     def __init__(self) -> None:
         self._norms: list[Tensor] = []  # of the RPN's own gradient, the box gradient, and its part within the bound
-        self._cosines: list[Tensor] = []
+        self._cosines: list[Tensor] = []  # of the direction of descent with that to the ground truth
 
     def watch_deltas(self, deltas: Tensor, own: Tensor, others: Tensor) -> None:
-        gradients = {"own": torch.zeros_like(deltas), "others": torch.zeros_like(deltas)}
+        gradients = dict.fromkeys(("own", "others"), torch.zeros_like(deltas))
 
         def record(total: Tensor) -> None:
             self._norms.append(torch.stack([g.norm() for g in (*gradients.values(), total - gradients["own"])]))
@@ -41,18 +41,12 @@ class BoxGradientWatch:
             boxes.register_hook(record)
 
     def reading(self) -> dict[str, float]:
-        """Return ``ratio``, ``passed``, ``cosine`` and ``away``, as far as they are defined.
-
-        ``ratio`` is the norm of the box gradient at the deltas over that of the RPN's own box loss, ``passed`` the same
-        after the bound. ``cosine`` is the mean cosine between the direction of descent and that to the ground truth, in
-        units of the box's sides, and ``away`` the fraction of RoIs with a negative one.
-        """
-        own, others, passed = torch.stack(self._norms).norm(dim=0).tolist() if self._norms else (0.0, 0.0, 0.0)
-        values = {"ratio": others / own, "passed": passed / own} if own else {}
-        if sum(map(len, self._cosines)):
-            cosines = torch.cat(self._cosines).double()
-            values |= {"cosine": cosines.mean().item(), "away": (cosines < 0).double().mean().item()}
-        return values
+        """Return ``ratio`` to the RPN's own gradient, ``passed`` (within the bound), ``cosine`` and ``away`` (< 0)."""
+        norms = torch.stack(self._norms or [torch.zeros(3)]).norm(dim=0).tolist()
+        cosines = torch.cat(self._cosines or [torch.zeros(0)]).double()
+        values = {"ratio": norms[1] / norms[0], "passed": norms[2] / norms[0]} if norms[0] else {}
+        directions = {"cosine": cosines.mean().item(), "away": (cosines < 0).double().mean().item()}
+        return values | (directions if len(cosines) else {})
 
 
 @contextmanager
