@@ -4,6 +4,7 @@ Neither the number of ranks that share a batch nor an interruption changes them.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -13,6 +14,7 @@ from detector.seeds import seed_of
 Item = tuple[int, int]  # (epoch, index)
 
 
+@dataclass(eq=False)
 class TrainingBatches(Sampler[list[Item]]):
     """Shuffled batches of images that are all wide or all tall, to reduce padding.
 
@@ -29,21 +31,16 @@ class TrainingBatches(Sampler[list[Item]]):
         start: number of batches of the first epoch to skip.
     """
 
-    def __init__(
-        self,
-        wide: Sequence[bool],
-        batch_size: int,
-        *,
-        seed: int = 0,
-        ranks: int = 1,
-        rank: int = 0,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.wide = torch.tensor(wide, dtype=torch.bool)
-        self.batch_size, self.seed, self.ranks, self.rank = batch_size, seed, ranks, rank
-        self.epoch = self._first_epoch = epoch
-        self.start = start
+    wide: Sequence[bool]
+    batch_size: int
+    seed: int = 0
+    ranks: int = 1
+    rank: int = 0
+    epoch: int = 0
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        self._first_epoch = self.epoch
 
     @property
     def sampler(self) -> "TrainingBatches":
@@ -67,7 +64,8 @@ class TrainingBatches(Sampler[list[Item]]):
         size = self.batch_size * self.ranks
         order = torch.randperm(len(self.wide), generator=generator)
         order = order[: max(len(order) // size * size, min(size, len(order)))]
-        groups = [order[self.wide[order]], order[~self.wide[order]]]
+        wide = torch.tensor(self.wide, dtype=torch.bool)[order]
+        groups = [order[wide], order[~wide]]
         mixed = torch.cat([group[len(group) // size * size :] for group in groups])  # none, or one batch
         batches = [batch for group in groups for batch in group.split(size) if len(batch) == size]
         batches += [mixed] if len(mixed) else []
@@ -77,15 +75,6 @@ class TrainingBatches(Sampler[list[Item]]):
         return [batch or batches[0].tolist()[: self.batch_size] for batch in own]
 
 
-class ScoringBatches(Sampler[list[int]]):
-    """All images once, in order. Ranks take whole batches in turn, so the number of ranks does not change them."""
-
-    def __init__(self, images: int, batch_size: int, *, ranks: int = 1, rank: int = 0) -> None:
-        batches = [list(range(i, min(i + batch_size, images))) for i in range(0, images, batch_size)]
-        self._batches = batches[rank::ranks]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+def scoring_batches(images: int, batch_size: int, *, ranks: int = 1, rank: int = 0) -> list[list[int]]:
+    """Return batches of all images, in order. Ranks share them in turn, so their number does not change any batch."""
+    return [list(range(i, min(i + batch_size, images))) for i in range(0, images, batch_size)][rank::ranks]

@@ -1,9 +1,10 @@
 """Data loaders, whose workers leave signals to the main process."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from detector.signals import ignoring_signals
 
@@ -15,7 +16,7 @@ def collate(items: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
 
 
 def make_loader(
-    dataset: Dataset[Any], batches: Sampler[Any] | None, *, workers: int, collate_fn: Any = collate, **options: Any
+    dataset: Dataset[Any], batches: Iterable[Any] | None, *, workers: int, collate_fn: Any = collate, **options: Any
 ) -> DataLoader[Any]:
     """Build a loader with ``workers`` processes. Without ``batches`` it yields single items."""
     if batches is None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from detector.choices import Evaluator
 from detector.data.annotations import Annotations
-from detector.data.batches import ScoringBatches
+from detector.data.batches import scoring_batches
 from detector.data.dataset import CocoDetection, Target, as_float
 from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
@@ -188,7 +188,7 @@ def run_detector(
     images = len(split) if options.limit is None else min(options.limit, len(split))
     # Masks and keypoints are read for losses alone.
     split = (split.boxes_alone() if labels is None else split.with_layers()).as_bytes()
-    batches = ScoringBatches(images, options.batch_size, ranks=ranks, rank=rank)
+    batches = scoring_batches(images, options.batch_size, ranks=ranks, rank=rank)
     loader = make_loader(_Readable(split) if options.skip_broken else split, batches, workers=options.workers)
     truth = split.annotations if proposals else None
     running = predict(model, loader, category_ids, device=options.device, labels=labels, proposals_of=truth)

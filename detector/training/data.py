@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from detector.data.annotation_types import AnnotationType
-from detector.data.batches import ScoringBatches, TrainingBatches
+from detector.data.batches import TrainingBatches, scoring_batches
 from detector.data.categories import label_as
 from detector.data.checks import Finding, no_box
 from detector.data.dataset import CocoDetection, Target, as_float
@@ -249,7 +249,7 @@ class CocoDataModule(lightning.LightningDataModule):
         ranks, rank = self._ranks()
         if math.ceil(len(self.val_set) / self.val_batch_size) < ranks:  # the same on every rank
             raise DataError(f"{self.val_split} has {len(self.val_set)} images, too few to score on {ranks} devices")
-        batches = ScoringBatches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
+        batches = scoring_batches(len(self.val_set), self.val_batch_size, ranks=ranks, rank=rank)
         return self._loader(self.val_set.with_layers(), batches)
 
     def _loader(self, data: CocoDetection, batches: Any) -> DataLoader[Batch]:
