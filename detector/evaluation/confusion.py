@@ -18,16 +18,12 @@ MATCHING_IOU = 0.5  # minimum IoU of a detection with the object that it covers
 class BoxOutcome:
     """The outcome of an object, of a detection, or of both where the detection covers the object.
 
-    Args:
-        kind: "found" is an object detected as its class, "confused" one detected as another class, "missed" one that
-            is not detected, "false" a detection without an object, "crowd" a crowd or a detection on one, which is
-            not counted.
-        truth: the object's annotation, if there is an object.
-        detection: the result, if there is a detection.
+    "found" is an object detected as its class, "confused" one detected as another class, "missed" one that is not
+    detected, "false" a detection without an object, and "crowd" a crowd or a detection on one, which is not counted.
     """
 
     kind: Outcome
-    truth: dict[str, Any] | None
+    truth: dict[str, Any] | None  # the annotation
     detection: Result | None
 
 

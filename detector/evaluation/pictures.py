@@ -48,19 +48,11 @@ BEFORE = Mark("#FFFFFF", "dotted")  # boxes without the refinement
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the page.
-
-    Args:
-        kind: whether the image is one of the worst or of the best.
-        entry: the image's row of the report.
-        uri: the image with its boxes, a JPEG in a data URI.
-        width: in pixels.
-        height: in pixels.
-    """
+    """A picture of the page."""
 
     kind: Literal["worst", "best"]
-    entry: Section
-    uri: Markup
+    entry: Section  # the image's row of the report
+    uri: Markup  # the image with its boxes, a JPEG in a data URI
     width: int
     height: int
 

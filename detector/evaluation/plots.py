@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from detector.data.drawing import COLORS
-from detector.evaluation.metric import TITLES
 from detector.evaluation.report import Report
 
 INK = "#000000"  # becomes the colour of the page's text, light or dark
@@ -48,65 +47,49 @@ class Plot:
 
 def make_plots(report: Report) -> dict[str, Plot]:
     """Return the plots that have data. Names of classes stand in the legends, which are HTML, never in the SVG."""
-    sections = (_precision_recall, _thresholds, _by_iou, _proposals)
-    return {name: plot for section in sections for name, plot in section(report)}
+    plots: dict[str, Plot] = {}
 
+    def add(name: str, title: str, x: Sequence[float], lines: Sequence[Line], settings: Any, **options: Any) -> None:
+        plots[name] = _plot(name, title, x, lines, settings, **options)
 
-def _precision_recall(report: Report) -> Iterator[tuple[str, Plot]]:
-    recall = report.curves.get("recall", [])
+    def add_ap(name: str, title: str, measure: str, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        ious = [row["iou"] for row in report.by_iou]
+        settings = {"xlabel": f"{measure} threshold", "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
+        *first, last = ((label, [row["AP"] for row in several]) for label, several in rows.items())
+        add(name, title, ious, [*((*line, INK, True) for line in first), (*last, LINES[0], False)], settings, style="o")
+
+    recall, points = report.curves.get("recall", []), report.operating_points
     if mean := report.curves.get("mean"):
         lines = [(f"IoU {iou}", values, color, False) for (iou, values), color in zip(mean.items(), LINES)]
-        yield "mean", _plot("mean", "Mean over the classes", recall, lines, PRECISION_RECALL)
+        add("mean", "Mean over the classes", recall, lines, PRECISION_RECALL)
     if classes := {name: one for name, one in report.curves.get("by_class", {}).items() if _finite(one).size}:
         lines, remark = _class_lines(classes, "AP50")
-        yield "by_class", _plot("by_class", "By class, at IoU 0.50", recall, lines, PRECISION_RECALL, remark)
-
-
-def _thresholds(report: Report) -> Iterator[tuple[str, Plot]]:
-    best = report.operating_points["mean"]
-    if best is None:
-        return
-    curves = report.operating_points["curves"]
-    lines = [(label, curves["mean"][key], color, False) for (key, label), color in zip(MEASURES.items(), LINES)]
-    remark = f"F1 is highest, {best['f1']:.3f}, from a score of {best['score']} on."
-    title = "All classes together"
-    yield "threshold", _plot("threshold", title, curves["score"], lines, OVER_SCORE, remark, mark=best["score"])
-    for key, label in MEASURES.items():
-        lines, remark = _class_lines({name: one[key] for name, one in curves["by_class"].items()}, f"mean {label}")
-        title = f"{label[0].upper()}{label[1:]} by class"
-        yield key, _plot(key, title, curves["score"], lines, OVER_SCORE, remark)
-
-
-def _by_iou(report: Report) -> Iterator[tuple[str, Plot]]:
-    ious = [row["iou"] for row in report.by_iou]
-
-    def plot(name: str, title: str, measure: str, named: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot:
-        axes = {"xlabel": f"{measure} threshold", "ylabel": "AP", "ylim": (0, 1.03), "xticks": ious[::2]}
-        *first, last = ((label, [row["AP"] for row in rows]) for label, rows in named.items())
-        lines = [(*line, INK, True) for line in first] + [(*last, LINES[0], False)]
-        return _plot(name, title, ious, lines, axes, style="o")
-
+        add("by_class", "By class, at IoU 0.50", recall, lines, PRECISION_RECALL, remark=remark)
+    if best := points["mean"]:
+        curves = points["curves"]
+        lines = [(label, curves["mean"][key], color, False) for (key, label), color in zip(MEASURES.items(), LINES)]
+        remark = f"F1 is highest, {best['f1']:.3f}, from a score of {best['score']} on."
+        options = {"remark": remark, "mark": best["score"]}
+        add("threshold", "All classes together", curves["score"], lines, OVER_SCORE, **options)
+        for key, label in MEASURES.items():
+            lines, remark = _class_lines({name: one[key] for name, one in curves["by_class"].items()}, f"mean {label}")
+            title = f"{label[0].upper()}{label[1:]} by class"
+            add(key, title, curves["score"], lines, OVER_SCORE, remark=remark)
     if report.refinement:
-        named = {when: report.refinement[when]["by_iou"] for when in ("before", "after")}
-        yield "refined", plot("refined", "AP by IoU threshold, before and after", "IoU", named)
-    for iou_type, title in TITLES.items():
-        if section := getattr(report, iou_type):
-            name = title.lower()
-            if iou_type == "segm":
-                both = {"boxes": report.by_iou, name: section["by_iou"]}
-                yield iou_type, plot(iou_type, f"AP of {name} and boxes", "IoU", both)
-            else:  # the OKS of keypoints cannot be compared with the IoU of boxes
-                yield iou_type, plot(iou_type, f"AP of {name}", "OKS", {name: section["by_iou"]})
-
-
-def _proposals(report: Report) -> Iterator[tuple[str, Plot]]:
+        rows = {when: report.refinement[when]["by_iou"] for when in ("before", "after")}
+        add_ap("refined", "AP by IoU threshold, before and after", "IoU", rows)
+    if report.segm:
+        add_ap("segm", "AP of masks and boxes", "IoU", {"boxes": report.by_iou, "masks": report.segm["by_iou"]})
+    if report.keypoints:  # their OKS cannot be compared with the IoU of boxes
+        add_ap("keypoints", "AP of keypoints", "OKS", {"keypoints": report.keypoints["by_iou"]})
     if report.proposals:
-        rows = report.proposals["rows"]
+        steps = report.proposals["rows"]
         sizes = (("AR", "all"), ("ARs", "small"), ("ARm", "medium"), ("ARl", "large"))
-        lines = [(label, [row[key] for row in rows], color, False) for (key, label), color in zip(sizes, LINES)]
-        ticks = {"xticks": range(len(rows)), "xticklabels": [f"{row['at']:,}" for row in rows]}
-        axes = {"xlabel": "proposals per image", "ylabel": "average recall", "ylim": (0, 1.03), **ticks}
-        yield "proposals", _plot("proposals", "Recall of the proposals", range(len(rows)), lines, axes, style="o")
+        lines = [(label, [row[key] for row in steps], color, False) for (key, label), color in zip(sizes, LINES)]
+        ticks = {"xticks": range(len(steps)), "xticklabels": [f"{row['at']:,}" for row in steps]}
+        settings = {"xlabel": "proposals per image", "ylabel": "average recall", "ylim": (0, 1.03), **ticks}
+        add("proposals", "Recall of the proposals", range(len(steps)), lines, settings, style="o")
+    return plots
 
 
 def _finite(values: Sequence[float | None]) -> np.ndarray:
@@ -132,8 +115,8 @@ def _plot(
     x: Sequence[float],
     lines: Sequence[Line],
     settings: Mapping[str, Any],
-    remark: str = "",
     *,
+    remark: str = "",
     style: str = "",
     mark: float | None = None,
 ) -> Plot:

@@ -61,27 +61,16 @@ DEFAULT_OPTIONS = EvaluationOptions()
 
 @dataclass
 class Predictions:
-    """The output of a detector on a split, or on a part of it.
-
-    Args:
-        image_ids: the images that it ran on.
-        results: the detections, in COCO's results format.
-        losses: the losses by torchvision's names, summed over the images; empty if they were not computed.
-        proposals: the proposals that cover an object; ``None`` if they were not recorded.
-        kept_proposals: number of proposals per image that the heads get.
-        unrefined: the detections in the same images without the refinement, if they are to be compared.
-        broken: why an image cannot be read, by the id of the image.
-        stopped: why the run ended early: Ctrl-C, or an image that cannot be read.
-    """
+    """The output of a detector on a split, or on a part of it."""
 
     image_ids: list[int] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    losses: Counter[str] = field(default_factory=Counter)
-    proposals: list[CoveringProposal] | None = None
-    kept_proposals: int = 0
-    unrefined: list[Result] | None = None
-    broken: dict[int, str] = field(default_factory=dict)
-    stopped: KeyboardInterrupt | DataError | None = None
+    results: list[Result] = field(default_factory=list)  # the detections, in COCO's results format
+    losses: Counter[str] = field(default_factory=Counter)  # by torchvision's names, summed over the images
+    proposals: list[CoveringProposal] | None = None  # if they were recorded
+    kept_proposals: int = 0  # number of proposals per image that the heads get
+    unrefined: list[Result] | None = None  # the detections without the refinement, if they are to be compared
+    broken: dict[int, str] = field(default_factory=dict)  # why an image cannot be read, by its id
+    stopped: KeyboardInterrupt | DataError | None = None  # why the run ended early
 
     def add(self, other: "Predictions") -> None:
         """Add the predictions on other images."""

@@ -66,30 +66,20 @@ MAX_PER_CLASS = 100  # detections of a class in an image that COCO's metric uses
 class Evaluation:
     """The outcome of an evaluation.
 
-    Args:
-        report: all numbers.
-        results: the detections, in COCO's results format.
-        scores: COCO's numbers of boxes, and those of masks and keypoints as "segm/AP", "keypoints/AP", ...; -1 where
-            there is no object.
-        tables: pycocotools' tables.
-        outcomes: of the boxes in each image.
-        images: the images, if some are to be drawn.
-        unrefined: the detections without the refinement, to be drawn.
-        skipped: why an image could not be read and was left out, by its id.
-        stopped: why the evaluation covers a part of the images: Ctrl-C, or an image that cannot be read.
-        warning: a sentence on the images that were left out.
+    ``scores`` are COCO's numbers of boxes, and those of masks and keypoints as "segm/AP", "keypoints/AP", ...; -1 where
+    there is no object.
     """
 
     report: Report
-    results: list[Result]
+    results: list[Result]  # the detections, in COCO's results format
     scores: dict[str, float]
-    tables: str
-    outcomes: dict[int, list[BoxOutcome]]
-    images: CocoDetection | None = None
-    unrefined: list[Result] = field(default_factory=list)
-    skipped: dict[int, str] = field(default_factory=dict)
-    stopped: KeyboardInterrupt | DataError | None = None
-    warning: str = ""
+    tables: str  # pycocotools'
+    outcomes: dict[int, list[BoxOutcome]]  # of the boxes in each image
+    images: CocoDetection | None = None  # if some are to be drawn
+    unrefined: list[Result] = field(default_factory=list)  # detections without the refinement, to be drawn
+    skipped: dict[int, str] = field(default_factory=dict)  # why an image could not be read, by its id
+    stopped: KeyboardInterrupt | DataError | None = None  # why the evaluation covers a part of the images
+    warning: str = ""  # on the images that were skipped
 
     def write(self, folder: Path, *, pictures: int = 6, of_training: bool = False) -> None:
         """Write detections.json, scores.json, report.json and report.html to a folder, and print the tables.
