@@ -154,7 +154,7 @@ def evaluate_detector(
         return None
     warning = split.leave_out(found.broken) if found.broken else ""
     if warning and not found.image_ids:
-        raise DataError(f"none of the images that were asked for can be read: {warning}")
+        raise DataError(f"none of the requested images can be read: {warning}")
     later += _coverage_notes(found, options.limit, total)
     later += [f"{warning}."] if warning else []
     if unrefined is not None and not unrefined.stopped:
