@@ -186,5 +186,5 @@ def test_an_unforeseen_error_in_one_process_ends_both(flags, tmp_path):
         text=True,
         timeout=180,
     )
-    assert done.returncode == 1
+    assert done.returncode in (1, -signal.SIGKILL)  # Lightning's observer may end the first process before its error
     assert "ZeroDivisionError: boom" in done.stderr
