@@ -13,7 +13,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from support.commands import score
-from support.runs import KILL_WITHIN, STUB, assert_equal
 from support.tiny_training import REPOSITORY, TINY
 
 from detector.data.digits import write_digits
@@ -135,28 +134,6 @@ def test_two_processes_score_and_train_as_one(flags, checkpoint, tmp_path):
     )
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.exhaustive
-def test_two_processes_that_are_killed_end_as_two_never_killed(flags, tmp_path):
-    """By Lightning's own launcher: the second process dies with the first."""
-    command = ["tools/train.py", *flags, "--trainer.max_epochs=2", "--data.batch_size=2", *DDP]
-    run([sys.executable, *command, f"--run_dir={tmp_path / 'whole'}"])
-    command.append(f"--run_dir={tmp_path / 'run'}")
-    setup = KILL_WITHIN["an evaluation"]
-    stub = tmp_path / "stub.py"
-    stub.write_text(STUB.format(setup="\n".join(line.strip() for line in setup.splitlines())))
-    done = subprocess.run(
-        [sys.executable, str(stub), *command[1:]], cwd=REPOSITORY, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    run([sys.executable, *command, "--ckpt_path=last"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "stub.py", "whole"]
-    ours, theirs = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("run", "whole")
-    )
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-        assert_equal(ours[part], theirs[part])
 
 
 FAILS_ON_RANK_1 = """

@@ -257,13 +257,6 @@ def test_one_image_with_another_class_is_enough(base, digits, tmp_path):
     assert weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")[LEARNED].abs().max() > 0
 
 
-def test_a_detector_that_finds_nothing(base, digits, tmp_path):
-    content = torch.load(base, weights_only=True)
-    content["affine_crop_rcnn"]["detector"]["score_threshold"] = 1.0
-    torch.save(content, tmp_path / "silent.ckpt")
-    assert fit(tmp_path / "silent.ckpt", digits, tmp_path / "run")["AP"] == 0
-
-
 def test_mistakes(base, digits, tmp_path):
     empty = with_annotations(digits, tmp_path / "empty", lambda content: content["annotations"].clear())
     with pytest.raises(DataError, match=r"instances_train\.json"):
