@@ -266,7 +266,7 @@ def test_mistakes(base, digits, tmp_path):
         (r"instances_nosuch\.json", 1, {"split": "nosuch"}),
         ("checkpoint", 2, {"model": "fasterrcnn_resnet50_fpn"}),
         ("nosuch.ckpt", 1, {"checkpoint": "nosuch.ckpt"}),
-        ("lr", 2, {"lr": 0}),
+        ("lr", 1, {"lr": 0}),
         ("iterations", 1, {"iterations": 101}),
     ):
         with refused(words, code=code):
