@@ -51,22 +51,17 @@ __all__ = [
     "watch_box_gradient",
 ]
 
-# Imported on first use: torch takes seconds, and command lines must answer faster.
-_FLOORS = {
-    "detector.pretrained": ("load_detector",),
-    "detector.rcnn": ("BoxGradient", "restore_roi_align", "swap_crop_head", "watch_box_gradient"),
-    "detector.refinement": ("RefinementConfig", "add_refinement", "refinement_losses", "remove_refinement"),
-    "detector.crop": tuple(__all__),  # the others
-}
-
+_FLOORS = ("crop", "rcnn", "refinement", "pretrained")
 
 if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        for floor, names in _FLOORS.items():
-            if name in names:
-                globals()[name] = value = getattr(import_module(floor), name)
-                return value
+        """Import a name on first use: torch takes seconds, and command lines must answer faster."""
+        for floor in _FLOORS if name in __all__ else ():
+            module = import_module(f"detector.{floor}")
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -95,8 +95,6 @@ class TrainingCLI(LightningCLI):
             cause: BaseException = error
             while cause.__cause__ is not None:  # jsonargparse's own message is a page long
                 cause = cause.__cause__
-            if isinstance(cause, UserError):
-                raise cause from error
             raise UserError(f"a setting cannot be used: {one_line(cause)}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
