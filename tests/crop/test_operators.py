@@ -77,6 +77,8 @@ def test_layouts(operator, layout):
         results.append([crops, *torch.autograd.grad(crops.square().sum(), [features, *boxes])])
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
     assert results[0][0].is_contiguous()
+    if layout == "channels_last" and operator.sampler != "grid_sample":  # the gather's gradient has the map's layout
+        assert results[0][1].is_contiguous(memory_format=torch.channels_last)
 
 
 @both_forms
@@ -164,18 +166,6 @@ def test_exact_values_are_the_limit_of_roi_align(aligned, device, dtype):
     errors = [(points - found).abs().mean().item() for points in crops]
     assert errors[0] > 3 * errors[1] > 9 * errors[2] > 27 * errors[3]
     assert errors[3] < 5e-4
-
-
-def test_exact_values_of_extreme_boxes():
-    maps = torch.rand(1, 3, 12, 12, dtype=torch.float64)
-    boxes = torch.tensor(
-        [[-1e6, -1e6, 1e6, 1e6], [3.2, 4.1, 3.2, 4.1], [3, 3, 3.001, 3.001], [8, 9, 2, 3], [900, 900, 950, 950]],
-        dtype=torch.float64,
-    )
-    found = exact_crop(maps, [boxes], 3, 1.0, True)
-    assert found[0].abs().max() < 1e-6  # the map is a millionth of it
-    torch.testing.assert_close(found[1:], roi_align(maps, [boxes[1:]], 3, 1.0, 64, True), rtol=0, atol=5e-3)
-    assert not found[4].any()
 
 
 @both_forms
@@ -274,7 +264,7 @@ def test_a_map_of_one_pixel_is_flat(operator):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_hessians_by_reverse_mode_and_directions_by_double_backward(operator):
+def test_hessians_by_reverse_mode(operator):
     maps, box = randn(2, 2, 9, 9), general_boxes(1, (9, 9))
 
     def loss(box):
@@ -288,8 +278,6 @@ def test_hessians_by_reverse_mode_and_directions_by_double_backward(operator):
     hessian = torch.func.jacrev(torch.func.jacrev(loss))(box)[0, :, 0]
     torch.testing.assert_close(hessian, difference(lambda b: torch.func.grad(loss)(b)[0]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.autograd.functional.hessian(loss, box)[0, :, 0], hessian)
-    slope = torch.autograd.functional.jvp(loss, box, torch.ones_like(box))[1]
-    torch.testing.assert_close(slope, difference(loss).sum(), rtol=1e-6, atol=1e-6)
 
 
 # --- Border ----------------------------------------------------------------------------------------------------------
@@ -397,26 +385,6 @@ def test_compiles_into_one_graph(form, backend, channels):
     torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_the_gather_runs_outside_of_compiled_graphs():
-    features = torch.randn(1, 64, 8, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
-    corners = general_boxes(5, (8, 9), dtype=torch.float32)
-    expected = roi_align(features, [corners[[0, 2, 4]]], 2, 1.0, 2)
-    corners[1, 0], corners[3, 2] = NAN, INF
-    corners.requires_grad_()
-    crop = torch.compile(affine_crop, backend="aot_eager")
-    result = crop(features, [corners], 2, 1.0, 2, sampler="gather")
-    assert result[[1, 3]].isnan().all()
-    torch.testing.assert_close(result[[0, 2, 4]], expected, rtol=0, atol=1e-5)
-    gradients = torch.autograd.grad(result[[0, 2, 4]].sum(), [features, corners])
-    torch.testing.assert_close(gradients[0], torch.autograd.grad(expected.sum(), features)[0], rtol=0, atol=1e-5)
-    assert gradients[1].any(1).tolist() == [True, False, True, False, True]
-    torch.compiler.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        torch.compile(affine_crop, fullgraph=True, backend="aot_eager")(features, [corners], 2, sampler="gather")
-
-
 @both_forms
 def test_torch_export(form):
     """As grid_sample, also where "auto" would take the gather."""
@@ -469,31 +437,23 @@ ONE = torch.tensor([[1.0, 2, 5, 6]])
         ((MAP[0], [ONE], 2), ValueError, "input"),
         ((MAP[..., :0], [ONE], 2), ValueError, "input"),
         ((MAP.long(), [ONE], 2), TypeError, "input .*int64"),
-        (("map", [ONE], 2), TypeError, "input .*str"),
         ((MAP, ONE, 2), ValueError, r"boxes .*\[1, 4\]"),
-        ((MAP, torch.zeros(5), 2), ValueError, r"boxes .*\[5\]"),
         ((MAP, [ONE, torch.zeros(1, 5)], 2), ValueError, r"boxes\[1\] .*\[1, 5\]"),
-        ((MAP, [ONE[0]], 2), ValueError, r"boxes\[0\]"),
         ((MAP, [ONE, ONE.long()], 2), TypeError, r"boxes\[1\]"),
         ((MAP, [[1.0, 2, 5, 6]], 2), TypeError, r"boxes\[0\] .*list"),
         ((MAP, None, 2), TypeError, "boxes .*NoneType"),
-        ((MAP, "boxes", 2), TypeError, "boxes .*str"),
         ((MAP, [ONE] * 3, 2), ValueError, "boxes .*3 .*2"),
         ((MAP, [ONE.to("meta")], 2), TypeError, r"boxes\[0\] .*meta and cpu"),
         ((MAP, with_index([2], ONE), 2), ValueError, r"boxes\[0\] .*2.0"),
         ((MAP, with_index([0, -1], ONE.repeat(2, 1)), 2), ValueError, r"boxes\[1\] .*-1.0"),
         ((MAP, with_index([0.5], ONE), 2), ValueError, r"boxes\[0\] .*0.5"),
         ((MAP, with_index([NAN], ONE), 2), ValueError, r"boxes\[0\] .*nan"),
-        ((MAP[:0], with_index([0], ONE), 2), ValueError, r"boxes\[0\]"),
         ((MAP, [ONE, torch.tensor([[0, 1.0, NAN, 2]])], 2), ValueError, "boxes .*finite.*RoI 1"),
-        ((MAP, [torch.tensor([[-INF, 1.0, 2, 3]])], 2), ValueError, r"boxes .*finite.*\[-inf, 1.0"),
         ((MAP, [ONE * 1e37], 2, 1e3), ValueError, "boxes .*finite.* spatial_scale 1000.0"),
-        ((MAP, [ONE], 0), ValueError, "output_size"),
         ((MAP, [ONE], (3, 0)), ValueError, "output_size"),
         ((MAP, [ONE], (1, 2, 3)), TypeError, "output_size"),
         ((MAP, [ONE], 2.0), TypeError, "output_size"),
         ((MAP, [ONE], 2, 0.0), ValueError, "spatial_scale"),
-        ((MAP, [ONE], 2, NAN), ValueError, "spatial_scale"),
         ((MAP, [ONE], 2, INF), ValueError, "spatial_scale"),
     ],
 )
@@ -532,10 +492,16 @@ def assert_invalid_rois_are_nan(crop, reference, form, device):
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @both_forms
-def test_compiled_invalid_rois_are_nan(form):
-    compiled = torch.compile(affine_crop, fullgraph=True, backend="aot_eager")
-    operator = OPERATORS["grid_sample2"]
-    assert_invalid_rois_are_nan(lambda m, b: compiled(m, b, (2, 3), 1.0, 2), operator.reference, form, "cpu")
+@both_samplers
+def test_compiled_invalid_rois_are_nan(sampler, form):
+    """grid_sample compiles into one graph, the gather runs outside of it."""
+    crop = torch.compile(affine_crop, backend="aot_eager", fullgraph=sampler == "grid_sample")
+    reference = OPERATORS[f"{sampler}2"].reference
+    assert_invalid_rois_are_nan(lambda m, b: crop(m, b, (2, 3), 1.0, 2, sampler=sampler), reference, form, "cpu")
+    if sampler == "gather":
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            torch.compile(affine_crop, backend="aot_eager", fullgraph=True)(MAP, [ONE], 2, sampler=sampler)
 
 
 @pytest.mark.gpu

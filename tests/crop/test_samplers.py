@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.crops import both_samplers, general_boxes, randn, slopes, with_index
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
-from support.tiny_models import batch, copies, tiny_rcnn
+from support.tiny_models import tiny_rcnn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,14 +114,6 @@ def test_auto_copies_no_large_map_for_few_samples(taken, images, output_size, ra
     assert taken == [sampler, "gather"]
 
 
-@pytest.mark.parametrize(("copied", "sampler"), [("0", "grid_sample"), ("123", "gather")])
-def test_auto_counts_the_levels_that_would_be_copied(taken, copied, sampler):
-    # 1,280 pixels on level 0, and 420 on the others together, for 432 samples.
-    features = {name: f if name in copied else channels_last(f) for name, f in pyramid(1, SIZE, 32).items()}
-    pool(2, "auto")(features, [boxes_of_side(LEVEL_SIDES + LEVEL_SIDES[:4])], [SIZE])
-    assert taken == [sampler]
-
-
 @pytest.mark.parametrize("duplicate", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("sampler", ["auto", "grid_sample", "gather"])
 def test_the_named_sampler_is_taken(taken, sampler, duplicate):
@@ -185,57 +177,45 @@ def test_autocast_leaves_the_geometry_in_float32(sampled, bags, ratio):
 @both_ratios
 @pytest.mark.parametrize("counts", [[9], [4, 5, 3], [12, 0, 1]])
 @pytest.mark.parametrize(
-    ("sampler", "module", "limit", "value"),
+    ("sampler", "name", "limit"),
     [
-        ("grid_sample", "grid_sampler", "MAX_SAMPLED_ELEMENTS", 1),
-        ("grid_sample", "grid_sampler", "MAX_SAMPLED_ELEMENTS", 100),
-        ("gather", "gather_sampler", "MAX_PIXELS_READ_CPU", 50),
-        ("gather", "gather_sampler", "MAX_PIXELS_SORTED", 50),
+        ("grid_sample", "MAX_SAMPLED_ELEMENTS", 1),
+        ("grid_sample", "MAX_SAMPLED_ELEMENTS", 100),
+        ("gather", "MAX_PIXELS_READ_CPU", 400),
+        ("gather", "MAX_PIXELS_SORTED", 400),
     ],
 )
-def test_chunks_change_nothing(monkeypatch, sampled, bags, sampler, module, limit, value, counts, ratio):
+def test_chunks_change_nothing(monkeypatch, sampled, bags, sampler, name, limit, counts, ratio):
     features = randn(len(counts), 2, 12, 13).requires_grad_()
     boxes = [general_boxes(n, (12, 13), seed=i).requires_grad_() for i, n in enumerate(counts)]
 
     def run():
         sampled.clear(), bags.clear()
         result = affine_crop(features, boxes, (3, 2), 1.0, ratio, sampler=sampler)
-        return [result, *torch.autograd.grad(result.square().sum(), [features, *boxes])], len(sampled) + len(bags)
+        return [result, *torch.autograd.grad(result.square().sum(), [features, *boxes])]
 
-    expected, calls = run()
-    monkeypatch.setattr(getattr(detector.crop, module), limit, value)
-    results, more_calls = run()
-    torch.testing.assert_close(results, expected, rtol=0, atol=1e-11)
-    assert more_calls > calls
+    expected, calls = run(), len(sampled) + len(bags)
+    module = "grid_sampler" if sampler == "grid_sample" else "gather_sampler"
+    monkeypatch.setattr(getattr(detector.crop, module), name, limit)
+    torch.testing.assert_close(run(), expected, rtol=0, atol=1e-11)
+    assert len(sampled) + len(bags) > calls
+    if sampler == "gather":
+        read = [call["rows"].numel() for call in bags if call["map"] == (name == "MAX_PIXELS_SORTED")]
+        assert limit / 8 < max(read) <= limit
 
 
 @pytest.mark.parametrize("images", [1, 4])
 def test_grid_sample_stays_within_its_limit(monkeypatch, sampled, images):
     """Also for a box of 70,000 x 70,000 samples, and for huge boxes in many images, which share a call."""
     monkeypatch.setattr(detector.crop.grid_sampler, "MAX_SAMPLED_ELEMENTS", 2**16)
-    features = randn(images, 4, 40, 50, dtype=torch.float32).requires_grad_()
-    boxes = torch.tensor([[-3e4, -2e4, 4e4, 5e4], [-300.3, -200.1, 400.2, 500.4]])[2 - min(images, 2) :]
-    boxes = [boxes if images == 1 else boxes[-1:] / 4] * images
+    features = randn(images, 4, 40, 50, dtype=torch.float32)
+    huge = torch.tensor([[-3e4, -2e4, 4e4, 5e4], [-300.3, -200.1, 400.2, 500.4]])
+    boxes = [huge] if images == 1 else [huge[1:] / 4] * images
     result = affine_crop(features, boxes, 7, 1.0, -1, sampler="grid_sample")
-    assert max(call["result"] for call in sampled) <= 2**16
     expected = roi_align(features, [b[-1:] for b in boxes], 7)
     torch.testing.assert_close(result[-1:], expected[-1:], rtol=0, atol=5e-4)
-    sampled.clear()
     affine_crop(features, [general_boxes(60, (40, 50), dtype=torch.float32)] * images, 7, 1.0, 2, sampler="grid_sample")
     assert max(call["result"] for call in sampled) <= 2**16
-
-
-@both_ratios
-def test_gather_stays_within_its_limits(monkeypatch, bags, ratio):
-    monkeypatch.setattr(detector.crop.gather_sampler, "MAX_PIXELS_READ_CPU", 2**12)
-    monkeypatch.setattr(detector.crop.gather_sampler, "MAX_PIXELS_SORTED", 2**14)
-    features = channels_last(randn(1, 64, 24, 24)).requires_grad_()
-    corners = general_boxes(60, (24, 24)).requires_grad_()
-    crops = affine_crop(features, [corners], 4, 1.0, ratio, sampler="gather")
-    torch.autograd.grad(crops.sum(), [features, corners])
-    reads, sorts = ([call for call in bags if call["map"] == of_map] for of_map in (False, True))
-    assert 2**11 < max(call["rows"].numel() for call in reads) <= 2**12
-    assert 2**13 < max(call["rows"].numel() for call in sorts) <= 2**14
 
 
 def test_gather_sums_a_small_map_in_batches(bags):
@@ -313,17 +293,6 @@ def test_gather_keeps_maps_of_half_precision_as_they_are():
 # --- Gradients of the gather -----------------------------------------------------------------------------------------
 
 
-@both_layouts
-@pytest.mark.parametrize("leaf", [False, True])
-def test_a_maps_gradient_is_in_its_layout(leaf, layout):
-    features = randn(2, 32, 8, 9).contiguous(memory_format=layout).requires_grad_()
-    source = features if leaf else features * 2
-    boxes = [general_boxes(3, (8, 9), seed) for seed in range(2)]
-    crops = affine_crop(source, boxes, 3, 1.0, 2, sampler="gather")
-    (gradient,) = torch.autograd.grad(crops.sum(), source)
-    assert gradient.is_contiguous(memory_format=layout)
-
-
 @both_samplers
 @both_ratios
 @pytest.mark.parametrize("frozen", [["1"], NAMES, ["boxes"], [*NAMES, "boxes"]], ids=str)
@@ -375,26 +344,6 @@ def test_an_roi_on_no_level_reads_nothing():
     (gradient,) = torch.autograd.grad(result.sum(), boxes)
     assert gradient.any(1).tolist() == [True, False, True]
     assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", ["mask", "keypoint"])
-def test_detectors_train_alike_with_either_sampler(taken, kind):
-    images, targets = batch()
-    steps = []
-    for sampler in ("gather", "grid_sample"):
-        model = swap_crop_head(tiny_rcnn(kind), sampler=sampler).train()
-        torch.manual_seed(1)
-        losses = model(images, copies(targets))
-        sum(losses.values()).backward()
-        steps.append((losses, {name: p.grad for name, p in model.named_parameters()}))
-        assert set(taken) == {sampler}
-        taken.clear()
-    (losses, gradients), (expected, wanted) = steps
-    for name, loss in losses.items():
-        torch.testing.assert_close(loss, expected[name], rtol=1e-4, atol=0)
-    for name, gradient in gradients.items():
-        # A bias before a softmax over all places has a gradient of 0 but for rounding.
-        assert (gradient - wanted[name]).norm() <= 1e-3 * wanted[name].norm() + 1e-6, name
 
 
 # --- Deterministic, and without synchronisation ----------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """torch.vmap over boxes, maps and both: the values and gradients of a loop."""
 
+from functools import partial
+
 import pytest
 import torch
 from support.crops import OPERATORS, general_boxes, randn, with_index
@@ -94,18 +96,17 @@ def test_inside_of_and_around_other_transforms(sampler, channels):
     def energy(box):
         return crop(box).square().sum()
 
-    expected = looped(lambda box: energy_gradient(crop, box), boxes)
-    close = {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(grad(lambda all_boxes: torch.vmap(energy)(all_boxes).sum())(boxes), expected, **close)
-    leaf = boxes.clone().requires_grad_()
-    torch.testing.assert_close(torch.autograd.grad(torch.vmap(energy)(leaf).sum(), leaf)[0], expected, **close)
-    pairs = boxes.view(2, 2, 4)
-    torch.testing.assert_close(torch.vmap(torch.vmap(grad(energy)))(pairs).view(4, 4), expected, **close)
+    expected, leaf = looped(lambda box: energy_gradient(crop, box), boxes), boxes.clone().requires_grad_()
     rows = torch.vmap(jacrev(crop))(boxes)
-    torch.testing.assert_close((2 * torch.vmap(crop)(boxes)[..., None] * rows).sum((1, 2, 3, 4)), expected, **close)
-    lengths = torch.vmap(grad(lambda box: grad(energy)(box).square().sum()))(boxes)  # a second derivative
-    alone = looped(lambda box: grad(lambda b: grad(energy)(b).square().sum())(box), boxes)
-    torch.testing.assert_close(lengths, alone, **close)
+    for gradients in (
+        grad(lambda all_boxes: torch.vmap(energy)(all_boxes).sum())(boxes),
+        torch.autograd.grad(torch.vmap(energy)(leaf).sum(), leaf)[0],
+        torch.vmap(torch.vmap(grad(energy)))(boxes.view(2, 2, 4)).view(4, 4),
+        (2 * torch.vmap(crop)(boxes)[..., None] * rows).sum((1, 2, 3, 4)),
+    ):
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-9)
+    second = grad(lambda box: grad(energy)(box).square().sum())
+    torch.testing.assert_close(torch.vmap(second)(boxes), looped(second, boxes), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sampler", ["auto", "gather", "grid_sample"])
@@ -116,10 +117,14 @@ def test_over_the_boxes_of_a_pyramid(names, sampler):
     pool, stock = MultiScaleAffineCrop(names, 3, 2, **SMALL, sampler=sampler), MultiScaleRoIAlign(names, 3, 2, **SMALL)
     boxes = torch.stack([boxes_of_side(LEVEL_SIDES[:4], seed) for seed in range(2)])
     boxes[1] += 0.3
-    assert_as_looped(lambda one: pool(maps, [one[:1], one[1:]], [size] * 2), boxes)
-    expected = stock(maps, [boxes[0, :1], boxes[0, 1:]], [size] * 2)
-    result = torch.vmap(lambda one: pool(maps, [one[:1], one[1:]], [size] * 2))(boxes)[0]
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
+
+    def crop(pool, one):
+        return pool(maps, [one[:1], one[1:]], [size] * 2)
+
+    assert_as_looped(partial(crop, pool), boxes)
+    torch.testing.assert_close(
+        torch.vmap(partial(crop, pool))(boxes), looped(partial(crop, stock), boxes), rtol=0, atol=1e-10
+    )
 
 
 @samplers
