@@ -15,7 +15,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 
 from support.commands import refused, score
-from support.marks import slow
 from support.part_data import POINTS, write_digits_with_parts
 from support.tiny_training import TINY, changed_copy, tiny_run
 
@@ -161,7 +160,7 @@ def test_predict_writes_them(run, data, tmp_path):
         assert middles == {tuple(one["keypoints"][12:14]) for one in results}
 
 
-@pytest.mark.parametrize("run", [slow("masks"), "keypoints"], indirect=True)
+@pytest.mark.slow
 def test_refinement_looks_for_them_in_the_refined_boxes(run, found_again, tmp_path):
     kind, folder = run
     data, before = found_again
@@ -174,7 +173,7 @@ def test_refinement_looks_for_them_in_the_refined_boxes(run, found_again, tmp_pa
     assert load_detector(tmp_path / "r").keypoints == load_detector(folder).keypoints
 
 
-@pytest.mark.parametrize("run", ["masks", slow("keypoints")], indirect=True)
+@pytest.mark.slow
 def test_a_run_starts_another_and_does_not_resume_as_one_of_boxes(run, data, tmp_path):
     kind, folder = run
     tiny_run(data, tmp_path / "b", f"--model.detector.finds={kind}", f"--model.detector.weights={folder}", *ONE_STEP)

@@ -148,6 +148,7 @@ class StopAfterTwo(lightning.Callback):
         trainer.should_stop = trainer.global_step == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_a_callback_ended_is_not_trained_further(base, digits, tmp_path):
     first = fit(base, digits, tmp_path / "run", steps=9, callbacks=[StopAfterTwo()])
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -210,6 +211,7 @@ def test_settings_of_test_time_may_change_on_resuming(base, digits, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").refinement.config == config
 
 
+@pytest.mark.slow
 def test_mixed_precision_keeps_the_weights_in_32_bits(base, digits, tmp_path):
     fit(base, digits, tmp_path / "run", precision="bf16-mixed", deterministic=True)
     weights = weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")
