@@ -1,7 +1,4 @@
-"""The mechanism works: a gradient through the crop finds an object, and a refinement loss moves the proposals.
-
-Two short, seeded experiments. Each prints its figures (pytest -s, or .github/MEASUREMENTS.md).
-"""
+"""A gradient through the crop finds an object, and the box loss moves the proposals. Prints figures with pytest -s."""
 
 import copy
 
@@ -101,7 +98,7 @@ def small_detector():
 
 @torch.no_grad()
 def proposal_iou(model, images, targets):
-    """Mean IoU with the truth of the proposals of all anchors that overlap it by half or more."""
+    """Return the mean IoU with the truth of the proposals of all anchors that overlap it by half or more."""
     batch, _ = model.transform(images)
     features = {"0": model.backbone(batch.tensors)}
     _, deltas = model.rpn.head(list(features.values()))
@@ -121,8 +118,8 @@ def train(model, images, targets, *, lr, steps):
     torch.manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     for _ in range(steps):
-        drawn = torch.randperm(len(images))[:8].tolist()
-        losses = model([images[i] for i in drawn], [dict(targets[i]) for i in drawn])
+        batch = torch.randperm(len(images))[:8].tolist()
+        losses = model([images[i] for i in batch], [dict(targets[i]) for i in batch])
         del losses["loss_rpn_box_reg"]
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -132,19 +129,19 @@ def train(model, images, targets, *, lr, steps):
 
 @pytest.fixture(scope="module")
 def experiment():
-    """A detector whose head has learned to refine anchors, its proposals still untrained; scenes seen, and new ones."""
+    """A detector whose head refines anchors while its proposals are untrained; training and new scenes."""
     torch.manual_seed(0)
-    seen, new = scenes(64), scenes(16)
+    training, new = scenes(64), scenes(16)
     model = swap_crop_head(small_detector(), BoxGradient(crop=0, coder=0)).train()
-    train(model, *seen, lr=1e-3, steps=300)
-    return model, seen, new
+    train(model, *training, lr=1e-3, steps=300)
+    return model, training, new
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["both", "off", "crop alone"])
-def test_refinement_loss_alone_moves_the_proposals_to_the_truth(experiment, path):
-    """With both paths; with the gradient off they stay; with the crop path alone they flee, as BoxGradient warns."""
-    model, seen, new = copy.deepcopy(experiment)
+def test_the_box_loss_moves_the_proposals(experiment, path):
+    """Both paths move proposals to the truth; off, they stay; the crop path alone moves them away from it."""
+    model, training, new = copy.deepcopy(experiment)
     settings = {
         "both": BoxGradient.exact(),
         "off": BoxGradient(crop=0, coder=0),
@@ -152,7 +149,7 @@ def test_refinement_loss_alone_moves_the_proposals_to_the_truth(experiment, path
     }
     swap_crop_head(model, settings[path])
     before = proposal_iou(model, *new)
-    train(model, *seen, lr=3e-4, steps=120)
+    train(model, *training, lr=3e-4, steps=120)
     after = proposal_iou(model, *new)
     print(f"\nproposals' mean IoU with the truth on new images, {path}: {before:.3f} to {after:.3f}")
     if path == "both":

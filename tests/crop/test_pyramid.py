@@ -119,8 +119,7 @@ def test_aligned(sampler, ratio):
 
 
 @pytest.mark.slow
-@both_samplers
-@both_ratios
+@pytest.mark.parametrize(("sampler", "ratio"), [("grid_sample", 2), ("gather", -1)])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile(sampler, ratio):
     """With grid_sample and fixed counts in one graph."""
