@@ -36,15 +36,14 @@ def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> lis
         DataError: a name is repeated on either side, and the ids differ.
     """
     names = [name for _, name in theirs]
-    ids = [None if place is None else theirs[place][0] for place in same_names([name for _, name in ours], names)]
-    for number, (category, name) in enumerate(ours):
-        if ids[number] is None and name in names:
-            if (category, name) not in theirs:
-                raise DataError(
-                    f"several categories are called {short_repr(name)}, and the one with id {category} has none with "
-                    "the same id and name on the other side: they cannot be matched"
-                )
-            ids[number] = category
+    ids: list[int | None] = []
+    for category, place in zip(ours, same_names([name for _, name in ours], names)):
+        if place is None and category[1] in names and category not in theirs:
+            raise DataError(
+                f"several categories are called {short_repr(category[1])}, and the one with id {category[0]} has none "
+                "with the same id and name on the other side: they cannot be matched"
+            )
+        ids.append(theirs[place][0] if place is not None else category[0] if category[1] in names else None)
     return ids
 
 
@@ -74,10 +73,8 @@ def match_ids(detector: Labelled, categories: Sequence[Category]) -> Sequence[in
     ids = [found.get(category) for category in _categories(detector)]
     if not any(category is not None for category in ids):
         names, theirs = [name for _, name in ours], [name for _, name in categories]
-        raise ModelError(
-            f"no class of the detector ({quoted(names)}) has the name of a category of the data ({quoted(theirs)}): "
-            f"{mixed_up(names, theirs) or 'not the same set of classes'}"
-        )
+        what = f"no class of the detector ({quoted(names)}) has the name of a category of the data ({quoted(theirs)})"
+        raise ModelError(f"{what}: {mixed_up(names, theirs) or 'not the same set of classes'}")
     return ids
 
 
@@ -93,7 +90,7 @@ def label_as(data: CocoDetection, other: CocoDetection) -> list[str]:
         DataError: no category has the same name; see also :func:`same_categories`.
     """
     ids = same_categories(_categories(other), _categories(data))
-    if not any(category is not None for category in ids):
+    if all(category is None for category in ids):
         raise DataError(no_shared_name(data.category_names, other.category_names))
     notes = match_notes(other, ids, data, name="training split")
     data.relabel(ids, other.category_names)
@@ -110,19 +107,15 @@ def match_notes(
         if data.category_ids[label - 1] not in category_ids:
             unknown[data.category_names[label - 1]] += count
     if unknown:
-        why = mixed_up(detector.category_names, list(unknown))
-        notes.append(
-            f"The {name} does not know the classes {quoted(list(unknown))}: their objects ({unknown.total():,}) "
-            f"count as missed{f' ({why})' if why else ''}."
-        )
+        why, names = mixed_up(detector.category_names, list(unknown)), quoted(list(unknown))
+        what = f"their objects ({unknown.total():,}) count as missed{f' ({why})' if why else ''}"
+        notes.append(f"The {name} does not know the classes {names}: {what}.")
     pairs = [(i, called, found) for (i, called), found in zip(_categories(detector), category_ids) if i is not None]
     if moved := [called for i, called, found in pairs if found not in (None, i)]:
         notes.append(f"Classes are matched by name: {quoted(moved)} have other ids in the data than in the {name}.")
     if left := [called for _, called, found in pairs if found is None]:
-        notes.append(
-            f"The data has {len(pairs) - len(left):,} of the {name}'s {len(pairs):,} classes: detections of the others "
-            f"({quoted(left)}) are left out."
-        )
+        what = f"{len(pairs) - len(left):,} of the {name}'s {len(pairs):,} classes"
+        notes.append(f"The data has {what}: detections of the others ({quoted(left)}) are left out.")
     return notes
 
 

@@ -3,31 +3,25 @@
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detector.choices import Orientation
+from detector.data import checks
 from detector.data.annotation_types import AnnotationType
 from detector.data.categories import difference, names_alike, no_shared_name, same_categories
-from detector.data.checks import (
-    CENTRES,
-    CORNERS,
-    Finding,
-    Level,
-    check_annotations,
-    corners_in_images,
-    no_box,
-    sizes_of_images,
-)
+from detector.data.checks import Finding, Level
 from detector.data.entries import CocoFile, Entries
 from detector.data.image_files import check_files, open_images
 from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.shared_images import equal_files
 from detector.errors import DataError, short_repr
 from detector.text import alike
+
+AnchorAdvice = Callable[[Tensor, Tensor], str | None]
 
 
 @dataclass(frozen=True)
@@ -47,16 +41,14 @@ class DatasetReport:
         """Format errors, warnings, then notes, up to ``examples`` of each kind, and a one-line summary."""
         lines, counts = [], []
         for level in get_args(Level):
-            kinds: dict[str, list[str]] = {}
-            for finding in self.findings:
-                if finding.level == level:
-                    kinds.setdefault(finding.kind, []).append(finding.message)
-            for kind, messages in kinds.items():
+            found = [finding for finding in self.findings if finding.level == level]
+            for kind in dict.fromkeys(finding.kind for finding in found):
+                messages = [finding.message for finding in found if finding.kind == kind]
                 more = [f"... and {len(messages) - examples:,} more"] if len(messages) > examples else []
-                shown = [f"    {text}" for text in messages[:examples] + more]
-                lines += [f"{_count(len(messages), level)}: {kind}", *shown, ""]
-            if kinds:
-                counts.append(_count(sum(map(len, kinds.values())), level))
+                lines += [f"{_count(len(messages), level)}: {kind}"]
+                lines += [f"    {text}" for text in messages[:examples] + more] + [""]
+            if found:
+                counts.append(_count(len(found), level))
             elif level == "warning" and not counts:
                 counts.append("nothing wrong")
         return "\n".join([*lines, ", ".join(counts) + (f" in {self.contents}" if self.contents else "")])
@@ -71,7 +63,7 @@ def check_dataset(
     workers: int = 4,
     other: str | Path | None = None,
     other_images: str | Path | None = None,
-    anchor_advice: Callable[[Tensor, Tensor], str | None] | None = None,
+    anchor_advice: AnchorAdvice | None = None,
 ) -> DatasetReport:
     """Find everything that is wrong with an annotation file and its images. Raises nothing about the data.
 
@@ -93,9 +85,14 @@ def check_dataset(
         file = CocoFile(annotations)
     except DataError as error:
         return DatasetReport([Finding("unreadable annotation file", "error", str(error))])
-    findings = [*check_annotations(file), *_alike_categories(file)]
+    findings = list(checks.check_annotations(file))
+    first: dict[str, str] = {}
+    names = [name for _, name in _categories(file)]
+    pairs = [(first.setdefault(alike(name), name), name) for name in names]
+    findings += [_alike(file.path, *pair) for pair in pairs if pair[0] != pair[1]]
     if not any(finding.level == "error" for finding in findings):
-        findings += _check_anchors(file, findings, anchor_advice)
+        is_moved = any(finding.kind in (checks.CORNERS, checks.CENTRES) for finding in findings)
+        findings += _check_anchors(file, is_moved, anchor_advice)
         for annotation_type in get_args(AnnotationType):
             findings += check_annotation_type(file, annotation_type, broken="warning")
     entries = file.images
@@ -118,28 +115,23 @@ def check_dataset(
     return DatasetReport(findings, "{} with {} of {}".format(*counts, _count(len(file.categories), "category")))
 
 
-def _check_anchors(
-    file: CocoFile, findings: Sequence[Finding], anchor_advice: Callable[[Tensor, Tensor], str | None] | None
-) -> Iterator[Finding]:
+def _check_anchors(file: CocoFile, is_moved: bool, anchor_advice: AnchorAdvice | None) -> Iterator[Finding]:
     objects = ~file.annotations["iscrowd"]
-    sizes = sizes_of_images(file)[objects]
-    corners = corners_in_images(file.annotations["bbox"][objects], sizes)
+    sizes = checks.sizes_of_images(file)[objects]
+    corners = checks.corners_in_images(file.annotations["bbox"][objects], sizes)
     shapes = corners[:, 2:] - corners[:, :2]
     kept = (shapes > 0).all(axis=1)
     if not kept.any():
-        yield no_box(file.path)
-    elif anchor_advice is not None and not any(finding.kind in (CORNERS, CENTRES) for finding in findings):
+        yield checks.no_box(file.path)
+    elif anchor_advice is not None and not is_moved:
         advice = anchor_advice(torch.from_numpy(shapes[kept]), torch.from_numpy(sizes[kept]))
         if advice is not None:
             yield Finding("anchors that most objects lie outside of", "note", f"{file.path}: {advice}")
 
 
-def _alike_categories(file: CocoFile) -> Iterator[Finding]:
-    first: dict[str, str] = {}
-    for _, name in _categories(file):
-        if (earlier := first.setdefault(alike(name), name)) != name:
-            message = f"{file.path}: the categories {difference(earlier, name)}"
-            yield Finding("category names that are almost the same", "warning", message)
+def _alike(where: Any, name: str, other: str) -> Finding:
+    message = f"{where}: the categories {difference(name, other)}"
+    return Finding("category names that are almost the same", "warning", message)
 
 
 def _categories(file: CocoFile) -> list[tuple[int, str]]:
@@ -162,9 +154,7 @@ def _compare(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str
             same_categories(one, two)
     except DataError as error:
         yield Finding("categories that cannot be matched", "error", f"{file.path} and {other.path}: {error}")
-    for pair in names_alike(names, others):
-        message = f"{file.path} and {other.path}: the categories {difference(*pair)}"
-        yield Finding("category names that are almost the same", "warning", message)
+    yield from (_alike(f"{file.path} and {other.path}", *pair) for pair in names_alike(names, others))
     level: Level
     if images is None:
         theirs = _places(other.images)

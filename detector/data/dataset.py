@@ -26,6 +26,7 @@ from detector.text import listed
 
 Target = dict[str, Any]  # tensors, or MaskLayers in place of "masks"
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+KEPT = {"boxes", "labels", "keypoints"}  # fields of a target with an entry per object
 AXES = "axes"  # target of three points, which show whether a transform mirrors the image
 REMOVES_OBJECTS = "leave out SanitizeBoundingBoxes and the like, because objects without a box are removed anyway"
 REMOVES_KEYPOINTS = (
@@ -79,10 +80,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         if not isinstance(annotations, Annotations):
             annotations = read_annotations(annotations, annotation_types=self.annotation_types)
         if set(self.annotation_types) - annotations.annotation_types.keys():
-            raise ValueError(
-                f"the annotations must be read with annotation_types={self.annotation_types}, got "
-                f"{tuple(annotations.annotation_types)}"
-            )
+            got = tuple(annotations.annotation_types)
+            raise ValueError(f"the annotations must be read with annotation_types={self.annotation_types}, got {got}")
         self.annotations = annotations
         self._images = np.arange(len(annotations))  # indices of the images in the annotations
         self._boxes = corners_in_images(annotations.boxes, annotations.sizes[annotations.image_of])  # all, [L, 4]
@@ -242,19 +241,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
             counts = f"{len(target['boxes'])} of {len(rows)}"
             raise DataError(f"{path}: after the augmentation {counts} objects are left: {REMOVES_OBJECTS}")
         if labelled is not None:
-            turn = _handedness(target.pop(AXES))
-            if turn == 0:
-                raise DataError(f"{path}: {REMOVES_KEYPOINTS}")
-            target["keypoints"] = self._with_visibility(target["keypoints"], labelled, image, mirrored=turn < 0)
+            target["keypoints"] = self._transformed(path, target["keypoints"], target.pop(AXES), labelled, image)
         # The augmentation may move a box out of the image; torchvision's detectors refuse empty boxes.
         kept = (target["boxes"][:, 2:] > target["boxes"][:, :2]).all(dim=1)
         if layers is not None:
             places = tuple(place for place, stays in zip(layers.places, kept.tolist()) if stays)
             layers = MaskLayers(target["masks"], places)
             target["masks"] = layers if self.layered else layers.masks()
-        for field in target.keys() & {"boxes", "labels", "keypoints"}:
-            target[field] = target[field][kept]
-        return image, target
+        return image, target | {field: target[field][kept] for field in target.keys() & KEPT}
 
     def _keypoints(self, rows: Iterable[int]) -> Tensor:
         """Return the keypoints of annotations, [L, K, 3]: x, y and visibility."""
@@ -263,14 +257,16 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         points = [self.annotations.value("keypoints", row) or [0.0] * (3 * count) for row in rows]
         return torch.tensor(points, dtype=torch.float32).reshape(-1, count, 3)
 
-    def _with_visibility(self, points: Tensor, labelled: Tensor, image: Tensor, *, mirrored: bool) -> Tensor:
+    def _transformed(self, path: Path, points: Tensor, axes: Tensor, labelled: Tensor, image: Tensor) -> Tensor:
         """Return keypoints [L, K, 3] for transformed points [L, K, 2] and their former visibility [L, K, 1]."""
         assert self.keypoints is not None
-        height, width = image.shape[1:]
-        x, y = points[..., 0], points[..., 1]
-        inside = (x >= 0) & (y >= 0) & (x <= width) & (y <= height)
-        found = torch.cat([points.float(), ((labelled[..., 0] > 0) & inside)[..., None].float()], dim=2)
-        return found[:, self.keypoints.mirrored()] if mirrored else found
+        right, down = (axes[1:] - axes[0]).double() if len(axes) == 3 else torch.zeros(2, 2)
+        turn = right[0] * down[1] - right[1] * down[0]  # negative if the image is mirrored
+        if turn == 0:
+            raise DataError(f"{path}: {REMOVES_KEYPOINTS}")
+        inside = ((points >= 0) & (points <= torch.tensor(image.shape[:0:-1]))).all(dim=2, keepdim=True)
+        found = torch.cat([points.float(), ((labelled > 0) & inside).float()], dim=2)
+        return found[:, self.keypoints.mirrored()] if turn < 0 else found
 
 
 def _fill_masks_with_zeros(transform: Any) -> None:
@@ -279,11 +275,3 @@ def _fill_masks_with_zeros(transform: Any) -> None:
         transform._fill[tv_tensors.Mask] = 0
     for inner in getattr(transform, "transforms", ()):
         _fill_masks_with_zeros(inner)
-
-
-def _handedness(axes: Tensor) -> float:
-    """Return a negative number if the axes of an image are mirrored, 0 if points are missing or coincide."""
-    if len(axes) != 3:
-        return 0.0
-    right, down = (axes[1:] - axes[0]).double()
-    return float(right[0] * down[1] - right[1] * down[0])

@@ -56,52 +56,49 @@ def write_digits(
     shares = np.array(list(splits.values())) / sum(splits.values())
     cuts = (np.cumsum(shares)[:-1] * len(digits.images)).astype(int)
     pools = np.split(rng.permutation(len(digits.images)), cuts)
+    info = {"description": "scikit-learn's handwritten digits on cluttered canvases"}
+    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
         unfinished = Path(temporary) / root.name
         (unfinished / "annotations").mkdir(parents=True)
-        for (split, images), pool in zip(splits.items(), pools):
+        for (split, number), pool in zip(splits.items(), pools):
             (unfinished / split).mkdir()
-            shapes, classes = digits.images[pool], digits.target[pool]
-            content = _write_split(unfinished / split, images, shapes, classes, rng, count, height)
+            images: list[Any] = []
+            annotations: list[Any] = []
+            for image_id in range(1, number + 1):
+                canvas, objects = _draw_canvas(digits.images[pool], rng, count, height)
+                name = f"{image_id:05}.png"
+                canvas.save(unfinished / split / name)
+                images.append({"id": image_id, "file_name": name, "width": canvas.width, "height": canvas.height})
+                for pick, (x1, y1, x2, y2), stroke in objects:
+                    ids = {"image_id": image_id, "category_id": int(digits.target[pool[pick]]) + 1}
+                    box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0}
+                    (mask,) = encode_masks(torch.from_numpy(stroke)[None])
+                    shape = {"segmentation": mask, "area": int(mask_area(mask))}
+                    annotations.append({"id": len(annotations) + 1, **ids, **box, **shape})
+            content = {"info": info, "categories": categories, "images": images, "annotations": annotations}
             (unfinished / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
         unfinished.rename(root)
 
 
-def _write_split(
-    folder: Path, number: int, digits: np.ndarray, classes: np.ndarray, rng: Generator, count: Range, height: Range
-) -> dict[str, Any]:
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id in range(1, number + 1):
-        size = SIZES[rng.integers(len(SIZES))]
-        canvas = _background(*size, rng)
-        boxes: list[Corners] = []
-        strokes: list[np.ndarray] = []  # masks of the canvas's size
-        for _ in range(0 if rng.random() < 0.05 else rng.integers(*count, endpoint=True)):
-            pick = rng.integers(len(digits))
-            shape = _distort(digits[pick], rng, height)
-            box = _paste(canvas, shape, boxes, rng)
-            if box is None:
-                continue
-            boxes.append(box)
-            x1, y1, x2, y2 = box
-            stroke = np.zeros((size[1], size[0]), dtype=bool)
-            stroke[y1:y2, x1:x2] = shape > INK
-            for below in strokes:
+def _draw_canvas(
+    digits: np.ndarray, rng: Generator, count: Range, height: Range
+) -> tuple[Image.Image, list[tuple[int, Corners, np.ndarray]]]:
+    """Draw an image. Also returns the index of each digit, its box, and the mask of its visible strokes, [H, W]."""
+    canvas = _background(*SIZES[rng.integers(len(SIZES))], rng)
+    objects: list[tuple[int, Corners, np.ndarray]] = []
+    for _ in range(0 if rng.random() < 0.05 else rng.integers(*count, endpoint=True)):
+        pick = int(rng.integers(len(digits)))
+        shape = _distort(digits[pick], rng, height)
+        box = _paste(canvas, shape, [other for _, other, _ in objects], rng)
+        if box is not None:
+            stroke = np.zeros(canvas.size[::-1], dtype=bool)
+            stroke[box[1] : box[3], box[0] : box[2]] = shape > INK
+            for *_, below in objects:
                 below &= ~stroke
-            strokes.append(stroke)
-            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(classes[pick]) + 1}
-            annotations.append(ids | {"bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": 0})
-        masks = encode_masks(torch.from_numpy(np.array(strokes))) if strokes else []
-        for annotation, mask in zip(annotations[len(annotations) - len(masks) :], masks, strict=True):
-            annotation |= {"segmentation": mask, "area": int(mask_area(mask))}
-        name = f"{image_id:05}.png"
-        canvas.save(folder / name)
-        images.append({"id": image_id, "file_name": name, "width": size[0], "height": size[1]})
-    info = {"description": "scikit-learn's handwritten digits on cluttered canvases"}
-    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
-    return {"info": info, "categories": categories, "images": images, "annotations": annotations}
+            objects.append((pick, box, stroke))
+    return canvas, objects
 
 
 def _background(width: int, height: int, rng: Generator) -> Image.Image:
@@ -112,7 +109,7 @@ def _background(width: int, height: int, rng: Generator) -> Image.Image:
     for _ in range(rng.integers(2, 9)):
         corner = rng.uniform((-20, -20), (width, height))
         points = np.cumsum(np.vstack([corner, rng.normal(0, 14, (rng.integers(1, 4), 2))]), axis=0)
-        color = tuple(int(value) for value in rng.integers(0, 256, 3))
+        color = tuple(rng.integers(0, 256, 3).tolist())
         draw.line([tuple(point) for point in points.tolist()], fill=color, width=int(rng.integers(1, 6)), joint="curve")
     canvas = canvas.filter(ImageFilter.GaussianBlur(0.7))
     noise = rng.normal(0, 6, (height, width, 3))
@@ -134,13 +131,14 @@ def _distort(digit: np.ndarray, rng: Generator, heights: Range) -> np.ndarray:
 
 
 def _paste(canvas: Image.Image, mask: np.ndarray, boxes: list[Corners], rng: Generator) -> Corners | None:
-    """Paint a digit where its box covers little of the others, and return the box, or ``None`` without space."""
+    """Paste a digit where its box covers little of the others, and return the box, or ``None`` without space."""
     height, width = mask.shape
     if width >= canvas.width or height >= canvas.height:
         return None
     for _ in range(20):
         x, y = int(rng.integers(canvas.width - width)), int(rng.integers(canvas.height - height))
-        if all(_overlap((x, y, x + width, y + height), other) <= 0.25 for other in boxes):
+        box = (x, y, x + width, y + height)
+        if all(_overlap(box, other) <= 0.25 for other in boxes):
             break
     else:
         return None
@@ -148,9 +146,8 @@ def _paste(canvas: Image.Image, mask: np.ndarray, boxes: list[Corners], rng: Gen
     color = rng.integers(0, 256, 3)
     while np.abs(color - ground).max() < 90:  # too little contrast
         color = rng.integers(0, 256, 3)
-    ink = Image.new("RGB", (width, height), tuple(int(value) for value in color))
-    canvas.paste(ink, (x, y), Image.fromarray(mask))
-    return x, y, x + width, y + height
+    canvas.paste(tuple(color.tolist()), box, Image.fromarray(mask))
+    return box
 
 
 def _overlap(a: Corners, b: Corners) -> float:

@@ -26,6 +26,7 @@ LEGIBLE_SIDE = 440  # pixels; smaller pictures are enlarged, so that captions fi
 FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
 MASK_OPACITY = 0.45
+FRAMES = {"thin": (0, 2, 0), "dotted": (0, 2, 4), "thick": (2, 4, 0), "dashed": (2, 4, 9)}  # margin, width, dash
 CONTOUR = 2  # pixels
 
 Stroke = Literal["thin", "thick", "dashed", "dotted"]
@@ -88,19 +89,17 @@ def draw(
     picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     missing = [None] * len(target["labels"])
     scores = target["scores"].tolist() if "scores" in target else missing
-    masks = target.get("segmentations", target.get("masks", missing))
     keypoints = target["keypoints"].tolist() if "keypoints" in target else missing
+    columns = [target["boxes"].tolist(), target["labels"].tolist(), scores, keypoints]
     boxes = []
-    for corners, label, score, mask, points in zip(
-        target["boxes"].tolist(), target["labels"].tolist(), scores, masks, keypoints, strict=True
+    for corners, label, score, points, mask in zip(
+        *columns, target.get("segmentations", target.get("masks", missing)), strict=True
     ):
-        if score is not None and score < min_score:
-            continue
-        x1, y1, x2, y2 = (coordinate * factor for coordinate in corners)
-        name = short(names[label - 1], 40)
-        text = name if score is None else f"{name} {score:.2f}"
-        scaled = points and [(x * factor, y * factor, visible) for x, y, visible in points]
-        boxes.append(Box((x1, y1, x2, y2), text, class_color(label), mask=mask, points=scaled))
+        if score is None or score >= min_score:
+            x1, y1, x2, y2 = (coordinate * factor for coordinate in corners)
+            text = short(names[label - 1], 40) + ("" if score is None else f" {score:.2f}")
+            scaled = points and [(x * factor, y * factor, visible) for x, y, visible in points]
+            boxes.append(Box((x1, y1, x2, y2), text, class_color(label), mask=mask, points=scaled))
     draw_boxes(picture, boxes, layout=layout)
     if caption:
         pen, place = ImageDraw.Draw(picture), (4, picture.height - 4)
@@ -130,16 +129,13 @@ def draw_boxes(
     for box in boxes:
         if box.points is not None:
             draw_keypoints(picture, box.points, layout, box.color)
-    pen = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(font_size)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size)
     for box in boxes:
-        x1, y1, x2, y2 = box.corners
-        x2, y2 = max(x1, x2), max(y1, y2)
-        _draw_frame(pen, (x1, y1, x2, y2), box)
+        outside = _draw_frame(pen, box)
         if box.stroke == "dotted":
             continue
         # Above the box, or inside it at the upper edge of the picture.
-        outside = 0 if box.stroke == "thin" else 3
+        x1, y1, *_ = box.corners
         lower = y1 - outside if y1 - outside >= font_size + 3 else y1 + outside + font_size + 3
         left = max(min(x1 + 2, picture.width - pen.textlength(box.caption, font) - 2), 2)
         plate = pen.textbbox((left, lower), box.caption, font, anchor="lb")
@@ -147,21 +143,24 @@ def draw_boxes(
         pen.text((plate[0], plate[3]), box.caption, _contrast(box.color), font, anchor="lb")
 
 
-def _draw_frame(pen: ImageDraw.ImageDraw, corners: tuple[float, float, float, float], box: Box) -> None:
-    outside, width, dash = {"thin": (0, 2, 0), "dotted": (0, 2, 4), "thick": (2, 4, 0), "dashed": (2, 4, 9)}[box.stroke]
-    x1, y1, x2, y2 = (round(side) + sign * outside for side, sign in zip(corners, (-1, -1, 1, 1)))
+def _draw_frame(pen: ImageDraw.ImageDraw, box: Box) -> int:
+    """Draw the frame, and return by how many pixels it reaches outside the box."""
+    outside, width, dash = FRAMES[box.stroke]
+    x1, y1 = (round(side) - outside for side in box.corners[:2])
+    x2, y2 = (max(round(side) + outside, start) for side, start in zip(box.corners[2:], (x1, y1)))
     edge = outside // 2
     if box.stroke != "thin":
         pen.rectangle((x1 - edge, y1 - edge, x2 + edge, y2 + edge), outline="black", width=width + 2 * edge)
     if not dash:
         pen.rectangle((x1, y1, x2, y2), outline=box.color, width=width)
-        return
+        return outside + edge
     for x in range(x1, x2, 2 * dash):
         for y in (y1, y2 - width + 1):
             pen.rectangle((x, y, min(x + dash - 1, x2), y + width - 1), fill=box.color)
     for y in range(y1, y2, 2 * dash):
         for x in (x1, x2 - width + 1):
             pen.rectangle((x, y, x + width - 1, min(y + dash - 1, y2)), fill=box.color)
+    return outside + edge
 
 
 def _contrast(color: str) -> str:
@@ -195,30 +194,25 @@ def draw_keypoints(
     Points of visibility 0 and points outside the picture are left out, and so are their lines. The colour of a dot
     shows its side, left or right, if the names do. Without a layout of as many keypoints no lines are drawn.
     """
-    places = [
-        (x, y) if visible > 0 and 0 <= x <= picture.width and 0 <= y <= picture.height else None
-        for x, y, visible in points
-    ]
-    drawn = [place for place in places if place is not None]
-    if not drawn:
+    width, height = picture.size
+    places = [(x, y) if seen > 0 and 0 <= x <= width and 0 <= y <= height else None for x, y, seen in points]
+    if not any(places):
         return
-    xs, ys = zip(*drawn)
-    size = round(min(max(max(max(xs) - min(xs), max(ys) - min(ys)) / 40, 1), 4))  # small dots on a small object
-    colors, ends = [color] * len(places), []
+    extent = np.ptp([place for place in places if place is not None], axis=0).max()
+    size = round(min(max(extent / 40, 1), 4))  # small dots on a small object
+    colors = [color] * len(places)
+    skeleton: Iterable[tuple[int, int]] = ()
     if layout is not None and len(layout) == len(places):
-        ends = [(places[a], places[b]) for a, b in layout.skeleton]
-        mirrored = layout.mirrored()
-        if mirrored != list(range(len(places))):
-            # "left" comes before "right" in the alphabet, and "l" before "r".
-            names = [name.lower() for name in layout.names]
-            colors = [
-                MIDDLE if other == i else LEFT if names[i] < names[other] else RIGHT for i, other in enumerate(mirrored)
-            ]
+        skeleton = layout.skeleton
+        mirrored, names = layout.mirrored(), [name.lower() for name in layout.names]
+        if mirrored != list(range(len(places))):  # "left" comes before "right" in the alphabet, and "l" before "r"
+            sides = (MIDDLE if j == i else LEFT if names[i] < names[j] else RIGHT for i, j in enumerate(mirrored))
+            colors = list(sides)
     pen = ImageDraw.Draw(picture)
-    for ink, width in ((_contrast(color), size + 2), (color, size)):
-        for start, end in ends:
-            if start is not None and end is not None:
-                pen.line((*start, *end), ink, width)
+    for ink, thickness in ((_contrast(color), size + 2), (color, size)):
+        for start, end in skeleton:
+            if (one := places[start]) is not None and (other := places[end]) is not None:
+                pen.line((*one, *other), ink, thickness)
     for place, fill in zip(places, colors, strict=True):
         if place is not None:
             pen.circle(place, size + 1, fill, _contrast(fill))

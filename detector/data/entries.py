@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection
 from contextlib import suppress
-from functools import cached_property
 from math import nan
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -74,7 +73,7 @@ class Entries:
         if "bbox" in self.fields:
             size = np.abs(self["bbox"])
             for position in np.flatnonzero(((size > 0) & (size < MIN_COORDINATE)).any(axis=1)).tolist():
-                self._rows["bbox"][position] = BOX.blank
+                self["bbox"][position] = BOX.blank
                 self.wrong.setdefault(position, []).append("bbox")
 
     def __len__(self) -> int:
@@ -103,20 +102,19 @@ class Entries:
         """Decode an entry that may be wrong."""
         with suppress(ValueError):
             return msgspec.structs.astuple(self._decode(raw))
+        row = {name: field.blank for name, field in self.fields.items()}
         try:
             given = msgspec.json.decode(raw, type=dict[str, Raw])
         except ValueError:
             self.wrong[position] = []
-            return tuple(field.blank for field in self.fields.values())
-        row = []
+            return tuple(row.values())
         for name, field in self.fields.items():
             try:
-                row.append(msgspec.json.decode(given[name], type=field.type))
+                row[name] = msgspec.json.decode(given[name], type=field.type)
             except (KeyError, ValueError):
-                row.append(field.blank)
                 if name in given or not field.optional:
                     self.wrong.setdefault(position, []).append(name)
-        return tuple(row)
+        return tuple(row.values())
 
 
 LISTS = ("images", "categories", "annotations")
@@ -128,6 +126,8 @@ class CocoFile:
     """An annotation file: ``images``, ``categories`` and ``annotations``, each empty where it is missing.
 
     ``missing`` holds messages on lists that are missing or no lists, by name; by "file" if the file holds no dict.
+    ``image_places`` and ``category_places`` are the positions of each annotation's image and category, [L]; -1 where
+    there is none.
 
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or another file of their format.
@@ -153,15 +153,8 @@ class CocoFile:
             lists.append(Entries(path, name, raws, without=LAZY.keys() - set(fields)))
         self.images, self.categories, self.annotations = lists
 
-    @cached_property
-    def image_places(self) -> np.ndarray:
-        """The position of each annotation's image, [L]; -1 where there is no such image."""
-        return self._places(self.images, "image_id")
-
-    @cached_property
-    def category_places(self) -> np.ndarray:
-        """The position of each annotation's category, [L]; -1 where there is no such category."""
-        return self._places(self.categories, "category_id")
+        self.image_places = self._places(self.images, "image_id")
+        self.category_places = self._places(self.categories, "category_id")
 
     def _places(self, entries: Entries, field: str) -> np.ndarray:
         known = np.flatnonzero(entries.has("id"))

@@ -12,11 +12,11 @@ from urllib.parse import unquote
 
 from tqdm import tqdm
 
+from detector.choices import Orientation
 from detector.data.checks import Finding
 from detector.data.images import (
     AMBIGUOUS_ORIENTATION,
     OVERRULED_ORIENTATION,
-    Orientation,
     read_image_with_remarks,
     without_pillow_warnings,
 )
@@ -55,21 +55,16 @@ def check_files(
             inside, is_file = file.is_relative_to(root), file.is_file()
         if inside and is_file:
             continue
-        by_key = by_key if by_key is not None else _names_by_key(root)
+        if by_key is None:
+            by_key = {}
+            files = (Path(parent, other) for parent, _, others in os.walk(root) for other in others)
+            for file in islice(files, MAX_LISTED):
+                by_key.setdefault(_key(file.name), []).append(file.relative_to(root).as_posix())
         message = f"{where(position)} has file_name {short_repr(name)}, {'not in' if inside else 'outside'} {folder}"
         if fitting := _similar(name, root, by_key):
             message += f"; did you mean {' or '.join(map(short_repr, fitting[:2]))}?"
         kind = "missing image files" if inside else "image files outside their folder"
         yield position, Finding(kind, "error", message)
-
-
-def _names_by_key(root: Path) -> dict[str, list[str]]:
-    """The first :data:`MAX_LISTED` files in and below a folder by their :func:`_key`."""
-    by_key: dict[str, list[str]] = {}
-    files = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-    for file in islice(files, MAX_LISTED):
-        by_key.setdefault(_key(file.name), []).append(file.relative_to(root).as_posix())
-    return by_key
 
 
 def _key(name: str) -> str:
@@ -94,7 +89,7 @@ def check_image(folder: str | Path, image: Mapping[str, Any], orientation: Orien
     except DataError as error:
         kind = "sizes that differ" if isinstance(error, SizeError) else "unreadable images"
         return Finding(kind, "error", " ".join(str(error).split()))
-    doubts = [(kind, remark) for start, kind in ORIENTATION_KINDS.items() for remark in remarks if start in remark]
+    doubts = ((kind, remark) for start, kind in ORIENTATION_KINDS.items() for remark in remarks if start in remark)
     return next((Finding(kind, "note", f"{path}: {remark}") for kind, remark in doubts), None)
 
 

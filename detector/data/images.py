@@ -73,9 +73,8 @@ def read_image_with_remarks(
         with without_pillow_warnings(), _open(path, max_pixels) as image:
             limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
             if limit is not None and image.width * image.height > limit:  # Pillow refuses only twice as many
-                raise Image.DecompressionBombError(
-                    f"the image has {image.width}x{image.height} pixels, more than the limit of {limit:,}"
-                )
+                what = f"the image has {image.width}x{image.height} pixels, more than the limit of {limit:,}"
+                raise Image.DecompressionBombError(what)
             return pil_to_rgb(image, size=size, orientation=orientation)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such image") from None
@@ -117,10 +116,8 @@ def pil_to_rgb(
     drops_bits = image.mode[0] not in "IF" and ";16" in str(getattr(image, "tile", ""))  # Pillow reads the upper 8
     turned, turn_remark = _orient(image, size, orientation)
     if size is not None and turned.size != size:
-        raise SizeError(
-            f"the image has {stored_size[0]}x{stored_size[1]} pixels, its annotation says {size[0]}x{size[1]} "
-            "(width x height)"
-        )
+        says = "{}x{} pixels, its annotation says {}x{} (width x height)".format(*stored_size, *size)
+        raise SizeError(f"the image has {says}")
     rgb, scale_remark = _to_rgb(turned)
     pixels = v2.functional.pil_to_tensor(rgb)
     remarks = [remark for remark in (turn_remark, scale_remark) if remark is not None]
@@ -139,24 +136,21 @@ def _orient(
     is_tiff = image.format == "TIFF"  # Pillow turns these upright when it loads them
     if not is_tiff:
         image.load()  # the EXIF data of a PNG may follow its pixels
-    try:
+    exif = 1
+    with contextlib.suppress(Exception):  # broken EXIF data
         exif = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF data
-        exif = 1
     image.load()
     if exif not in TURN_UPRIGHT:
         return image, None
-    turns = {"upright": None if is_tiff else TURN_UPRIGHT[exif], "stored": TURN_BACK[exif] if is_tiff else None}
-    sizes = {way: image.size if turn is None or exif < 5 else image.size[::-1] for way, turn in turns.items()}
+    turned = image.transpose((TURN_BACK if is_tiff else TURN_UPRIGHT)[exif])
+    views = {"upright": image, "stored": turned} if is_tiff else {"upright": turned, "stored": image}
     other = "stored" if orientation == "upright" else "upright"
-    overruled = size is not None and sizes[other] == size != sizes[orientation]
+    overruled = views[other].size == size != views[orientation].size
     way = other if overruled else orientation
-    remark = None
-    if size is not None and (overruled or sizes["upright"] == sizes["stored"]):
-        start = OVERRULED_ORIENTATION if overruled else AMBIGUOUS_ORIENTATION
-        remark = f"{start} {exif}: {'turned upright' if way == 'upright' else 'taken as stored'}"
-    turn = turns[way]
-    return image if turn is None else image.transpose(turn), remark
+    if size is None or not (overruled or views["upright"].size == views["stored"].size):
+        return views[way], None
+    start = OVERRULED_ORIENTATION if overruled else AMBIGUOUS_ORIENTATION
+    return views[way], f"{start} {exif}: {'turned upright' if way == 'upright' else 'taken as stored'}"
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
@@ -166,9 +160,8 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
         values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
-            raise DataError(
-                f"the image has integers from {low} to {high}: 0 to 65535 are read; save it with 8 or 16 bits"
-            )
+            what = f"integers from {low} to {high}: 0 to 65535 are read"
+            raise DataError(f"the image has {what}; save it with 8 or 16 bits")
         bits = max(high.bit_length() + high.bit_length() % 2, 8)
         if high and bits < 16:
             remark = f"values of 16 bits or more that use at most {bits}, scaled by those {bits}"
@@ -177,10 +170,8 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, str | None]:
         values = np.asarray(image)
         smallest, largest = float(values.min()), float(values.max())
         if not (smallest >= 0 and largest <= 255):  # also NaN
-            raise DataError(
-                f"the image has floats from {smallest:.4g} to {largest:.4g}: 0 to 1 or 0 to 255 are read; scale them, "
-                "or save it with 8 or 16 bits"
-            )
+            what = f"floats from {smallest:.4g} to {largest:.4g}: 0 to 1 or 0 to 255 are read"
+            raise DataError(f"the image has {what}; scale them, or save it with 8 or 16 bits")
         if largest <= 1:
             remark = "floats from 0 to 1, scaled to 0 to 255"
             image = Image.fromarray((values * 255).round().astype(np.uint8))

@@ -78,17 +78,10 @@ class KeypointLayout:
 
 
 # COCO's person, as in torchvision's published Keypoint R-CNN.
-PERSON = KeypointLayout(
-    (
-        *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
-        *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
-        *("left_knee", "right_knee", "left_ankle", "right_ankle"),
-    ),
-    (
-        *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8)),
-        *((7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
-    ),
-)
+_PARTS = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+_NAMES = ("nose", *(f"{side}_{part}" for part in _PARTS for side in ("left", "right")))
+_LINES = "15-13 13-11 16-14 14-12 11-12 5-11 6-12 5-6 5-7 6-8 7-9 8-10 1-2 0-1 0-2 1-3 2-4 3-5 4-6"
+PERSON = KeypointLayout(_NAMES, tuple((int(a), int(b)) for a, b in (line.split("-") for line in _LINES.split())))
 
 
 def layout_of(

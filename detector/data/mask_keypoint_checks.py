@@ -12,11 +12,9 @@ from detector.data.entries import CocoFile, value_of
 from detector.data.keypoints import keypoints_error, layout_of
 from detector.data.masks import is_empty
 from detector.data.placement import placement_of
-from detector.data.segmentations import measure_masks, read_segmentation, spans_a_pixel
+from detector.data.segmentations import measure_mask, read_segmentation
 from detector.errors import DataError, short_repr
 
-MAX_MEASURED = 50_000  # annotations up to which every mask is measured
-BATCH = 256  # masks measured together: more lists slow down Python's garbage collection
 # Messages by kind, in the order of the conditions in check_annotation_type.
 WARNINGS: dict[AnnotationType, dict[str, str]] = {
     "masks": {
@@ -115,31 +113,15 @@ def check_annotation_type(
 
 
 def _read_masks(file: CocoFile) -> _Read:
-    """Read all masks, :data:`BATCH` at a time: COCO's would take gigabytes as lists."""
-    annotations, sizes = file.annotations, sizes_of_images(file)
-    raws = annotations["segmentation"]
-    # Three points within these boxes (x1, y1, x2, y2) prove a mask right. Measuring it takes ten times as long.
-    x, y, w, h = annotations["bbox"].T
-    limits = np.stack([x.clip(min=0), y.clip(min=0), np.minimum(x + w, sizes[:, 0]), np.minimum(y + h, sizes[:, 1])], 1)
-    maybe_far = annotations["area"] < 0.3 * w * h  # from the area of the mask
-    limits[maybe_far | (len(raws) <= MAX_MEASURED)] = np.nan  # no point is within: the mask is measured
-    boxes, areas = limits.copy(), np.full(len(raws), np.nan)
-    wrong: list[str | None] = []
-    doubtful: dict[int, Any] = {}
-    columns = zip(raws, annotations["iscrowd"].tolist(), *sizes.astype(int).T.tolist(), *limits.T.tolist())
-    for row, (raw, is_crowd, width, height, *limit) in enumerate(columns):
-        value, reason = read_segmentation(raw, width, height)
+    raws, crowds = file.annotations["segmentation"], file.annotations["iscrowd"].tolist()
+    wrong, boxes, areas = [], np.empty((len(raws), 2, 2)), np.empty(len(raws))
+    for row, (raw, is_crowd, size) in enumerate(zip(raws, crowds, sizes_of_images(file).astype(int).tolist())):
+        value, reason = read_segmentation(raw, *size)
         wrong.append(reason)
-        if reason is not None or not (is_crowd or spans_a_pixel(value, *limit)):
-            doubtful[row] = value
-        if len(doubtful) == BATCH or row == len(raws) - 1:
-            rows = list(doubtful)
-            boxes[rows], areas[rows] = measure_masks(list(doubtful.values()), sizes[rows].astype(int).tolist())
-            doubtful.clear()
-    all_of_them = np.ones(len(raws), dtype=bool)
-    return _Read(
-        wrong, boxes.reshape(-1, 2, 2), np.isfinite(boxes[:, ::2]), areas == 0, areas, all_of_them, ~all_of_them
-    )
+        box, areas[row] = measure_mask(None if is_crowd else value, *size)
+        boxes[row] = (box[:2], box[2:])
+    expected = np.ones(len(raws), dtype=bool)
+    return _Read(wrong, boxes, np.isfinite(boxes[..., 0]), areas == 0, areas, expected, ~expected)
 
 
 def _read_keypoints(file: CocoFile) -> _Read:

@@ -62,17 +62,12 @@ class MaskLayers:
     def of(cls, segmentations: Sequence[Any], height: int, width: int) -> "MaskLayers":
         """Lay out segmentations, see :func:`as_rle`."""
         maps: list[Tensor] = []
-        boxes: list[list[tuple[float, ...]]] = []  # of the objects on each map
+        boxes: list[list[list[float]]] = []  # of the objects on each map, at most 255
         places = []
         for segmentation in segmentations:
             rle = as_rle(segmentation, height, width)
-            x, y, w, h = mask_box(rle)
-            box = (x, y, x + w, y + h)
-            free = (
-                layer
-                for layer, others in enumerate(boxes)
-                if len(others) < 255 and not any(_overlap(box, other) for other in others)
-            )
+            box = mask_box(rle)
+            free = (i for i, others in enumerate(boxes) if len(others) < 255 and not any(_meet(box, b) for b in others))
             layer = next(free, len(maps))
             if layer == len(maps):
                 maps.append(torch.zeros(height, width, dtype=torch.uint8))
@@ -105,8 +100,8 @@ def _paint(canvas: Tensor, rle: Rle, number: int) -> None:
     canvas.numpy()[box][coco_mask.decode(rle)[box] > 0] = number
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _meet(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(a[i] < b[i] + b[i + 2] and b[i] < a[i] + a[i + 2] for i in (0, 1))
 
 
 def encode_masks(masks: Tensor) -> list[Rle]:
@@ -128,12 +123,10 @@ def encode_crops(crops: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[Rl
     padded, scale = expand_masks(crops.detach().float().cpu(), 1)
     corners = expand_boxes(boxes.detach().cpu(), scale).to(torch.int64)
     canvas = np.zeros(size, np.uint8, order="F")
-    height, width = size
     masks = []
     for mask, box in zip(padded, corners):
-        left, top, right, bottom = box.tolist()
-        left, right = (min(max(x, 0), width) for x in (left, right + 1))
-        top, bottom = (min(max(y, 0), height) for y in (top, bottom + 1))
+        clipped = (box + torch.tensor([0, 0, 1, 1])).clamp(min=0).minimum(torch.tensor(size[::-1] * 2))
+        left, top, right, bottom = clipped.tolist()
         pasted = paste_mask_in_image(mask[0], box - torch.tensor([left, top, left, top]), bottom - top, right - left)
         canvas[top:bottom, left:right] = pasted > MASK_THRESHOLD
         masks.append(_as_text(coco_mask.encode(canvas)))

@@ -17,7 +17,7 @@ from detector.data.entries import RESULTS, Entries, type_name, value_of
 from detector.data.keypoints import keypoints_error
 from detector.data.masks import as_rle, encode_masks, mask_box
 from detector.data.placement import placement_of
-from detector.data.segmentations import MAX_PIXELS, measure_masks, read_segmentation
+from detector.data.segmentations import MAX_PIXELS, measure_mask, read_segmentation
 from detector.errors import DataError, short_repr
 from detector.files import decode_json
 
@@ -51,11 +51,10 @@ def to_results(
             fields["segmentation"] = encode_masks(detection["masks"].detach().flatten(0, 1))
         if "keypoints" in detection:
             fields["keypoints"] = detection["keypoints"].detach().flatten(1).tolist()
-        for number, label in enumerate(detection["labels"].tolist()):
+        for label, *values in zip(detection["labels"].tolist(), *fields.values(), strict=True):
             category_id = category_ids[label - 1] if label > 0 else None  # 0 is the background
             if category_id is not None:
-                ids = {"image_id": image_id, "category_id": category_id}
-                results.append(ids | {name: values[number] for name, values in fields.items()})
+                results.append({"image_id": image_id, "category_id": category_id, **dict(zip(fields, values))})
     return results
 
 
@@ -64,9 +63,8 @@ def results_file(path: str | Path) -> Entries:
     content = decode_json(path, list[Raw] | dict[str, Raw] | str | float | bool | None)
     if not isinstance(content, list):
         what = " (this is an annotation file)" if isinstance(content, dict) and "annotations" in content else ""
-        raise DataError(
-            f"{path}: not a results file: it must hold a list of detections, not a {type_name(content)}{what}"
-        )
+        must = f"it must hold a list of detections, not a {type_name(content)}"
+        raise DataError(f"{path}: not a results file: {must}{what}")
     return Entries(path, RESULTS, content)
 
 
@@ -101,13 +99,11 @@ def read_results(entries: Entries, truth: Annotations) -> tuple[list[Result], li
     for number, row in enumerate(zip(*(entries[name].tolist() for name in names))):
         result = dict(zip(names, row)) | {field: value_of(entries[field][number]) for field in lazy}
         if "segmentation" in lazy:
-            width, height = sizes[number]
-            result["segmentation"] = as_rle(result["segmentation"], height, width)
-        if "bbox" not in fields and "segmentation" in lazy:
-            result["bbox"] = mask_box(result["segmentation"])
-        elif "bbox" not in fields:
-            x, y = result["keypoints"][0::3], result["keypoints"][1::3]
-            result["bbox"] = [min(x), min(y), max(x) - min(x), max(y) - min(y)]
+            result["segmentation"] = as_rle(result["segmentation"], *sizes[number][::-1])
+        if "bbox" not in fields:
+            points = np.reshape(result.get("keypoints", ()), (-1, 3))[:, :2]
+            around = np.hstack([points.min(axis=0), np.ptp(points, axis=0)]).tolist() if "masks" not in kinds else None
+            result["bbox"] = around or mask_box(result["segmentation"])
         results.append(result)
     if not results:
         return [], []
@@ -118,28 +114,28 @@ def read_results(entries: Entries, truth: Annotations) -> tuple[list[Result], li
 
 def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) -> Iterator[str]:
     """Note boxes, masks and keypoints that look like those of another convention."""
-    boxes, image_ids = entries["bbox"].copy(), entries["image_id"]
+    boxes, image_ids = entries["bbox"], entries["image_id"]
     looks = boxes_look_like(boxes, entries["score"], image_ids, truth)
     if looks is not None:
         yield f"The boxes look like {looks}. COCO's bbox is x, y, width and height in pixels of the image."
         return
     some = slice(None, None, len(results) // MAX_COMPARED + 1)
-    results, boxes, image_ids = results[some], boxes[some], image_ids[some]
-    sizes = truth.sizes[truth.find(image_ids)]
-    placed = {}
-    if "segmentation" in results[0]:
-        around, areas = measure_masks([result["segmentation"] for result in results], sizes.tolist())
-        if 2 * (areas == 0).sum() > len(results):
-            yield f"{(areas == 0).sum():,} of {len(results):,} masks that were compared have no pixel in their image."
-        corners = around.reshape(-1, 2, 2)
-        placed["masks"] = placement_of("masks", corners, np.isfinite(corners[..., 0]), boxes, sizes)
-    if "keypoints" in results[0]:
-        points = np.array([result["keypoints"] for result in results]).reshape(len(results), -1, 3)[..., :2]
-        placed["keypoints"] = placement_of("keypoints", points, np.ones(points.shape[:2], dtype=bool), boxes, sizes)
-    for name, placement in placed.items():
+    results, boxes = results[some], boxes[some]
+    sizes = truth.sizes[truth.find(image_ids[some])]
+    for kind in annotation_types_in(entries):
+        if kind == "masks":
+            pairs = zip((result["segmentation"] for result in results), sizes.tolist())
+            measured = [measure_mask(mask, *size) for mask, size in pairs]
+            empty = sum(area == 0 for _, area in measured)
+            if 2 * empty > len(results):
+                yield f"{empty:,} of {len(results):,} masks that were compared have no pixel in their image."
+            points = np.array([around for around, _ in measured]).reshape(-1, 2, 2)
+        else:
+            points = np.array([result["keypoints"] for result in results]).reshape(len(results), -1, 3)[..., :2]
+        placement = placement_of(kind, points, np.isfinite(points[..., 0]), boxes, sizes)
         if placement.wrong:
             looks = f"; they look like {placement.looks}" if placement.looks else ""
-            yield f"Most {name} do not lie in their boxes{looks}."
+            yield f"Most {kind} do not lie in their boxes{looks}."
 
 
 def _check_field(

@@ -1,9 +1,10 @@
 """Reading, checking and measuring the segmentations of COCO's files."""
 
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from math import inf, nan
+from operator import mul
 from typing import Annotated, Any
 
 import msgspec
@@ -99,64 +100,27 @@ def _rle_error(rle: _Rle, width: int, height: int) -> str | None:
     return None
 
 
-def measure_masks(segmentations: Sequence[Any], sizes: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the masks of :func:`read_segmentation` in images of ``sizes`` (width, height).
+def measure_mask(segmentation: Any, width: int, height: int) -> tuple[list[float], float]:
+    """Measure a mask of :func:`read_segmentation`.
 
     Returns:
-        Boxes, [L, 4] float64 (x1, y1, x2, y2) in pixels, around the points of polygons or the pixels of an RLE; NaN for
-        ``None`` and an RLE without a pixel. Areas, [L] float64, in pixels; NaN for ``None``. They are exact for RLE and
-        for polygons that are small or leave their image; elsewhere overlaps count twice.
+        The box (x1, y1, x2, y2) in pixels around the points of polygons or the pixels of an RLE, and the area in
+        pixels. The box is NaN for ``None`` and an RLE without a pixel, the area for ``None``. The area is exact for RLE
+        and for polygons that are small or leave their image; elsewhere overlaps count twice.
     """
-    boxes, areas = np.full((len(segmentations), 4), np.nan), np.full(len(segmentations), np.nan)
-    numbers, owners, lengths = array("d"), [], []
-    for row, (value, (width, height)) in enumerate(zip(segmentations, sizes, strict=True)):
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            rle = as_rle(value, height, width)
-            areas[row] = mask_area(rle)
-            x, y, w, h = mask_box(rle)
-            boxes[row] = (x, y, x + w, y + h) if areas[row] else np.nan
-            continue
-        for polygon in value:
-            numbers.extend(polygon)
-            owners.append(row)
-            lengths.append(len(polygon) // 2)
-    if owners:
-        rows = np.unique(owners)
-        boxes[rows], areas[rows] = _measure_polygons(
-            np.frombuffer(numbers).reshape(-1, 2), np.array(lengths), np.array(owners)
-        )
-        sides = np.array(sizes)[rows]
-        exactly = (areas[rows] < 10) | (boxes[rows, :2] < 0).any(axis=1) | (boxes[rows, 2:] > sides).any(axis=1)
-        for row in rows[exactly].tolist():  # a line or a point has no pixel, nor has what lies outside the image
-            width, height = sizes[row]
-            areas[row] = mask_area(as_rle(segmentations[row], height, width))
-    return boxes, areas
-
-
-def spans_a_pixel(segmentation: Any, left: float, top: float, right: float, bottom: float) -> bool:
-    """Whether three points of a polygon lie within limits, and span a triangle of at least a pixel."""
-    if not isinstance(segmentation, list):
-        return False
-    polygon = segmentation[0]
-    third = len(polygon) // 6 * 2
-    a, b, c, d = polygon[0], polygon[1], polygon[third], polygon[third + 1]
-    e, f = polygon[2 * third], polygon[2 * third + 1]
-    inside = left <= a <= right and left <= c <= right and left <= e <= right
-    inside = inside and top <= b <= bottom and top <= d <= bottom and top <= f <= bottom
-    return inside and abs((c - a) * (f - b) - (e - a) * (d - b)) >= 2
-
-
-def _measure_polygons(points: np.ndarray, lengths: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The box around each owner's polygons, and the sum of their areas, from the points of all, [P, 2]."""
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    following = np.arange(1, len(points) + 1)
-    following[ends - 1] = starts
-    x, y = points.T
-    areas = abs(np.add.reduceat(x * y[following] - x[following] * y, starts)) / 2
-    first = np.flatnonzero(np.diff(owners, prepend=-1))  # polygon of each owner
-    low = np.minimum.reduceat(np.minimum.reduceat(points, starts), first)
-    high = np.maximum.reduceat(np.maximum.reduceat(points, starts), first)
-    return np.hstack([low, high]), np.add.reduceat(areas, first)
+    if segmentation is None:
+        return [nan] * 4, nan
+    if isinstance(segmentation, dict):
+        rle = as_rle(segmentation, height, width)
+        x, y, w, h = mask_box(rle)
+        return [x, y, x + w, y + h] if w else [nan] * 4, mask_area(rle)
+    left = top = inf
+    right = lower = -inf
+    area = 0.0
+    for polygon in segmentation:
+        xs, ys = polygon[::2], polygon[1::2]
+        left, top, right, lower = min(left, *xs), min(top, *ys), max(right, *xs), max(lower, *ys)
+        area += abs(sum(map(mul, xs, ys[1:] + ys[:1])) - sum(map(mul, ys, xs[1:] + xs[:1]))) / 2
+    if area < 10 or left < 0 or top < 0 or right > width or lower > height:  # a line has no pixel
+        area = mask_area(as_rle(segmentation, height, width))
+    return [left, top, right, lower], area

@@ -17,20 +17,18 @@ def equal_files(first: Iterable[Path], second: Iterable[Path]) -> dict[Path, Pat
     Returns:
         Each file of the first list that the second has too, in order, with the first one of the second that is equal.
     """
-    first, second = list(dict.fromkeys(first)), list(dict.fromkeys(second))
+    ours, theirs = dict.fromkeys(first), dict.fromkeys(second)
     keys: tuple[Callable[[Path], int | bytes], ...] = (_size, _middle, _digest)
-    found: dict[int | bytes, Path] = {}
     for key in keys:
-        ours, theirs = _keys(key, first), _keys(key, second)
-        found = {value: path for path, value in reversed(theirs.items())}
-        shared = found.keys() & set(ours.values())
-        first = [path for path, value in ours.items() if value in shared]
-        second = [path for path, value in theirs.items() if value in shared]
-    return {path: found[ours[path]] for path in first}
+        ours, theirs = _with_keys(key, ours), _with_keys(key, theirs)
+        shared = set(ours.values()) & set(theirs.values())
+        ours, theirs = ({path: value for path, value in one.items() if value in shared} for one in (ours, theirs))
+    found = {value: path for path, value in reversed(theirs.items())}
+    return {path: found[value] for path, value in ours.items()}
 
 
-def _keys(key: Callable[[Path], int | bytes], paths: list[Path]) -> dict[Path, int | bytes]:
-    keys = {}
+def _with_keys(key: Callable[[Path], int | bytes], paths: Iterable[Path]) -> dict[Path, int | bytes | None]:
+    keys: dict[Path, int | bytes | None] = {}
     for path in paths:
         with suppress(OSError, ValueError):  # ValueError: a name that no file can have
             keys[path] = key(path)

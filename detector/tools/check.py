@@ -22,7 +22,7 @@ def check(
     examples: NonNegativeInt = 3,
     other: str | None = None,
     other_images: str | None = None,
-    train_config: str | None = None,
+    config: str | None = None,
     min_size: int | None = None,
     max_size: int | None = None,
     anchor_sizes: tuple[int, int, int, int, int] | None = None,
@@ -35,7 +35,7 @@ def check(
         python tools/check.py instances.json --images photos --quick   # whether the images exist, without opening them
         python tools/check.py instances.json                           # the annotation file alone
         python tools/check.py val.json --images val --other train.json --other_images train   # images in both splits
-        python tools/check.py train.json --train_config configs/bccd.yaml   # whether its anchors fit the boxes
+        python tools/check.py train.json --config configs/bccd.yaml   # whether its anchors fit the boxes
 
     Errors are what training or scoring refuses: wrong fields and references, normalised boxes, images that are missing,
     broken or of another size, no box to train on, masks or keypoints outside their boxes. Warnings are what it leaves
@@ -52,7 +52,7 @@ def check(
         examples: Number of examples shown of each kind.
         other: Annotation file of another split, to find images that are in both.
         other_images: Its folder of images. Without it only file names are compared.
-        train_config: Training configuration whose anchors are compared with the boxes. The flags below override it.
+        config: Training configuration whose anchors are compared with the boxes. The flags below override it.
         min_size: Pixels of the shorter side of resized images. Default: 800.
         max_size: Maximum pixels of their longer side. Default: 1333.
         anchor_sizes: Five anchor sizes in pixels. Default: 32 64 128 256 512.
@@ -83,9 +83,9 @@ def check(
         raise UsageError("needs the annotation file of the other split", setting="other_images", value=other_images)
     given = {"min_size": min_size, "max_size": max_size, "anchor_sizes": anchor_sizes, "aspect_ratios": aspect_ratios}
     try:
-        settings = {} if train_config is None else _detector_settings(train_config)
+        settings = {} if config is None else _detector_settings(config)
         settings |= {name: value for name, value in given.items() if value is not None}
-        config = DetectorConfig(**{name: value for name, value in settings.items() if name in given})
+        detector = DetectorConfig(**{name: value for name, value in settings.items() if name in given})
     except OSError as error:
         raise UsageError(one_line(error)) from None
     except UserError as error:
@@ -98,7 +98,7 @@ def check(
         workers=workers,
         other=other,
         other_images=other_images,
-        anchor_advice=partial(anchor_advice, settings=config),
+        anchor_advice=partial(anchor_advice, settings=detector),
     )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may lack letters of file names

@@ -40,7 +40,8 @@ def run_tool(
     Its parameters become flags: ``name: int = 2`` becomes ``--name N``. Parameters without a default become positional
     arguments. Hyphens may replace the underscores of a name. ``--flag`` alone means ``--flag true``, and ``--no_flag``
     means ``--flag false``. The docstring becomes the help, except its sections ``Returns`` and ``Raises``. All types
-    must be imported at runtime, but the return annotation may be a string.
+    must be imported at runtime, but the return annotation may be a string. ``--config`` reads flags from a YAML file,
+    and ``--print_config`` prints them, unless the function has a parameter ``config`` itself.
 
     Args:
         function: a typed function with a Google-style docstring. It raises user errors, see :mod:`detector.errors`.
@@ -99,18 +100,21 @@ def make_parser(function: Callable[..., Any]) -> ArgumentParser:
         if default is not None:
             options["help"] += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
         parser.add_argument(f"--{name}", default=default, metavar=_metavar(types), **options)
-    parser.add_argument("--config", metavar="FILE.yaml", help="Read flags from a YAML file. The command line wins.")
-    parser.add_argument(
-        "--print_config", type=bool, default=False, metavar=SWITCH, help="Print all flags as such a file."
-    )
+    if "config" not in texts:
+        parser.add_argument("--config", metavar="FILE.yaml", help="Read flags from a YAML file. The command line wins.")
+        text = "Print all flags as such a file."
+        parser.add_argument("--print_config", type=bool, default=False, metavar=SWITCH, help=text)
     parser.usage = f"%(prog)s {positional}[--FLAG VALUE ...]"
     return parser
 
 
 def read_options(parser: ArgumentParser, arguments: Sequence[str], files: Sequence[str] = ()) -> dict[str, Any]:
     """Return the options of a command line by name. Raises :class:`UsageError`, or :class:`DataError` for a file."""
-    check_arguments(parser.description, arguments, files=("config", *files))
+    reads_config = any(action.dest == "print_config" for action in parser._actions)
+    check_arguments(parser.description, arguments, files=("config", *files) if reads_config else files)
     options = _parse(parser, arguments)
+    if not reads_config:
+        return options
     if options["config"] is not None:
         options = _parse(parser, [*_flags_in(options["config"]), *arguments])
     del options["config"]

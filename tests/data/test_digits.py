@@ -27,18 +27,19 @@ def files(root):
 
 
 def test_the_seed_determines_every_byte_and_splits_share_no_digit(tmp_path, monkeypatch):
-    used = {}
-    write_split = digits._write_split
+    used = []
+    draw_canvas = digits._draw_canvas
 
-    def record(folder, number, images, classes, *others):
-        used[folder.name] = {image.tobytes() for image in images}
-        assert set(classes) == set(range(10))
-        return write_split(folder, number, images, classes, *others)
+    def record(shapes, *others):
+        used.append({shape.tobytes() for shape in shapes})
+        return draw_canvas(shapes, *others)
 
-    monkeypatch.setattr(digits, "_write_split", record)
+    monkeypatch.setattr(digits, "_draw_canvas", record)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         write_digits(tmp_path / name, splits=SMALL, seed=seed)
-        assert not used["train"] & used["val"]
+        assert len(used) == sum(SMALL.values())
+        assert not used.pop() & used[0]  # of val and of train
+        used.clear()
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert files(tmp_path / "a") != files(tmp_path / "c")
 

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from detector.data import mask_keypoint_checks as checks_module
 from detector.data.annotation_types import FIELD
 from detector.data.annotations import read_annotations
 from detector.data.check_dataset import check_dataset
 from detector.data.entries import CocoFile
 from detector.data.mask_keypoint_checks import check_annotation_type
 from detector.data.masks import as_rle, mask_area, mask_box
-from detector.data.segmentations import measure_masks
+from detector.data.segmentations import measure_mask
 from detector.errors import DataError
 
 WIDTH, HEIGHT = 640, 480
@@ -152,9 +151,7 @@ def test_labelled_placeholders_are_warnings(tmp_path, placeholder):
         (LOOKS["other objects"], {("warning", "masks outside their boxes")}),
     ],
 )
-def test_many_masks_are_judged_by_a_few_points_first(tmp_path, monkeypatch, change, expected):
-    monkeypatch.setattr(checks_module, "MAX_MEASURED", 0)
-    monkeypatch.setattr(checks_module, "BATCH", 3)
+def test_single_masks_are_warnings_and_all_are_an_error(tmp_path, change, expected):
     path = file(tmp_path, "masks", change, some=lambda number: number == 7)
     assert expected <= found(path)
     assert not any(level == "error" for level, _ in found(path))
@@ -270,28 +267,20 @@ def test_areas_far_from_the_masks_are_warnings(tmp_path):
 
 def test_masks_are_measured_as_pycocotools_does():
     rng = np.random.default_rng(0)
-    values, sizes = [], []
     for number, (_, outline, _) in enumerate(objects(60)):
         shifted = outline + rng.uniform(-400, 400, 2) * (number % 3 == 0)  # some reach out of the image
         value = [shifted.reshape(-1).tolist()]
         if number % 4 == 1:
             value.append((outline[:5] + 100).reshape(-1).tolist())
-        values.append(as_rle(value, HEIGHT, WIDTH) if number % 5 == 0 else value)
-        sizes.append((WIDTH, HEIGHT))
-    values += [None, [[5, 5, 5, 5, 5, 5]]]
-    sizes += [(WIDTH, HEIGHT)] * 2
-    boxes, areas = measure_masks(values, sizes)
-    assert np.isnan(boxes[-2]).all()
-    assert np.isnan(areas[-2])
-    assert areas[-1] == 0
-    for value, box, area in zip(values[:-2], boxes, areas):
         coded = as_rle(value, HEIGHT, WIDTH)
         exact = mask_area(coded)
-        overlapping = isinstance(value, list) and len(value) > 1  # counted twice
-        assert area >= exact * 0.95 if overlapping else area == pytest.approx(exact, rel=0.05, abs=1)
-        if exact and not isinstance(value, list):
-            x, y, w, h = mask_box(coded)
-            assert box.tolist() == [x, y, x + w, y + h]
-        elif isinstance(value, list):
-            points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in value])
-            assert box.tolist() == [*points.min(axis=0), *points.max(axis=0)]
+        box, area = measure_mask(value, WIDTH, HEIGHT)
+        points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in value])
+        assert box == [*points.min(axis=0), *points.max(axis=0)]
+        assert area >= exact * 0.95 if len(value) > 1 else area == pytest.approx(exact, rel=0.05, abs=1)
+        box, area = measure_mask(coded, WIDTH, HEIGHT)
+        assert area == exact
+        x, y, w, h = mask_box(coded)
+        assert box == [x, y, x + w, y + h] if exact else np.isnan(box).all()
+    assert np.isnan([*measure_mask(None, WIDTH, HEIGHT)[0], measure_mask(None, WIDTH, HEIGHT)[1]]).all()
+    assert measure_mask([[5, 5, 5, 5, 5, 5]], WIDTH, HEIGHT)[1] == 0
