@@ -1,5 +1,6 @@
 """Detections matched with objects of any class: confusion matrix, and counts per image."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,28 +43,21 @@ def match_boxes(
         For each image, every object once and every detection once.
     """
     kept, image_ids = [result for result in results if result["score"] >= min_score], list(image_ids)
-    settings = {
-        "iouThrs": np.array([MATCHING_IOU]),
-        "maxDets": [max(len(kept), 1)],
-        **ALL_SIZES,
-    }  # no limit to the detections
+    settings = {"iouThrs": np.array([MATCHING_IOU]), "maxDets": [max(len(kept), 1)], **ALL_SIZES}
     scorer = match(truth, kept, image_ids, by_class=False, **settings)
     outcomes: dict[int, list[BoxOutcome]] = {image_id: [] for image_id in image_ids}
     for matched in filter(None, scorer.evalImgs):
-        of_image = outcomes[matched["image_id"]]
-        paired = set()  # numbers of detections: pycocotools keeps ids as floats, which changes large ones
-        pairs = zip(matched["gtIds"], matched["gtMatches"][0], matched["gtIgnore"], strict=True)
+        of_image, paired = outcomes[matched["image_id"]], set()
+        # Detections are found by their numbers: pycocotools keeps matched ids as floats, which changes large ones.
+        pairs = zip(matched["gtIds"], matched["gtMatches"][0].astype(int), matched["gtIgnore"], strict=True)
         for object_id, number, is_crowd in pairs:
             annotation = truth.anns[object_id]
-            if is_crowd:
-                of_image.append(BoxOutcome("crowd", annotation, None))
-            elif not number:
-                of_image.append(BoxOutcome("missed", annotation, None))
-            else:
-                found = kept[int(number) - 1]
-                paired.add(int(number))
-                same = found["category_id"] == annotation["category_id"]
-                of_image.append(BoxOutcome("found" if same else "confused", annotation, found))
+            if is_crowd or not number:
+                of_image.append(BoxOutcome("crowd" if is_crowd else "missed", annotation, None))
+                continue
+            paired.add(number)
+            same = kept[number - 1]["category_id"] == annotation["category_id"]
+            of_image.append(BoxOutcome("found" if same else "confused", annotation, kept[number - 1]))
         for number, on_crowd in zip(matched["dtIds"], matched["dtMatches"][0], strict=True):
             if number not in paired:
                 of_image.append(BoxOutcome("crowd" if on_crowd else "false", None, kept[number - 1]))
@@ -95,12 +89,12 @@ def image_rows(outcomes: Mapping[int, Sequence[BoxOutcome]]) -> list[dict[str, A
     """
     rows: list[dict[str, Any]] = []
     for image_id, boxes in outcomes.items():
-        counts = {kind: sum(box.kind == kind for box in boxes) for kind in ("found", "confused", "missed", "false")}
-        objects = counts["found"] + counts["confused"] + counts["missed"]
-        total = objects + counts["found"] + counts["confused"] + counts["false"]
-        rows.append({"id": image_id, "objects": objects, **counts, "f1": 2 * counts["found"] / total if total else 1.0})
-    rows.sort(key=lambda row: (row["f1"], -(row["missed"] + row["confused"] + row["false"]), row["id"]))
-    return rows
+        kinds = Counter(box.kind for box in boxes)
+        counts = {kind: kinds[kind] for kind in ("found", "confused", "missed", "false")}
+        total = 2 * (kinds["found"] + kinds["confused"]) + kinds["missed"] + kinds["false"]
+        f1 = 2 * kinds["found"] / total if total else 1.0
+        rows.append({"id": image_id, "objects": sum(counts.values()) - kinds["false"], **counts, "f1": f1})
+    return sorted(rows, key=lambda row: (row["f1"], -(row["missed"] + row["confused"] + row["false"]), row["id"]))
 
 
 def confused_pairs(confusion: Mapping[str, Any], limit: int) -> list[tuple[str, str, int]]:
@@ -110,8 +104,11 @@ def confused_pairs(confusion: Mapping[str, Any], limit: int) -> list[tuple[str, 
         confusion: ``names`` and ``matrix``, as in a report.
         limit: maximum number of pairs.
     """
-    names, n = confusion["names"], len(confusion["names"])
-    confused = np.array(confusion["matrix"], dtype=np.int64).reshape(n + 1, n + 1)[:-1, :-1]
-    confused = confused * ~np.eye(n, dtype=bool)
-    order = np.argsort(-confused, axis=None, kind="stable")[:limit].tolist()
-    return [(names[i // n], names[i % n], int(confused.flat[i])) for i in order if confused.flat[i]]
+    names = confusion["names"]
+    pairs = [
+        (names[i], names[j], count)
+        for i, row in enumerate(confusion["matrix"][:-1])
+        for j, count in enumerate(row[:-1])
+        if i != j and count
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:limit]

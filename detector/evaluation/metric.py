@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval, Params
 from detector.choices import Evaluator
 from detector.data.annotation_types import AnnotationType
 from detector.data.keypoints import PERSON, layout_of
-from detector.data.masks import as_rle, mask_area
+from detector.data.masks import as_rle
 from detector.data.results import Result
 from detector.errors import DataError, ModelError
 from detector.evaluation.truth import index_coco
@@ -64,13 +64,6 @@ def evaluate(
     return summary(match(truth, results, image_ids, evaluator=evaluator, iou_type=iou_type))
 
 
-def evaluate_types(
-    truth: COCO, results: list[Result], image_ids: Iterable[int], *, annotation_types: Sequence[AnnotationType] = ()
-) -> dict[str, float]:
-    """Return the scores of boxes, see :func:`evaluate`, and of masks and keypoints as "segm/AP", "keypoints/AP", ..."""
-    return summaries(match_types(truth, results, list(image_ids), annotation_types=annotation_types))[0]
-
-
 def match_types(
     truth: COCO,
     results: list[Result],
@@ -85,7 +78,10 @@ def match_types(
 
 
 def summaries(scorers: Iterable[COCOeval]) -> tuple[dict[str, float], str]:
-    """Return the scores, see :func:`evaluate_types`, and the tables of scorers with default settings."""
+    """Return the scores and the tables of the scorers of :func:`match_types`.
+
+    Scores of boxes have the names of :func:`evaluate`, others are "segm/AP", "keypoints/AP", ...
+    """
     scores: dict[str, float] = {}
     tables = []
     for scorer in scorers:
@@ -117,14 +113,12 @@ def match(
         for name, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
             if result[name] not in known:
                 raise DataError(f"a result has {name} {result[name]}, which the annotations do not have")
-    # As COCO.loadRes does, which takes no empty list and one IoU type alone.
-    annotations = [
-        {**result, "id": number, "area": _area(result, iou_type), "iscrowd": 0}
-        for number, result in enumerate(results, start=1)
-    ]
+    # loadRes scores by the first field that it knows.
+    fields = ("image_id", "category_id", "score", "segmentation" if iou_type == "segm" else iou_type)
+    listed = [{name: one[name] for name in fields} for one in results]
     truth = _complete(truth, iou_type)
-    found = index_coco({**truth.dataset, "annotations": annotations})
     with contextlib.redirect_stdout(io.StringIO()):
+        found = truth.loadRes(listed) if listed else index_coco({**truth.dataset, "annotations": []})
         scorer = COCOeval(truth, found, iouType=iou_type)
         scorer.params.imgIds = sorted(truth.imgs if image_ids is None else set(image_ids))
         scorer.params.useCats = int(by_class)
@@ -139,46 +133,33 @@ def match(
     return scorer
 
 
-def _area(result: Result, iou_type: IouType) -> float:
-    """Return the area by which pycocotools takes a detection as small, medium or large."""
-    if iou_type == "segm":
-        return mask_area(result["segmentation"])
-    if iou_type == "bbox":
-        return result["bbox"][2] * result["bbox"][3]
-    x, y = result["keypoints"][0::3], result["keypoints"][1::3]
-    return (max(x) - min(x)) * (max(y) - min(y))
-
-
 def _complete(truth: COCO, iou_type: IouType) -> COCO:
     """Give each object of a copy a mask, or keypoints: pycocotools needs them, and changes masks in place."""
     if iou_type == "bbox":
         return truth
-    annotations = []
-    given: dict[str, Any]
-    for annotation in truth.dataset["annotations"]:
+    annotations = [dict(annotation) for annotation in truth.dataset["annotations"]]
+    for one in annotations:
         if iou_type == "segm":
-            image = truth.imgs[annotation["image_id"]]
-            given = {"segmentation": as_rle(annotation.get("segmentation"), image["height"], image["width"])}
+            image = truth.imgs[one["image_id"]]
+            one["segmentation"] = as_rle(one.get("segmentation"), image["height"], image["width"])
         else:
-            points = annotation.get("keypoints") or []
-            given = {"keypoints": points, "num_keypoints": sum(visibility > 0 for visibility in points[2::3])}
-        annotations.append({**annotation, **given})
+            one["keypoints"] = one.get("keypoints") or []
+            one["num_keypoints"] = sum(visibility > 0 for visibility in one["keypoints"][2::3])
     return index_coco({**truth.dataset, "annotations": annotations})
 
 
 def _set_keypoints(params: Any, truth: COCO) -> None:
     """Compare the keypoints of the classes that have any, with their tolerances."""
-    points = (annotation["keypoints"] for annotation in truth.anns.values())
+    annotations = truth.dataset["annotations"]
+    points = (annotation["keypoints"] for annotation in annotations)
     layout = truth.dataset.get("layout") or layout_of("the annotations", truth.cats.values(), points)
     if layout is None:
         raise DataError("the annotations have no keypoints to score with")
     with_keypoints = {category["id"] for category in truth.cats.values() if category.get("keypoints")}
-    for annotation in truth.dataset["annotations"]:
-        if annotation["keypoints"]:
-            with_keypoints.add(annotation["category_id"])
-        else:
-            annotation["keypoints"] = [0] * (3 * len(layout))
+    with_keypoints |= {annotation["category_id"] for annotation in annotations if annotation["keypoints"]}
     params.catIds = sorted(with_keypoints)
+    for annotation in annotations:
+        annotation["keypoints"] = annotation["keypoints"] or [0] * (3 * len(layout))
     if not layout.fits(PERSON):
         params.kpt_oks_sigmas = np.full(len(layout), SIGMA)
 
@@ -223,9 +204,8 @@ def _accumulate_fast(scorer: COCOeval) -> dict[str, Any]:
 
     fast = COCOeval_faster(None, None, iouType=scorer.params.iouType, print_function=lambda *words: None)
     fast.cocoGt, fast.cocoDt = scorer.cocoGt, scorer.cocoDt  # given above, keypoints would need its own COCO class
-    for name, value in vars(scorer.params).items():
-        if name not in ("iouType", "useSegm"):
-            setattr(fast.params, name, value)
+    known = {name: value for name, value in vars(scorer.params).items() if name not in ("iouType", "useSegm")}
+    vars(fast.params).update(known)
     fast.evaluate()
     fast.accumulate()
     return {**fast.eval, "params": scorer.params}

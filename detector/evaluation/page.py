@@ -36,7 +36,13 @@ def render_page(report: Report, pictures: Sequence[Picture]) -> str:
     environment = Environment(
         autoescape=True, finalize=_finalize, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"num": _number, "count": _count, "short": short, "verbatim": _verbatim, "part": _fraction}
+    environment.filters |= {
+        "num": _number,
+        "count": "{:,}".format,
+        "short": short,
+        "verbatim": _verbatim,
+        "part": _fraction,
+    }
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
         report.to_dict(),
@@ -58,10 +64,6 @@ def _verbatim(text: str) -> Markup:
 
 def _number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
-
-
-def _count(value: int | None) -> str:
-    return DASH if value is None else f"{value:,}"
 
 
 def _fraction(value: float | None, whole: float | None = 1.0, power: float = 1.0) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def draw_examples(split: CocoDetection, outcomes: Mapping[int, Sequence[BoxOutco
 
 
 def worst_and_best(
-    split: CocoDetection,
+    split: CocoDetection | None,
     report: Report,
     outcomes: Mapping[int, Sequence[BoxOutcome]],
     unrefined: Sequence[Result] = (),
@@ -82,7 +83,7 @@ def worst_and_best(
     """Draw the images with the lowest F1, and of those with objects the ones with the highest.
 
     Args:
-        split: the images.
+        split: the images. Without them nothing is drawn.
         report: its rows of images.
         outcomes: of the boxes in each image.
         unrefined: detections without the refinement, which are drawn from the report's minimum score on.
@@ -91,25 +92,25 @@ def worst_and_best(
     Returns:
         The pictures, and notes on images that cannot be read.
     """
+    if split is None:
+        return [], []
+    worst = [row for row in report.images if row["f1"] < 1]
     best = [row for row in reversed(report.images) if row["objects"] and row["f1"] > 0]
     best.sort(key=lambda row: (-row["f1"], -row["objects"]))
-    worst = [row for row in report.images if row["f1"] < 1]
-    chosen: list[tuple[Literal["worst", "best"], Section]] = [("worst", row) for row in worst[:number]]
-    chosen += [("best", row) for row in best[:number]]
     index_of = {image_id: index for index, image_id in enumerate(split.image_ids)}
-    before: dict[int, list[Result]] = {row["id"]: [] for _, row in chosen}
+    before = defaultdict(list)
     for result in unrefined:
-        if result["image_id"] in before and result["score"] >= report.confusion["min_score"]:
+        if result["score"] >= report.confusion["min_score"]:
             before[result["image_id"]].append(result)
     pictures, notes = [], []
+    chosen = [("worst", row) for row in worst[:number]] + [("best", row) for row in best[:number]]
     for kind, row in tqdm(chosen, desc="drawing", unit="picture", leave=False, disable=None, delay=1):
         try:
             image, _ = split[index_of[row["id"]]]
         except DataError as error:  # the images of a results file have not been read before
             notes.append(f"No picture of image {row['id']}: {error}")
             continue
-        drawn = draw_outcomes(image, outcomes[row["id"]], split, before[row["id"]])
-        file = io.BytesIO()
+        drawn, file = draw_outcomes(image, outcomes[row["id"]], split, before[row["id"]]), io.BytesIO()
         drawn.save(file, "JPEG", quality=85, optimize=True)
         uri = Markup("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
         pictures.append(Picture(kind, row, uri, *drawn.size))
@@ -135,46 +136,38 @@ def draw_outcomes(
     """
     picture = v2.functional.to_pil_image(v2.functional.to_dtype(image, torch.uint8, scale=True))
     factor = side / max(picture.size)
-    size = (max(round(picture.width * factor), 1), max(round(picture.height * factor), 1))
-    picture = picture.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(round(length * factor), 1) for length in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     names = {category["id"]: short(category["name"], 40) for category in split.annotations.categories}
-    boxes = [Box(_corners(one, size, factor), "", BEFORE.color, BEFORE.stroke) for one in unrefined]
-    order = list(MARKS)
-    for outcome in sorted(outcomes, key=lambda one: order.index(one.kind)):
-        shown, mark = outcome.truth if outcome.detection is None else outcome.detection, MARKS[outcome.kind]
-        assert shown is not None
-        segmentation, points = shown.get("segmentation"), list(shown.get("keypoints") or [])
-        if outcome.detection is not None:
-            points[2::3] = [1.0] * len(points[2::3])  # the third numbers of detections have no agreed meaning
-        else:
-            segmentation = segmentation if "masks" in split.annotation_types else None
-            points = points if "keypoints" in split.annotation_types else []
-        color = mark.color
-        if outcome.kind == "found":
-            color = class_color(split.category_ids.index(shown["category_id"]) + 1)
-        mask = as_rle(segmentation, image.shape[-2], image.shape[-1]) if segmentation else None
-        scaled = [(x * factor, y * factor, seen) for x, y, seen in zip(points[::3], points[1::3], points[2::3])]
-        corners, caption = _corners(shown, size, factor), _caption(outcome, names)
-        boxes.append(Box(corners, caption, color, mark.stroke, mask, scaled or None))
+
+    def corners(shown: Mapping[str, Any]) -> tuple[float, float, float, float]:
+        x, y, w, h = (length * factor for length in shown["bbox"])
+        return tuple(np.clip([x, y, x + w, y + h], 0, [width - 1, height - 1] * 2).tolist())
+
+    boxes = [Box(corners(one), "", BEFORE.color, BEFORE.stroke) for one in unrefined]
+    for kind, mark in MARKS.items():
+        for outcome in (one for one in outcomes if one.kind == kind):
+            shown: Any = outcome.detection or outcome.truth
+            segmentation, points = shown.get("segmentation"), np.reshape(shown.get("keypoints") or [], (-1, 3))
+            if outcome.detection is not None:
+                points[:, 2] = 1  # the third numbers of detections have no agreed meaning
+            else:
+                segmentation = segmentation if "masks" in split.annotation_types else None
+                points = points if "keypoints" in split.annotation_types else points[:0]
+            found = kind == "found"
+            color = class_color(split.category_ids.index(shown["category_id"]) + 1) if found else mark.color
+            mask = as_rle(segmentation, image.shape[-2], image.shape[-1]) if segmentation else None
+            scaled = (points * [factor, factor, 1]).tolist() or None
+            boxes.append(Box(corners(shown), _caption(outcome, names), color, mark.stroke, mask, scaled))
     draw_boxes(picture, boxes, font_size=FONT_SIZE, layout=split.keypoints)
     return picture
 
 
 def _caption(outcome: BoxOutcome, names: Mapping[int, str]) -> str:
-    true_class = "" if outcome.truth is None else names[outcome.truth["category_id"]]
-    if outcome.detection is None:
-        return true_class if outcome.kind == "found" else f"{outcome.kind}: {true_class}"
-    caption = f"{names[outcome.detection['category_id']]} {outcome.detection['score']:.2f}"
-    return {
-        "crowd": f"{caption}, on a crowd",
-        "confused": f"{caption}, is: {true_class}",
-        "false": f"false: {caption}",
-    }.get(outcome.kind, caption)
-
-
-def _corners(shown: Mapping[str, Any], size: tuple[int, int], factor: float) -> tuple[float, float, float, float]:
-    """Return the corners of an annotation's or a detection's box in a picture enlarged by a factor."""
-    x, y, width, height = (side * factor for side in shown["bbox"])
-    x1, x2 = (min(max(side, 0), size[0] - 1) for side in (x, x + width))
-    y1, y2 = (min(max(side, 0), size[1] - 1) for side in (y, y + height))
-    return x1, y1, x2, y2
+    kind, detection = outcome.kind, outcome.detection
+    true_class = names[outcome.truth["category_id"]] if outcome.truth else ""
+    if detection is None:
+        return true_class if kind == "found" else f"{kind}: {true_class}"
+    caption = f"{names[detection['category_id']]} {detection['score']:.2f}"
+    more = {"crowd": f"{caption}, on a crowd", "confused": f"{caption}, is: {true_class}", "false": f"false: {caption}"}
+    return more.get(kind, caption)

@@ -1,7 +1,7 @@
 """The report of an evaluation: a dataclass of JSON types, built section by section."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detector.errors import DataError
 from detector.evaluation.confusion import MATCHING_IOU, BoxOutcome, confusion_matrix, image_rows
-from detector.evaluation.metric import class_names, summaries
+from detector.evaluation.metric import class_names, summaries, summary
 from detector.evaluation.operating_points import operating_points
 from detector.evaluation.proposals import recall
 from detector.evaluation.running import Predictions
@@ -22,6 +22,7 @@ SIZE_RANGES = {  # COCO's, in its order
     "medium": "area from 32 x 32 to 96 x 96 pixels",
     "large": "area above 96 x 96 pixels",
 }
+OBJECT_COUNTS = ("objects", *(f"objects_{size}" for size in SIZE_RANGES))
 CURVE_IOUS = (0.5, 0.75, 0.9)  # of the mean precision-recall curves
 
 
@@ -47,7 +48,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, content: Any) -> "Report":
@@ -83,57 +84,57 @@ def make_report(
         unrefined: as ``scorers``, without the refinement.
         notes: sentences that a reader of the scores needs to know.
     """
-    boxes = scorers[0]
-    truth, classes, image_ids = boxes.cocoGt, _classes(boxes), [int(image_id) for image_id in boxes.params.imgIds]
-    scores, counts = _defined(summaries([boxes])[0]), _count_objects(boxes)
-    objects = sum(of_class["objects"] for of_class in counts.values())
+    boxes, *others = scorers
+    images, scores, counts = boxes.cocoGt.imgs, _defined(summary(boxes)[0]), _count_objects(boxes)
+    by_class = [row | counts[row["id"]] | more for row, more in _classes(boxes)]
+    objects = {name: sum(of_class[name] for of_class in counts.values()) for name in OBJECT_COUNTS}
     report = Report(
-        about={**about, "images": len(image_ids), "objects": objects, "detections": len(found.results)},
+        about={
+            **about,
+            "images": len(found.image_ids),
+            "objects": objects["objects"],
+            "detections": len(found.results),
+        },
         scores=scores,
-        by_iou=by_iou_section(boxes),
+        by_iou=_by_iou(boxes),
         by_size=[
-            {
-                "size": size,
-                "range": text,
-                "objects": sum(of_class[f"objects_{size}"] for of_class in counts.values()),
-                "AP": scores[f"AP{size[0]}"],
-                "AR": scores[f"AR{size[0]}"],
-            }
+            {"size": size, "range": text, "objects": objects[f"objects_{size}"]}
+            | {measure: scores[f"{measure}{size[0]}"] for measure in ("AP", "AR")}
             for size, text in SIZE_RANGES.items()
         ],
-        by_class=[{**row, **counts[row["id"]], **_class_scores(boxes, k)} for k, row in enumerate(classes)],
+        by_class=by_class,
         losses=found.mean_losses(),
-        curves=curves_section(boxes),
+        curves=_curves(boxes),
         operating_points=operating_points(boxes, found.results),
         confusion={
-            "names": [row["name"] for row in classes],
+            "names": [row["name"] for row in by_class],
             "matrix": confusion_matrix(outcomes, boxes.params.catIds).tolist(),
             "min_score": min_score,
             "iou": MATCHING_IOU,
         },
-        images=[{**row, "file_name": truth.imgs[row["id"]].get("file_name", "")} for row in image_rows(outcomes)],
+        images=[{**row, "file_name": images[row["id"]].get("file_name", "")} for row in image_rows(outcomes)],
         notes=list(notes),
     )
-    for scorer in scorers[1:]:
-        setattr(report, scorer.params.iouType, masks_or_keypoints_section(scorer))
+    for scorer in others:
+        section = {"scores": _defined(summary(scorer)[0]), "by_iou": _by_iou(scorer)}
+        setattr(report, scorer.params.iouType, section | {"by_class": [row | more for row, more in _classes(scorer)]})
     if unrefined:
         report.refinement = {
-            when: {"scores": _defined(summaries(several)[0]), "by_iou": by_iou_section(several[0])}
+            when: {"scores": _defined(summaries(several)[0]), "by_iou": _by_iou(several[0])}
             for when, several in (("before", unrefined), ("after", scorers))
         }
     if found.proposals is not None:
-        rows = [_defined(row) for row in recall(truth, found.proposals, image_ids)]
+        rows = [_defined(row) for row in recall(boxes.cocoGt, found.proposals, found.image_ids)]
         report.proposals = {"kept": found.kept_proposals, "rows": rows}
     return report
 
 
-def by_iou_section(scorer: COCOeval) -> list[Section]:
-    """Return the ``AP`` at each IoU threshold."""
+def _by_iou(scorer: COCOeval) -> list[Section]:
     precision = scorer.eval["precision"]  # [IoU, recall, class, size, maximum number of detections]
-    return [{"iou": iou, "AP": _mean(precision[t, :, :, 0, -1])} for t, iou in enumerate(_ious(scorer))]
+    return [{"iou": iou, "AP": _mean(of_iou[..., 0, -1])} for iou, of_iou in zip(_ious(scorer), precision, strict=True)]
 
 
-def curves_section(scorer: COCOeval) -> Section:
+def _curves(scorer: COCOeval) -> Section:
     """Return precision over recall: the mean of the classes at :data:`CURVE_IOUS`, and each class at IoU 0.50."""
     precision, ious, names = scorer.eval["precision"][..., 0, -1], _ious(scorer), class_names(scorer)
     with_objects = np.flatnonzero((precision > -1).all(axis=(0, 1)))
@@ -145,10 +146,47 @@ def curves_section(scorer: COCOeval) -> Section:
     return {"recall": [round(float(r), 2) for r in scorer.params.recThrs], "mean": mean, "by_class": by_class}
 
 
-def masks_or_keypoints_section(scorer: COCOeval) -> Section:
-    scores = {name.rpartition("/")[2]: score for name, score in _defined(summaries([scorer])[0]).items()}
-    by_class = [{**row, **_class_scores(scorer, k)} for k, row in enumerate(_classes(scorer))]
-    return {"scores": scores, "by_iou": by_iou_section(scorer), "by_class": by_class}
+def _ious(scorer: COCOeval) -> list[float]:
+    return [round(float(iou), 2) for iou in scorer.params.iouThrs]
+
+
+def _classes(scorer: COCOeval) -> Iterator[tuple[Section, Section]]:
+    """Yield ``id`` and ``name`` of each class, and its scores. No keypoints are small."""
+    ious, sizes = _ious(scorer), [size[0] for size in scorer.params.areaRngLbl[1:]]
+    for k, category in enumerate(scorer.params.catIds):
+        precision, recalls = scorer.eval["precision"][:, :, k, :, -1], scorer.eval["recall"][:, k, :, -1]
+        scores = {"AP": _mean(precision[..., 0])}
+        scores |= {f"AP{iou}": _mean(precision[ious.index(iou / 100), :, 0]) for iou in (50, 75)}
+        scores |= {f"AP{size}": _mean(precision[..., a]) for a, size in enumerate(sizes, 1)}
+        scores |= {f"AR{size}": _mean(recalls[:, a]) for a, size in enumerate(("", *sizes))}
+        yield {name: scorer.cocoGt.cats[category][name] for name in ("id", "name")}, scores
+
+
+def _count_objects(scorer: COCOeval) -> dict[int, dict[str, int]]:
+    """Count the objects of each class, in total and by size. Crowds do not count."""
+    truth, ranges = scorer.cocoGt, [(-np.inf, np.inf), *scorer.params.areaRng[1:]]
+    areas: dict[int, list[float]] = {category: [] for category in truth.cats}
+    for annotation in (one for image_id in scorer.params.imgIds for one in truth.imgToAnns[image_id]):
+        if not annotation["iscrowd"]:
+            areas[annotation["category_id"]].append(annotation["area"])
+    return {
+        category: {
+            name: sum(low <= area <= high for area in several)
+            for name, (low, high) in zip(OBJECT_COUNTS, ranges, strict=True)
+        }
+        for category, several in areas.items()
+    }
+
+
+def _defined(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Replace pycocotools' -1 by ``None``."""
+    return {name: None if score == -1 else score for name, score in scores.items()}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean of the defined values; pycocotools has -1 where there are no objects."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
 
 
 def newest_report(folder: Path, weights: str) -> Report | None:
@@ -167,46 +205,3 @@ def newest_report(folder: Path, weights: str) -> Report | None:
         except (DataError, KeyError, TypeError):  # another program's file
             continue
     return max(reports, key=lambda report: str(report.about.get("time", "")), default=None)
-
-
-def _ious(scorer: COCOeval) -> list[float]:
-    return [round(float(iou), 2) for iou in scorer.params.iouThrs]
-
-
-def _classes(scorer: COCOeval) -> list[Section]:
-    categories = (scorer.cocoGt.cats[category] for category in scorer.params.catIds)
-    return [{"id": category["id"], "name": category["name"]} for category in categories]
-
-
-def _count_objects(scorer: COCOeval) -> dict[int, dict[str, int]]:
-    """Count the objects of each class, in total and by size. Crowds do not count."""
-    truth = scorer.cocoGt
-    counts = {category: {"objects": 0} | {f"objects_{size}": 0 for size in SIZE_RANGES} for category in truth.cats}
-    for annotation in (one for image_id in scorer.params.imgIds for one in truth.imgToAnns[image_id]):
-        if not annotation["iscrowd"]:
-            of_class = counts[annotation["category_id"]]
-            of_class["objects"] += 1
-            for size, (low, high) in zip(SIZE_RANGES, scorer.params.areaRng[1:]):
-                of_class[f"objects_{size}"] += int(low <= annotation["area"] <= high)
-    return counts
-
-
-def _class_scores(scorer: COCOeval, k: int) -> dict[str, float | None]:
-    """Return AP, AP50, AP75, AR, and AP and AR by size of the class at place ``k``. No keypoints are small."""
-    precision, recalls = scorer.eval["precision"][:, :, k, :, -1], scorer.eval["recall"][:, k, :, -1]
-    ious, sizes = _ious(scorer), scorer.params.areaRngLbl[1:]
-    row = {"AP": _mean(precision[..., 0])}
-    row |= {f"AP{iou}": _mean(precision[ious.index(iou / 100), :, 0]) for iou in (50, 75)}
-    row |= {f"AP{size[0]}": _mean(precision[..., a]) for a, size in enumerate(sizes, 1)}
-    return row | {f"AR{size[:1]}": _mean(recalls[:, a]) for a, size in enumerate(("", *sizes))}
-
-
-def _defined(scores: Mapping[str, float]) -> dict[str, float | None]:
-    """Replace pycocotools' -1 by ``None``."""
-    return {name: None if score == -1 else score for name, score in scores.items()}
-
-
-def _mean(values: np.ndarray) -> float | None:
-    """Return the mean of the defined values; pycocotools has -1 where there are no objects."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else None

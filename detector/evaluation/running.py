@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as distributed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from detector.data.results import Result, to_results
 from detector.errors import DataError, one_line
 from detector.evaluation.losses import detect_with_losses, run_rcnn
 from detector.evaluation.proposals import COUNTS, CoveringProposal, covering_proposals
-from detector.models.rle_detections import DetectionDict, detect
+from detector.models.rle_detections import detect
 from detector.overriding import eval_mode
 from detector.rcnn.sampling import seed_sampling
 from detector.seeds import seed_of
@@ -90,64 +90,8 @@ class Predictions:
         return {"loss": sum(means.values())} | means
 
 
-@torch.inference_mode()
-def predict(
-    model: Any,
-    batches: Iterable[tuple[list[Any], list[Target]]],
-    category_ids: Sequence[int | None],
-    *,
-    device: torch.device | str = "cpu",
-    labels: Tensor | None = None,
-    proposals_of: Annotations | None = None,
-) -> Generator[Predictions]:
-    """Run a detector in eval mode over batches of images, and yield the predictions on each batch.
-
-    Args:
-        model: a torchvision detector.
-        batches: images [3, H, W], float in 0..1 or uint8, and targets: ``image_id``, and all fields for losses. Or
-            ``None`` in place of an image that cannot be read, with the reason as ``broken`` in its target.
-        category_ids: the category id of each label of the model, from label 1 on.
-        device: where the model is.
-        labels: [n + 1], the model's label of each label of the targets, from 0 on; needed for losses.
-        proposals_of: the ground truth; needed to record the proposals of an R-CNN.
-    """
-    is_rcnn = isinstance(model, GeneralizedRCNN)
-    try:
-        with eval_mode(model):
-            for images, targets in batches:
-                found = Predictions(broken={int(one["image_id"]): one["broken"] for one in targets if "broken" in one})
-                targets = [target for target in targets if "broken" not in target]
-                images = [as_float(image.to(device)) for image in images if image is not None]
-                image_ids = [int(target["image_id"]) for target in targets]
-                on_device: list[Target] | None = None
-                detections: list[DetectionDict] = []
-                losses: dict[str, Tensor] = {}
-                if labels is not None:
-                    relabelled = [target | {"labels": labels[target["labels"]]} for target in targets]
-                    on_device = [{name: value.to(device) for name, value in one.items()} for one in relabelled]
-                    if is_rcnn:  # the same losses in every run, for any number of processes
-                        seed_sampling(model, [seed_of(0, 0, image_id) for image_id in image_ids])
-                if not images:
-                    pass
-                elif proposals_of is not None:
-                    detections, losses, proposals = run_rcnn(model, images, on_device, min_proposals=max(COUNTS))
-                    found.kept_proposals = model.rpn.post_nms_top_n()
-                    pairs = zip(image_ids, proposals, strict=True)
-                    found.proposals = [one for pair in pairs for one in covering_proposals(proposals_of, *pair)]
-                elif on_device is not None:
-                    detections, losses = detect_with_losses(model, images, on_device)
-                else:
-                    detections = detect(model, images)
-                found.image_ids, found.results = image_ids, to_results(detections, image_ids, category_ids)
-                found.losses.update({name: loss.item() * len(images) for name, loss in losses.items()})
-                yield found
-    finally:
-        if labels is not None and is_rcnn:
-            seed_sampling(model, None)
-
-
 def run_detector(
-    model: nn.Module,
+    model: Any,
     split: CocoDetection,
     category_ids: Sequence[int | None],
     options: EvaluationOptions = DEFAULT_OPTIONS,
@@ -157,14 +101,14 @@ def run_detector(
     partial: bool = False,
     share: tuple[int, int] = (0, 1),
 ) -> Predictions:
-    """Run a detector over a split, with a progress bar.
+    """Run a detector in eval mode over a split, with a progress bar.
 
     Args:
         model: a torchvision detector on ``options.device``, in any mode, which it keeps.
         split: the data, without a transform.
         category_ids: the category id of each label of the model, from label 1 on.
         options: of which ``limit``, ``skip_broken``, ``batch_size``, ``workers`` and ``device`` are used.
-        labels: see :func:`predict`.
+        labels: [n + 1], the model's label of each label of the split, from 0 on; needed for losses.
         proposals: whether to record the proposals of an R-CNN.
         partial: whether Ctrl-C, or an image that cannot be read, returns what was found before instead of raising.
         share: the rank of this process, and the number of processes that share the split. Batches are those of a
@@ -174,24 +118,73 @@ def run_detector(
         DataError: an image cannot be read.
     """
     rank, ranks = share
-    images = len(split) if options.limit is None else min(options.limit, len(split))
+    total = len(split) if options.limit is None else min(options.limit, len(split))
     # Masks and keypoints are read for losses alone.
     split = (split.boxes_alone() if labels is None else split.with_layers()).as_bytes()
-    batches = scoring_batches(images, options.batch_size, ranks=ranks, rank=rank)
+    batches = scoring_batches(total, options.batch_size, ranks=ranks, rank=rank)
     loader = make_loader(_Readable(split) if options.skip_broken else split, batches, workers=options.workers)
-    truth = split.annotations if proposals else None
-    running = predict(model, loader, category_ids, device=options.device, labels=labels, proposals_of=truth)
-    found = Predictions(proposals=[] if proposals else None)
-    with tqdm(total=images, desc="scoring", unit="image", leave=False, disable=rank > 0 or None) as bar:
-        try:
-            with closing(running):  # which restores the model's mode
-                for batch in running:
-                    found.add(batch)
-                    bar.update((len(batch.image_ids) + len(batch.broken)) * ranks)
-        except (KeyboardInterrupt, DataError) as stop:
-            if not partial or not found.image_ids:
-                raise
-            found.stopped = stop
+    truth, found = split.annotations if proposals else None, Predictions()
+    bar = tqdm(total=total, desc="scoring", unit="image", leave=False, disable=rank > 0 or None)
+    try:
+        with bar, eval_mode(model), torch.inference_mode():
+            for images, targets in loader:
+                how: Any = {"device": options.device, "labels": labels, "proposals_of": truth}
+                one = predict(model, images, targets, category_ids, **how)
+                found.add(one)
+                bar.update((len(one.image_ids) + len(one.broken)) * ranks)
+    except (KeyboardInterrupt, DataError) as stop:
+        if not partial or not found.image_ids:
+            raise
+        found.stopped = stop
+    finally:
+        if labels is not None and isinstance(model, GeneralizedRCNN):
+            seed_sampling(model, None)
+    return found
+
+
+def predict(
+    model: Any,
+    images: Sequence[Tensor | None],
+    targets: Sequence[Target],
+    category_ids: Sequence[int | None],
+    *,
+    device: torch.device | str = "cpu",
+    labels: Tensor | None = None,
+    proposals_of: Annotations | None = None,
+) -> Predictions:
+    """Run a detector in eval mode on a batch.
+
+    Args:
+        model, category_ids, device, labels: see :func:`run_detector`.
+        images: [3, H, W], float in 0..1 or uint8; ``None`` for an image that cannot be read.
+        targets: ``image_id``, and all fields for losses; or ``broken``, the reason why the image cannot be read.
+        proposals_of: the ground truth; needed to record the proposals of an R-CNN.
+    """
+    found = Predictions(broken={int(one["image_id"]): one["broken"] for one in targets if "broken" in one})
+    targets = [target for target in targets if "broken" not in target]
+    readable = [as_float(image.to(device)) for image in images if image is not None]
+    if not readable:
+        return found
+    found.image_ids = [int(target["image_id"]) for target in targets]
+    if labels is not None:
+        targets = [target | {"labels": labels[target["labels"]]} for target in targets]
+        targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+    losses: dict[str, Tensor] = {}
+    if isinstance(model, GeneralizedRCNN):
+        if labels is not None:  # the same losses in every run, for any number of processes
+            seed_sampling(model, [seed_of(0, 0, image_id) for image_id in found.image_ids])
+        given, recorded = (None if labels is None else targets), (0 if proposals_of is None else max(COUNTS))
+        detections, losses, proposals = run_rcnn(model, readable, given, min_proposals=recorded)
+        if proposals_of is not None:
+            pairs = zip(found.image_ids, proposals, strict=True)
+            found.proposals = [one for pair in pairs for one in covering_proposals(proposals_of, *pair)]
+            found.kept_proposals = model.rpn.post_nms_top_n()
+    elif labels is not None:
+        detections, losses = detect_with_losses(model, readable, targets)
+    else:
+        detections = detect(model, readable)
+    found.results = to_results(detections, found.image_ids, category_ids)
+    found.losses.update({name: loss.item() * len(readable) for name, loss in losses.items()})
     return found
 
 

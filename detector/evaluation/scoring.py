@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from pycocotools.coco import COCO
-from torch import Tensor, nn
-from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from tqdm import tqdm
+from torch import Tensor
 
 from detector.choices import Orientation
 from detector.data.annotation_types import AnnotationType
@@ -25,11 +23,11 @@ from detector.errors import DataError, UserError, one_line, short_repr
 from detector.evaluation.confusion import BoxOutcome, match_boxes
 from detector.evaluation.metric import IOU_TYPES, evaluator_version, match_types, summaries
 from detector.evaluation.page import render_page
-from detector.evaluation.pictures import Picture, draw_examples, worst_and_best
+from detector.evaluation.pictures import draw_examples, worst_and_best
 from detector.evaluation.report import Report, make_report
 from detector.evaluation.running import DEFAULT_OPTIONS, EvaluationOptions, Predictions, gathered, joined, run_detector
 from detector.evaluation.tables import report_text
-from detector.evaluation.timing import WARM_UP, measure_stages
+from detector.evaluation.timing import measure_stages
 from detector.evaluation.truth import coco_of
 from detector.files import write_atomically, write_json
 from detector.models.rle_detections import annotation_types_of
@@ -38,11 +36,11 @@ from detector.pretrained.detector import Detector
 from detector.versions import circumstances
 
 # The effects of warnings about the annotations on the scores.
-EFFECTS = {
-    FAR_FROM_BOX: "AP by size and the errors of keypoints use these areas.",
-    IGNORED: "They are scored as all others.",
-}
-EFFECTS_ON: dict[AnnotationType, dict[str, str]] = {
+EFFECTS_ON: dict[str, dict[str, str]] = {
+    "boxes": {
+        FAR_FROM_BOX: "AP by size and the errors of keypoints use these areas.",
+        IGNORED: "They are scored as all others.",
+    },
     "masks": {
         "masks without a pixel": "They count as missed in segm scores.",
         "masks outside their boxes": "The objects in the boxes count as missed in segm scores.",
@@ -95,10 +93,7 @@ class Evaluation:
             write_json(folder / "detections.json", self.results)
             write_json(folder / "scores.json", self.scores)
             write_json(folder / "report.json", report.to_dict(), indent=1)  # before the drawing, which may fail
-            drawn: list[Picture] = []
-            notes: list[str] = []
-            if self.images is not None:
-                drawn, notes = worst_and_best(self.images, report, self.outcomes, self.unrefined, number=pictures)
+            drawn, notes = worst_and_best(self.images, report, self.outcomes, self.unrefined, number=pictures)
             if notes:
                 report = replace(report, notes=[*report.notes, *notes])
                 write_json(folder / "report.json", report.to_dict(), indent=1)
@@ -106,9 +101,7 @@ class Evaluation:
             if of_training and self.images is not None:
                 draw_examples(self.images, self.outcomes, folder / "examples.png")
         finally:  # last, because the output may be closed; also on a full disk
-            print(self.tables)
-            if not of_training:
-                print(report_text(report))
+            print(self.tables if of_training else f"{self.tables}\n{report_text(report)}")
         if not of_training:
             print(f"\nreport.html, report.json, scores.json and detections.json are in {folder}/")
         if self.warning:
@@ -137,26 +130,33 @@ def evaluate_detector(
     """
     category_ids = match_categories(detector, split)
     detector.to(options.device)
-    notes, total = match_notes(detector, category_ids, split), len(split)
+    notes, total, unrefined = match_notes(detector, category_ids, split), len(split), None
+    labels, later = _labels_for_losses(detector, category_ids, split)
     with joined() as (rank, ranks):
+
+        def run(**recorded: Any) -> Predictions | None:
+            how = {"partial": ranks == 1, "share": (rank, ranks), **recorded}
+            return gathered(run_detector(detector.model, split, category_ids, options, **how))
+
         for note in notes if rank == 0 else ():
             print(f"Note: {note}", file=sys.stderr)
-        labels, later = _labels_for_losses(detector, category_ids, split)
-        run: Any = (detector.model, split, category_ids, options)
-        shared: Any = {"partial": ranks == 1, "share": (rank, ranks)}
-        proposals = isinstance(detector.model, GeneralizedRCNN)
-        found = gathered(run_detector(*run, labels=labels, proposals=proposals, **shared))
-        unrefined = None
+        found = run(labels=labels, proposals=True)
         if options.compare_refinement and detector.refinement is not None and (found is None or not found.stopped):
             with overridden(detector.refinement, enabled=False):
-                unrefined = gathered(run_detector(*run, **shared))
+                unrefined = run()
     if found is None:
         return None
     warning = split.leave_out(found.broken) if found.broken else ""
     if warning and not found.image_ids:
         raise DataError(f"none of the requested images can be read: {warning}")
-    later += _coverage_notes(found, options.limit, total)
-    later += [f"{warning}."] if warning else []
+    if found.stopped or options.limit is not None:
+        why = "Limited"
+        if found.stopped:
+            by_user = isinstance(found.stopped, KeyboardInterrupt)
+            why = f"Stopped by {'Ctrl-C' if by_user else f'an image ({one_line(found.stopped)})'}"
+        later.append(f"{why}: these are the first {len(found.broken) + len(found.image_ids):,} of {total:,} images.")
+    if warning:
+        later.append(f"{warning}.")
     if unrefined is not None and not unrefined.stopped:
         found.unrefined = unrefined.results
     elif options.compare_refinement:
@@ -165,8 +165,12 @@ def evaluate_detector(
     evaluation = evaluate_predictions(found, split, options, detector=detector, notes=notes, **sources)
     evaluation.warning = warning
     if options.speed and found.stopped is None and found.image_ids:
-        evaluation.report.speed, failed = _measure_speed(detector.model, split, options, len(found.image_ids))
-        later += failed
+        try:
+            timed: Any = {"images": options.speed, "among": len(found.image_ids), "device": options.device}
+            evaluation.report.speed = measure_stages(detector.model, split, **timed)
+        except (KeyboardInterrupt, UserError, RuntimeError, MemoryError) as stop:  # the scores are valid
+            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else one_line(stop)[:200]
+            later.append(f"No times: the measurement was stopped by {reason}.")
     evaluation.report.notes += later
     return evaluation
 
@@ -189,12 +193,18 @@ def evaluate_predictions(
         split, options, detector, model, root, split_name: see :func:`evaluate_detector`.
         notes: sentences for the report.
     """
-    found_types = annotation_types_of(detector.model)
+    found_types, refinement = annotation_types_of(detector.model), None
     annotation_types, type_notes = scored_types(found_types, detector.keypoints, split.annotations)
+    if detector.refinement is not None:
+        config = detector.refinement.config
+        iterations = f"{config.iterations} iterations, {config.ascent_steps} ascent steps"
+        refinement = iterations if detector.refinement.enabled else "off"
+    made = {"model": model, "crop": detector.crop, "refinement": refinement}
+    made["weights"] = detector.digest()  # by which a model card recognizes its scores
     return evaluate_coco(
         coco_of(split.annotations, found.image_ids),
         found,
-        about=_about(detector, model=model, data=root, split=split_name, device=options.device),
+        about={**made, "data": root, "split": split_name, **circumstances(options.device)},
         annotation_types=annotation_types,
         options=options,
         images=split,
@@ -222,13 +232,12 @@ def evaluate_results(
         split_name: the name of the split, for the report.
     """
     entries = results_file(results)
-    found_types = annotation_types_in(entries)
+    found_types, split = annotation_types_in(entries), None
     truth = read_annotations(annotations, annotation_types=found_types, needed=False)
     listed, notes = read_results(entries, truth)
     layout = KeypointLayout.numbered(len(listed[0]["keypoints"]) // 3) if "keypoints" in found_types else None
     annotation_types, type_notes = scored_types(found_types, layout, truth)
     notes = [*notes, *type_notes]
-    split = None
     if images is not None:
         try:
             split = CocoDetection(images, truth, annotation_types=annotation_types, orientation=orientation)
@@ -240,11 +249,12 @@ def evaluate_results(
     counts = Counter((result["image_id"], result["category_id"]) for result in listed)
     if crowded := len({image for (image, _), count in counts.items() if count > MAX_PER_CLASS}):
         notes.append(f"{crowded:,} images have more than 100 results of one class; the metric uses the best 100.")
+    made = {"model": results, **dict.fromkeys(("crop", "refinement", "weights"))}
     kept = set(image_ids)
     return evaluate_coco(
         coco_of(truth, image_ids),
         Predictions(image_ids, [result for result in listed if result["image_id"] in kept]),
-        about=_about(None, model=results, data=str(annotations), split=split_name, device=None),
+        about={**made, "data": str(annotations), "split": split_name, **circumstances(None)},
         annotation_types=annotation_types,
         options=options,
         images=split,
@@ -273,11 +283,11 @@ def evaluate_coco(
         images: the images, to draw some of them.
         notes: sentences for the report.
     """
-    about = {**about, "evaluator": evaluator_version(options.evaluator)}
     how: Any = {"annotation_types": annotation_types, "evaluator": options.evaluator}
     scorers = match_types(truth, found.results, found.image_ids, **how)
     before = [] if found.unrefined is None else match_types(truth, found.unrefined, found.image_ids, **how)
     outcomes = match_boxes(truth, found.results, found.image_ids, min_score=options.min_score)
+    about = {**about, "evaluator": evaluator_version(options.evaluator)}
     counted: Any = {"about": about, "min_score": options.min_score, "unrefined": before, "notes": notes}
     report, (scores, tables) = make_report(scorers, found, outcomes, **counted), summaries(scorers)
     drawn: Any = {"outcomes": outcomes, "images": images, "unrefined": found.unrefined or []}
@@ -295,7 +305,7 @@ def scored_types(
         truth: the ground truth.
     """
     scored: list[AnnotationType] = []
-    notes = _effect_notes(truth, EFFECTS)
+    notes, effects = [], dict(EFFECTS_ON["boxes"])
     for name in found:
         theirs = truth.keypoint_layout() if name == "keypoints" else None
         reason = None
@@ -307,25 +317,11 @@ def scored_types(
             reason = f"detections have the keypoints {short_repr(layout.names)}, not {short_repr(theirs.names)}"
         if reason is None:
             scored.append(name)
-            notes += _effect_notes(truth, EFFECTS_ON[name])
+            effects |= EFFECTS_ON[name]
         else:
             notes.append(f"No {IOU_TYPES[name]} scores: {reason}.")
-    return scored, notes
-
-
-def _effect_notes(truth: Annotations, effects: Mapping[str, str]) -> list[str]:
-    found = [(kind, effect) for kind, effect in effects.items() if kind in truth.warnings]
-    return [f"{kind[0].upper()}{kind[1:]}: {truth.warnings[kind]:,}. {effect}" for kind, effect in found]
-
-
-def _coverage_notes(found: Predictions, limit: int | None, total: int) -> list[str]:
-    """Say why an evaluation covers a part of the images, if it does."""
-    covered = f"these are the first {len(found.broken) + len(found.image_ids):,} of {total:,} images."
-    if isinstance(found.stopped, KeyboardInterrupt):
-        return [f"Stopped by Ctrl-C: {covered}"]
-    if found.stopped is not None:
-        return [f"Stopped by an image ({one_line(found.stopped)}): {covered}"]
-    return [] if limit is None else [f"Limited: {covered}"]
+    given = [kind for kind in effects if kind in truth.warnings]
+    return scored, notes + [f"{kind[0].upper()}{kind[1:]}: {truth.warnings[kind]:,}. {effects[kind]}" for kind in given]
 
 
 def _labels_for_losses(
@@ -340,31 +336,3 @@ def _labels_for_losses(
     if any(split.category_ids[one - 1] not in label for one in split.label_counts()):
         return None, ["No losses: the detector lacks some of the classes."]
     return torch.tensor([0, *(label.get(category, 0) for category in split.category_ids)]), []  # 0: the background
-
-
-def _measure_speed(
-    model: nn.Module, split: CocoDetection, options: EvaluationOptions, images: int
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Time the stages on the images that were scored. An error becomes a note, because the scores are valid."""
-    with tqdm(total=options.speed + WARM_UP, desc="timing", unit="image", leave=False, disable=None) as bar:
-        how: Any = {"among": images, "device": options.device, "on_image": bar.update}
-        try:
-            return measure_stages(model, split, images=options.speed, **how), []
-        except (KeyboardInterrupt, UserError, RuntimeError, MemoryError) as stop:
-            reason = "Ctrl-C" if isinstance(stop, KeyboardInterrupt) else one_line(stop)[:200]
-            return None, [f"No times: the measurement was stopped by {reason}."]
-
-
-def _about(
-    detector: Detector | None, *, model: str, data: str, split: str | None, device: torch.device | str | None
-) -> dict[str, Any]:
-    """Return how detections were made. A model card recognizes its scores by the digest of the weights."""
-    crop = refinement = weights = None
-    if detector is not None:
-        crop, weights = detector.crop, detector.digest()
-        if detector.refinement is not None:
-            config = detector.refinement.config
-            iterations = f"{config.iterations} iterations, {config.ascent_steps} ascent steps"
-            refinement = iterations if detector.refinement.enabled else "off"
-    about = {"model": model, "crop": crop, "refinement": refinement, "weights": weights, "data": data, "split": split}
-    return about | circumstances(device)

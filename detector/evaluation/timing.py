@@ -1,20 +1,20 @@
 """The time of each stage of a detector, from the file to the detections."""
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from tqdm import tqdm
 
 from detector.data.dataset import CocoDetection
 from detector.models.rle_detections import detect
 from detector.overriding import eval_mode, overridden
-from detector.refinement.roi_heads import RefinedRoIHeads
+from detector.refinement.attach import refinement_of
 
 STAGES = ("decode and transform", "backbone", "RPN", "crop", "head", "refinement", "post-processing")
 WARM_UP = 3  # images that do not count
@@ -28,9 +28,8 @@ def measure_stages(
     images: int = 50,
     among: int | None = None,
     device: torch.device | str = "cpu",
-    on_image: Callable[[int], Any] = lambda images: None,
 ) -> dict[str, Any]:
-    """Time the stages of a detector, one image at a time, in this process.
+    """Time the stages of a detector, one image at a time, in this process, with a progress bar.
 
     Args:
         model: a torchvision detector on ``device``.
@@ -38,7 +37,6 @@ def measure_stages(
         images: number of images, spread over the split; repeated if it has fewer.
         among: use the first images of the split only.
         device: where the model is.
-        on_image: called with 1 after each image.
 
     Returns:
         ``images``, and ``rows`` with a dict for each stage of the model and for the total: ``stage``, ``ms`` (the
@@ -46,79 +44,55 @@ def measure_stages(
     """
     split, device = split.boxes_alone(), torch.device(device)
     first = len(split) if among is None else among
-    stage_of = _stages(model)
-    spent: dict[str, float] = defaultdict(float)  # seconds of the current image
-    times: dict[str, list[float]] = defaultdict(list)
+    spent: dict[str, float] = {}  # seconds of the current image
+    times: list[dict[str, float]] = []
 
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    with eval_mode(model), _timed(model, stage_of, spent, now):
-        for number in range(-WARM_UP, images):
-            spent.clear()
-            spent.update(dict.fromkeys(stage_of.values(), 0.0))
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = now()
+            result = function(*arguments)
+            spent[stage] += now() - start
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(eval_mode(model))
+        calls = _calls(model)
+        for stage, module, method in calls:
+            stack.enter_context(overridden(module, **{method: timed(stage, getattr(module, method))}))
+        for number in tqdm(range(-WARM_UP, images), desc="timing", unit="image", leave=False, disable=None):
+            spent.update({stage: 0.0 for stage, _, _ in calls})
             start = now()
             image = split[(number * first) // images % first][0].to(device)
             spent["decode and transform"] += now() - start
             detect(model, [image])
             total = now() - start
-            rest = total - sum(spent.values())
-            for stage, seconds in {**spent, "post-processing": rest, "total": total}.items():
-                if number >= 0:
-                    times[stage].append(1000 * seconds)
-            on_image(1)
+            times.append({**spent, "post-processing": total - sum(spent.values()), "total": total})
     rows = []
-    for stage in (*STAGES, "total"):
-        if stage in times:
-            ms, middle = sorted(times[stage]), median(times[stage])
-            row = {"stage": stage, "ms": middle, "low": ms[len(ms) // 10], "high": ms[-1 - len(ms) // 10]}
-            rows.append(row | {"images_per_second": 1000 / max(middle, 1e-6)})
+    for stage in (stage for stage in (*STAGES, "total") if stage in times[0]):
+        ms = sorted(1000 * one[stage] for one in times[WARM_UP:])
+        middle, edge = median(ms), len(ms) // 10
+        row = {"stage": stage, "ms": middle, "low": ms[edge], "high": ms[-1 - edge]}
+        rows.append({**row, "images_per_second": 1000 / max(middle, 1e-6)})
     return {"images": images, "rows": rows}
 
 
-def _stages(model: Any) -> dict[nn.Module, str]:
-    """Return the stage of each module. The rest of the time is post-processing."""
-    modules = {"decode and transform": [model.transform], "backbone": [model.backbone]}
-    if isinstance(model, GeneralizedRCNN):
-        heads, kinds = model.roi_heads, ("box", "mask", "keypoint")
-        modules["RPN"] = [model.rpn]
-        modules["crop"] = [getattr(heads, f"{kind}_roi_pool") for kind in kinds]
-        modules["head"] = [getattr(heads, f"{kind}_{name}") for kind in kinds for name in ("head", "predictor")]
-    else:
-        modules["head"] = [model.head]
-    return {module: stage for stage, several in modules.items() for module in several if module is not None}
-
-
-@contextmanager
-def _timed(
-    model: Any, stage_of: dict[nn.Module, str], spent: dict[str, float], now: Callable[[], float]
-) -> Iterator[None]:
-    """Add the seconds of each call of a module, and of the refinement, to its stage."""
-    started: dict[nn.Module, float] = {}
-    heads: Any = getattr(model, "roi_heads", None)
-
-    def start(module: nn.Module, inputs: Any) -> None:
-        started[module] = now()
-
-    def end(module: nn.Module, inputs: Any, output: Any) -> None:
-        spent[stage_of[module]] += now() - started[module]
-
-    def refined(*arguments: Any) -> Any:
-        begun = now()
-        result = type(heads).refined(heads, *arguments)
-        spent["refinement"] += now() - begun
-        return result
-
-    handles = [module.register_forward_pre_hook(start) for module in stage_of]
-    handles += [module.register_forward_hook(end) for module in stage_of]
-    try:
-        if isinstance(heads, RefinedRoIHeads) and heads.refinement.enabled:
-            with overridden(heads, refined=refined):
-                yield
-        else:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _calls(model: Any) -> list[tuple[str, nn.Module, str]]:
+    """Return the stage, the module and the method of each call that is timed. The rest is post-processing."""
+    calls = [("decode and transform", model.transform, "forward"), ("backbone", model.backbone, "forward")]
+    if not isinstance(model, GeneralizedRCNN):
+        return [*calls, ("head", model.head, "forward")]
+    heads, refinement = model.roi_heads, refinement_of(model)
+    calls.append(("RPN", model.rpn, "forward"))
+    for kind in ("box", "mask", "keypoint"):
+        for name, stage in (("roi_pool", "crop"), ("head", "head"), ("predictor", "head")):
+            calls.append((stage, getattr(heads, f"{kind}_{name}"), "forward"))
+    if refinement is not None and refinement.enabled:
+        calls.append(("refinement", heads, "refined"))
+    return [call for call in calls if call[1] is not None]

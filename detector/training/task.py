@@ -15,7 +15,7 @@ from torch import Tensor
 from detector.data.annotation_types import AnnotationType
 from detector.data.results import Result, to_results
 from detector.evaluation.losses import detect_with_losses
-from detector.evaluation.metric import evaluate_types
+from detector.evaluation.metric import match_types, summaries
 from detector.evaluation.running import EvaluationOptions, Predictions, gathered, run_detector
 from detector.evaluation.scoring import Evaluation, evaluate_predictions
 from detector.evaluation.truth import coco_of
@@ -154,7 +154,8 @@ class DetectionTask(lightning.LightningModule):
         scores = None
         if found is not None:
             truth = coco_of(val_set.annotations, val_set.image_ids)
-            scores = evaluate_types(truth, self.results, val_set.image_ids, annotation_types=self.annotation_types)
+            types = self.annotation_types
+            scores, _ = summaries(match_types(truth, self.results, val_set.image_ids, annotation_types=types))
         scores = self.trainer.strategy.broadcast(scores)
         assert scores is not None
         self.log_dict({f"val/{name}": score for name, score in scores.items()})

@@ -18,7 +18,7 @@ from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.masks import as_rle, decode_masks
 from detector.data.results import to_results
 from detector.evaluation import EvaluationOptions, evaluate
-from detector.evaluation.metric import SIGMA, SUMMARIES, evaluate_types, match, summaries
+from detector.evaluation.metric import SIGMA, SUMMARIES, match, match_types, summaries
 from detector.evaluation.scoring import evaluate_results, scored_types
 from detector.evaluation.truth import coco_of, index_coco
 from detector.models.rle_detections import detect
@@ -156,7 +156,7 @@ def test_real_polygons_and_crowds(coco_cc):
             mask = as_rle(annotation["segmentation"], image["height"], image["width"])
             results.append({**ids, "segmentation": mask, "score": 1.0})
     assert len(results) < len(coco.anns)
-    scores = evaluate_types(coco, results, coco.imgs, annotation_types=("masks",))
+    scores, _ = summaries(match_types(coco, results, coco.imgs, annotation_types=("masks",)))
     assert scores["AP"] == scores["segm/AP"] == 1.0
 
 

@@ -13,7 +13,7 @@ from torchvision.models.detection import RetinaNet
 from detector import swap_crop_head
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError
-from detector.evaluation import detect_with_losses, to_results
+from detector.evaluation import detect_with_losses
 from detector.evaluation.running import EvaluationOptions, run_detector
 from detector.evaluation.timing import STAGES, measure_stages
 
@@ -41,11 +41,6 @@ def test_losses_of_a_one_stage_detector_are_those_of_training():
         assert torch.equal(detections[0]["boxes"], model.eval()(images)[0]["boxes"])
 
 
-def test_label_0_is_the_background():
-    found = {"boxes": torch.zeros(2, 4), "labels": torch.tensor([0, 2]), "scores": torch.ones(2)}
-    assert [r["category_id"] for r in to_results([found], [1], [3, 7])] == [7]
-
-
 @pytest.mark.parametrize("stop", [DataError("broken"), KeyboardInterrupt()])
 def test_a_training_scores_all_images_or_none(split, monkeypatch, stop):
     """With a part of the images, the other objects would count as missed."""
@@ -67,68 +62,65 @@ def test_nothing_of_an_images_size_is_kept(split):
 
     class Watching(torch.nn.Module):
         def forward(self, images):
+            assert not self.training
+            assert not torch.is_grad_enabled()
             before = [reference() for reference in alive]
             assert sum(image is not None for image in before[:-1]) == 0
             alive.extend(weakref.ref(image) for image in images)
             boxes = torch.tensor([[1.0, 2, 30, 40]], requires_grad=True) + images[0].sum() * 0
             return [{"boxes": boxes, "labels": torch.ones(1).long(), "scores": torch.ones(1)}]
 
-    found = run_detector(Watching(), split, split.category_ids, EvaluationOptions(workers=0))
+    model = Watching().train()
+    found = run_detector(model, split, split.category_ids, EvaluationOptions(workers=0))
+    assert model.training
     assert len(alive) == 5
     assert found.image_ids == [1, 2, 3, 4, 5]
     assert all(isinstance(result["bbox"][0], float) for result in found.results)
 
 
-class TestStages:
-    @pytest.fixture
-    def ticks(self, monkeypatch):
-        """A clock that ticks once per reading: nothing is measured twice, nothing is left out."""
-        ticks = iter(range(10**6))
-        monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-        return ticks
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that ticks once per reading: nothing is measured twice, nothing is left out."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    return ticks
 
-    @pytest.mark.parametrize("kind", ["box", "mask", "keypoint"])
-    def test_every_stage_takes_time_and_they_add_up(self, split, kind, ticks):
-        model = swap_crop_head(tiny_rcnn(kind))
-        model.train()
-        done = []
-        found = measure_stages(model, split, images=4, on_image=done.append)
-        assert model.training
-        assert (len(done), found["images"]) == (7, 4)
-        rows = {row["stage"]: row["ms"] for row in found["rows"]}
-        assert list(rows) == UNREFINED
-        assert sum(rows.values()) - rows["total"] == pytest.approx(rows["total"])
-        pools = {"box": 1, "mask": 2, "keypoint": 2}[kind]
-        assert rows["crop"] == 1000 * pools  # one tick for each module
-        assert rows["head"] == 2000 * pools
-        assert rows["decode and transform"] == 2000
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        for row in found["rows"]:
-            assert 0 <= row["low"] <= row["ms"] <= row["high"]
-            assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
 
-    def test_the_refinement_is_a_stage(self, split, monkeypatch, ticks):
-        """The whole refinement, once: the other stages take as long as before."""
-        model = refined(swap_crop_head(tiny_rcnn()), iterations=2, ascent_steps=2)
-        refine = type(model.roi_heads).refined
+@pytest.mark.parametrize("kind", ["box", "mask", "keypoint"])
+def test_stages_add_up_to_the_total(split, kind, ticks, monkeypatch):
+    read, get = set(), CocoDetection.__getitem__
+    monkeypatch.setattr(CocoDetection, "__getitem__", lambda self, index: read.add(index) or get(self, index))
+    model = swap_crop_head(tiny_rcnn(kind)).train()
+    found = measure_stages(model, split, images=4, among=2)
+    assert model.training
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert found["images"] == 4
+    assert read == {0, 1}  # only images that were scored
+    rows = {row["stage"]: row["ms"] for row in found["rows"]}
+    assert list(rows) == UNREFINED
+    assert sum(rows.values()) - rows["total"] == pytest.approx(rows["total"])
+    pools = {"box": 1, "mask": 2, "keypoint": 2}[kind]
+    assert (rows["crop"], rows["head"]) == (1000 * pools, 2000 * pools)  # one tick for each module
+    assert rows["decode and transform"] == 2000
+    for row in found["rows"]:
+        assert 0 <= row["low"] <= row["ms"] <= row["high"]
+        assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
 
-        def slow(heads, *arguments):
-            for _ in range(10):
-                next(ticks)
-            return refine(heads, *arguments)
 
-        monkeypatch.setattr(type(model.roi_heads), "refined", slow)
-        rows = {row["stage"]: row["ms"] for row in measure_stages(model, split, images=2)["rows"]}
-        assert list(rows) == [*STAGES, "total"]
-        assert rows["refinement"] == 11000
-        assert (rows["crop"], rows["head"]) == (1000, 2000)
-        assert "refined" not in vars(model.roi_heads)
-        model.roi_heads.refinement.enabled = False
-        assert [row["stage"] for row in measure_stages(model, split, images=2)["rows"]] == UNREFINED
+def test_the_refinement_is_a_stage(split, monkeypatch, ticks):
+    """The whole refinement, once: the other stages take as long as before."""
+    model = refined(swap_crop_head(tiny_rcnn()), iterations=2, ascent_steps=2)
+    refine = type(model.roi_heads).refined
 
-    def test_only_images_that_were_scored_are_timed(self, split, monkeypatch):
-        seen = []
-        get = CocoDetection.__getitem__
-        monkeypatch.setattr(CocoDetection, "__getitem__", lambda self, index: seen.append(index) or get(self, index))
-        measure_stages(tiny_rcnn(), split, images=4, among=2)
-        assert set(seen) == {0, 1}
+    def slow(heads, *arguments):
+        for _ in range(10):
+            next(ticks)
+        return refine(heads, *arguments)
+
+    monkeypatch.setattr(type(model.roi_heads), "refined", slow)
+    rows = {row["stage"]: row["ms"] for row in measure_stages(model, split, images=2)["rows"]}
+    assert list(rows) == [*STAGES, "total"]
+    assert (rows["refinement"], rows["crop"], rows["head"]) == (11000, 1000, 2000)
+    assert "refined" not in vars(model.roi_heads)
+    model.roi_heads.refinement.enabled = False
+    assert [row["stage"] for row in measure_stages(model, split, images=2)["rows"]] == UNREFINED
