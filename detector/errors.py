@@ -3,6 +3,7 @@
 import os
 import re
 import reprlib
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,6 @@ from typing import Any
 from detector.signals import sigterm_as_ctrl_c
 
 FlagOf = Callable[[str], str | None]  # from the name of a setting to the reader's name for it, None if it has none
-
-
-def _same(name: str) -> str:
-    return name
 
 
 class UserError(Exception):
@@ -34,7 +31,7 @@ class UserError(Exception):
         super().__init__(message)
         self.message, self.setting, self.value, self.hints = message, setting, value, tuple(hints)
 
-    def describe(self, flag_of: FlagOf = _same) -> str:
+    def describe(self, flag_of: FlagOf = str) -> str:
         """Return the message with the setting, its value and the hints."""
         text = self.message
         if self.setting is not None:
@@ -74,26 +71,20 @@ class UsageError(UserError):
     """A command line is wrong: flags that exclude each other, or a value that a flag cannot have."""
 
 
-class _Short(reprlib.Repr):
-    def repr_instance(self, value: Any, level: int) -> str:
-        plain = value is None or isinstance(value, (bool, float, complex))
-        return repr(value) if plain else f"<{type(value).__name__}>"
-
-
-_short = _Short()
+_short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 5, 200, 200  # nested lists would grow exponentially
 
 
 def short_repr(value: Any) -> str:
     """Return the repr of an untrusted value in one line of at most 500 characters."""
     try:
-        text = _short.repr(value)
+        text = " ".join(_short.repr(value).split())
     except ValueError:  # Python limits the digits of an integer
         return "an integer of thousands of digits"
     return text if len(text) <= 500 else f"{text[:497]}..."
 
 
-def one_line(error: BaseException, flag_of: FlagOf = _same) -> str:
+def one_line(error: BaseException, flag_of: FlagOf = str) -> str:
     """Return the message of an error in one line, without the traceback that a loader's worker puts before it."""
     text = error.describe(flag_of) if isinstance(error, UserError) else str(error)
     if "Original Traceback" in text:
@@ -101,19 +92,14 @@ def one_line(error: BaseException, flag_of: FlagOf = _same) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can('t|not) allocate memory|not enough memory|unable to mmap|shared memory\(shm\)|_alloc_failed",
-    re.I,
-)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, in Python, PyTorch or a loader's worker."""
-    return isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+    said = r"out of memory|allocate memory|enough memory|unable to mmap|shared memory\(shm\)|_alloc_failed"
+    return isinstance(error, MemoryError) or re.search(said, str(error), re.IGNORECASE) is not None
 
 
 @contextmanager
-def exit_on_user_error(flag_of: FlagOf = _same) -> Iterator[None]:
+def exit_on_user_error(flag_of: FlagOf = str) -> Iterator[None]:
     """End the program with a one-line message for a user error, out of memory, Ctrl-C, SIGTERM or a closed pipe.
 
     The exit code is 1, but 2 for :class:`UsageError`, 130 for Ctrl-C and SIGTERM, and 141 for a closed pipe.
@@ -122,32 +108,41 @@ def exit_on_user_error(flag_of: FlagOf = _same) -> Iterator[None]:
         with sigterm_as_ctrl_c():
             yield
         print(end="", flush=True)  # at exit, Python would print a failure itself
-    except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
-            sys.exit(141)  # as shells report a program that SIGPIPE ended
-        # Release what the failed calls hold, such as a loader's workers: Python would wait for them at exit.
-        traceback.clear_frames(error.__traceback__)
-        message = f"error: {one_line(error, flag_of)}"
-        if isinstance(error, UsageError):
-            print(message, file=sys.stderr)
-            sys.exit(2)
-        sys.exit(message)
-    except (MemoryError, RuntimeError) as error:
-        worker_died = "DataLoader worker (pid" in str(error)
-        if not worker_died and not is_out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)
-        what = "a process that reads images died, probably because memory ran out" if worker_died else "out of memory"
-        hints = ("lower {batch_size}", "lower {workers}", "use smaller images")
-        sys.exit(f"error: {UserError(f'{what} ({one_line(error)[:200]})', hints=hints).describe(flag_of)}")
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
             checkpoint = getattr(error, "checkpoint", None)  # of a training
-            advice = f": to resume, add {flag_of('ckpt_path')} {checkpoint}" if checkpoint is not None else ""
+            command = re.sub(r" --ckpt[_-]path[= ]\S+", "", shlex.join(["python", *sys.argv]))
+            same = "the same command with" if "TORCHELASTIC_RUN_ID" in os.environ else command
+            advice = f"; to resume: {same} --ckpt_path {checkpoint}" if checkpoint is not None else ""
             print(f"interrupted{advice}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
+            sys.exit(141)  # as shells report a program that SIGPIPE ended
+        known = _as_user_error(error)
+        if known is None:
+            raise
+        # Release what the failed calls hold, such as a loader's workers: Python would wait for them at exit.
+        traceback.clear_frames(error.__traceback__)
+        message = f"error: {one_line(known, flag_of)}"
+        if not isinstance(known, UsageError):
+            sys.exit(message)
+        print(message, file=sys.stderr)
+        sys.exit(2)
     finally:
         _is_cut_off()
+
+
+def _as_user_error(error: Exception) -> Exception | None:
+    # The last is Lightning's, for settings that exclude each other. It is not imported here.
+    if isinstance(error, (UserError, OSError)) or type(error).__name__ == "MisconfigurationException":
+        return error
+    worker_died = "DataLoader worker (pid" in str(error)
+    if not worker_died and not is_out_of_memory(error):
+        return None
+    what = "a process that reads images died, probably out of memory" if worker_died else "out of memory"
+    hints = ("lower {batch_size}", "lower {workers}", "use smaller images")
+    return UserError(f"{what} ({one_line(error)[:200]})", hints=hints)
 
 
 def _is_cut_off(probe: str = "") -> bool:

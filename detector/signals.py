@@ -1,38 +1,30 @@
 """Handling of Ctrl-C and of SIGTERM, with which clusters end jobs. Both reach all processes of a group."""
 
 import atexit
-import multiprocessing
+import multiprocessing.util  # its handler at exit is registered first, and so runs last
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 PATIENCE = 2.0  # seconds
 
 
-def ignoring_signals() -> Callable[[int], None]:
-    """Return a ``worker_init_fn`` for a loader. Its workers ignore the signals, and live until the parent stops."""
-    atexit.unregister(_end_workers)
-    atexit.register(_end_workers)  # registered after multiprocessing's handler, so it runs before that
-    return _ignore_signals
-
-
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
+    """Let a loader's worker live until the parent stops it. For ``worker_init_fn``."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
 def _end_workers() -> None:
     """Kill the workers that ignore SIGTERM. Python would wait for them forever."""
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     for child in daemons:
         child.terminate()
-    until = time.monotonic() + PATIENCE
     for child in daemons:
-        child.join(max(until - time.monotonic(), 0))
-        if child.is_alive():
-            child.kill()
+        child.join(PATIENCE / len(daemons))
+        child.kill()
 
 
 @contextmanager

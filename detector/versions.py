@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -15,20 +16,12 @@ def circumstances(device: torch.device | str | None) -> dict[str, Any]:
     """Return the time, the command, the device and the versions of the packages that results depend on."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    kind = "none" if device is None else torch.device(device).type
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "versions": versions,
     }
-
-
-def _device_name(device: torch.device | str | None) -> str:
-    if device is None:
-        return "none"
-    device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -2,7 +2,7 @@
 
 import sys
 
-from detector.tools.train import main
+from detector.tools.training_cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from detector.data.dataset import as_float
-from detector.tools.training_cli import parse
+from detector.tools.training_cli import parse, training_parser
 
 STEPS, WARM_UP, ROUNDS = 20, 3, 3
 
@@ -40,7 +40,7 @@ def seconds(cli: Any, batches: Iterable[Any]) -> float:
 def main() -> None:
     flags = ["--trainer.max_steps=1", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
     flags += ["--trainer.limit_val_batches=0", f"--run_dir={tempfile.mkdtemp()}"]
-    cli = parse([*sys.argv[1:], *flags], __doc__ or "")
+    cli = parse(training_parser(), [*sys.argv[1:], *flags])
     cli.trainer.fit(cli.model, cli.datamodule)
     cli.model.model.train()
     with_loader, without = [], []

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from detector.signals import ignoring_signals
+from detector.signals import ignore_signals
 
 
 def collate(items: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
@@ -26,6 +26,6 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate_fn,
-        worker_init_fn=ignoring_signals(),
+        worker_init_fn=ignore_signals,
         **options,
     )

@@ -1,39 +1,42 @@
-"""The tool that draws training images: ``tools/browse.py``. It takes the flags of ``tools/train.py``."""
+"""Draw training images as the model sees them. Takes all flags of tools/train.py.
 
-import sys
+Examples:
+    python tools/browse.py --config configs/bccd.yaml --data.root FOLDER --output sheet.png
+    python tools/browse.py --config configs/bccd.yaml --data.augmentation+ RandomPhotometricDistort
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detector.errors import exit_on_user_error
-from detector.tools.cli import FlagNames, check_arguments
+from detector.tools.cli import flag_names, given_arguments
 
 if TYPE_CHECKING:
     from detector.data.dataset import CocoDetection
 
 MAX_SIDE = 480  # pixels of a picture on the sheet
-DESCRIPTION = """Draw training images as the model sees them. Takes all flags of tools/train.py.
-
-Examples:
-    python tools/browse.py --config configs/bccd.yaml --data.root FOLDER --output sheet.png
-    python tools/browse.py --config configs/bccd.yaml --data.augmentation+ RandomPhotometricDistort"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tools/browse.py`` and return its exit code."""
-    flags = FlagNames()
-    with exit_on_user_error(flags):
-        check_arguments(DESCRIPTION, sys.argv[1:] if arguments is None else arguments, files=("config", "ckpt_path"))
-        from detector.tools.training_cli import BrowsingCLI, parse
+    with exit_on_user_error():
+        given = given_arguments(arguments, __doc__)
+        from detector.tools.training_cli import instantiated, read_settings, training_parser
 
-        cli = parse(arguments, DESCRIPTION, BrowsingCLI, flags=flags)
-        data, config = cli.datamodule, cli.config
-        data.prepare_data()
-        types = cli.model.annotation_types
-        stored = data.split(data.train_split, annotation_types=types)
-        augmented = data.split(data.train_split, train=True, annotation_types=types)
-        browse(stored, augmented, Path(config.output), images=config.count, epochs=config.epochs)
-        print(f"{config.output}: {data.train_split} of {data.root} as stored, and as the first epochs see it")
+        parser = training_parser(__doc__)
+        parser.add_argument("--output", type=str, default="browse.png", help="The picture to write.")
+        parser.add_argument("--count", type=int, default=6, help="Number of images, spread over the split.")
+        parser.add_argument("--epochs", type=int, default=3, help="Number of epochs to show each image in.")
+        with exit_on_user_error(flag_names(parser)):
+            config = read_settings(parser, given)
+            made = instantiated(lambda: parser.instantiate_classes(config))
+            data, types = made.data, made.model.annotation_types
+            data.prepare_data()
+            stored = data.split(data.train_split, annotation_types=types)
+            augmented = data.split(data.train_split, train=True, annotation_types=types)
+            browse(stored, augmented, Path(config.output), images=config.count, epochs=config.epochs)
+            print(f"{config.output}: {data.train_split} of {data.root} as stored, and as the first epochs see it")
     return 0
 
 

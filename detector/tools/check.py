@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from detector.choices import Orientation
-from detector.tools.cli import read_yaml, run_tool
+from detector.tools.cli import run_tool
 
 if TYPE_CHECKING:
     from detector.data.check_dataset import DatasetReport
@@ -55,20 +55,20 @@ def check(
         config: Training configuration whose anchors are compared with the boxes. The flags below override it.
         min_size: Pixels of the shorter side of resized images. Default: 800.
         max_size: Maximum pixels of their longer side. Default: 1333.
-        anchor_sizes: Five anchor sizes in pixels. Default: 32 64 128 256 512.
-        aspect_ratios: Three ratios of height to width. Default: 0.5 1 2.
-
-    Exit codes:
-        0: nothing wrong, except notes.
-        1: warnings.
-        2: errors, or a wrong command line.
-        130: interrupted.
+        anchor_sizes: Five anchor sizes in pixels. Default: [32, 64, 128, 256, 512].
+        aspect_ratios: Three ratios of height to width. Default: [0.5, 1, 2].
 
     Returns:
         The findings.
 
     Raises:
         UsageError: the settings of the anchors are wrong, or ``other_images`` has no ``other``.
+
+    Exit codes:
+        0: nothing wrong, except notes.
+        1: warnings.
+        2: errors, or a wrong command line.
+        130: interrupted.
     """
     import io
     import sys
@@ -113,9 +113,15 @@ def check(
 
 
 def _detector_settings(path: str) -> dict:
-    from detector.errors import DataError
+    import yaml  # type: ignore[import-untyped]
 
-    settings = read_yaml(path)
+    from detector.errors import DataError, one_line
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            settings = yaml.safe_load(file)
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise DataError(f"{path}: not valid YAML: {one_line(error)}") from None
     for name in ("model", "detector"):
         if not isinstance(settings, dict) or not isinstance(settings.setdefault(name, {}), dict):
             raise DataError(f"{path}: not a training configuration: {name} must be a dict")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
@@ -110,7 +110,10 @@ def evaluate(
         device=pick_device(device) if results is None else "cpu",
     )
     if results is not None:
-        _refuse(weights=weights, crop=crop, refine=refine, device=device, speed=speed, skip_broken=skip_broken)
+        unused = {"weights": weights, "crop": crop, "refine": refine, "device": device, "speed": speed}
+        for name, value in (unused | {"skip_broken": skip_broken}).items():
+            if value:
+                raise UsageError("applies to a detector; a results file is scored as it is", setting=name, value=value)
         alone = root is dataset is None
         if alone and annotations is None:
             raise UsageError("the ground truth is missing", hints=["give {annotations}", "{root} with {split}"])
@@ -156,18 +159,10 @@ def evaluate(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tools/eval.py`` and return its exit code."""
-    return run_tool(evaluate, arguments, exit_code=_exit_code, files=("checkpoint", "results"))
+    return run_tool(evaluate, arguments, exit_code=_exit_code)
 
 
 def _exit_code(found: "Evaluation | None") -> int:
-    if found is None or not (found.stopped or found.skipped):
+    if found is None:
         return 0
-    if found.stopped is not None:
-        return 130
-    return 3 if int(os.environ.get("WORLD_SIZE", 1)) == 1 else 0
-
-
-def _refuse(**settings: Any) -> None:
-    for name, value in settings.items():
-        if value:
-            raise UsageError("applies to a detector; a results file is scored as it is", setting=name, value=value)
+    return 130 if found.stopped else 3 if found.skipped and "WORLD_SIZE" not in os.environ else 0

@@ -125,4 +125,4 @@ def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    return run_tool(export, arguments, files=("checkpoint",))
+    return run_tool(export, arguments)

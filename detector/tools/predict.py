@@ -177,9 +177,4 @@ def _print_summary(done: "Predicted", found: "FoundImages", written: str) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code."""
-    return run_tool(
-        predict,
-        arguments,
-        exit_code=lambda done: 130 if done.stopped else 3 if done.broken else 0,
-        files=("checkpoint", "annotations"),
-    )
+    return run_tool(predict, arguments, exit_code=lambda done: 130 if done.stopped else 3 if done.broken else 0)

@@ -8,7 +8,6 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from detector.choices import Crop, Orientation
-from detector.errors import UserError, one_line
 from detector.run_folders import run_folder
 from detector.tools.cli import run_tool
 
@@ -107,8 +106,6 @@ def refine(
         2: wrong command line.
         130: interrupted. --ckpt_path last resumes.
     """
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
     from detector.data.categories import match_categories
     from detector.rcnn.box_gradient import BoxGradient
     from detector.refinement.config import RefinementConfig
@@ -150,25 +147,22 @@ def refine(
         seed=seed,
     )
     count = devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        return train(
-            task,
-            data,
-            run_dir=run_dir or _run_dir(name, model),
-            ckpt_path=ckpt_path,
-            save_every=save_every,
-            accelerator=place.type,
-            devices=[place.index] if count == 1 and place.index is not None else count,
-            precision=precision,
-            deterministic=deterministic,
-        )
-    except MisconfigurationException as error:
-        raise UserError(one_line(error)) from error
+    return train(
+        task,
+        data,
+        run_dir=run_dir or _run_dir(name, model),
+        ckpt_path=ckpt_path,
+        save_every=save_every,
+        accelerator=place.type,
+        devices=[place.index] if count == 1 and place.index is not None else count,
+        precision=precision,
+        deterministic=deterministic,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tools/refine.py`` and return its exit code."""
-    return run_tool(refine, arguments, files=("checkpoint", "ckpt_path"))
+    return run_tool(refine, arguments)
 
 
 def _run_dir(name: str, model: str | None) -> Path:

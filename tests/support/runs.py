@@ -28,7 +28,7 @@ def step(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*arguments)
 setattr(owner, name, step)
-from detector.tools.train import main as train
+from detector.tools.training_cli import main as train
 train(sys.argv[1:])
 """
 

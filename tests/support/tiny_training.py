@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from detector.tools.train import main as train
+from detector.tools.training_cli import main as train
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = [

@@ -60,8 +60,8 @@ def test_anchors_come_from_a_training_configuration_and_from_flags(tmp_path, too
     assert code == 0
     assert "[9, 10, 11, 12, 13]" in printed
     (flag,) = re.findall(r'--model\.detector\.anchor_sizes "\[(.*)\]"', printed)
-    assert "anchors" not in tool(path, "--config", config, "--anchor_sizes", *flag.split(", "))[1]
-    assert "[7, 8, 9]" in tool(path, "--aspect_ratios", *"789")[1]
+    assert "anchors" not in tool(path, "--config", config, "--anchor_sizes", f"[{flag}]")[1]
+    assert "[7, 8, 9]" in tool(path, "--aspect_ratios", "[7,8,9]")[1]
     config.write_text("model: {}")
     assert "anchors" not in tool(path, "--config", config)[1]
 
@@ -83,7 +83,7 @@ def test_splits_are_compared(tmp_path, tool):
         *((["--config", f"{name}.yaml"], f"{name}.yaml") for name in ("none", "list", "broken", "binary")),
         (["--config", "wrong.yaml"], "anchor_sizes"),
         (["--min_size", "0"], "--min_size"),
-        (["--aspect_ratios", "nan", "1", "2"], "--aspect_ratios"),
+        (["--aspect_ratios", "[nan, 1, 2]"], "--aspect_ratios"),
         (["--other_images", "images"], "--other_images"),
         (["--anchor_sizes", "1"], "--anchor_sizes"),
         (["--workers", "0"], "--workers"),

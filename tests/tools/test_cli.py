@@ -1,6 +1,7 @@
 """Command lines made from typed functions, and what all tools have in common."""
 
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,7 +15,7 @@ from support.tiny_training import REPOSITORY
 
 from detector import tools
 from detector.errors import ModelError, UsageError
-from detector.tools.cli import FlagNames, make_parser, run_tool, underscored
+from detector.tools.cli import flag_names, make_parser, run_tool, underscored
 
 TOOLS = {"check": tools.check, "eval": tools.evaluate, "export": tools.export, "predict": tools.predict}
 
@@ -59,7 +60,7 @@ def sample(
 def called(*arguments):
     """The options that a command line gives the function."""
     results = []
-    assert run_tool(sample, arguments, exit_code=lambda result: results.append(result) or 5, files=("source",)) == 5
+    assert run_tool(sample, arguments, exit_code=lambda result: results.append(result) or 5) == 5
     return results[0]
 
 
@@ -76,7 +77,7 @@ def test_values_and_defaults():
         "draw": True,
         "sizes": None,
     }
-    given = ["a", "b", "--min-score=auto", "--limit", "3", "--sizes", "1", "2", "--refine=off", "--source", "x-y"]
+    given = ["a", "b", "--min-score=auto", "--limit", "3", "--sizes=[1, 2]", "--refine=off", "--source", "x-y"]
     options = {"min_score": "auto", "limit": 3, "sizes": [1, 2], "refine": "off", "source": "x-y"}
     assert called(*given) == defaults | options
 
@@ -97,19 +98,19 @@ def test_hyphens_are_kept_in_values_and_files():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--skip=1", "--skip '1'.*true or false"),
-        ("--min_score=2", "--min_score '2'.*from 0 to 1 or auto"),
-        ("--min_score=nan", "--min_score 'nan'"),
-        ("--limit=0", "--limit '0'.*at least 1"),
-        ("--limit=many", "--limit 'many'.*at least 1"),
-        ("--workers=-1", "--workers '-1'.*at least 0"),
-        ("--workers=many", "--workers 'many'.*at least 0"),
-        ("--refine=twice", "--refine 'twice'.*on or off"),
-        ("--sizes 1 x", "--sizes 'x'.*integer"),
-        ("--sizes 1", "--sizes"),
+        ("--skip=1", "--skip: .*bool.* 1"),
+        ("--min_score=2", "--min_score: .*v<=1.*auto.* 2"),
+        ("--min_score=nan", "--min_score: .*nan"),
+        ("--limit=0", "--limit: .*PositiveInt.* 0"),
+        ("--limit=many", "--limit: .*many"),
+        ("--workers=-1", "--workers: .*-1"),
+        ("--refine=twice", "--refine: .*'on', 'off'.*twice"),
+        ("--sizes=[1,x]", "--sizes: .*int.*x"),
+        ("--sizes=[1]", "--sizes: .*2 elements"),
         ("--workers", "--workers"),
         ("--unknown-flag", "--unknown_flag"),
         ("--limi=3", "--limi=3"),
+        ("--config c.yaml", "--config: .*c.yaml"),
     ],
 )
 def test_wrong_flags_are_named_in_one_line(flags, words):
@@ -129,16 +130,10 @@ def test_an_empty_command_line_prints_the_description(capsys):
     assert "100 % as it is" in capsys.readouterr().err
 
 
-def test_a_missing_file_is_refused():
-    with refused("--source nothing.ckpt", code=1):
-        called("a", "--source", "nothing.ckpt")
-    assert called("a", "--source=hf://nothing.ckpt")["source"] == "hf://nothing.ckpt"
-
-
 def test_errors_name_the_flags_of_the_tool():
     with refused(r"--source 'bad': wrong: lower --workers$", code=1):
         called("a", "--source=bad")
-    flag_of = FlagNames(make_parser(sample))
+    flag_of = flag_names(make_parser(sample))
     assert (flag_of("refinement.limit"), flag_of("limit.other"), flag_of("momentum")) == ("--limit", None, None)
     error = ModelError("wrong", setting="limit", value=3, hints=["lower {workers}"])
     assert str(error) == "limit 3: wrong: lower workers"
@@ -149,20 +144,19 @@ def test_help(capsys):
         called("--help")
     said = capsys.readouterr().out
     assert stop.value.code == 0
-    assert "Return the options." in said
-    assert "        100 % as it is\n" in said.replace("    100", "        100")
+    assert "Return the options.\n\nExamples:\n    100 % as it is\n" in said
     assert "Hidden" not in said
-    assert "--refine {on,off}" in said
-    assert "Four, 100 %. (default: 2)" in " ".join(said.split())
+    assert "files [files ...]" in said
+    assert re.search(r"Four, 100 %. \(.*default:\s+2\)", said)
 
 
 def test_flags_from_a_file_and_to_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    content = "source: data\nskip: true\nmin_score: 0.25\nlimit: null\nworkers: 0\nrefine: off\nsizes: [3, 4]\n"
+    content = "source: 5\nskip: true\nmin_score: 0.25\nlimit: null\nworkers: 0\nrefine: off\nsizes: [3, 4]\n"
     (tmp_path / "a.yaml").write_text(content)
-    given = ["a", "--workers=1", "--config", "a.yaml"]
+    given = ["a", "--config", "a.yaml", "--workers=1"]
     options = called(*given)
-    expected = {"source": "data", "skip": True, "min_score": 0.25, "limit": None, "workers": 1, "sizes": [3, 4]}
+    expected = {"source": "5", "skip": True, "min_score": 0.25, "limit": None, "workers": 1, "sizes": [3, 4]}
     assert expected.items() <= options.items()
     assert options["refine"] == "off"  # which YAML reads as false
     with pytest.raises(SystemExit) as stop:
@@ -170,17 +164,9 @@ def test_flags_from_a_file_and_to_one(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 0
     (tmp_path / "b.yaml").write_text(capsys.readouterr().out)
     assert called("a", "--config=b.yaml") == options
-    with refused("--config c.yaml", code=1):
-        called("a", "--config=c.yaml")
-    for content, words, code in (
-        (b"[1]", r"a\.yaml", 1),
-        (b"a: [", r"a\.yaml", 1),
-        (b"\xff", r"a\.yaml", 1),
-        (b"some: 1", "--some=1", 2),
-        (b"workers: []", "--workers", 2),
-    ):
+    for content, words in ((b"[1]", ""), (b"a: [", "line 1"), (b"\xff", "utf-8"), (b"some: 1", "some")):
         (tmp_path / "a.yaml").write_bytes(content)
-        with refused(words, code=code):
+        with refused(words):
             called(*given)
 
 
@@ -225,9 +211,6 @@ def test_a_training_refuses_before_torch(name, without_torch):
     done = run(name, **without_torch)
     assert done.returncode == 2
     assert f"python tools/{name}.py --config" in done.stderr
-    done = run(name, "--config=nothing.yaml", **without_torch)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "--config nothing.yaml" in done.stderr
 
 
 @pytest.mark.slow
@@ -236,7 +219,10 @@ def test_flags_of_a_training():
     assert done.returncode == 0, done.stderr
     assert "\nrun_dir: a-b\n" in done.stdout
     done = run("train", "--config", str(REPOSITORY / "configs" / "bccd.yaml"), "--model.crop=x")
-    assert (done.returncode, done.stderr) == (2, "error: --model.crop 'x': must be affine or roi_align\n")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: --model.crop: ")
+    done = run("train", "--config", "nothing.yaml")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_shared_flags_have_one_help_text():

@@ -16,14 +16,14 @@ from support.commands import score
 from support.tiny_training import REPOSITORY, TINY
 
 from detector.data.digits import write_digits
-from detector.tools.train import main as train
+from detector.tools.training_cli import main as train
 
 # Scores a checkpoint, then trains an epoch; writes what every rank saw.
 SCRIPT = """
 import json, sys
 import lightning
 from lightning.pytorch.callbacks import Callback
-from detector.tools.training_cli import parse
+from detector.tools.training_cli import parse, training_parser
 from detector.training.task import DetectionTask
 
 class Record(Callback):
@@ -34,7 +34,7 @@ class Record(Callback):
         self.images.append(task.image_ids)
 
 checkpoint, output, *flags = sys.argv[1:]
-cli = parse(flags, "")
+cli = parse(training_parser(), flags)
 record = Record()
 cli.trainer.callbacks.append(record)
 (scores,) = cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -138,7 +138,7 @@ def test_two_processes_score_and_train_as_one(flags, checkpoint, tmp_path):
 
 FAILS_ON_RANK_1 = """
 import os, sys
-from detector.tools.train import main as train
+from detector.tools.training_cli import main as train
 from detector.training.task import DetectionTask
 original = DetectionTask.validation_step
 def step(*arguments):

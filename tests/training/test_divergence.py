@@ -15,7 +15,7 @@ pytest.importorskip("timm")
 from support.tiny_training import TINY, last_checkpoint
 
 from detector.rcnn.box_gradient import BoxGradient
-from detector.tools.training_cli import parse
+from detector.tools.training_cli import parse, training_parser
 from detector.training import divergence
 from detector.training.divergence import Divergence, warn_if_all_alike
 from detector.training.optimization import OptimizerConfig
@@ -139,7 +139,7 @@ def test_a_training_warns_while_it_runs_and_at_its_end(digits, tmp_path, monkeyp
 
     monkeypatch.setattr(DetectionTask, "training_step", growing)
     flags = ["--data.batch_size=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=2"]
-    cli = parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags], "")
+    cli = parse(training_parser(), [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
     cli.train()
     assert cli.run.divergence.now == pytest.approx(losses[-1])
     assert cli.run.divergence.best == pytest.approx(min(fmean(losses[:2]), *losses[2:4]))

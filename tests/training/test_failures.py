@@ -26,8 +26,8 @@ from support.tiny_training import REPOSITORY, TINY, last_checkpoint, tiny_run
 from detector import signals
 from detector.data.dataset import CocoDetection
 from detector.evaluation import running
-from detector.signals import ignoring_signals
-from detector.tools.training_cli import parse
+from detector.signals import ignore_signals
+from detector.tools.training_cli import parse, training_parser
 from detector.training.checkpoints import Checkpoints
 from detector.training.data import CocoDataModule
 from detector.training.failures import explain
@@ -266,7 +266,7 @@ def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name,
 
 UNFORESEEN = """
 import multiprocessing, sys
-from detector.tools.train import main
+from detector.tools.training_cli import main
 from detector.training.data import CocoDataModule
 from detector.training.task import DetectionTask
 
@@ -301,7 +301,7 @@ def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(start, dig
 
 @pytest.mark.parametrize("start", ["fork", slow("spawn"), slow("forkserver")])
 def test_a_worker_reads_on_when_its_group_is_signalled(start):
-    loader = DataLoader(range(4), num_workers=1, worker_init_fn=ignoring_signals(), multiprocessing_context=start)
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=ignore_signals, multiprocessing_context=start)
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()
@@ -382,7 +382,7 @@ def test_a_failed_start_removes_only_its_own_folder(digits, tmp_path, monkeypatc
 
 
 def test_lightning_does_not_advertise(digits, tmp_path, caplog, capsys):
-    parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}"], "")
+    parse(training_parser(), [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}"])
     said = caplog.text + "".join(capsys.readouterr())
     assert "GPU available" in said  # its other messages stay
     assert "litlogger" not in said.lower()

@@ -31,7 +31,7 @@ from detector.pretrained.loading import load_checkpoint, load_detector
 from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement import RefinementConfig, add_refinement
 from detector.tools.refine import main
-from detector.tools.train import main as train
+from detector.tools.training_cli import main as train
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement import RefinementData, RefinementTask, RepeatedBatches
 

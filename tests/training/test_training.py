@@ -36,8 +36,8 @@ from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.sampling import seed_sampling
 from detector.run_folders import newest_folder, unused_folder
 from detector.tools.browse import main as browse_training_images
-from detector.tools.train import main as train
-from detector.tools.training_cli import parse
+from detector.tools.training_cli import main as train
+from detector.tools.training_cli import parse, training_parser
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
 from detector.training.run import Run
@@ -540,7 +540,7 @@ def test_losses_in_bfloat16_are_close_to_those_in_float32(digits, tmp_path, monk
         flags = ["--model.detector.name=timm/tf_efficientnet_lite0", "--model.detector.weights_backbone=packaged"]
         flags += ["--model.detector.rois_per_image=100000"]
         flags += ["--trainer.max_steps=1", f"--trainer.precision={precision}", f"--run_dir={tmp_path / precision}"]
-        cli = parse([*TINY, f"--data.root={digits}", *flags], "")
+        cli = parse(training_parser(), [*TINY, f"--data.root={digits}", *flags])
         cli.run.train(cli.trainer, cli.model, cli.datamodule)
         metrics = cli.trainer.callback_metrics.items()
         losses[precision] = {name: value.item() for name, value in metrics if name.startswith("train/")}
@@ -560,7 +560,7 @@ def test_losses_in_bfloat16_are_close_to_those_in_float32(digits, tmp_path, monk
     ids=["default", "exact", "bound"],
 )
 def test_the_box_gradient_by_flags(digits, tmp_path, flags, settings):
-    cli = parse([*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags], "")
+    cli = parse(training_parser(), [*TINY, f"--data.root={digits}", f"--run_dir={tmp_path / 'run'}", *flags])
     assert cli.model.box_gradient == settings
 
 
