@@ -46,12 +46,10 @@ class DetectorDescription:
             "crop": self.crop,
             "categories": [{"id": i, "name": name} for i, name in zip(self.category_ids, self.category_names)],
             "batch_norm_eps": self.batch_norm_eps,
+            "refinement": self.refinement and asdict(self.refinement),
+            "keypoints": self.keypoints and self.keypoints.to_dict(),
         }
-        if self.refinement is not None:
-            content["refinement"] = asdict(self.refinement)
-        if self.keypoints is not None:
-            content["keypoints"] = self.keypoints.to_dict()
-        return content
+        return {name: value for name, value in content.items() if value is not None}
 
     @classmethod
     def from_dict(cls, content: Any) -> "DetectorDescription":

@@ -62,12 +62,8 @@ class Detections:
 
         Masks add ``segmentation`` (RLE), keypoints add ``keypoints``: (x, y, logit) by the keypoint's name.
         """
-        columns: dict[str, Sequence[Any]] = {
-            "name": self.names,
-            "label": self.labels.tolist(),
-            "score": self.scores.tolist(),
-            "box": self.boxes.tolist(),
-        }
+        columns: dict[str, Sequence[Any]] = {"name": self.names, "label": self.labels.tolist()}
+        columns |= {"score": self.scores.tolist(), "box": self.boxes.tolist()}
         if self.segmentations is not None:
             columns["segmentation"] = self.segmentations
         if self.keypoints is not None:

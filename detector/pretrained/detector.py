@@ -28,7 +28,7 @@ from detector.pretrained.detections import Detections
 from detector.pretrained.hub import CARD, CONFIG, WEIGHTS, upload
 from detector.pretrained.image_tensors import ImageLike, batches_of_one_size, image_tensor
 from detector.pretrained.model_card import is_generated, model_card
-from detector.pretrained.onnx_export import OnnxExport, export_onnx
+from detector.pretrained.onnx_export import export_onnx
 from detector.rcnn.swap import restore_roi_align, swap_crop_head
 from detector.refinement.attach import refinement_of
 from detector.refinement.head import Refinement
@@ -79,10 +79,8 @@ class Detector(nn.Module):
     @property
     def crop(self) -> Crop | None:
         """How the box head crops its feature maps; ``None`` for a detector without a second stage."""
-        heads = getattr(self.model, "roi_heads", None)
-        if heads is None:
-            return None
-        return "affine" if isinstance(heads.box_roi_pool, MultiScaleAffineCrop) else "roi_align"
+        pool = getattr(getattr(self.model, "roi_heads", None), "box_roi_pool", None)
+        return None if pool is None else "affine" if isinstance(pool, MultiScaleAffineCrop) else "roi_align"
 
     @property
     def refinement(self) -> Refinement | None:
@@ -143,7 +141,7 @@ class Detector(nn.Module):
             except DataError as error:
                 raise DataError(f"images[{len(images)}]: {error}" if several else str(error)) from None
         batches = batches_of_one_size(images, lambda pixels: pixels, BATCH_SIZE)
-        found = [one for batch in batches for one in self.detect_batch(batch)]
+        found = (one for batch in batches for one in self.detect_batch(batch))
         detections = [self.named(pixels, one, min_score) for pixels, one in zip(images, found, strict=True)]
         return detections if several else detections[0]
 
@@ -155,9 +153,8 @@ class Detector(nn.Module):
             found: one output of :meth:`detect_batch`.
             min_score: minimum score of a detection; one for all labels, or one for each.
         """
-        least = [min_score] * len(self.category_names) if isinstance(min_score, float | int) else min_score
-        by_label = torch.tensor([0.0, *least], dtype=torch.float64)  # the background has no detections
-        shown = select(found, found["scores"].double() >= by_label[found["labels"]])
+        least = torch.tensor(min_score, dtype=torch.float64).expand(len(self.category_names))
+        shown = select(found, found["scores"].double() >= least[found["labels"] - 1])
         return Detections(pixels, category_names=self.category_names, layout=self.keypoints, **shown)
 
     @torch.no_grad()
@@ -181,8 +178,8 @@ class Detector(nn.Module):
         device = next(self.parameters()).device
         with eval_mode(self):
             found = detect(self.model, [pixels.to(device).float().div_(255) for pixels in images])
-        found = [select(one, one["labels"] > 0) for one in found]  # one-stage detectors also return the background
-        return [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
+        on_cpu = [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in one.items()} for one in found]
+        return [select(one, one["labels"] > 0) for one in on_cpu]  # one-stage detectors also return the background
 
     def evaluate(
         self, root: str | Path, split: str, *, output: str | Path | None = None, **options: Any
@@ -199,20 +196,18 @@ class Detector(nn.Module):
         from detector.evaluation.scoring import evaluate_detector
         from detector.tools.source import split_for
 
-        data = split_for(self, DataFolder(Path(root)), split)
-        options = {"device": next(self.parameters()).device} | options
+        settings = EvaluationOptions(**{"device": next(self.parameters()).device} | options)
         names = {"model": type(self.model).__name__, "root": str(root), "split_name": split}
-        evaluation = evaluate_detector(self, data, EvaluationOptions(**options), **names)
+        evaluation = evaluate_detector(self, split_for(self, DataFolder(Path(root)), split), settings, **names)
         assert evaluation is not None  # there is one process
         if output is not None:
             evaluation.write(Path(output))
         return evaluation
 
-    def export(self, path: str | Path, **options: Any) -> OnnxExport:
+    def export(self, path: str | Path, **options: Any) -> list[str]:
         """Write the detector to an ONNX file with :func:`~detector.pretrained.onnx_export.export_onnx`."""
-        network: Any = self.model
         classes = list(zip(self.category_names, self.category_ids, strict=True))
-        return export_onnx(network, path, classes=classes, **options)
+        return export_onnx(self.model, path, classes=classes, **options)
 
     def digest(self) -> str:
         """Return a hash of all weights, which links a report of scores to its detector."""
@@ -226,16 +221,11 @@ class Detector(nn.Module):
         """
         if self.settings is None or self.crop is None:
             raise ModelError("only detectors that tools/train.py can build can be saved: torchvision's R-CNNs")
-        initial = self.settings.weights and Path(self.settings.weights).name  # the folder is private
-        return DetectorDescription(
-            replace(self.settings, weights=initial),
-            self.crop,
-            self.category_ids,
-            self.category_names,
-            batch_norm_eps(self.model),
-            None if self.refinement is None else self.refinement.config,
-            self.keypoints,
-        )
+        # The name of the weights' folder is private.
+        settings = replace(self.settings, weights=self.settings.weights and Path(self.settings.weights).name)
+        refinement = self.refinement.config if self.refinement is not None else None
+        categories, eps = (self.category_ids, self.category_names), batch_norm_eps(self.model)
+        return DetectorDescription(settings, self.crop, *categories, eps, refinement, self.keypoints)
 
     def save(self, folder: str | Path, *, report: dict[str, Any] | None = None) -> None:
         """Write ``model.safetensors``, ``config.json`` and a model card, ``README.md``, each in an atomic write.

@@ -21,7 +21,7 @@ def image_tensor(image: ImageLike, *, orientation: Orientation = "upright", max_
     """Convert an image of any kind to a tensor, see :meth:`~detector.pretrained.Detector.detect` for the arguments.
 
     Arrays may also be [H, W, 4] (alpha is dropped) or [H, W, 1]. PIL images of 16 bits or floats are scaled as
-    :func:`~detector.data.images.read_image` says.
+    :func:`~detector.data.images.read_image_with_remarks` says.
 
     Returns:
         [3, H, W], uint8.
@@ -39,13 +39,15 @@ def image_tensor(image: ImageLike, *, orientation: Orientation = "upright", max_
         except (OSError, SyntaxError, ValueError) as error:  # Pillow opens lazily
             raise DataError(f"the PIL image cannot be read (broken or cut off): {error}") from None
     elif isinstance(image, np.ndarray):
-        pixels = _array_pixels(image)
+        is_valid = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+        _check(image, is_valid, "[H, W, 3], [H, W, 4] or [H, W]", np.issubdtype(image.dtype, np.floating))
+        # Copied: the array may be read-only, or of a byte order or precision that torch lacks.
+        pixels = torch.from_numpy(np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32))
+        pixels = pixels[None] if image.ndim == 2 else pixels.permute(2, 0, 1)[:3]
     elif isinstance(image, Tensor):
-        if image.dim() != 3 or image.shape[0] not in (1, 3):
-            raise DataError(f"an image tensor must be [3, H, W] or [1, H, W], got {_shape(image)}")
-        _refuse_dtype("tensor", image.dtype, image.dtype == torch.uint8 or image.is_floating_point())
+        is_valid = image.dim() == 3 and image.shape[0] in (1, 3)
+        _check(image, is_valid, "[3, H, W] or [1, H, W]", image.is_floating_point())
         pixels = image.detach().cpu()
-        pixels = pixels.float() if pixels.is_floating_point() else pixels
     else:
         raise DataError(f"an image must be a path, a PIL image, an array or a tensor, got {type(image).__name__}")
     if pixels.numel() == 0:
@@ -54,8 +56,16 @@ def image_tensor(image: ImageLike, *, orientation: Orientation = "upright", max_
         low, high = pixels.min().item(), pixels.max().item()
         if not (low >= 0 and high <= 1):  # also NaN
             raise DataError(f"a float image must lie in 0..1 (RGB, not normalised), got {low:.4g} to {high:.4g}")
-        pixels = (pixels * 255).round().to(torch.uint8)
+        pixels = (pixels.float() * 255).round().to(torch.uint8)
     return pixels.expand(3, -1, -1).contiguous()
+
+
+def _check(image: np.ndarray | Tensor, is_valid: bool, layout: str, is_float: bool) -> None:
+    if not is_valid:
+        hint = "; pass the images of a batch as list(batch)" if image.ndim == 4 else ""
+        raise DataError(f"an image must be {layout}, got {list(image.shape)}{hint}")
+    if not is_float and str(image.dtype).removeprefix("torch.") != "uint8":
+        raise DataError(f"an image must be uint8, or float in 0..1, got {image.dtype}")
 
 
 def batches_of_one_size(
@@ -72,21 +82,3 @@ def batches_of_one_size(
         batch.append(item)
     if batch:
         yield batch
-
-
-def _array_pixels(image: np.ndarray) -> Tensor:
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
-        raise DataError(f"an image array must be [H, W, 3], [H, W, 4] or [H, W], got {_shape(image)}")
-    _refuse_dtype("array", image.dtype, image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating))
-    # Copied: the array may be read-only, or of a byte order or precision that torch lacks.
-    pixels = torch.from_numpy(np.array(image, np.uint8 if image.dtype == np.uint8 else np.float32))
-    return pixels[None] if image.ndim == 2 else pixels.permute(2, 0, 1)[:3]
-
-
-def _refuse_dtype(kind: str, dtype: np.dtype | torch.dtype, fits: bool) -> None:
-    if not fits:
-        raise DataError(f"an image {kind} must be uint8, or float in 0..1, got {dtype}")
-
-
-def _shape(images: np.ndarray | Tensor) -> str:
-    return f"{list(images.shape)}" + ("; pass the images of a batch as list(batch)" if images.ndim == 4 else "")

@@ -31,8 +31,9 @@ REFINEMENT = "roi_heads.refinement."
 TRUNK, BOX_HEAD = f"{REFINEMENT}head.trunk.", "roi_heads.box_head."  # the trunk is a copy of the box head
 CLASSES = f"{PREDICTOR}cls_score.bias"  # one number per class, with the background
 MIN_SHARE = 0.5  # of the weights outside of the predictors that must fit; fewer are of another network
-# Prefixes that training scripts and torch.compile add to names.
+# Prefixes that training scripts and torch.compile add to names, and the keys that they save a state_dict under.
 PREFIXES = ("", "module.", "model.", "module.model.", "model.module.", "_orig_mod.", "module._orig_mod.")
+KEYS = ("state_dict", "model_state_dict", "model", "model_ema")
 
 
 @dataclass(frozen=True)
@@ -73,30 +74,30 @@ def load_initial_weights(
         found = {name: value for name, value in found.items() if not name.startswith(KEYPOINTS)}
     body = {name: value for name, value in expected.items() if not name.startswith(BY_CLASS)}
     taken = {name: found[name] for name, value in body.items() if name in found and found[name].shape == value.shape}
-    _refuse_another_network(config, source, found, body, taken)
+    _refuse_another_network(config, source, body, taken)
     _refuse_another_normalisation(model, config, source)
     rows, classes = _class_rows(source, expected, found, category_names)
-    by_class = [name for name in expected if name not in body and (name in found or name.startswith(PREDICTOR))]
-    by_class = by_class if rows else []
+    by_class = [name for name in expected.keys() & found.keys() if name not in body] if rows else []
     with as_model_error(f"weights of {config.weights}"):
         check_tensors(taken | {name: found[name] for name in by_class}, expected)
-    for name in body.keys() - taken.keys():  # the head of a new refinement starts from the box head
-        if (like := name.replace(TRUNK, BOX_HEAD)) in taken:
-            taken[name] = taken[like]
-    changed = {name: _with_rows(name, expected[name], found[name], rows) for name in by_class}
-    model.load_state_dict(taken | changed, strict=False)
+    taken |= {name: taken[like] for name in body if (like := name.replace(TRUNK, BOX_HEAD)) in taken}
+    for name in by_class:
+        taken[name], size = expected[name].clone(), (-1, _rows_per_class(name))
+        theirs_by_class = found[name].unflatten(0, size)[list(rows.values())]
+        taken[name].unflatten(0, size)[list(rows)] = theirs_by_class.to(taken[name])
+    model.load_state_dict(taken, strict=False)
     own_eps = batch_norm_eps(model)
     set_batch_norm_eps(model, {name: value for name, value in source.eps.items() if name in own_eps})
-    count = len(taken) + (len(by_class) if len(rows) == len(expected[CLASSES]) else 0)
-    initial = [name for name in expected if name not in taken | changed and not name.startswith(PREDICTOR)]
-    unused = [name for name in found if name not in expected]
-    parts = [f"weights of {config.weights}: {count} of {len(expected)} tensors", classes]
-    parts += [f"{len(initial)} do not fit and keep their initial values ({listed(initial)})"] if initial else []
-    parts += [f"{len(unused)} of the file are not in the model ({listed(unused)})"] if unused else []
+    count = len(taken) - (len(by_class) if len(rows) < len(expected[CLASSES]) else 0)
+    notes = [f"weights of {config.weights}: {count} of {len(expected)} tensors", classes]
+    if initial := [name for name in expected if name not in taken and not name.startswith(PREDICTOR)]:
+        notes.append(f"{len(initial)} do not fit and keep their initial values ({listed(initial)})")
+    if unused := [name for name in found if name not in expected]:
+        notes.append(f"{len(unused)} of the file are not in the model ({listed(unused)})")
     if source.detector is None and config.name.startswith("timm/"):
         backbone = config.weights_backbone or "null"
-        parts.append(f"the file does not say how images are normalised: as for weights_backbone {backbone}")
-    return "; ".join(parts)
+        notes.append(f"the file does not say how images are normalised: as for weights_backbone {backbone}")
+    return "; ".join(notes)
 
 
 def _read(given: str, config: DetectorConfig) -> _Source:
@@ -118,14 +119,10 @@ def _read(given: str, config: DetectorConfig) -> _Source:
 
 def _bare_source(path: Path, content: dict[str, Any]) -> _Source:
     """Read a state_dict as training scripts save it."""
-    for key in ("state_dict", "model_state_dict", "model", "model_ema"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    content = next((content[key] for key in KEYS if isinstance(content.get(key), dict)), content)
     state = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    prefix = next((one for one in PREFIXES if f"{one}{CLASSES}" in state), None)
-    if prefix is None:
-        prefix = max(PREFIXES, key=lambda one: sum(name.startswith(f"{one}backbone.") for name in state))
+    backbone = {one: sum(name.startswith(f"{one}backbone.") for name in state) for one in PREFIXES}
+    prefix = max(PREFIXES, key=lambda one: (f"{one}{CLASSES}" in state, backbone[one]))
     state = with_new_names({n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)})
     coco = published_names()
     names = coco[1:] if CLASSES in state and state[CLASSES].shape == (len(coco),) else None
@@ -139,18 +136,14 @@ def _without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse_another_network(
-    config: DetectorConfig, source: _Source, found: dict[str, Tensor], body: dict[str, Tensor], taken: dict[str, Tensor]
+    config: DetectorConfig, source: _Source, body: dict[str, Tensor], taken: dict[str, Tensor]
 ) -> None:
-    taken_size, size = (
-        sum(value.numel() for name, value in state.items() if not name.startswith(REFINEMENT))
-        for state in (taken, body)
-    )
-    if taken_size < MIN_SHARE * size:
-        wrong = differences({name: value for name, value in found.items() if not name.startswith(BY_CLASS)}, body)
-        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else "")
+    sizes = [sum(v.numel() for name, v in state.items() if not name.startswith(REFINEMENT)) for state in (taken, body)]
+    if sizes[0] < MIN_SHARE * sizes[1]:
+        wrong = differences({n: v for n, v in source.state.items() if not n.startswith(BY_CLASS)}, body)
         settings = source.detector and source.detector.settings
         network = f"the weights of {settings.name}" if settings else "the weights"
-        what = f"{network} do not fit {config.name}: {shown}"
+        what = f"{network} do not fit {config.name}: {wrong[0]}; {len(wrong):,} tensors differ"
         raise ModelError(what, setting="detector.weights", value=config.weights)
 
 
@@ -162,12 +155,9 @@ def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, sou
     ours, theirs = ([*transform.image_mean, *transform.image_std] for transform in transforms)
     if ours != theirs:
         before, now = (settings.weights_backbone or "null" for settings in (source.detector.settings, config))
-        raise ModelError(
-            f"trained on images normalised as for weights_backbone {before}, and this run has {now}",
-            setting="detector.weights",
-            value=config.weights,
-            hints=[f"set {{weights_backbone}} {before} (it is not fetched)"],
-        )
+        what = f"trained on images normalised as for weights_backbone {before}, and this run has {now}"
+        hint = f"set {{weights_backbone}} {before} (it is not fetched)"
+        raise ModelError(what, setting="detector.weights", value=config.weights, hints=[hint])
 
 
 def _class_rows(
@@ -176,11 +166,9 @@ def _class_rows(
     """Return which label of the source each label of the model takes its rows from, and a message about it."""
     ours = len(expected[CLASSES]) - 1
     theirs = len(found[CLASSES]) - 1 if CLASSES in found and found[CLASSES].dim() else 0
-    if theirs <= 0 or not all(
-        name in found and found[name].shape == (_rows_per_class(name) * (theirs + 1), *value.shape[1:])
-        for name, value in expected.items()
-        if name.startswith(PREDICTOR) or (name.startswith(MASKS) and name in found)
-    ):
+    by_class = [name for name in expected if name.startswith(PREDICTOR) or (name.startswith(MASKS) and name in found)]
+    shapes = {name: (_rows_per_class(name) * (theirs + 1), *expected[name].shape[1:]) for name in by_class}
+    if theirs <= 0 or any(name not in found or found[name].shape != shape for name, shape in shapes.items()):
         return {}, f"no class predictor fits: the one for {ours} classes keeps its initial values"
     every = {label: label for label in range(ours + 1)}
     if source.names is not None and category_names is not None:
@@ -201,9 +189,3 @@ def _class_rows(
 
 def _rows_per_class(name: str) -> int:
     return 4 if "bbox_pred" in name else 1
-
-
-def _with_rows(name: str, mine: Tensor, theirs: Tensor, rows: dict[int, int]) -> Tensor:
-    changed, by_class = mine.clone(), (-1, _rows_per_class(name))
-    changed.unflatten(0, by_class)[list(rows)] = theirs.unflatten(0, by_class)[list(rows.values())].to(mine)
-    return changed

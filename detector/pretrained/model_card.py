@@ -6,33 +6,19 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from detector.data.annotation_types import AnnotationType
 from detector.errors import DataError
 from detector.pretrained.description import DetectorDescription
-from detector.refinement.config import RefinementConfig
 from detector.text import clean
 
-SCORES = {  # of a report, with their meaning
-    "AP": "mean over IoU 0.50 to 0.95",
-    "AP50": "at IoU 0.50",
-    "AP75": "at IoU 0.75",
-    "AP90": "at IoU 0.90",
-    "APs": "objects below 32 x 32 pixels",
-    "APm": "32 x 32 to 96 x 96",
-    "APl": "larger",
-    "AR100": "recall, up to 100 detections an image",
-}
-NETWORKS: dict[tuple[AnnotationType, ...], tuple[str, str]] = {  # with Hugging Face's task
-    (): ("Faster R-CNN", "object-detection"),
-    ("masks",): ("Mask R-CNN", "image-segmentation"),
-    ("keypoints",): ("Keypoint R-CNN", "keypoint-detection"),
-}
-# The task of each section of scores in a report, and the prefix of their names.
-SECTIONS = {
-    "": ("object-detection", ""),
-    "segm": ("image-segmentation", "mask "),
-    "keypoints": ("keypoint-detection", "keypoints "),
-}
+# The scores of boxes, masks and keypoints in a report, with their meaning.
+MAIN_SCORES = {"AP": "mean over IoU 0.50 to 0.95", "AP50": "at IoU 0.50", "AP75": "at IoU 0.75"}
+SIZES = {"APs": "objects below 32 x 32 pixels", "APm": "32 x 32 to 96 x 96", "APl": "larger"}
+BOX_SCORES = MAIN_SCORES | {"AP90": "at IoU 0.90"} | SIZES | {"AR100": "recall, up to 100 detections an image"}
+KEYPOINT_SCORES = {name: meaning.replace("IoU", "OKS") for name, meaning in MAIN_SCORES.items()}
+# By what a detector finds: the network, Hugging Face's task, the report's section, its scores' prefix and meaning.
+BOXES = ("Faster R-CNN", "object-detection", "", "", BOX_SCORES)
+MASKS = ("Mask R-CNN", "image-segmentation", "segm", "mask ", MAIN_SCORES)
+KEYPOINTS = ("Keypoint R-CNN", "keypoint-detection", "keypoints", "keypoints ", KEYPOINT_SCORES)
 MAX_NAMES = 100
 # Cards with this line may be replaced.
 GENERATED = "<!-- Written by affine-crop-rcnn. Delete this line to keep the file when the detector is saved again. -->"
@@ -56,106 +42,74 @@ def model_card(description: DetectorDescription, report: dict[str, Any] | None =
     Raises:
         DataError: the report lacks what the card shows.
     """
-    settings, names, keypoints = description.settings, description.category_names, description.keypoints
-    network, task = NETWORKS[settings.annotation_types]
+    settings, names, points = description.settings, description.category_names, description.keypoints
+    network, task, *_ = {"masks": MASKS, "keypoints": KEYPOINTS}.get("".join(settings.annotation_types), BOXES)
     tags = sorted(["object-detection", "torchvision", network.lower().replace(" ", "-")])
     data = ModelCardData(library_name="affine-crop-rcnn", pipeline_tag=task, tags=tags)
     title = f"Affine-crop R-CNN: {settings.name}"
     affine = "the affine crop, which has RoIAlign's values and gradients to the boxes"
     cropping = affine if description.crop == "affine" else "RoIAlign"
-    install = 'pip install -e ".[timm]"' if settings.name.startswith("timm/") else "pip install -e ."
-    found = ", each with a mask" if "masks" in settings.annotation_types else ""
-    if keypoints is not None:
-        found = f", each with {len(keypoints)} keypoints ({_listed(keypoints.names)})"
-    text = f"""{GENERATED}
+    each = ", each with a mask" if network == MASKS[0] else ""
+    each = f", each with {len(points)} keypoints ({_listed(points.names)})" if points is not None else each
+    scores, refinement = "It was not evaluated before it was saved (`tools/eval.py` does that).", ""
+    if (config := description.refinement) is not None:
+        steps = f" and {config.ascent_steps} steps of gradient ascent on the predicted IoU"
+        refinement = f"\nIts boxes are refined in {config.iterations} iterations{steps if config.ascent_steps else ''}."
+        refinement += " `detector.refinement.enabled = False` stops that.\n"
+    if report is not None:
+        try:
+            scores, data.eval_results = _scores(report)
+            data.model_name = title
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"report: not of tools/eval.py, or damaged: {type(error).__name__} {error}") from None
+    # Not from a template of the hub: the names are untrusted.
+    return ModelCard(f"""---
+{data.to_yaml()}
+---
+
+{GENERATED}
 
 # {title}
 
-A {network} (`{settings.name}`) that crops its feature maps with {cropping}, made with affine-crop-rcnn.
-It detects {len(names)} classes{found}: {_listed(names)}.
+A {network} (`{settings.name}`) that crops its feature maps with {cropping}.
+It detects {len(names)} classes{each}: {_listed(names)}.
 Test images are resized to {settings.min_size} pixels on the shorter side, at most {settings.max_size} on the longer.
-{_refinement(description.refinement)}
-To load it, run `{install}` in a clone of the project's repository.
+{refinement}
+To load it, run `pip install -e {'".[timm]"' if settings.name.startswith("timm/") else "."}` in a clone of \
+affine-crop-rcnn.
 
 ```python
 from detector import load_detector
 
 detector = load_detector("FOLDER OR HUB NAME")
-found = detector.detect("photo.jpg")  # a path, a PIL image, an array or a tensor
-print(found)  # names, scores and boxes; a notebook shows a picture
+print(detector.detect("photo.jpg"))  # names, scores and boxes; a notebook shows a picture
 ```
 
 ## Scores
 
-"""
-    if report is None:
-        text += "It was not evaluated before it was saved (`tools/eval.py` does that).\n"
-    else:
-        try:
-            text += _scores(report)
-            data.model_name, data.eval_results = title, _results(report)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"report: not of tools/eval.py, or damaged: {type(error).__name__} {error}") from None
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")  # not from a template: the names are untrusted
+{scores}
+""")
 
 
-def _refinement(config: RefinementConfig | None) -> str:
-    if config is None:
-        return ""
-    steps = f" and {config.ascent_steps} steps of gradient ascent on the predicted IoU" if config.ascent_steps else ""
-    return f"""
-Its boxes are refined in {config.iterations} iterations{steps}. `detector.refinement.enabled = False` stops that.
-"""
-
-
-def _scored_sections(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    others = {section: report[section]["scores"] for section in SECTIONS if section and report.get(section)}
-    return {"": report["scores"]} | others
-
-
-def _scores(report: dict[str, Any]) -> str:
-    about, rows = report["about"], []
-    for section, scores in _scored_sections(report).items():
-        for name in ("AP", "AP50", "AP75") if section else SCORES:
+def _scores(report: dict[str, Any]) -> tuple[str, list[EvalResult]]:
+    """Return the text about a report's scores, and the scores for Hugging Face."""
+    about, rows, results = report["about"], [], []
+    data = Path(about["data"]).name  # its folder is private
+    split = f"{data}, {about['split']}" if about.get("split") else data
+    for _, task, section, prefix, meanings in (BOXES, MASKS, KEYPOINTS):
+        scores = (report if not section else report.get(section) or {"scores": None})["scores"]
+        for name, meaning in meanings.items() if scores is not None else ():
             score = scores.get(name)
-            meaning = SCORES[name].replace("IoU", "OKS") if section == "keypoints" else SCORES[name]
-            rows.append(f"| {SECTIONS[section][1]}{name} | {'-' if score is None else f'{score:.3f}'} | {meaning} |")
+            rows.append(f"| {prefix}{name} | {'-' if score is None else f'{score:.3f}'} | {meaning} |")
+            if score is not None and name in MAIN_SCORES:
+                results.append(EvalResult(task, data, split, name, round(score, 4), metric_name=prefix + name))
     unrefined = ", without the refinement" if about.get("refinement") == "off" else ""
-    table = "\n".join(["| | | |", "|---|---|---|", *rows])
-    notes = "".join(f"- {_code(note)}\n\n" for note in report["notes"])
+    title = f"By {_code(about['evaluator'])} on {int(about['images'])} images with {int(about['objects'])} objects of"
+    title += f" {_code(split)}, {_code(about['time'][:10])}{unrefined}:"
+    notes = [f"- {_code(note)}\n" for note in report["notes"]]
     command = " ".join(about["command"].split()).replace("`", "'")
-    return f"""By {_code(about["evaluator"])} on {int(about["images"])} images with {int(about["objects"])} objects of \
-{_code(_data_name(about))}, {_code(about["time"][:10])}{unrefined}:
-
-{table}
-
-{notes}```sh
-{command}
-```
-"""
-
-
-def _results(report: dict[str, Any]) -> list[EvalResult]:
-    about = report["about"]
-    return [
-        EvalResult(
-            task_type=SECTIONS[section][0],
-            dataset_type=Path(about["data"]).name,
-            dataset_name=_data_name(about),
-            metric_type=name,
-            metric_name=SECTIONS[section][1] + name,
-            metric_value=round(scores[name], 4),
-        )
-        for section, scores in _scored_sections(report).items()
-        for name in ("AP", "AP50", "AP75")
-        if scores.get(name) is not None
-    ]
-
-
-def _data_name(about: dict[str, Any]) -> str:
-    """Return the name of the data set, without its folder, which is private."""
-    name = Path(about["data"]).name
-    return f"{name}, {about['split']}" if about.get("split") else name
+    lines = [title, "", "| | | |", "|---|---|---|", *rows, "", *notes, "```sh", command, "```"]
+    return "\n".join(lines), results
 
 
 def _listed(names: Sequence[str]) -> str:

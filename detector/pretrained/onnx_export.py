@@ -12,8 +12,8 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,16 +31,15 @@ from detector.errors import UserError
 from detector.files import write_atomically
 from detector.models.resizing import DetectorTransform
 from detector.models.rle_detections import annotation_types_of
-from detector.overriding import overridden
 from detector.refinement.attach import refinement_of
 from detector.text import short
 
-OPSETS = range(16, 21)  # GridSample needs 16; torch's exporter ends at 20
 OUTPUTS = {  # for an image, by what the detector finds
     "boxes": {"boxes": "(x1, y1, x2, y2) in pixels", "labels": "1 is the first class", "scores": "best first"},
     "masks": {"masks": "probabilities, per pixel of the image"},
     "keypoints": {"keypoints": "(x, y, 1) in pixels", "keypoints_scores": "logits"},
 }
+INPUT = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1], "size": "any"}
 # Tolerances of the comparison with PyTorch. They admit the rounding errors of deep networks with random weights.
 BOX_TOLERANCE = 3e-4  # times the longer side of the image
 SCORE_TOLERANCE = 2e-3
@@ -53,23 +52,6 @@ class ExportError(UserError, RuntimeError):
     """A detector cannot be exported, or its graph is wrong."""
 
 
-@dataclass(frozen=True)
-class OnnxExport:
-    """The outcome of an export."""
-
-    compared: bool  # with PyTorch, which needs onnxruntime
-    left_out: str | None  # a message about what the graph lacks
-
-
-@dataclass(frozen=True)
-class Times:
-    """Median seconds of a call."""
-
-    size: tuple[int, int]  # height and width of the images
-    pytorch: float
-    onnxruntime: float
-
-
 def export_onnx(
     model: GeneralizedRCNN,
     path: str | Path,
@@ -77,7 +59,7 @@ def export_onnx(
     batch_size: int = 1,
     opset: int = 18,
     classes: Sequence[tuple[str, int | None]] = (),
-) -> OnnxExport:
+) -> list[str]:
     """Write a Faster, Mask or Keypoint R-CNN to an ONNX file, in an atomic write. The model is not changed.
 
     The graph takes ``images`` [batch_size, 3, height, width], float32, RGB in 0..1, of any height and width, and
@@ -97,55 +79,83 @@ def export_onnx(
         opset: version of ONNX's operators, 16 to 20.
         classes: the name and the category id of each label, stored in the file's metadata under "classes".
 
+    Returns:
+        Notes: whether the graph was compared with PyTorch, and what it lacks.
+
     Raises:
         ExportError: a package is missing, the model cannot be exported, or the graph is wrong.
-        ValueError: ``batch_size``, ``opset`` or ``classes`` is invalid.
         OSError: the file cannot be written.
     """
     onnx = _import("onnx")
     _check_model(model)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if opset not in OPSETS:
-        raise ValueError(f"opset must be {OPSETS[0]} to {OPSETS[-1]}, got {opset}")
-    metadata, side = _metadata(model, classes), _example_side(model)
-    compared = importlib.util.find_spec("onnxruntime") is not None
-    with _without_ascent(model) as left_out:
-        graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, side, side), opset))
-        onnx.helper.set_model_props(graph, metadata)
-        try:
-            onnx.checker.check_model(graph)
-        except onnx.checker.ValidationError as error:
-            raise ExportError(f"the exported graph is not valid: {error}") from None
-        if compared:
-            _compare(model, graph.SerializeToString(), side, batch_size)
+    side, refinement = _example_side(model), refinement_of(model)
+    graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, side, side), opset))
+    labelled = [{"label": i, "name": name, "category_id": c} for i, (name, c) in enumerate(classes, start=1)]
+    metadata = {"input": INPUT, "outputs": _outputs(model), "classes": labelled}
+    onnx.helper.set_model_props(graph, {name: json.dumps(value) for name, value in metadata.items()})
+    onnx.checker.check_model(graph)
+    notes = ["not compared with PyTorch: onnxruntime is not installed"]
+    if importlib.util.find_spec("onnxruntime") is not None:
+        _compare(model, graph.SerializeToString(), batch_size)
+        notes = ["onnxruntime's detections equal PyTorch's"]
     for name, threshold in _thresholds(model).items():  # the inputs of the comparison become constants
         (given,) = (value for value in graph.graph.input if value.name == name)
         graph.graph.input.remove(given)
-        graph.graph.initializer.append(onnx.numpy_helper.from_array(torch.tensor(threshold).numpy(), name))
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(threshold.numpy(), name))
     write_atomically(Path(path), graph.SerializeToString())
-    return OnnxExport(compared, left_out)
+    if refinement is not None and refinement.enabled and refinement.config.ascent_steps:
+        notes.append("the graph refines boxes without the gradient ascent, which needs gradients")
+    return notes
 
 
-def compare_speed(model: GeneralizedRCNN, path: str | Path, repeats: int = 10) -> Times:
+def compare_speed(model: GeneralizedRCNN, path: str | Path, repeats: int = 10) -> tuple[int, float, float]:
     """Time an exported file and its model in turns, on the same noise and with the same number of threads.
+
+    Returns:
+        The side of the images in pixels, and the median seconds of a call of PyTorch and of onnxruntime.
 
     Raises:
         ExportError: onnxruntime is missing, or cannot run the file.
     """
-    session = _session(Path(path).read_bytes())
-    size = (_example_side(model),) * 2
-    images = torch.rand(session.get_inputs()[0].shape[0], 3, *size, generator=torch.Generator().manual_seed(0))
+    session, side, network = _session(Path(path).read_bytes()), _example_side(model), _without_ascent(model)
+    images = torch.rand(session.get_inputs()[0].shape[0], 3, side, side, generator=torch.Generator().manual_seed(0))
     seconds: list[tuple[float, float]] = []
-    with torch.inference_mode(), _without_ascent(model):
+    with torch.inference_mode():
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            model(list(images))
+            network(list(images))
             middle = time.perf_counter()
             session.run(None, {"images": images.numpy()})
             seconds.append((middle - start, time.perf_counter() - middle))
     pytorch, onnxruntime = map(median, zip(*seconds[1:]))  # the first calls allocate
-    return Times(size, pytorch, onnxruntime)
+    return side, pytorch, onnxruntime
+
+
+@contextmanager
+def _as_export_error(what: str) -> Iterator[None]:
+    """Raise any error as an :class:`ExportError`: those of onnx, onnxruntime and models have no base class."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{what}: {short(str(error), 300)}") from error
+
+
+def _import(name: str) -> Any:
+    with _as_export_error(f"the package {name} is missing: pip install 'affine-crop-rcnn[export]'"):
+        return importlib.import_module(name)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, GeneralizedRCNN) or not isinstance(getattr(model, "roi_heads", None), RoIHeads):
+        raise ExportError(f"{type(model).__name__} cannot be exported: it must be one of torchvision's R-CNNs")
+    if model.training:
+        raise ExportError("the model must be in eval mode: call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+            raise ExportError(f"{name} is not float32 on the CPU: call model.float().cpu() first")
+    for name, pool in model.named_modules():
+        if isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0:
+            raise ExportError(f"{name} needs a fixed sampling_ratio above 0, got {pool.sampling_ratio}")
 
 
 def _outputs(model: nn.Module) -> dict[str, str]:
@@ -157,15 +167,24 @@ def _example_side(model: GeneralizedRCNN) -> int:
     return min(model.transform.min_size[-1], model.transform.max_size)
 
 
-@contextmanager
-def _without_ascent(model: nn.Module) -> Iterator[str | None]:
-    """Switch gradient ascent off, and yield a message if it was on."""
-    refinement = refinement_of(model)
-    if refinement is None or not refinement.enabled or not refinement.config.ascent_steps:
-        yield None
-        return
-    with overridden(refinement, config=replace(refinement.config, ascent_steps=0)):
-        yield "The graph refines boxes without the gradient ascent, which needs gradients."
+def _thresholds(model: GeneralizedRCNN) -> dict[str, Tensor]:
+    """Return the model's score thresholds, which are inputs of the graph until it has been compared."""
+    refinement, thresholds = refinement_of(model), {"score_threshold": model.roi_heads.score_thresh}
+    if refinement is not None and refinement.enabled:
+        thresholds["refinement_threshold"] = refinement.score_threshold
+    return {name: torch.as_tensor(value) for name, value in thresholds.items()}
+
+
+def _without_ascent(model: GeneralizedRCNN) -> GeneralizedRCNN:
+    """Return a shallow copy that shares the weights, without gradient ascent. Its thresholds may be changed."""
+    model = copy.copy(model)
+    model._modules = dict(model._modules)
+    model.roi_heads = heads = copy.copy(model.roi_heads)
+    if (refinement := refinement_of(model)) is not None:
+        heads._modules = dict(heads._modules)
+        heads.refinement = copy.copy(refinement)
+        heads.refinement.config = replace(refinement.config, ascent_steps=0)
+    return model
 
 
 class _TracedTransform(GeneralizedRCNNTransform):
@@ -189,93 +208,38 @@ class _Traced(nn.Module):
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
-        # Shallow copies with a few other attributes. They share modules and weights with the model.
-        self.detector = copy.copy(model)
-        self.detector._modules = dict(model._modules)
-        self.detector.roi_heads = heads = copy.copy(model.roi_heads)
-        self.refinement = None
-        if (refinement := refinement_of(model)) is not None:
-            heads._modules = dict(heads._modules)
-            heads.refinement = self.refinement = copy.copy(refinement)
+        self.detector, self.names = _without_ascent(model), tuple(_outputs(model))
         if type(model.transform) in (GeneralizedRCNNTransform, DetectorTransform):
             self.detector.transform = copy.copy(model.transform)
             self.detector.transform.__class__ = _TracedTransform
-        self.names = tuple(_outputs(model))
         self.training = False
 
-    def forward(
-        self, images: Tensor, score_threshold: Tensor, refinement_threshold: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        self.detector.roi_heads.score_thresh = score_threshold
-        if self.refinement is not None and refinement_threshold is not None:
-            self.refinement.score_threshold = refinement_threshold
+    def forward(self, images: Tensor, score_threshold: Tensor, *refinement_threshold: Tensor) -> tuple[Tensor, ...]:
+        heads = self.detector.roi_heads
+        heads.score_thresh = score_threshold
+        for threshold in refinement_threshold:
+            heads.refinement.score_threshold = threshold
         return tuple(found[name] for found in self.detector(list(images.unbind(0))) for name in self.names)
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ExportError(f"the package {name} is missing ({error}): pip install 'affine-crop-rcnn[export]'") from None
-
-
-def _check_model(model: nn.Module) -> None:
-    heads = getattr(model, "roi_heads", None)
-    if not isinstance(model, GeneralizedRCNN) or not isinstance(heads, RoIHeads):
-        raise ExportError(f"{type(model).__name__} cannot be exported: it must be one of torchvision's R-CNNs")
-    if model.training:
-        raise ExportError("the model must be in eval mode: call model.eval() first")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
-            where = f"{tensor.dtype} on {tensor.device}"
-            raise ExportError(f"{name} is {where}, not float32 on the CPU: call model.float().cpu() first")
-    pools = {kind: getattr(heads, f"{kind}_roi_pool") for kind in ("box", "mask", "keypoint")}
-    refinement = refinement_of(model)
-    if refinement is not None and refinement.enabled:
-        pools["refinement"] = refinement.pool
-    for name, pool in pools.items():
-        if isinstance(pool, MultiScaleAffineCrop) and pool.sampling_ratio <= 0:
-            raise ExportError(f"the {name} pool needs a fixed sampling_ratio above 0, got {pool.sampling_ratio}")
-
-
-def _metadata(model: GeneralizedRCNN, classes: Sequence[tuple[str, int | None]]) -> dict[str, str]:
-    count = getattr(getattr(model.roi_heads.box_predictor, "cls_score", None), "out_features", None)
-    if classes and count is not None and len(classes) != count - 1:
-        raise ValueError(f"classes must be {count - 1}, without the background, got {len(classes)}")
-    images = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1], "size": "any"}
-    labelled = [{"label": i, "name": name, "category_id": c} for i, (name, c) in enumerate(classes, start=1)]
-    metadata = {
-        "input": images | {"size": "any; resized in the graph"},
-        "outputs": _outputs(model),
-        "classes": labelled,
-    }
-    return {name: json.dumps(value) for name, value in metadata.items()}
 
 
 def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
     suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
-    axes = {name + suffix: {0: f"detections{suffix}"} for suffix in suffixes for name in _outputs(model)}
-    size = {2: "height", 3: "width"}
-    for name in axes:
-        if name.startswith("masks"):
-            axes[name] |= size
-    content, thresholds = io.BytesIO(), list(_thresholds(model))
+    size, content, thresholds = {2: "height", 3: "width"}, io.BytesIO(), _thresholds(model)
+    names = [(name, suffix) for suffix in suffixes for name in _outputs(model)]
+    axes = {name + end: {0: f"detections{end}"} | (size if name == "masks" else {}) for name, end in names}
     # The exporter is deprecated, and warns of each branch that it follows; torchvision's are meant to be followed.
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _as_export_error(f"{type(model).__name__} cannot be exported"):
         warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                _Traced(model),
-                (images, *(torch.tensor(0.5) for _ in thresholds)),
-                content,  # type: ignore[arg-type]
-                input_names=["images", *thresholds],
-                output_names=list(axes),
-                dynamic_axes=axes | {"images": size},
-                opset_version=opset,
-                dynamo=False,
-            )
-        except Exception as error:  # the exporter and the model raise many types
-            raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {short(str(error), 300)}") from error
+        torch.onnx.export(
+            _Traced(model),
+            (images, *(torch.tensor(0.5) for _ in thresholds)),
+            content,  # type: ignore[arg-type]
+            input_names=["images", *thresholds],
+            output_names=list(axes),
+            dynamic_axes=axes | {"images": size},
+            opset_version=opset,
+            dynamo=False,
+        )
     return content.getvalue()
 
 
@@ -285,27 +249,22 @@ def _session(content: bytes) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads would slow PyTorch down
     options.log_severity_level = 4  # errors are raised as well
-    try:
+    with _as_export_error("onnxruntime does not accept the graph"):
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no base class
-        raise ExportError(f"onnxruntime does not accept the graph: {short(str(error), 300)}") from None
 
 
-def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int) -> None:
+def _compare(model: GeneralizedRCNN, content: bytes, batch_size: int) -> None:
     """Raise unless onnxruntime and PyTorch detect the same objects in noise of other sizes than the example's."""
-    session = _session(content)
-    generator, names = torch.Generator().manual_seed(0), tuple(_outputs(model))
+    session, side, generator = _session(content), _example_side(model), torch.Generator().manual_seed(0)
     # A stock model derives the same strides from these sizes as from the example.
     for height, width in ((side * 4 // 5 + 1, side + 3), (side + 5, side * 9 // 10)):
         images = torch.rand(batch_size, 3, height, width, generator=generator)
-        expected, thresholds = _detect(model, images)
-        try:
-            results = session.run(None, {"images": images.numpy(), **thresholds})
-        except Exception as error:  # onnxruntime's errors have no base class
-            raise ExportError(f"onnxruntime cannot run the graph: {short(str(error), 300)}") from None
-        for i, wanted in enumerate(expected):
-            given = dict(zip(names, (torch.from_numpy(result) for result in results[len(names) * i :])))
-            same = _same(wanted, given, BOX_TOLERANCE * max(height, width))
+        expected, thresholds = _detect(_without_ascent(model), images)
+        inputs = {name: value.numpy() for name, value in ({"images": images} | thresholds).items()}
+        with _as_export_error("onnxruntime cannot run the graph"):
+            results = map(torch.from_numpy, session.run(None, inputs))
+        for wanted in expected:
+            same = _same(wanted, dict(zip(_outputs(model), results)), BOX_TOLERANCE * max(height, width))
             for source, found in (("PyTorch", same.any(1)), ("onnxruntime", same.any(0))):
                 if found.sum() < MIN_SHARE * len(found):
                     raise ExportError(
@@ -314,48 +273,31 @@ def _compare(model: GeneralizedRCNN, content: bytes, side: int, batch_size: int)
                     )
 
 
+def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Return detections in noise, all of them refined, and the thresholds. Those of the model are lowered for it."""
+    heads, threshold = model.roi_heads, model.roi_heads.score_thresh
+    if (refinement := refinement_of(model)) is not None:
+        refinement.score_threshold = 0.0
+    with torch.no_grad():
+        heads.score_thresh = -1.0
+        scores = [image["scores"] for image in model(list(images))]
+        lowered = min((float(of_image[:MIN_COMPARED][-1]) for of_image in scores if len(of_image)), default=threshold)
+        heads.score_thresh = lowered * (1 - 1e-3)
+        return model(list(images)), _thresholds(model)
+
+
 def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> Tensor:
     """Return which detections [L] equal which others [M] within the tolerances. [L, M]"""
     boxes = (wanted["boxes"][:, None] - given["boxes"]).abs().amax(2) <= pixels
     scores = (wanted["scores"][:, None] - given["scores"]).abs() <= SCORE_TOLERANCE
     same = boxes & scores & (wanted["labels"][:, None] == given["labels"])
     for i, j in same.nonzero().tolist():
-        if "masks" in wanted:
-            same[i, j] &= _same_mask(wanted["masks"][i], given["masks"][j])
-        if "keypoints" in wanted:
-            points, logits = ((wanted[name][i], given[name][j]) for name in OUTPUTS["keypoints"])
-            same[i, j] &= _same_keypoints(*points, *logits, pixels)
+        one, other = ({name: values[n] for name, values in found.items()} for n, found in ((i, wanted), (j, given)))
+        if "masks" in one:  # the IoU of probabilities, so that rounding at 0.5 does not matter
+            common, union = (f(one["masks"], other["masks"]).sum() for f in (torch.minimum, torch.maximum))
+            same[i, j] &= union - common <= (1 - MIN_MASK_IOU) * union.clamp(min=1)
+        if "keypoints" in one:  # all logits, and most keypoints: a heatmap may have several maxima
+            near = (one["keypoints"] - other["keypoints"]).abs().amax(1) <= pixels + 1
+            logits = (one["keypoints_scores"], other["keypoints_scores"], SCORE_TOLERANCE, SCORE_TOLERANCE)
+            same[i, j] &= torch.allclose(*logits) and bool(near.sum() >= MIN_SHARE * len(near))
     return same
-
-
-def _same_mask(wanted: Tensor, given: Tensor) -> bool:
-    """Compare masks [1, H, W] by the IoU of their probabilities, so that rounding at 0.5 does not matter."""
-    intersection, union = torch.minimum(wanted, given).sum(), torch.maximum(wanted, given).sum()
-    return bool(union - intersection <= (1 - MIN_MASK_IOU) * union.clamp(min=1))
-
-
-def _same_keypoints(wanted: Tensor, given: Tensor, logits: Tensor, given_logits: Tensor, pixels: float) -> bool:
-    """Compare all logits [K] of two detections, and most keypoints [K, 3]: a heatmap may have several maxima."""
-    close = (logits - given_logits).abs() <= SCORE_TOLERANCE * logits.abs().clamp(min=1)
-    near = (wanted - given).abs().amax(1) <= pixels + 1
-    return bool(close.all()) and int(near.sum()) >= MIN_SHARE * len(near)
-
-
-def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """Return PyTorch's detections, all of them refined, and thresholds low enough to have some in noise."""
-    heads, refinement = model.roi_heads, refinement_of(model)
-    refining = nullcontext() if refinement is None else overridden(refinement, score_threshold=0.0)
-    with torch.no_grad(), refining, overridden(heads, score_thresh=-1.0):
-        scores = [image["scores"] for image in model(list(images))]
-        if all(len(of_image) for of_image in scores):
-            heads.score_thresh = min(float(of_image[:MIN_COMPARED][-1]) for of_image in scores) * (1 - 1e-3)
-        return model(list(images)), {name: torch.tensor(value).numpy() for name, value in _thresholds(model).items()}
-
-
-def _thresholds(model: GeneralizedRCNN) -> dict[str, float]:
-    """Return the model's score thresholds, which are inputs of the graph until it has been compared."""
-    refinement = refinement_of(model)
-    thresholds = {"score_threshold": float(model.roi_heads.score_thresh)}
-    if refinement is not None and refinement.enabled:
-        thresholds["refinement_threshold"] = float(refinement.score_threshold)
-    return thresholds

@@ -4,10 +4,11 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import glob
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,12 +17,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from detector.data.annotations import Annotations
-from detector.data.images import FORMATS, Orientation, read_image_with_remarks
+from detector.data.images import FORMATS, read_image_with_remarks
 from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
 from detector.errors import DataError
 from detector.files import read_json, write_json
-from detector.models.rle_detections import DetectionDict
 from detector.pretrained.detector import Detector
 from detector.pretrained.image_tensors import BATCH_PIXELS, batches_of_one_size
 from detector.text import alike_file
@@ -45,65 +45,60 @@ class ImageFile:
     size: tuple[int, int] | None = None  # annotated (width, height) in pixels
 
 
-@dataclass(frozen=True)
-class FoundImages:
-    """The images to detect objects in, and the files beside them in image formats that are not read."""
-
-    files: list[ImageFile]
-    skipped: list[Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictOptions:
-    """How images are read, and what is written of them.
+class ImageFiles(Dataset[Any]):
+    """Image files as their number, pixels (``None`` if broken), and remarks or the error.
 
     Args:
-        min_score: minimum score of detections in pictures and ``predictions.json``; one for all labels, or for each.
-        pictures: whether pictures are written.
-        batch_size: maximum number of images per batch. A batch holds images of one size, so nothing is padded.
-        workers: number of processes that read images.
-        orientation: see :func:`~detector.data.images.read_image`.
-        max_pixels: see :func:`~detector.data.images.read_image`.
-        category_ids: the category id of each label; ``None`` leaves a label out. Default: the detector's.
+        files: see :func:`find_images`.
+        options: ``orientation`` and ``max_pixels``, see :func:`~detector.data.images.read_image_with_remarks`.
     """
 
-    min_score: float | Sequence[float] = 0.5
-    pictures: bool = True
-    batch_size: int = 8
-    workers: int = 2
-    orientation: Orientation = "upright"
-    max_pixels: int | None = None
-    category_ids: Sequence[int | None] | None = None
+    def __init__(self, files: Sequence[ImageFile], **options: Any) -> None:
+        self.files, self.options = files, options
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, list[str] | str]:
+        file = self.files[index]
+        try:
+            return index, *read_image_with_remarks(file.path, size=file.size, **self.options)
+        except DataError as error:
+            return index, None, str(error)
 
 
 @dataclass
 class Predicted:
     """The detections in images."""
 
-    images: list[dict[str, Any]] = field(default_factory=list)  # each image with its detections
+    images: list[dict[str, Any]] = field(default_factory=list)  # each image with its detections and remarks
     results: list[Result] = field(default_factory=list)  # all detections in COCO's results format
     broken: list[dict[str, str]] = field(default_factory=list)  # file_name, path and error of each unreadable image
-    remarks: dict[str, list[Path]] = field(default_factory=dict)  # the images with each remark on how they were read
     stopped: bool = False  # by Ctrl-C
 
 
-def find_images(given: Sequence[str | Path], annotations: Annotations | None = None) -> FoundImages:
+def find_images(
+    given: Sequence[str | Path], annotations: Annotations | None = None
+) -> tuple[list[ImageFile], Counter[str]]:
     """Find the image files of paths, folders (with their subfolders) and patterns, each once.
 
     Args:
         given: "photo.jpg", "folder", "folder/*.png", "folder/**/*.png".
         annotations: source of the ids and sizes, by file name. Without it ids count from 1.
 
+    Returns:
+        The images, and the number of files beside them in image formats that are not read, by suffix.
+
     Raises:
         DataError: a path does not exist, a folder has no image, or an image is not in the annotations.
     """
     names: dict[Path, tuple[Path, str]] = {}  # path and name by the resolved path
-    skipped: dict[Path, None] = {}
+    skipped: set[Path] = set()
     for one in map(str, given):
         path = Path(one)
         if path.is_dir() and one:  # "", a shell's empty variable, would be the current folder
             images, others = _images_in(path)
-            skipped |= dict.fromkeys(others)
+            skipped.update(others)
         else:
             matches = [path] if path.is_file() else sorted(map(Path, glob(one, recursive=True)))
             images = [(match, match.name) for match in matches if match.is_file()]
@@ -111,9 +106,8 @@ def find_images(given: Sequence[str | Path], annotations: Annotations | None = N
                 raise DataError(f"{one}: no such image, folder or pattern of files")
         for image, name in images:
             names.setdefault(image.resolve(), (image, name))
-    if annotations is not None:
-        return FoundImages(_annotated(names.values(), annotations), list(skipped))
-    return FoundImages([ImageFile(path, name, i) for i, (path, name) in enumerate(names.values(), 1)], list(skipped))
+    files = [ImageFile(path, name, i) for i, (path, name) in enumerate(names.values(), start=1)]
+    return files if annotations is None else _annotated(files, annotations), _suffixes(skipped)
 
 
 def _images_in(folder: Path) -> tuple[list[tuple[Path, str]], list[Path]]:
@@ -125,41 +119,48 @@ def _images_in(folder: Path) -> tuple[list[tuple[Path, str]], list[Path]]:
     images = [(path, name.as_posix()) for path, name in files if path.suffix.lower() in suffixes]
     others = [path.resolve() for path, _ in files if path.suffix.lower() in {*UNREAD.split()} - suffixes]
     if not images:
-        but = f", but {count_by_suffix(others)}: convert them to JPEG, PNG or TIFF" if others else ""
+        but = f", but {listed_suffixes(_suffixes(others))}: convert them to JPEG, PNG or TIFF" if others else ""
         raise DataError(f"{folder}: the folder has no image (.jpg, .png and others that Pillow reads){but}")
     return images, others
 
 
-def _annotated(images: Iterable[tuple[Path, str]], annotations: Annotations) -> list[ImageFile]:
-    known = {name: index for index, name in enumerate(annotations.file_names())}
-    files: dict[str, ImageFile] = {}
-    for path, name in images:
-        if name not in known:
-            alike = [other for other in known if alike_file(other) == alike_file(name)]
+def _annotated(files: Sequence[ImageFile], annotations: Annotations) -> list[ImageFile]:
+    """Return the files with their annotated ids and sizes."""
+    places = {name: place for place, name in enumerate(annotations.file_names())}
+    found: dict[str, ImageFile] = {}
+    for file in files:
+        if file.name not in places:
+            alike = [other for other in places if alike_file(other) == alike_file(file.name)]
             hint = f"; they have {alike[0]!r}" if alike else ""
-            raise DataError(
-                f"{path}: the annotations have no image {name!r}{hint}. A file is matched by its name, a file in a "
-                "folder by its path from there. Without annotations images are numbered"
-            )
-        if name in files:
-            raise DataError(f"{path} and {files[name].path} are both {name!r} of the annotations; give one of them")
-        width, height = annotations.sizes[known[name]].tolist()
-        files[name] = ImageFile(path, name, int(annotations.image_ids[known[name]]), (width, height))
-    return list(files.values())
+            how = "A file is matched by its name, a file in a folder by its path from there"
+            raise DataError(f"{file.path}: the annotations have no image {file.name!r}{hint}. {how}")
+        if file.name in found:
+            both = f"{file.path} and {found[file.name].path}"
+            raise DataError(f"{both} are both {file.name!r} of the annotations; give one of them")
+        place = places[file.name]
+        width, height = annotations.sizes[place].tolist()
+        found[file.name] = replace(file, id=int(annotations.image_ids[place]), size=(width, height))
+    return list(found.values())
 
 
-def count_by_suffix(paths: Iterable[Path]) -> str:
-    """Count files by suffix, most frequent first: "3 .heic, 1 .psd"."""
-    counts = Counter(path.suffix.lower() for path in paths).most_common()
-    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
+def _suffixes(paths: Iterable[Path]) -> Counter[str]:
+    return Counter(path.suffix.lower() for path in paths)
+
+
+def listed_suffixes(counts: Counter[str]) -> str:
+    """List suffixes, most frequent first: "3 .heic, 1 .psd"."""
+    return ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common())
 
 
 def predict_files(
     detector: Detector,
-    files: Sequence[ImageFile],
+    images: ImageFiles,
     folder: Path,
-    options: PredictOptions,
     *,
+    min_score: float | Sequence[float] = 0.5,
+    pictures: bool = True,
+    batch_size: int = 8,
+    workers: int = 2,
     head: Mapping[str, Any] | None = None,
 ) -> Predicted:
     """Detect objects in image files, and write the detections. A broken image is reported and skipped.
@@ -169,46 +170,49 @@ def predict_files(
     pictures that an earlier ``predictions.json`` there names are deleted.
 
     Args:
-        detector: runs on the device that it is on.
-        files: see :func:`find_images`.
+        detector: runs on the device that it is on. Labels without a category id are left out, if any has one.
+        images: the files.
         folder: created if it does not exist.
-        options: how images are read, and what is written.
+        min_score: minimum score of detections in pictures and ``predictions.json``; one for all labels, or for each.
+        pictures: whether pictures are written.
+        batch_size: maximum number of images per batch. A batch holds images of one size, so nothing is padded.
+        workers: number of processes that read images.
         head: further entries of ``predictions.json``.
 
     Raises:
         DataError: a picture would replace an input image, or an input image is a picture of the earlier run.
         OSError: a file cannot be written.
     """
-    labels = range(1, len(detector.category_names) + 1)
-    own = detector.category_ids if any(i is not None for i in detector.category_ids) else labels
-    ids = own if options.category_ids is None else options.category_ids
-    one_score = isinstance(options.min_score, float | int)
-    scores = torch.tensor(options.min_score, dtype=torch.float64).expand(len(labels)).tolist()
-    categories = [
-        {"id": i, "name": name} | ({} if one_score else {"min_score": score})
-        for i, name, score in zip(ids, detector.category_names, scores, strict=True)
-        if i is not None
-    ]
-    pictures = [f"{PICTURES}/{name}" for name in _picture_names(files)] if options.pictures else []
-    _prepare(folder, files, pictures)
-    done = Predicted()
+    labels, files = range(1, len(detector.category_names) + 1), images.files
+    ids = detector.category_ids if any(i is not None for i in detector.category_ids) else labels
+    scores = torch.tensor(min_score, dtype=torch.float64).expand(len(labels)).tolist()
+    rows = zip(ids, detector.category_names, scores, strict=True)
+    categories = [{"id": i, "name": name, "min_score": score} for i, name, score in rows if i is not None]
+    names = _prepare(folder, files, pictures)
+    loader, done = make_loader(images, None, workers=workers), Predicted()
+
+    def readable() -> Iterator[tuple[int, Tensor, list[str]]]:
+        for number, pixels, remarks in tqdm(loader, desc="detecting", unit="image", leave=False, disable=None):
+            if pixels is not None:
+                yield number, pixels, remarks
+            else:
+                file = files[number]
+                done.broken.append({"file_name": file.name, "path": str(file.path), "error": remarks})
+                tqdm.write(f"skipped: {remarks}", file=sys.stderr)
+
     try:
-        for file, read, found in _detect(detector, files, options):
-            if read.error is not None:
-                done.broken.append({"file_name": file.name, "path": str(file.path), "error": read.error})
-                tqdm.write(f"skipped: {read.error}", file=sys.stderr)
-                continue
-            shown = detector.named(read.pixels, found, scores)
-            detections = [{"category_id": ids[one.pop("label") - 1]} | one for one in shown]
-            image = {"id": file.id, "file_name": file.name, "path": str(file.path), "width": read.pixels.shape[2]}
-            image |= {"height": read.pixels.shape[1], "remarks": read.remarks, "detections": detections}
-            if pictures:
-                image["picture"] = pictures[read.number]
-                _write_picture(folder / pictures[read.number], shown.draw())
-            done.results += to_results([found], [file.id], ids)
-            done.images.append(image)
-            for remark in read.remarks:
-                done.remarks.setdefault(remark, []).append(file.path)
+        for batch in batches_of_one_size(readable(), itemgetter(1), batch_size, BATCH_PIXELS):
+            found = detector.detect_batch([pixels for _, pixels, _ in batch])
+            for (number, pixels, remarks), one in zip(batch, found, strict=True):
+                file, shown = files[number], detector.named(pixels, one, scores)
+                image = {"id": file.id, "file_name": file.name, "path": str(file.path)}
+                image |= {"width": pixels.shape[2], "height": pixels.shape[1], "remarks": remarks}
+                image["detections"] = [{"category_id": ids[row.pop("label") - 1]} | row for row in shown]
+                if pictures:
+                    image["picture"] = names[number]
+                    _write_picture(folder / names[number], shown.draw())
+                done.results += to_results([one], [file.id], ids)
+                done.images.append(image)
     except KeyboardInterrupt:
         done.stopped = True
     finally:
@@ -218,57 +222,22 @@ def predict_files(
     return done
 
 
-class _Read(NamedTuple):
-    """An image file that was read. ``pixels`` has no element if it is broken."""
+def _prepare(folder: Path, files: Sequence[ImageFile], pictures: bool) -> list[str]:
+    """Delete the files of an earlier run in a folder, and return the names of the new pictures.
 
-    number: int
-    pixels: Tensor
-    remarks: list[str]
-    error: str | None = None
-
-
-class _Files(Dataset[_Read]):
-    def __init__(self, files: Sequence[ImageFile], options: PredictOptions) -> None:
-        self.files = files
-        self.how: dict[str, Any] = {"orientation": options.orientation, "max_pixels": options.max_pixels}
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> _Read:
-        file = self.files[index]
-        try:
-            return _Read(index, *read_image_with_remarks(file.path, size=file.size, **self.how))
-        except DataError as error:
-            return _Read(index, torch.zeros(3, 0, 0, dtype=torch.uint8), [], str(error))
-
-
-def _detect(
-    detector: Detector, files: Sequence[ImageFile], options: PredictOptions
-) -> Iterator[tuple[ImageFile, _Read, DetectionDict]]:
-    """Yield each file as it was read, with its detections, under a progress bar."""
-    loader = make_loader(_Files(files, options), None, workers=options.workers)
-    with tqdm(total=len(files), desc="detecting", unit="image", leave=False, disable=None) as bar:
-        for batch in batches_of_one_size(loader, lambda read: read.pixels, options.batch_size, BATCH_PIXELS):
-            broken = batch[0].error is not None  # broken images share a size, 0 x 0, that no other image has
-            found = [{}] * len(batch) if broken else detector.detect_batch([read.pixels for read in batch])
-            for read, one in zip(batch, found, strict=True):
-                yield files[read.number], read, one
-                bar.update()
-
-
-def _prepare(folder: Path, files: Sequence[ImageFile], pictures: Sequence[str]) -> None:
-    """Delete the files of an earlier run in a folder, unless they, or new pictures, are input images."""
-    earlier, inputs = _earlier_pictures(folder), {file.path.resolve() for file in files}
-    for picture in (*earlier, *pictures):
-        if (folder / picture).resolve() in inputs:
-            what = (
-                "an earlier picture, which would be deleted" if picture in earlier else "its picture would replace it"
-            )
-            raise DataError(f"{folder / picture}: is an input image, and {what}: write to another folder")
+    Raises:
+        DataError: an input image is a picture of the earlier run, or a new one would replace it.
+    """
+    names, earlier = _picture_names(files) if pictures else [], _earlier_pictures(folder)
+    inputs = {file.path.resolve() for file in files}
+    for name in (*earlier, *names):
+        if (folder / name).resolve() in inputs:
+            what = "an earlier picture, which would be deleted" if name in earlier else "its picture would replace it"
+            raise DataError(f"{folder / name}: is an input image, and {what}: write to another folder")
     (folder / PICTURES if pictures else folder).mkdir(parents=True, exist_ok=True)
     for name in (*earlier, NUMBERS, RESULTS):
         (folder / name).unlink(missing_ok=True)
+    return names
 
 
 def _earlier_pictures(folder: Path) -> list[str]:
@@ -278,9 +247,8 @@ def _earlier_pictures(folder: Path) -> list[str]:
     """
     home = folder.resolve() / PICTURES
     try:
-        images = read_json(folder / NUMBERS)["images"]
-        named = sorted({image["picture"] for image in images if image.get("picture", "").endswith(".jpg")})
-        paths = {name: folder / name for name in named}
+        named = {image.get("picture", "") for image in read_json(folder / NUMBERS)["images"]}
+        paths = {name: folder / name for name in sorted(named) if name.endswith(".jpg")}
         files = {name: path for name, path in paths.items() if path.is_file() and not path.is_symlink()}
         return [name for name, path in files.items() if path.resolve().is_relative_to(home)]
     except (DataError, LookupError, TypeError, AttributeError, ValueError, OSError):  # missing, foreign or damaged
@@ -297,7 +265,7 @@ def _picture_names(files: Sequence[ImageFile]) -> list[str]:
         while name.lower() in used:
             name, number = f"{base}-{number}.jpg", number + 1
         used.add(name.lower())
-        names.append(name)
+        names.append(f"{PICTURES}/{name}")
     return names
 
 

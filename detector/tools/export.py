@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
@@ -63,17 +63,15 @@ def export(
     if format == "onnx" and suffix not in ("", ".onnx"):
         hint = "name the file NAME.onnx, or write a folder with {format} pretrained"
         raise UsageError(f"no {suffix} file can be written", setting="output", value=str(output), hints=[hint])
-    if format == "pretrained" and suffix == ".onnx":
-        raise UsageError("pretrained writes a folder", setting="output", value=str(output), hints=["use {format} onnx"])
-    if format == "pretrained" and (batch_size > 1 or speed):
-        raise UsageError("batch_size and speed need onnx", setting="format", value=format)
+    if format == "pretrained" and (suffix == ".onnx" or batch_size > 1 or speed):
+        what = "writes a folder, which is no .onnx file and has no batch_size and speed"
+        raise UsageError(what, setting="format", value=format, hints=["use {format} onnx"])
     detector, called = load_source(checkpoint, model, weights, crop)
     home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")
+    target = home / ("pretrained" if format == "pretrained" else "detector.onnx") if output is None else Path(output)
     if format == "pretrained":
-        target = home / "pretrained" if output is None else Path(output)
         _save(detector, target, home)
     else:
-        target = home / "detector.onnx" if output is None else Path(output)
         _export_onnx(detector, target, batch_size, speed)
     return target
 
@@ -90,16 +88,14 @@ def _save(detector: "Detector", folder: Path, home: Path) -> None:
         replaced = False
     if not replaced:
         raise DataError("holds other files; give another folder", setting="output", value=str(folder))
-    report = newest_report(home, detector.digest())
-    generated = is_generated(folder / CARD)
+    report, generated = newest_report(home, detector.digest()), is_generated(folder / CARD)
     detector.save(folder, report=None if report is None else report.to_dict())
-    print(f"{folder}/: {WEIGHTS}, {CONFIG} and {CARD}, the model card")
+    card = "the model card, without scores: tools/eval.py has not scored these weights in this run folder"
     if not generated:
-        print(f"{CARD} was edited, and stays as it is.")
-    elif report is None:
-        print("The card has no scores: tools/eval.py has not scored these weights in this run folder.")
-    else:
-        print(f"The card has the scores of {report.about['time']}.")
+        card = "which was edited, and stays as it is"
+    elif report is not None:
+        card = f"the model card, with the scores of {report.about['time']}"
+    print(f"{folder}/: {WEIGHTS}, {CONFIG} and {CARD}, {card}")
 
 
 def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) -> None:
@@ -108,19 +104,13 @@ def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) 
     if file.is_dir():
         raise DataError("is a folder; name a file in it", setting="output", value=str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
-    done = detector.export(file, batch_size=batch_size)
-    same = "onnxruntime's detections equal PyTorch's" if done.compared else "not compared: onnxruntime is not installed"
-    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {same}")
-    if done.left_out:
-        print(done.left_out)
+    notes = detector.export(file, batch_size=batch_size)
+    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {'; '.join(notes)}")
     if speed:
-        network: Any = detector.model
-        times = compare_speed(network, file, speed)
-        pytorch, onnxruntime, size = 1000 * times.pytorch, 1000 * times.onnxruntime, " x ".join(map(str, times.size))
-        what = (
-            f"{batch_size} x {size} pixels, {speed} calls: PyTorch {pytorch:.1f} ms, onnxruntime {onnxruntime:.1f} ms"
-        )
-        print(f"{what}, {onnxruntime / pytorch:.2f} times")
+        side, pytorch, onnxruntime = compare_speed(detector.model, file, speed)
+        what = f"{batch_size} x {side} x {side} pixels, {speed} calls: "
+        print(f"{what}PyTorch {1000 * pytorch:.1f} ms, onnxruntime {1000 * onnxruntime:.1f} ms, ", end="")
+        print(f"{onnxruntime / pytorch:.2f} times")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

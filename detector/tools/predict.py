@@ -1,7 +1,6 @@
 """tools/predict.py: detect objects in image files."""
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +14,7 @@ from detector.tools.cli import run_tool
 if TYPE_CHECKING:
     from detector.data.annotations import Annotations
     from detector.pretrained import Detector
-    from detector.pretrained.predict_files import FoundImages, Predicted
+    from detector.pretrained.predict_files import Predicted
 
 
 def predict(
@@ -83,30 +82,44 @@ def predict(
         130: interrupted. The detections so far are written.
     """
     from detector.data.annotations import read_annotations
-    from detector.pretrained.predict_files import PredictOptions, find_images, predict_files
+    from detector.pretrained.predict_files import ImageFiles, find_images, listed_suffixes, predict_files
     from detector.run_folders import unused_folder
+    from detector.text import clean
     from detector.tools.source import load_source, pick_device, switch_refinement
 
     known = None if annotations is None else read_annotations(annotations, labelled=False)
-    found = find_images(images, known)
+    files, skipped = find_images(images, known)
     detector, called = load_source(checkpoint, model, weights, crop)
     switch_refinement(detector, refine)
-    options = PredictOptions(
-        min_score=_best_scores(detector, called) if min_score == "auto" else min_score,
+    least = _best_scores(detector, called) if min_score == "auto" else min_score
+    if known is not None:
+        _take_category_ids(detector, known)
+    detector.to(pick_device(device))
+    folder = unused_folder(Path("runs", "predict")) if output is None else Path(output)
+    done = predict_files(
+        detector,
+        ImageFiles(files, orientation=orientation, max_pixels=max_pixels),
+        folder,
+        min_score=least,
         pictures=pictures,
         batch_size=batch_size,
         workers=workers,
-        orientation=orientation,
-        max_pixels=max_pixels,
-        category_ids=None if known is None else _annotated_ids(detector, known),
+        head={"model": called, "crop": detector.crop, "left_out": skipped},
     )
-    detector.to(pick_device(device))
-    folder = unused_folder(Path("runs", "predict")) if output is None else Path(output)
-    skipped = Counter(path.suffix.lower() for path in found.skipped)
-    head = {"model": called, "crop": detector.crop, "left_out": skipped}
-    done = predict_files(detector, found.files, folder, options, head=head)
-    files = f"{'pictures/, ' if pictures else ''}predictions.json and detections.json"
-    _print_summary(done, found, f"{files} are in {folder}/")
+    count = sum(len(image["detections"]) for image in done.images)
+    of = f" of {len(files):,}" if len(done.images) < len(files) else ""
+    written = f"{'pictures/, ' if pictures else ''}predictions.json and detections.json are in {folder}/"
+    print(f"{count:,} objects in {len(done.images):,}{of} images; {written}")
+    for remark in dict.fromkeys(remark for image in done.images for remark in image["remarks"]):
+        first, *others = (image["path"] for image in done.images if remark in image["remarks"])
+        name = clean(first) + (" and others" if others else "")
+        print(f"{len(others) + 1:,} of the images ({name}): {remark}", file=sys.stderr)
+    if skipped:
+        print(f"left out: {listed_suffixes(skipped)} (convert them to JPEG, PNG or TIFF)", file=sys.stderr)
+    if done.broken:
+        print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
+    if done.stopped:
+        print("interrupted", file=sys.stderr)
     return done
 
 
@@ -124,21 +137,20 @@ def _best_scores(detector: "Detector", called: str) -> list[float]:
         places = " or ".join(f"{folder}/" for folder in folders)
         raise ModelError(f"no report.json in {places} is on these weights; run tools/eval.py, or give a score", **auto)
     report = max(reports, key=lambda report: str(report.about.get("time", "")))
-    which, points = f"the report of {clean(str(report.about.get('time', '')))}", report.operating_points
+    about = " on ".join(clean(str(report.about[name])) for name in ("time", "data") if name in report.about)
+    points = report.operating_points
     if not points.get("mean"):
-        raise ModelError(f"{which} has no best score; give one", **auto)
-    rows, overall = points["by_class"], points["mean"]["score"]
-    ids = match_ids(detector, [(row["id"], row["name"]) for row in rows])
-    by_id = {row["id"]: row["score"] for row in rows if row["score"] is not None}
-    scores = [by_id.get(category, overall) for category in ids]
-    span = f"{min(scores):.3f}" if len(set(scores)) == 1 else f"{min(scores):.3f} to {max(scores):.3f}, by class"
-    data = f", on {clean(str(report.about['data']))}" if "data" in report.about else ""
-    print(f"minimum score {span}: the highest F1 in {which}{data}")
+        raise ModelError(f"the report of {about} has no best score; give one", **auto)
+    ids = match_ids(detector, [(row["id"], row["name"]) for row in points["by_class"]])
+    by_id = {row["id"]: row["score"] for row in points["by_class"] if row["score"] is not None}
+    scores = [by_id.get(category, points["mean"]["score"]) for category in ids]
+    span = " to ".join(dict.fromkeys((f"{min(scores):.3f}", f"{max(scores):.3f}")))
+    print(f"minimum score {span}: the highest F1 of each class in the report of {about}")
     return scores
 
 
-def _annotated_ids(detector: "Detector", annotations: "Annotations") -> "Sequence[int | None] | None":
-    """Return the annotations' ids of the detector's classes, by name, so that its results can be scored with them."""
+def _take_category_ids(detector: "Detector", annotations: "Annotations") -> None:
+    """Give the detector's classes their ids in the annotations, by name, so that its results can be scored."""
     from detector.data.categories import match_ids, mixed_up, quoted
 
     theirs = [(category["id"], category["name"]) for category in annotations.categories]
@@ -146,33 +158,13 @@ def _annotated_ids(detector: "Detector", annotations: "Annotations") -> "Sequenc
         ids = match_ids(detector, theirs)
     except (DataError, ModelError) as error:
         print(f"Note: {error}. The category ids of the results are the detector's own.", file=sys.stderr)
-        return None
+        return
     classes = zip(detector.category_ids, detector.category_names, ids, strict=True)
     if missing := [name for own, name, found in classes if own is not None and found is None]:
         why = mixed_up(missing, [name for _, name in theirs])
-        hint = f" ({why})" if why else ""
-        what = f"the annotations have no {quoted(missing)}{hint}; detections.json leaves them out"
-        print(f"Note: {what}.", file=sys.stderr)
-    return ids
-
-
-def _print_summary(done: "Predicted", found: "FoundImages", written: str) -> None:
-    from detector.pretrained.predict_files import count_by_suffix
-    from detector.text import clean
-
-    count = sum(len(image["detections"]) for image in done.images)
-    of = f" of {len(found.files):,}" if len(done.images) < len(found.files) else ""
-    print(f"{count:,} objects in {len(done.images):,}{of} images; {written}")
-    for remark, paths in done.remarks.items():
-        name = clean(str(paths[0])) + (" and others" if len(paths) > 1 else "")
-        print(f"{len(paths):,} of the images ({name}): {remark}", file=sys.stderr)
-    if found.skipped:
-        skipped = count_by_suffix(found.skipped)
-        print(f"left out: {skipped} (not read here; convert them to JPEG, PNG or TIFF)", file=sys.stderr)
-    if done.broken:
-        print(f"{len(done.broken):,} images could not be read, see above", file=sys.stderr)
-    if done.stopped:
-        print("interrupted", file=sys.stderr)
+        what = f"the annotations have no {quoted(missing)}{f' ({why})' if why else ''}"
+        print(f"Note: {what}; detections.json leaves them out.", file=sys.stderr)
+    detector.category_ids = list(ids)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

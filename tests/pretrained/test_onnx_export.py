@@ -47,7 +47,7 @@ class Exported:
         before = dict(model.roi_heads.__dict__), dict(model.named_modules()), type(model.transform)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            self.done = export_onnx(model, path, **settings)
+            self.notes = export_onnx(model, path, **settings)
         assert (dict(model.roi_heads.__dict__), dict(model.named_modules()), type(model.transform)) == before
         assert not any(module.training for module in model.modules())
         assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -315,9 +315,9 @@ def test_axes(shared):
 
 
 def test_speed(shared):
-    times = compare_speed(shared("box").model, shared("box").path, 2)
-    assert times.size == (64, 64)
-    assert min(times.pytorch, times.onnxruntime) > 0
+    side, *seconds = compare_speed(shared("box").model, shared("box").path, 2)
+    assert side == 64
+    assert min(seconds) > 0
 
 
 # ---- refinements
@@ -332,7 +332,7 @@ def test_the_refinement_is_in_the_graph(export):
     options = {"iou_power": 2.0, "score_threshold": threshold, "boxes_per_image": 7}
     refined(model, ascent_steps=5, **options)
     run = export(model)
-    assert run.done.left_out
+    assert "ascent" in run.notes[1]
     assert model.roi_heads.refinement.config.ascent_steps == 5
     refined(model, **options)
     for size in (*SIZES[:4], (52, 60)):
@@ -355,7 +355,7 @@ def test_the_refinement_is_in_the_graph(export):
 def test_refinement_iterations_of_more_models(export, kind, swapped, fpn, batch, iterations):
     model = refined(tiny(kind, fpn=fpn, swapped=swapped), iterations=iterations)
     run = export(model, batch_size=batch)
-    assert run.done.left_out is None
+    assert len(run.notes) == 1
     for size in SIZES:
         if swapped or min(size) >= 32:
             images = noise(*size, batch=batch)
@@ -376,7 +376,7 @@ def test_a_refinement_that_is_switched_off_is_not_in_the_graph(export):
     model = refined(tiny(fpn=False), ascent_steps=5)
     model.roi_heads.refinement.enabled = False
     run = export(model)
-    assert run.done.left_out is None
+    assert len(run.notes) == 1
     assert_detects_alike(run, tiny(fpn=False), noise(48, 40))
     constants = {one.name for one in onnx.load(run.path).graph.initializer}
     assert constants & {"score_threshold", "refinement_threshold"} == {"score_threshold"}
@@ -460,7 +460,6 @@ def test_every_image_is_compared_by_several_detections():
     model = Trained()
     found, thresholds = _detect(model, torch.zeros(2, 3, 4, 4))
     assert all(len(image["scores"]) >= 10 for image in found)
-    assert model.roi_heads.score_thresh == 0.5
     assert 0 < thresholds["score_threshold"] < 0.05
 
 
@@ -469,7 +468,7 @@ def test_every_image_is_compared_by_several_detections():
 
 def test_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not export_onnx(tiny(fpn=False), tmp_path / "model.onnx").compared  # without onnxruntime
+    assert "not compared" in export_onnx(tiny(fpn=False), tmp_path / "model.onnx")[0]
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ExportError, match="package onnx"):
         export_onnx(tiny(), tmp_path / "other.onnx")
@@ -493,13 +492,12 @@ def adaptive(kind, name=None):
         (lambda: nn.Linear(2, 2).eval(), {}, ExportError, "Linear"),
         (lambda: retinanet_resnet50_fpn(weights=None, weights_backbone=None).eval(), {}, ExportError, "RetinaNet"),
         (lambda: tiny().train(), {}, ExportError, "eval"),
-        (lambda: tiny().double(), {}, ExportError, "float64"),
+        (lambda: tiny().double(), {}, ExportError, "float32"),
         (lambda: adaptive("box"), {}, ExportError, "box.*sampling_ratio"),
         (lambda: adaptive("keypoint"), {}, ExportError, "keypoint.*sampling_ratio"),
         (lambda: adaptive("box", "refinement"), {}, ExportError, "refinement.*sampling_ratio"),
-        (tiny, {"batch_size": 0}, ValueError, "batch_size"),
-        (tiny, {"opset": 15}, ValueError, "opset"),
-        (tiny, {"classes": [("one", 1)]}, ValueError, "classes"),
+        (tiny, {"batch_size": 0}, ExportError, "FasterRCNN"),
+        (tiny, {"opset": 15}, ExportError, "opset"),
     ],
 )
 def test_refusals(tmp_path, model, settings, error, named):

@@ -30,7 +30,7 @@ from detector.evaluation.truth import coco_of
 from detector.pretrained import predict_files as predict_module
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import load_checkpoint
-from detector.pretrained.predict_files import PredictOptions, find_images, predict_files
+from detector.pretrained.predict_files import ImageFiles, find_images, predict_files
 from detector.tools import source
 from detector.tools.predict import main, predict
 
@@ -115,7 +115,7 @@ def names_of(found):
 
 
 def found_names(given):
-    return [file.name for file in find_images(given).files]
+    return [file.name for file in find_images(given)[0]]
 
 
 def pictures_of(folder="out"):
@@ -129,9 +129,9 @@ def pictures_of(folder="out"):
 def test_images_of_files_folders_and_patterns(photos, home):
     everything = ["a.png", "b.PNG", "c.bmp", "sub/a.png", "sub/x/e.gif", "z.tif"]
     assert found_names([photos]) == everything
-    assert [file.id for file in find_images([str(photos)]).files] == [1, 2, 3, 4, 5, 6]
+    assert [file.id for file in find_images([str(photos)])[0]] == [1, 2, 3, 4, 5, 6]
     assert found_names([photos / "c.bmp", photos]) == ["c.bmp", *(name for name in everything if name != "c.bmp")]
-    assert [file.path for file in find_images([f"{photos}/**/a.png"]).files] == [photos / "a.png", photos / "sub/a.png"]
+    assert [file.path for file in find_images([f"{photos}/**/a.png"])[0]] == [photos / "a.png", photos / "sub/a.png"]
     assert found_names([photos / "notes.txt"]) == ["notes.txt"]  # an explicit path
     assert found_names([photos / "._a.png"]) == ["._a.png"]
     (photos / "[1].png").write_bytes((photos / "a.png").read_bytes())
@@ -149,16 +149,16 @@ def test_formats_that_pillow_reads_are_found_and_others_are_skipped(home, monkey
     for name in (*others, "._g.heic", ".hidden/h.heic", "notes.txt", "k.pdf", "l"):
         (home / "in" / name).parent.mkdir(exist_ok=True)
         (home / "in" / name).write_bytes(b"")
-    found = find_images(["in", "in", home / "in" / "sub" / ".." / "a.png"])
-    assert {file.name for file in found.files} == {f"a{suffix}" for suffix in (*formats, ".png", ".pgm", ".jfif")}
-    assert sorted(found.skipped) == sorted(home / "in" / name for name in others)
+    files, skipped = find_images(["in", "in", home / "in" / "sub" / ".." / "a.png"])
+    assert {file.name for file in files} == {f"a{suffix}" for suffix in (*formats, ".png", ".pgm", ".jfif")}
+    assert skipped == {".heic": 2, ".dng": 1, ".psd": 1, ".svg": 1}
     # Pillow may be built without AVIF.
     known = {suffix: name for suffix, name in Image.registered_extensions().items() if name != "AVIF"}
     monkeypatch.setattr(Image, "registered_extensions", lambda: known)
     (home / "in" / "a.avif").write_bytes(b"")
-    found = find_images(["in"])
-    assert "a.avif" not in [file.name for file in found.files]
-    assert home / "in" / "a.avif" in found.skipped
+    files, skipped = find_images(["in"])
+    assert "a.avif" not in [file.name for file in files]
+    assert skipped[".avif"] == 1
 
 
 def test_skipped_formats_are_counted_and_no_failure(home, run, capsys):
@@ -200,7 +200,7 @@ def test_pictures_names_and_results(photos, checkpoint, run, capsys):
     assert pictures_of() == ["a.jpg", "b.jpg", "c.jpg", "sub/a.jpg", "sub/x/e.jpg", "z.jpg"]
     head = {name: found[name] for name in ("broken", "model", "crop", "min_score")}
     assert head == {"broken": [], "model": checkpoint, "crop": "affine", "min_score": 0.6}
-    assert found["categories"] == [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
+    assert found["categories"] == [{"id": i, "name": name, "min_score": 0.6} for i, name in zip(IDS, NAMES)]
     sizes = [(image["id"], image["width"], image["height"]) for image in found["images"]]
     assert sizes == [(1, 64, 48), (2, 64, 48), (3, 64, 48), (4, 48, 64), (5, 48, 64), (6, 64, 48)]
     assert [Path(image["path"]) for image in found["images"]] == [photos / name for name in names_of(found)]
@@ -281,14 +281,14 @@ def test_without_pictures(photos, run, capsys):
 
 
 def test_labels_without_categories_stand_for_themselves(photos, checkpoint):
-    detector, files = load_checkpoint(checkpoint), find_images([photos / "a.png"]).files
+    detector, files = load_checkpoint(checkpoint), ImageFiles(find_images([photos / "a.png"])[0])
     labels = detector.detect(photos / "a.png", min_score=0).labels.tolist()
     detector.category_ids = [None] * 3
-    done = predict_files(detector, files, Path("out"), PredictOptions(workers=0))
+    done = predict_files(detector, files, Path("out"), workers=0)
     assert [one["category_id"] for one in done.results] == labels
     assert [one["id"] for one in read()[0]["categories"]] == [1, 2, 3]
     detector.category_ids = [None, 5, None]  # gaps, as in COCO's ids: such labels are no results
-    done = predict_files(detector, files, Path("out"), PredictOptions(workers=0))
+    done = predict_files(detector, files, Path("out"), workers=0)
     assert {one["category_id"] for one in done.results} == {5}
     assert [one["id"] for one in read()[0]["categories"]] == [5]
 
@@ -319,17 +319,13 @@ def test_remarks_on_images_are_printed_and_written(home, run, capsys, workers):
     Image.fromarray(grey.astype("float32") / 255).save(home / "in" / "d\x1b[31m.tif")
     write_image(home / "in" / "e.gif", save_all=True, append_images=[Image.new("RGB", (64, 48))])
     Image.fromarray(grey).save(home / "in" / "f.png")
-    done = run("in", workers=workers)
-    assert [[path.name for path in paths] for paths in done.remarks.values()] == [
-        ["b.tif", "c.png"],
-        ["d\x1b[31m.tif"],
-        ["e.gif"],
-    ]
-    lines = capsys.readouterr().err.splitlines()
-    assert [remark in line for remark, line in zip(done.remarks, lines, strict=True)] == [True] * 3
-    assert ["\x1b" in line for line in lines] == [False] * 3
+    run("in", workers=workers)
     images = read()[0]["images"]
     assert [len(image["remarks"]) for image in images] == [1, 1, 1, 1, 0]
+    assert images[0]["remarks"] == images[1]["remarks"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [images[i]["remarks"][0] in line for i, line in zip((0, 2, 3), lines, strict=True)] == [True] * 3
+    assert ["b.tif" in lines[0], "e.gif" in lines[2], "\x1b" in lines[1]] == [True, True, False]
     assert images[0]["detections"] == images[1]["detections"] == images[2]["detections"] == images[4]["detections"]
 
 
@@ -470,7 +466,7 @@ def test_results_have_the_category_ids_of_the_annotations(photos, home, run, cap
     assert results == [
         r | {"image_id": 581929, "category_id": new[r["category_id"]]} for r in wanted if r["category_id"] in new
     ]
-    assert found["categories"] == [{"id": 100, "name": NAMES[0]}, {"id": 99, "name": NAMES[2]}]
+    assert [(one["id"], one["name"]) for one in found["categories"]] == [(100, NAMES[0]), (99, NAMES[2])]
     path = write_annotations(home / "i.json", ONE_IMAGE, [{"id": 1, "name": "dust"}], annotations=[])
     run(photos / "a.png", annotations=path)
     assert "Note: " in capsys.readouterr().err
