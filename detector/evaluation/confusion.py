@@ -104,11 +104,7 @@ def confused_pairs(confusion: Mapping[str, Any], limit: int) -> list[tuple[str, 
         confusion: ``names`` and ``matrix``, as in a report.
         limit: maximum number of pairs.
     """
-    names = confusion["names"]
-    pairs = [
-        (names[i], names[j], count)
-        for i, row in enumerate(confusion["matrix"][:-1])
-        for j, count in enumerate(row[:-1])
-        if i != j and count
-    ]
-    return sorted(pairs, key=lambda pair: -pair[2])[:limit]
+    names, matrix = confusion["names"], np.array(confusion["matrix"])[:-1, :-1]
+    matrix = matrix * ~np.eye(len(names), dtype=bool)
+    order = np.argsort(-matrix, axis=None, kind="stable")[: min(limit, np.count_nonzero(matrix))]
+    return [(names[i], names[j], int(matrix[i, j])) for i, j in zip(*np.unravel_index(order, matrix.shape))]

@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,16 +25,8 @@ FONT = "'DejaVu Sans', sans-serif"  # as matplotlib writes it; the page's own fo
 SIZES = {"AR": "all", "ARs": "small", "ARm": "medium", "ARl": "large"}
 MEASURES = {"precision": "precision", "recall": "recall", "f1": "F1"}
 
+Plot = dict[str, Any]  # "svg", "title", and "legend": (label, colour, whether it is dashed) of each line
 Lines = Mapping[str, Sequence[float | None]]  # the values by the label of the line
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot, its heading, and its legend of (label, colour, whether it is dashed)."""
-
-    svg: Markup
-    title: str
-    legend: Sequence[tuple[str, str, bool]]
 
 
 def make_plots(report: Report) -> dict[str, Plot]:
@@ -112,4 +103,4 @@ def _plot(name: str, title: str, axes: str, x: Sequence[float], lines: Lines, *,
     svg = re.sub(r'width="[^"]*" height="[^"]*"', label, svg, count=1)
     if mark is not None:
         legend.append(("highest F1", "currentColor", True))
-    return Plot(Markup(svg), title, legend)
+    return {"svg": Markup(svg), "title": title, "legend": legend}

@@ -23,6 +23,7 @@ SIZE_RANGES = {  # COCO's, in its order
     "large": "area above 96 x 96 pixels",
 }
 OBJECT_COUNTS = ("objects", *(f"objects_{size}" for size in SIZE_RANGES))
+IOUS = [i / 100 for i in range(50, 100, 5)]  # COCO's thresholds
 CURVE_IOUS = (0.5, 0.75, 0.9)  # of the mean precision-recall curves
 
 
@@ -123,7 +124,7 @@ def make_report(
             when: {"scores": _defined(summaries(several)[0]), "by_iou": _by_iou(several[0])}
             for when, several in (("before", unrefined), ("after", scorers))
         }
-    if found.proposals is not None:
+    if found.kept_proposals:
         rows = [_defined(row) for row in recall(boxes.cocoGt, found.proposals, found.image_ids)]
         report.proposals = {"kept": found.kept_proposals, "rows": rows}
     return report
@@ -131,32 +132,28 @@ def make_report(
 
 def _by_iou(scorer: COCOeval) -> list[Section]:
     precision = scorer.eval["precision"]  # [IoU, recall, class, size, maximum number of detections]
-    return [{"iou": iou, "AP": _mean(of_iou[..., 0, -1])} for iou, of_iou in zip(_ious(scorer), precision, strict=True)]
+    return [{"iou": iou, "AP": _mean(of_iou[..., 0, -1])} for iou, of_iou in zip(IOUS, precision, strict=True)]
 
 
 def _curves(scorer: COCOeval) -> Section:
     """Return precision over recall: the mean of the classes at :data:`CURVE_IOUS`, and each class at IoU 0.50."""
-    precision, ious, names = scorer.eval["precision"][..., 0, -1], _ious(scorer), class_names(scorer)
+    precision, names = scorer.eval["precision"][..., 0, -1], class_names(scorer)
     with_objects = np.flatnonzero((precision > -1).all(axis=(0, 1)))
     mean = {
-        f"{iou:.2f}": precision[ious.index(iou)][:, with_objects].mean(axis=1).tolist()
+        f"{iou:.2f}": precision[IOUS.index(iou)][:, with_objects].mean(axis=1).tolist()
         for iou in (CURVE_IOUS if len(with_objects) else ())
     }
-    by_class = {names[k]: precision[ious.index(0.5), :, k].tolist() for k in with_objects}
+    by_class = {names[k]: precision[IOUS.index(0.5), :, k].tolist() for k in with_objects}
     return {"recall": [round(float(r), 2) for r in scorer.params.recThrs], "mean": mean, "by_class": by_class}
-
-
-def _ious(scorer: COCOeval) -> list[float]:
-    return [round(float(iou), 2) for iou in scorer.params.iouThrs]
 
 
 def _classes(scorer: COCOeval) -> Iterator[tuple[Section, Section]]:
     """Yield ``id`` and ``name`` of each class, and its scores. No keypoints are small."""
-    ious, sizes = _ious(scorer), [size[0] for size in scorer.params.areaRngLbl[1:]]
+    sizes = [size[0] for size in scorer.params.areaRngLbl[1:]]
     for k, category in enumerate(scorer.params.catIds):
         precision, recalls = scorer.eval["precision"][:, :, k, :, -1], scorer.eval["recall"][:, k, :, -1]
         scores = {"AP": _mean(precision[..., 0])}
-        scores |= {f"AP{iou}": _mean(precision[ious.index(iou / 100), :, 0]) for iou in (50, 75)}
+        scores |= {f"AP{iou}": _mean(precision[IOUS.index(iou / 100), :, 0]) for iou in (50, 75)}
         scores |= {f"AP{size}": _mean(precision[..., a]) for a, size in enumerate(sizes, 1)}
         scores |= {f"AR{size}": _mean(recalls[:, a]) for a, size in enumerate(("", *sizes))}
         yield {name: scorer.cocoGt.cats[category][name] for name in ("id", "name")}, scores
@@ -164,18 +161,12 @@ def _classes(scorer: COCOeval) -> Iterator[tuple[Section, Section]]:
 
 def _count_objects(scorer: COCOeval) -> dict[int, dict[str, int]]:
     """Count the objects of each class, in total and by size. Crowds do not count."""
-    truth, ranges = scorer.cocoGt, [(-np.inf, np.inf), *scorer.params.areaRng[1:]]
-    areas: dict[int, list[float]] = {category: [] for category in truth.cats}
-    for annotation in (one for image_id in scorer.params.imgIds for one in truth.imgToAnns[image_id]):
-        if not annotation["iscrowd"]:
-            areas[annotation["category_id"]].append(annotation["area"])
-    return {
-        category: {
-            name: sum(low <= area <= high for area in several)
-            for name, (low, high) in zip(OBJECT_COUNTS, ranges, strict=True)
-        }
-        for category, several in areas.items()
-    }
+    counts = {category: dict.fromkeys(OBJECT_COUNTS, 0) for category in scorer.cocoGt.cats}
+    ranges = dict(zip(OBJECT_COUNTS, [(-np.inf, np.inf), *scorer.params.areaRng[1:]], strict=True))
+    for one in (one for image_id in scorer.params.imgIds for one in scorer.cocoGt.imgToAnns[image_id]):
+        for name, (low, high) in ranges.items():
+            counts[one["category_id"]][name] += not one["iscrowd"] and low <= one["area"] <= high
+    return counts
 
 
 def _defined(scores: Mapping[str, float]) -> dict[str, float | None]:

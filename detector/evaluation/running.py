@@ -66,8 +66,8 @@ class Predictions:
     image_ids: list[int] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)  # the detections, in COCO's results format
     losses: Counter[str] = field(default_factory=Counter)  # by torchvision's names, summed over the images
-    proposals: list[CoveringProposal] | None = None  # if they were recorded
-    kept_proposals: int = 0  # number of proposals per image that the heads get
+    proposals: list[CoveringProposal] = field(default_factory=list)
+    kept_proposals: int = 0  # number of proposals per image that the heads get; 0 if they were not recorded
     unrefined: list[Result] | None = None  # the detections without the refinement, if they are to be compared
     broken: dict[int, str] = field(default_factory=dict)  # why an image cannot be read, by its id
     stopped: KeyboardInterrupt | DataError | None = None  # why the run ended early
@@ -78,9 +78,8 @@ class Predictions:
         self.results += other.results
         self.losses.update(other.losses)
         self.broken |= other.broken
-        if other.proposals is not None:
-            self.proposals = [*(self.proposals or []), *other.proposals]
-            self.kept_proposals = other.kept_proposals
+        self.proposals += other.proposals
+        self.kept_proposals = self.kept_proposals or other.kept_proposals
 
     def mean_losses(self) -> dict[str, float] | None:
         """Return the mean losses per image, their sum first, as "loss"; ``None`` if there are none."""

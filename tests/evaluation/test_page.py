@@ -36,14 +36,9 @@ HOSTILE = [
     "y" * 5000,
 ]
 ABOUT = {
-    "model": "fasterrcnn_resnet50_fpn",
-    "crop": "affine",
-    "refinement": "2 iterations, 5 ascent steps",
-    "data": "data/bccd",
-    "split": "val",
-    "time": "2026-02-03T04:05:06+00:00",
+    **{"model": "fasterrcnn_resnet50_fpn", "crop": "affine", "refinement": "2 iterations, 5 ascent steps"},
+    **{"data": "data/bccd", "split": "val", "time": "2026-02-03T04:05:06+00:00", "device": "cpu, 2 threads"},
     "command": "python tools/eval.py --checkpoint runs/bccd/last.ckpt \\\n  --root 'my  data' --split val",
-    "device": "cpu, 2 threads",
     "versions": {"torch": "2.15.0", "torchvision": "0.29.0"},
 }
 

@@ -51,11 +51,12 @@ def test_captions_colours_and_order_of_outcomes(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("box", [[-1e9, -1e9, 2e9, 2e9], [1e9, 5, 1e-100, 1], [5, 5, -3, -3], [470, 230, 10, 10]])
-def test_boxes_are_clipped_to_the_picture(tmp_path, monkeypatch, box):
-    outcome = BoxOutcome("missed", {"bbox": box, "category_id": 3}, None)
-    ((_, _, _, corners),) = drawn_boxes(write_split(tmp_path), monkeypatch, outcome)
-    assert all(0 <= x < SIDE and 0 <= y < SIDE / 2 for x, y in (corners[:2], corners[2:]))
+def test_boxes_are_clipped_to_the_picture(tmp_path, monkeypatch):
+    split = write_split(tmp_path)
+    for box in ([-1e9, -1e9, 2e9, 2e9], [1e9, 5, 1e-100, 1], [5, 5, -3, -3], [470, 230, 10, 10]):
+        outcome = BoxOutcome("missed", {"bbox": box, "category_id": 3}, None)
+        ((_, _, _, corners),) = drawn_boxes(split, monkeypatch, outcome)
+        assert all(0 <= x < SIDE and 0 <= y < SIDE / 2 for x, y in (corners[:2], corners[2:]))
 
 
 @pytest.mark.parametrize(("height", "width"), [(3, 3000), (3000, 3), (60, 80)])
