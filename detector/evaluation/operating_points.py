@@ -45,17 +45,10 @@ def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
         {"id": category, "name": classes[category]["name"], "objects": ranking[2], **_best(ranking)}
         for category, ranking in rankings.items()
     ]
-    curves: dict[str, list[float | None]] = {}
-    if together[2]:
-        measures = _measure(together, np.array(THRESHOLDS))
-        curves = {name: [None if np.isnan(v) else float(v) for v in row] for name, row in zip(MEASURES, measures)}
-    best = _best(together)
-    return {
-        "iou": IOU,
-        "mean": best if best["score"] is not None else None,
-        "by_class": by_class,
-        "curves": {"score": THRESHOLDS, "mean": curves},
-    }
+    measures = _measure(together, np.array(THRESHOLDS)) if together[2] else ()
+    curves = {name: [None if np.isnan(v) else float(v) for v in row] for name, row in zip(MEASURES, measures)}
+    mean, over_score = _best(together) if together[1].any() else None, {"score": THRESHOLDS, "mean": curves}
+    return {"iou": IOU, "mean": mean, "by_class": by_class, "curves": over_score}
 
 
 def _rank(matches: Sequence[Any], level: int) -> Ranking:

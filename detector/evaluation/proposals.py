@@ -1,7 +1,6 @@
 """Recall of an RPN's proposals, before the box head."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from pycocotools import mask
 from pycocotools.coco import COCO
@@ -9,28 +8,23 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from detector.data.annotations import Annotations
+from detector.data.results import Result
 from detector.evaluation.metric import match
 
 COUNTS = (100, 300, 1000)  # proposals per image at which recall is measured
 MIN_IOU = 0.5  # the lowest of COCO's thresholds
 
 
-@dataclass(frozen=True)
-class CoveringProposal:
-    """A proposal that overlaps an object enough to count. Others do not affect recall, and are not kept."""
-
-    image_id: int
-    place: int  # in the order of objectness, from 0
-    box: list[float]  # x, y, width, height in pixels of the annotated image
-
-
-def covering_proposals(truth: Annotations, image_id: int, boxes: Tensor) -> list[CoveringProposal]:
-    """Return the proposals of an image that cover an object.
+def covering_proposals(truth: Annotations, image_id: int, boxes: Tensor) -> list[Result]:
+    """Return the proposals of an image that cover an object. Others do not affect recall.
 
     Args:
         truth: the ground truth.
         image_id: the image.
         boxes: [P, 4] (x1, y1, x2, y2) in pixels of the image, in the order of their objectness.
+
+    Returns:
+        Results without a category, whose scores are 0, -1, ... in the order of objectness.
     """
     rows = truth.of(int(truth.find([image_id])[0]))
     objects = truth.boxes[rows][~truth.crowds[rows]]
@@ -38,10 +32,11 @@ def covering_proposals(truth: Annotations, image_id: int, boxes: Tensor) -> list
         return []
     proposals = box_convert(boxes[: max(COUNTS)].double().cpu(), "xyxy", "xywh").numpy()
     covers = mask.iou(proposals, objects, [0] * len(objects)).max(axis=1) >= MIN_IOU
-    return [CoveringProposal(image_id, place, proposals[place].tolist()) for place in covers.nonzero()[0].tolist()]
+    found = covers.nonzero()[0].tolist()
+    return [{"image_id": image_id, "bbox": proposals[place].tolist(), "score": -float(place)} for place in found]
 
 
-def recall(truth: COCO, proposals: Iterable[CoveringProposal], image_ids: Iterable[int]) -> list[dict[str, float]]:
+def recall(truth: COCO, proposals: Sequence[Result], image_ids: Sequence[int]) -> list[dict[str, float]]:
     """Return the average recall over IoU 0.50 to 0.95 of all classes together, by pycocotools.
 
     Returns:
@@ -51,14 +46,9 @@ def recall(truth: COCO, proposals: Iterable[CoveringProposal], image_ids: Iterab
     any_class = next(iter(truth.cats), None)
     if any_class is None:
         return []
-    proposals, image_ids = list(proposals), list(image_ids)
     rows = []
     for count in COUNTS:
-        results = [
-            {"image_id": one.image_id, "category_id": any_class, "bbox": one.box, "score": -float(one.place)}
-            for one in proposals
-            if one.place < count
-        ]
+        results = [one | {"category_id": any_class} for one in proposals if -one["score"] < count]
         scorer = match(truth, results, image_ids, by_class=False, maxDets=[count])
         recalls = scorer.eval["recall"][:, 0, :, 0].mean(axis=0).tolist()  # by size
         rows.append({"at": count, **dict(zip(("AR", "ARs", "ARm", "ARl"), recalls, strict=True))})

@@ -88,20 +88,14 @@ def make_report(
     boxes, *others = scorers
     images, scores, counts = boxes.cocoGt.imgs, _defined(summary(boxes)[0]), _count_objects(boxes)
     by_class = [row | counts[row["id"]] | more for row, more in _classes(boxes)]
-    objects = {name: sum(of_class[name] for of_class in counts.values()) for name in OBJECT_COUNTS}
+    total, *by_size = (sum(of_class[name] for of_class in counts.values()) for name in OBJECT_COUNTS)
     report = Report(
-        about={
-            **about,
-            "images": len(found.image_ids),
-            "objects": objects["objects"],
-            "detections": len(found.results),
-        },
+        about={**about, "images": len(found.image_ids), "objects": total, "detections": len(found.results)},
         scores=scores,
         by_iou=_by_iou(boxes),
         by_size=[
-            {"size": size, "range": text, "objects": objects[f"objects_{size}"]}
-            | {measure: scores[f"{measure}{size[0]}"] for measure in ("AP", "AR")}
-            for size, text in SIZE_RANGES.items()
+            {"size": size, "range": text, "objects": count, "AP": scores[f"AP{size[0]}"], "AR": scores[f"AR{size[0]}"]}
+            for (size, text), count in zip(SIZE_RANGES.items(), by_size, strict=True)
         ],
         by_class=by_class,
         losses=found.mean_losses(),

@@ -22,7 +22,7 @@ from detector.data.loading import make_loader
 from detector.data.results import Result, to_results
 from detector.errors import DataError, one_line
 from detector.evaluation.losses import detect_with_losses, run_rcnn
-from detector.evaluation.proposals import COUNTS, CoveringProposal, covering_proposals
+from detector.evaluation.proposals import COUNTS, covering_proposals
 from detector.models.rle_detections import detect
 from detector.overriding import eval_mode
 from detector.rcnn.sampling import seed_sampling
@@ -66,7 +66,7 @@ class Predictions:
     image_ids: list[int] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)  # the detections, in COCO's results format
     losses: Counter[str] = field(default_factory=Counter)  # by torchvision's names, summed over the images
-    proposals: list[CoveringProposal] = field(default_factory=list)
+    proposals: list[Result] = field(default_factory=list)  # see covering_proposals
     kept_proposals: int = 0  # number of proposals per image that the heads get; 0 if they were not recorded
     unrefined: list[Result] | None = None  # the detections without the refinement, if they are to be compared
     broken: dict[int, str] = field(default_factory=dict)  # why an image cannot be read, by its id

@@ -16,7 +16,6 @@ from PIL import Image
 from detector.evaluation import Predictions, Report, page
 from detector.evaluation.page import render_page
 from detector.evaluation.pictures import MARKS, Picture
-from detector.evaluation.proposals import CoveringProposal
 from detector.evaluation.scoring import evaluate_coco
 from detector.evaluation.truth import index_coco
 
@@ -64,7 +63,7 @@ def make_report(classes=3, images=4, names=None):
         wrong = 1 + int(rng.integers(len(names))) if number % 5 == 4 else category
         moved = (np.array(box) + rng.normal(size=4) * 2).tolist()
         results.append({**ids, "category_id": wrong, "bbox": moved, "score": float(rng.uniform(0.4, 1))})
-    proposals = [CoveringProposal(one["image_id"], i, one["bbox"]) for i, one in enumerate(results)]
+    proposals = [one | {"score": -i} for i, one in enumerate(results)]
     found = Predictions([image["id"] for image in data["images"]], results, proposals=proposals, kept_proposals=1000)
     found.losses = Counter({"loss_classifier": 0.41, "loss_box_reg": 0.35, "loss_objectness": 0.0061})
     found.unrefined = [one | {"bbox": data["annotations"][i]["bbox"]} for i, one in enumerate(results)]

@@ -18,7 +18,7 @@ from detector.evaluation.confusion import confusion_matrix, image_rows, match_bo
 from detector.evaluation.losses import run_rcnn
 from detector.evaluation.metric import match
 from detector.evaluation.operating_points import MEASURES, operating_points
-from detector.evaluation.proposals import COUNTS, CoveringProposal, covering_proposals, recall
+from detector.evaluation.proposals import COUNTS, covering_proposals, recall
 from detector.evaluation.report import newest_report
 from detector.evaluation.running import predict
 from detector.evaluation.scoring import evaluate_coco
@@ -306,13 +306,13 @@ class TestProposals:
             rng.shuffle(boxes)
             xywh = torch.tensor(np.array(boxes))
             kept += covering_proposals(known, image_id, torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1))
-            everything += [CoveringProposal(image_id, rank, list(box)) for rank, box in enumerate(boxes)]
+            everything += [{"image_id": image_id, "bbox": list(box), "score": -i} for i, box in enumerate(boxes)]
         assert len(kept) < len(everything) / 4
         rows = recall(coco, kept, image_ids)
         assert recall(coco, everything, image_ids) == rows
         assert [row["at"] for row in rows] == list(COUNTS)
         assert 0.05 < rows[0]["AR"] < rows[1]["AR"] < rows[2]["AR"]
-        one = [CoveringProposal(1, 250, [0, 0, 20, 20])]
+        one = [{"image_id": 1, "bbox": [0, 0, 20, 20], "score": -250.0}]
         rows = recall(truth([(1, 5, [0, 0, 20, 20])]), one, [1, 2])
         assert [(row["AR"], row["ARl"]) for row in rows] == [(0, -1), (1, -1), (1, -1)]
 
@@ -333,7 +333,7 @@ def test_losses_and_proposals_of_a_batch():
             return predict(model, images, numbered, [5, 6], **options)
 
     found = losses_of([0, 2, 1])
-    assert {one.image_id for one in found.proposals} == {1, 2}
+    assert {one["image_id"] for one in found.proposals} == {1, 2}
     assert found.kept_proposals == 50
     swapped = [{**target, "labels": 3 - target["labels"]} for target in targets]
     wanted = {name: loss.item() for name, loss in detect_with_losses(model, images, copies(swapped))[1].items()}
@@ -362,7 +362,7 @@ class TestText:
     def test_every_table(self):
         coco = two_classes([(1, 5, [0, 0, 20, 20]), (2, 7, [0, 0, 90, 90])])
         found = [result(1, [0, 0, 20, 20]), {**result(2, [50, 50, 10, 10]), "category_id": 7}]
-        proposals = [CoveringProposal(1, 5, [0, 0, 20, 20])]
+        proposals = [{"image_id": 1, "bbox": [0, 0, 20, 20], "score": -5.0}]
         losses = Counter({"loss_classifier": 0.5, "loss_box_reg": 0.25})
         report = make_report(coco, found, losses=losses, proposals=proposals, kept_proposals=200)
         row = {"stage": "backbone", "ms": 1.25, "low": 1.0, "high": 2.0, "images_per_second": 800}

@@ -51,36 +51,21 @@ def test_masks_and_keypoints(read_content, fields, box):
     assert len(notes) == ("bbox" not in fields)
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"image_id": 7}, "image_id 7"),
-        ({"category_id": 6}, "category_id 6"),
-        ({"image_id": "1"}, "image_id"),
-        ({"image_id": True}, "image_id"),
-        ({"score": float("nan")}, "score"),
-        ({"score": "0.5"}, "score"),
-        ({"score": None}, "score"),
-        ({"bbox": [1, 2, 3]}, "bbox"),
-        ({"bbox": [1, 2, -3, 4]}, "bbox"),
-        ({"bbox": [1, 2, float("inf"), 4]}, "bbox"),
-        ({"bbox": [0, 0, 1e200, 1e200]}, "bbox"),  # its IoU with anything would be no number, and match
-        ({"bbox": [0, 0, 1e-200, 1e-200]}, "bbox"),
-        ({"bbox": ...}, "bbox"),
-        ({"image_id": ...}, "image_id"),
-        ({"score": ...}, "score"),
-        ({"segmentation": ...}, "segmentation"),
-        ({"segmentation": MASK | {"size": [4, 4]}}, "segmentation"),
-        ({"segmentation": MASK | {"counts": "zz"}}, "segmentation"),
-        ({"keypoints": POINTS[:5]}, "keypoints"),
-        ({"keypoints": [*POINTS, 1, 1, 1]}, "keypoints"),
-        ({"keypoints": []}, "keypoints"),
-        ({"keypoints": [float("nan"), *POINTS[1:]]}, "keypoints"),
-    ],
-)
-def test_wrong_fields_are_named(read_content, change, field):
+WRONG = {
+    "image_id": [7, "1", True, ...],  # ...: the field is missing
+    "category_id": [6],
+    "score": [float("nan"), "0.5", None, ...],
+    # An IoU of the last two boxes with anything would be no number, and match.
+    "bbox": [[1, 2, 3], [1, 2, -3, 4], [1, 2, float("inf"), 4], ..., [0, 0, 1e200, 1e200], [0, 0, 1e-200, 1e-200]],
+    "segmentation": [..., MASK | {"size": [4, 4]}, MASK | {"counts": "zz"}],
+    "keypoints": [POINTS[:5], [*POINTS, 1, 1, 1], [], [float("nan"), *POINTS[1:]]],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_wrong_fields_are_named(read_content, field, value):
     good = result(1, [0, 0, 20, 20]) | {"segmentation": MASK, "keypoints": POINTS}
-    bad = {name: value for name, value in (good | change).items() if value is not ...}
+    bad = {name: value for name, value in (good | {field: value}).items() if value is not ...}
     with pytest.raises(DataError, match=rf"\[2\].*{field}"):
         read_content([good, good, bad, good])
 
