@@ -11,8 +11,7 @@ def seed_of(*numbers: int) -> int:
     """Mix integers, such as a run's seed, an epoch and an image id, into a seed of 64 bits."""
     # numpy would take (7,) for (7, 0), as it concatenates the 32-bit words of the numbers.
     words = [len(numbers), *(word for number in numbers for word in (number % 2**32, number % 2**64 >> 32))]
-    (seed,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
-    return int(seed)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 @contextmanager

@@ -40,9 +40,9 @@ class BoxGradient:
     bound: float | None = BOUND
 
     def __post_init__(self) -> None:
-        for name in ("crop", "coder"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a scale from 0 to 1, got {getattr(self, name)}")
+        for name, scale in (("crop", self.crop), ("coder", self.coder)):
+            if not 0 <= scale <= 1:
+                raise ValueError(f"{name} must be a scale from 0 to 1, got {scale}")
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise ValueError(f"bound must be positive, such as 0.1, or None (null in a file), got {self.bound}")
         if not set(self.losses) <= set(get_args(LossName)):
@@ -81,8 +81,7 @@ def bounded_copies(tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]
     direction of the first copy's loss: ``(own + s * other) . own >= (1 - bound) * |own|^2``. Loss scalers, accumulation
     and several devices do not change ``s``. ``None`` gives the plain sum.
     """
-    first, second = _BoundedCopies.apply(tensor, bound)
-    return first, second
+    return _BoundedCopies.apply(tensor, bound)
 
 
 class _BoundedCopies(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """RoI heads whose losses move the proposals."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detector.rcnn.box_gradient import BoxGradient, LossName, scale_gradient
-from detector.rcnn.forward import Detections, Features, Sizes, Targets
+from detector.rcnn.forward import Boxes, Features, Found, HeadOutput, Losses, Sizes, Targets
 from detector.rcnn.watch import BoxGradientWatch
 
 # torchvision's names of the losses, by the pool whose crops they are computed from.
@@ -28,29 +26,37 @@ class AttachedRoIHeads(RoIHeads):
     proposals. The added value is zero, and its gradient is the loss's crop path.
     """
 
+    mixin_order = 1
     box_gradient = BoxGradient()
     box_gradient_watch: BoxGradientWatch | None = None
     # The positive RoIs of the current step per image, attached, and which of the sampled RoIs they are.
-    _positives: tuple[list[Tensor], list[Tensor]] | None = None
+    _positives: tuple[Boxes, list[Tensor]] | None = None
 
-    def forward(
-        self, features: Features, proposals: list[Tensor], image_shapes: Sizes, targets: Targets = None
-    ) -> tuple[Detections, dict[str, Tensor]]:
+    def forward(self, features: Features, proposals: Boxes, image_shapes: Sizes, targets: Targets = None) -> HeadOutput:
         if not self.box_gradient.enabled:
             proposals = [p.detach() for p in proposals]
         if not (self.training and self.box_gradient.enabled and torch.is_grad_enabled()):
             return super().forward(features, proposals, image_shapes, targets)
         used = {"box": True, "mask": self.has_mask(), "keypoint": self.has_keypoint()}
         pools = {name: getattr(self, f"{name}_roi_pool") for name in LOSSES if used[name]}
+        crops: list[Tensor] = []
+
+        def record(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            # Without a graph, all layers below are frozen.
+            crops.append(output if output.requires_grad else output.detach().requires_grad_())
+            return crops[-1]
+
+        handles = [pool.register_forward_hook(record) for pool in set(pools.values())]
         try:
-            with _recorded_outputs(pools.values()) as crops:
-                result, losses = super().forward(features, proposals, image_shapes, targets)
+            result, losses = super().forward(features, proposals, image_shapes, targets)
             self._add_crop_path(losses, dict(zip(pools, crops)), features, image_shapes)
         finally:
-            self._positives = None  # releases the graph of the step
+            self.__dict__.pop("_positives", None)  # releases the graph of the step
+            for handle in handles:
+                handle.remove()
         return result, losses
 
-    def select_training_samples(self, proposals: list[Tensor], targets: Targets) -> tuple[list[Tensor], ...]:
+    def select_training_samples(self, proposals: Boxes, targets: Targets) -> tuple[list[Tensor], ...]:
         sampled, matched, labels, regression_targets = super().select_training_samples(proposals, targets)
         assert targets is not None  # checked by torchvision
         regression_targets = [t.detach() for t in regression_targets]
@@ -60,29 +66,22 @@ class AttachedRoIHeads(RoIHeads):
         if self.box_gradient_watch is not None:
             for boxes, goals in zip(positives, truth):
                 self.box_gradient_watch.watch_positives(boxes, goals)
-        if self.box_gradient.coder_scale > 0:
+        if (scale := self.box_gradient.coder_scale) > 0:
             # The targets of other RoIs must stay out of the graph: for an image without objects they are logarithms of
             # 0, and an infinite derivative times a gradient of 0 is NaN.
-            encoded = self.box_coder.encode(truth, positives)
-            regression_targets = [
-                t.index_put((mask,), scale_gradient(e, self.box_gradient.coder_scale))
-                for t, mask, e in zip(regression_targets, masks, encoded)
-            ]
+            encoded = [scale_gradient(e, scale) for e in self.box_coder.encode(truth, positives)]
+            regression_targets = [t.index_put((m,), e) for t, m, e in zip(regression_targets, masks, encoded)]
         if self.box_gradient.enabled and torch.is_grad_enabled():
             self._positives = positives, masks
         # Crops, mask targets and keypoint targets are taken at constant boxes.
         return [p.detach() for p in sampled], matched, labels, regression_targets
 
-    def postprocess_detections(
-        self, class_logits: Tensor, box_regression: Tensor, proposals: list[Tensor], image_shapes: Sizes
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    def postprocess_detections(self, class_logits: Tensor, box_regression: Tensor, *boxes_and_sizes: Any) -> Found:
         # The box coder would cast the proposals to the deltas' dtype, bfloat16 under autocast.
         dtype = torch.promote_types(box_regression.dtype, torch.float32)
-        return super().postprocess_detections(class_logits.to(dtype), box_regression.to(dtype), proposals, image_shapes)
+        return super().postprocess_detections(class_logits.to(dtype), box_regression.to(dtype), *boxes_and_sizes)
 
-    def _add_crop_path(
-        self, losses: dict[str, Tensor], crops: dict[str, Tensor], features: Features, image_shapes: Sizes
-    ) -> None:
+    def _add_crop_path(self, losses: Losses, crops: dict[str, Tensor], features: Features, sizes: Sizes) -> None:
         assert self._positives is not None  # set by select_training_samples
         positives, masks = self._positives
         if self.box_gradient.crop == 0 or not any(p.requires_grad for p in positives):
@@ -92,7 +91,7 @@ class AttachedRoIHeads(RoIHeads):
             names = [name for loss, name in LOSSES[pool].items() if loss in self.box_gradient.losses]
             if not names:
                 continue
-            attached = getattr(self, f"{pool}_roi_pool")(constant, positives, image_shapes)
+            attached = getattr(self, f"{pool}_roi_pool")(constant, positives, sizes)
             attached = attached.to(torch.promote_types(attached.dtype, torch.float32))
             zero = attached - attached.detach()
             # A gradient scaler would act too late for gradients that underflow in float16 here.
@@ -102,22 +101,3 @@ class AttachedRoIHeads(RoIHeads):
                 if pool == "box":  # masks and keypoints have crops of positives only
                     gradient = gradient[torch.cat(masks)]
                 losses[name] = losses[name] + self.box_gradient.crop * (gradient.to(zero.dtype) / scale * zero).sum()
-
-
-@contextmanager
-def _recorded_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collect the outputs of the modules, call by call. All of them require a gradient."""
-    outputs: list[Tensor] = []
-
-    def record(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        if not output.requires_grad:  # all layers below are frozen
-            output = output.detach().requires_grad_()
-        outputs.append(output)
-        return output
-
-    handles = [module.register_forward_hook(record) for module in dict.fromkeys(modules)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

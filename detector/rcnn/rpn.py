@@ -1,12 +1,11 @@
 """A region proposal network whose proposals carry a gradient."""
 
 import torch
-from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
 from detector.rcnn.box_gradient import BoxGradient, bounded_copies
-from detector.rcnn.forward import Features, Targets
+from detector.rcnn.forward import Boxes, Features, Losses, Targets
 from detector.rcnn.watch import BoxGradientWatch
 
 
@@ -17,13 +16,11 @@ class AttachedRPN(RegionProposalNetwork):
     autocast, too: above 256, bfloat16 has steps of 2 pixels.
     """
 
+    mixin_order = 1
     box_gradient = BoxGradient()
     box_gradient_watch: BoxGradientWatch | None = None
 
-    def forward(
-        self, images: ImageList, features: Features, targets: Targets = None
-    ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Return proposals [L, 4] per image, (x1, y1, x2, y2) in pixels, and in training the RPN's losses."""
+    def forward(self, images: ImageList, features: Features, targets: Targets = None) -> tuple[Boxes, Losses]:
         maps = list(features.values())
         objectness, deltas = self.head(maps)
         # numel() would be baked into an exported graph.
@@ -34,20 +31,18 @@ class AttachedRPN(RegionProposalNetwork):
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         objectness, deltas = objectness.to(anchors[0].dtype), deltas.to(anchors[0].dtype)
 
-        proposal_deltas = deltas
+        own = others = deltas
         # Not self.training: the RoI heads may have losses while the RPN is in eval mode.
         if targets is not None and self.box_gradient.enabled and torch.is_grad_enabled():
-            undivided = deltas
-            deltas, proposal_deltas = bounded_copies(undivided, self.box_gradient.bound)
+            own, others = bounded_copies(deltas, self.box_gradient.bound)
             if self.box_gradient_watch is not None:
-                self.box_gradient_watch.watch_deltas(undivided, deltas, proposal_deltas)
-        proposals = self.box_coder.decode(proposal_deltas, anchors).view(len(anchors), -1, 4)
+                self.box_gradient_watch.watch_deltas(deltas, own, others)
+        proposals = self.box_coder.decode(others, anchors).view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(proposals, objectness, images.image_sizes, anchors_per_level)
         if not self.training:
             return boxes, {}
-        if targets is None:
-            raise ValueError("targets must be given in training mode, got None")
+        assert targets is not None  # checked by torchvision
         labels, matched_boxes = self.assign_targets_to_anchors(anchors, targets)
         regression_targets = self.box_coder.encode(matched_boxes, anchors)
-        loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, regression_targets)
+        loss_objectness, loss_box = self.compute_loss(objectness, own, labels, regression_targets)
         return boxes, {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}

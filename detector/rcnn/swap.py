@@ -1,6 +1,6 @@
 """Put the affine crop into an existing torchvision R-CNN, and take it out again."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -42,21 +42,17 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     if sampler is not None:
         check_sampler(sampler)
     rpn, heads, pools = parts_of(model)
-    refuse_own_forward(rpn, RegionProposalNetwork)
-    refuse_own_forward(heads, RoIHeads)
+    refuse_own_forward(rpn, heads, *pools)
     for pool in pools:
-        refuse_own_forward(pool, MultiScaleRoIAlign)
-    for pool in pools:
-        if type(pool) is MultiScaleRoIAlign:
-            pool.__class__ = MultiScaleAffineCrop
+        pool.__class__ = MultiScaleAffineCrop
         # A user's own transform may pad to sizes that only the maps show.
         pool.size_divisible = getattr(model.transform, "size_divisible", None)
     if sampler is not None:
         for pool in heads.modules():  # includes the pool of a refinement
             if isinstance(pool, MultiScaleAffineCrop):
                 pool.sampler = sampler
-    mix_in(rpn, AttachedRPN, RegionProposalNetwork)
-    mix_in(heads, AttachedRoIHeads, RoIHeads)
+    set_mixin(rpn, AttachedRPN)
+    set_mixin(heads, AttachedRoIHeads)
     rpn.box_gradient = heads.box_gradient = box_gradient
     return model
 
@@ -76,11 +72,9 @@ def restore_roi_align(model: Model) -> Model:
         pool.__class__ = MultiScaleRoIAlign
         for name in ("aligned", "sampler", "size_divisible"):
             pool.__dict__.pop(name, None)
-    for part, attached in ((rpn, AttachedRPN), (heads, AttachedRoIHeads)):
-        if isinstance(part, attached):
-            take_out(part, attached)
-            for name in ("box_gradient", "_positives"):
-                part.__dict__.pop(name, None)
+    for part, mixin in ((rpn, AttachedRPN), (heads, AttachedRoIHeads)):
+        set_mixin(part, mixin, present=False)
+        part.__dict__.pop("box_gradient", None)
     return model
 
 
@@ -88,10 +82,8 @@ def parts_of(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[Mu
     """Return the RPN, the RoI heads and the pools of a torchvision R-CNN. Raises TypeError for other models."""
     name = type(model).__name__
     if not isinstance(model, GeneralizedRCNN) or not isinstance(getattr(model, "roi_heads", None), RoIHeads):
-        raise TypeError(
-            f"{name} has no RoI pooler to swap: the model must be a torchvision Faster, Mask or Keypoint R-CNN "
-            "(unwrapped from DataParallel, DistributedDataParallel or torch.compile)"
-        )
+        hint = "unwrapped from DataParallel, DistributedDataParallel and torch.compile"
+        raise TypeError(f"{name} has no RoI pooler: it must be a torchvision Faster, Mask or Keypoint R-CNN, {hint}")
     heads = model.roi_heads
     pools = [heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool]
     pools = [pool for pool in dict.fromkeys(pools) if pool is not None]
@@ -101,29 +93,24 @@ def parts_of(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[Mu
     return model.rpn, heads, pools
 
 
-def mix_in(module: nn.Module, mixin: type[nn.Module], stock: type[nn.Module]) -> None:
-    """Put ``mixin`` in front of the module's class, which is ``stock`` or a subclass of it."""
-    cls = type(module)
-    if not isinstance(module, mixin):
-        module.__class__ = mixin if cls is stock else _combined(mixin, cls, stock)
-
-
-def _combined(mixin: type[nn.Module], cls: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
-    """Return a defined class of both, which pickle finds, such as AttachedRefinedRoIHeads, or make one."""
-    name = f"{mixin.__name__.removesuffix(stock.__name__)}{cls.__name__}"
-    defined = (known for known in mixin.__subclasses__() if known.__name__ == name and known.__bases__ == (mixin, cls))
-    return next(defined, None) or type(name, (mixin, cls), {})
-
-
-def take_out(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Undo :func:`mix_in`. The last mix-in has to be taken out first."""
+def set_mixin(module: nn.Module, mixin: Any, *, present: bool = True) -> None:
+    """Put a mix-in in front of the module's class, or take it out. The highest ``mixin_order`` is the outermost."""
+    if isinstance(module, mixin) == present:
+        return
     classes = type(module).__mro__
-    module.__class__ = classes[classes.index(mixin) + 1]
+    cls: Any = next(c for c in classes if not hasattr(c, "mixin_order"))  # torchvision's, or a user's subclass
+    mixins = {mixin, *(c for c in classes if "mixin_order" in vars(c))}
+    for one in sorted(mixins if present else mixins - {mixin}, key=lambda c: c.mixin_order):
+        name = f"{one.__name__.removesuffix(one.__base__.__name__)}{cls.__name__}"
+        # Pickle finds a class that is defined in a module, such as AttachedRefinedRoIHeads.
+        defined = (c for c in one.__subclasses__() if c.__name__ == name and c.__bases__ == (one, cls))
+        cls = one if cls is one.__base__ else next(defined, None) or type(name, (one, cls), {})
+    module.__class__ = cls
 
 
-def refuse_own_forward(module: nn.Module, stock: type[nn.Module]) -> None:
+def refuse_own_forward(*modules: nn.Module) -> None:
     """Raise TypeError for a module whose forward is a user's own, which would bypass a mix-in."""
-    forward = type(module).forward
-    ours = forward.__module__.partition(".")[0] == __name__.partition(".")[0]
-    if (forward is not stock.forward and not ours) or "forward" in module.__dict__:
-        raise TypeError(f"{type(module).__name__} has its own forward, so it cannot be swapped")
+    for module in modules:
+        package = type(module).forward.__module__.partition(".")[0]
+        if package not in ("torchvision", "detector") or "forward" in vars(module):
+            raise TypeError(f"{type(module).__name__} has its own forward, so it cannot be swapped")

@@ -1,16 +1,13 @@
 """Add a refinement to a torchvision R-CNN, train it alone, and remove it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import resize_boxes
 
 from detector.overriding import eval_mode
-from detector.rcnn.roi_heads import AttachedRoIHeads
-from detector.rcnn.swap import mix_in, parts_of, refuse_own_forward, take_out
+from detector.rcnn.swap import parts_of, refuse_own_forward, set_mixin
 from detector.refinement.config import RefinementConfig
 from detector.refinement.feature_cache import FeatureCache, batch_features, extract_features
 from detector.refinement.head import Refinement
@@ -41,15 +38,14 @@ def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) 
     if not isinstance(config, RefinementConfig):
         raise TypeError(f"config must be a RefinementConfig, got {config!r}")
     _, heads, _ = parts_of(model)
-    refuse_own_forward(heads, RoIHeads)
+    refuse_own_forward(heads)
     if not isinstance(getattr(heads.box_predictor, "cls_score", None), nn.Linear):
         raise TypeError(f"{type(heads.box_predictor).__name__} has no linear layer cls_score to take the size from")
     if refinement_of(model) is None:
         refinement = Refinement(heads, config, getattr(model.transform, "size_divisible", None))
         heads.refinement = refinement.to(heads.box_predictor.cls_score.weight).train(model.training)
     heads.refinement.config = config
-    with _without_swap(heads):
-        mix_in(heads, RefinedRoIHeads, RoIHeads)
+    set_mixin(heads, RefinedRoIHeads)
     return model
 
 
@@ -57,8 +53,7 @@ def remove_refinement(model: Model) -> Model:
     """Undo :func:`add_refinement`, in place. A model without a refinement stays as it is."""
     _, heads, _ = parts_of(model)
     if isinstance(heads, RefinedRoIHeads):
-        with _without_swap(heads):
-            take_out(heads, RefinedRoIHeads)
+        set_mixin(heads, RefinedRoIHeads, present=False)
         del heads.refinement
     return model
 
@@ -92,23 +87,8 @@ def refinement_losses(
     check_truth(images, targets)
     with eval_mode(model):
         extracted = [(cache or extract_features)(model, image) for image in images]
-    sizes = [one.size for one in extracted]
-    truth = [
-        resize_boxes(target["boxes"], (image.shape[-2], image.shape[-1]), size)
-        for image, target, size in zip(images, targets, sizes, strict=True)
-    ]
-    boxes, matched = sample_training_boxes([one.boxes for one in extracted], truth, sizes)
-    return unrolled_losses(refinement, batch_features(extracted), boxes, matched, sizes)
-
-
-@contextmanager
-def _without_swap(heads: RoIHeads) -> Iterator[None]:
-    """Take out the box gradient's mix-in, and put it back as the outermost one."""
-    swapped = isinstance(heads, AttachedRoIHeads)
-    if swapped:
-        take_out(heads, AttachedRoIHeads)
-    try:
-        yield
-    finally:
-        if swapped:
-            mix_in(heads, AttachedRoIHeads, RoIHeads)
+    features, detected, sizes = map(list, zip(*extracted))
+    originals = [(image.shape[-2], image.shape[-1]) for image in images]
+    truth = [resize_boxes(target["boxes"], *two) for target, *two in zip(targets, originals, sizes)]
+    boxes, matched = sample_training_boxes(detected, truth, sizes)
+    return unrolled_losses(refinement, batch_features(features), boxes, matched, sizes)

@@ -1,22 +1,20 @@
 """Box operations of the refinement. Boxes are (x1, y1, x2, y2) in pixels of the resized image."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import clip_boxes_to_image
 
-from detector.rcnn.forward import Sizes
+from detector.rcnn.forward import Boxes, Sizes
 
 # Deltas of nearly correct boxes are small, so the weights are twice the detector's own. Cascade R-CNN (Cai and
 # Vasconcelos, 2018, section 4.1) does the same.
 CODER = BoxCoder((20.0, 20.0, 10.0, 10.0))
 
 
-def decode(deltas: Tensor, boxes: Sequence[Tensor], image_sizes: Sizes) -> list[Tensor]:
+def decode(deltas: Tensor, boxes: Boxes, image_sizes: Sizes) -> Boxes:
     """Apply deltas [K, 4] to the boxes [L, 4] of all images, and clip each image's boxes to its (height, width)."""
-    decoded = CODER.decode_single(deltas, torch.cat(list(boxes)).to(deltas.dtype))
+    decoded = CODER.decode_single(deltas, torch.cat(boxes).to(deltas.dtype))
     by_image = decoded.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
     return [clip_boxes_to_image(b, size) for b, size in zip(by_image, image_sizes, strict=True)]
 
@@ -25,8 +23,8 @@ def paired_iou(boxes: Tensor, others: Tensor) -> Tensor:
     """Return the IoU [L] of boxes [L, 4] and their counterparts [L, 4]; 0 where a box has no area."""
     overlap = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
     intersection = overlap.prod(1)
-    areas = [(b[:, 2:] - b[:, :2]).clamp(min=0).prod(1) for b in (boxes, others)]
-    return intersection / (areas[0] + areas[1] - intersection).clamp(min=1e-6)
+    area, other_area = ((b[:, 2:] - b[:, :2]).clamp(min=0).prod(1) for b in (boxes, others))
+    return intersection / (area + other_area - intersection).clamp(min=1e-6)
 
 
 def move(boxes: Tensor, offsets: Tensor) -> Tensor:

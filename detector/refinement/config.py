@@ -44,8 +44,6 @@ class RefinementConfig:
             if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 raise ModelError(f"must be {kind} from {low} to {high}", setting=f"refinement.{name}", value=value)
-        if not isinstance(self.box_gradient, BoxGradient):
-            raise ModelError("must be a BoxGradient", setting="refinement.box_gradient", value=self.box_gradient)
 
     @classmethod
     def from_dict(cls, fields: Any) -> "RefinementConfig":

@@ -1,13 +1,14 @@
 """The network of the refinement."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detector.crop.pyramid import MultiScaleAffineCrop
-from detector.rcnn.forward import Features, Sizes
+from detector.rcnn.forward import Boxes, Features, Sizes
 from detector.refinement.config import RefinementConfig
 
 SCORE_THRESHOLD = 0.05
@@ -29,13 +30,12 @@ class RefinementHead(nn.Module):
     def forward(self, crops: Tensor) -> tuple[Tensor, Tensor]:
         """Return deltas [K, 4] and the logits of the predicted IoU [K] in float32 or better."""
         features = self.trunk(crops)
-        deltas, iou = self.deltas(features), self.iou(features).squeeze(1)
-        dtype = torch.promote_types(deltas.dtype, torch.float32)
-        return deltas.to(dtype), iou.to(dtype)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        return self.deltas(features).to(dtype), self.iou(features).squeeze(1).to(dtype)
 
 
 class Refinement(nn.Module):
-    """A pool and a head, called with feature maps, boxes [L, 4] per image and image sizes.
+    """A pool and a head. Boxes are (x1, y1, x2, y2) in pixels of the resized images, [L, 4] per image.
 
     Attributes:
         config: The settings.
@@ -48,17 +48,11 @@ class Refinement(nn.Module):
         self.config, self.enabled = config, True
         self.score_threshold: float | Tensor = SCORE_THRESHOLD
         pool = heads.box_roi_pool
-        self.pool = MultiScaleAffineCrop(
-            pool.featmap_names,
-            pool.output_size,
-            pool.sampling_ratio,
-            canonical_scale=pool.canonical_scale,
-            canonical_level=pool.canonical_level,
-            aligned=getattr(pool, "aligned", False),
-            sampler=getattr(pool, "sampler", "auto"),
-            size_divisible=size_divisible,
-        )
+        same = ("canonical_scale", "canonical_level", "aligned", "sampler")
+        options: Any = {name: getattr(pool, name) for name in same if hasattr(pool, name)}
+        options |= {"size_divisible": size_divisible}
+        self.pool = MultiScaleAffineCrop(pool.featmap_names, pool.output_size, pool.sampling_ratio, **options)
         self.head = RefinementHead(heads)
 
-    def forward(self, features: Features, boxes: list[Tensor], image_sizes: Sizes) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Features, boxes: Boxes, image_sizes: Sizes) -> tuple[Tensor, Tensor]:
         return self.head(self.pool(features, boxes, image_sizes))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
-from detector.rcnn.forward import Detections, Features, Sizes
+from detector.rcnn.forward import Boxes, Features, Found, Sizes
 from detector.refinement.boxes import decode, move, paired_iou
 from detector.refinement.head import Refinement
 
@@ -18,47 +18,46 @@ BACKTRACKING = 0.5  # factor of the step size after a step without improvement
 MIN_ASCENT_STEP_SIZE = 0.1 * ASCENT_STEP_SIZE  # at which a box has converged
 
 
-def refine_detections(
-    refinement: Refinement, features: Features, detections: Detections, image_sizes: Sizes
-) -> Detections:
+def refine_detections(refinement: Refinement, features: Features, found: Found, image_sizes: Sizes) -> Found:
     """Refine and rescore the detections of all images at once.
 
-    Args:
-        refinement: The refinement of the detector.
-        features: Maps [N, C, H, W] by the name of the level.
-        detections: ``boxes`` [L, 4], ``labels`` [L] and ``scores`` [L] per image, highest score first.
-        image_sizes: (height, width) of the resized images.
-
-    Returns:
-        As many detections, highest score first. Boxes below the score threshold or beyond ``boxes_per_image`` keep
-        their coordinates and scores.
+    Boxes below the score threshold or beyond ``boxes_per_image`` keep their coordinates and scores.
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
-    selected = [one["scores"] >= refinement.score_threshold for one in detections]
-    counts = [mask.sum().clamp(max=config.boxes_per_image) for mask in selected]
-    boxes = [one["boxes"][:count] for one, count in zip(detections, counts)]
-    boxes, ious = iterate(refinement, features, boxes, image_sizes)
+    counts = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in found[1]]
+    boxes, ious = iterate(refinement, features, [b[:count] for b, count in zip(found[0], counts)], image_sizes)
     if config.ascent_steps and not torch.jit.is_tracing() and any(map(len, boxes)):
-        boxes, ious = _ascend_in_images(refinement, features, boxes, image_sizes)
-    return [_rescored(*one, config.iou_power) for one in zip(detections, boxes, ious)]
+        lengths = [len(b) for b in boxes]
+
+        def clipped(moved: Tensor) -> Boxes:
+            return [clip_boxes_to_image(b, size) for b, size in zip(moved.split(lengths), image_sizes)]
+
+        # Inference tensors cannot be saved for backward, but their copies can.
+        with torch.inference_mode(False), torch.no_grad():
+            maps = {name: m.clone() if m.is_inference() else m.detach() for name, m in features.items()}
+            moved, predicted = ascend(
+                lambda moved: refinement(maps, clipped(moved), image_sizes)[1].sigmoid(),
+                torch.cat(boxes).clone(),
+                config.ascent_steps,
+            )
+        boxes, ious = clipped(moved), list(predicted.split(lengths))
+    refined = []
+    for refined_boxes, iou, old_boxes, scores, labels in zip(boxes, ious, *found):
+        count = refined_boxes.shape[0]  # len() would be baked into a traced graph
+        one = [torch.cat([refined_boxes, old_boxes[count:]]), scores, labels]
+        if config.iou_power:
+            one[1] = torch.cat([scores[:count] * iou**config.iou_power, scores[count:]])
+            # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
+            stable = {} if torch.jit.is_tracing() else {"stable": True}
+            order = one[1].sort(descending=True, **stable)[1]
+            one = [values[order] for values in one]
+        refined.append(one)
+    all_boxes, all_scores, all_labels = map(list, zip(*refined))
+    return all_boxes, all_scores, all_labels
 
 
-def _rescored(detections: dict[str, Tensor], boxes: Tensor, ious: Tensor, power: float) -> dict[str, Tensor]:
-    count = boxes.shape[0]  # len() would be baked into a traced graph
-    boxes, scores, labels = torch.cat([boxes, detections["boxes"][count:]]), detections["scores"], detections["labels"]
-    if power:
-        scores = torch.cat([scores[:count] * ious**power, scores[count:]])
-        # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
-        tracing = torch.jit.is_tracing()
-        order = scores.sort(descending=True)[1] if tracing else scores.argsort(descending=True, stable=True)
-        boxes, scores, labels = boxes[order], scores[order], labels[order]
-    return {"boxes": boxes, "labels": labels, "scores": scores}
-
-
-def iterate(
-    refinement: Refinement, features: Features, boxes: list[Tensor], image_sizes: Sizes
-) -> tuple[list[Tensor], list[Tensor]]:
+def iterate(refinement: Refinement, features: Features, boxes: Boxes, image_sizes: Sizes) -> tuple[Boxes, list[Tensor]]:
     """Move boxes [L, 4] per image by the predicted deltas, as long as their predicted IoU does not fall.
 
     Returns:
@@ -80,25 +79,6 @@ def iterate(
     return list(best.split(counts)), list(ious.split(counts))
 
 
-def _ascend_in_images(
-    refinement: Refinement, features: Features, boxes: list[Tensor], image_sizes: Sizes
-) -> tuple[list[Tensor], list[Tensor]]:
-    counts = [len(b) for b in boxes]
-
-    def clipped(together: Tensor) -> list[Tensor]:
-        return [clip_boxes_to_image(b, size) for b, size in zip(together.split(counts), image_sizes)]
-
-    # Inference tensors cannot be saved for backward, but their copies can.
-    with torch.inference_mode(False), torch.no_grad():
-        maps = {name: m.clone() if m.is_inference() else m.detach() for name, m in features.items()}
-        moved, ious = ascend(
-            lambda together: refinement(maps, clipped(together), image_sizes)[1].sigmoid(),
-            torch.cat(boxes).clone(),
-            refinement.config.ascent_steps,
-        )
-    return clipped(moved), list(ious.split(counts))
-
-
 def ascend(score_of: Callable[[Tensor], Tensor], boxes: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Move boxes uphill by gradient ascent with backtracking, all boxes at once.
 
@@ -106,12 +86,12 @@ def ascend(score_of: Callable[[Tensor], Tensor], boxes: Tensor, steps: int) -> t
     sides. A box whose score does not rise stays, and tries a shorter step next.
 
     Args:
-        score_of: A differentiable function from boxes [K, 4] to scores [K], each of its own box alone.
-        boxes: [K, 4], float32 or better.
-        steps: Maximum number of steps, one call of ``score_of`` each.
+        score_of: A differentiable function from boxes [K, 4] to scores [K]. Each score depends on its box alone.
+        boxes: [K, 4], float32 or float64.
+        steps: Maximum number of steps. Each calls ``score_of`` once.
 
     Returns:
-        Detached boxes [K, 4] and their scores [K], none lower than before.
+        Detached boxes [K, 4] and their scores [K]. No score is lower than before.
     """
     best = boxes.detach()
     score, gradient = _score_and_gradient(score_of, best)

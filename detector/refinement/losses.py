@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from detector.rcnn.box_gradient import bounded_copies, scale_gradient
-from detector.rcnn.forward import Features, Sizes
+from detector.rcnn.forward import Boxes, Features, Losses, Sizes
 from detector.refinement.boxes import CODER, decode, move, paired_iou
 from detector.refinement.head import Refinement
 
@@ -21,19 +21,11 @@ REFUSED_DTYPES = (torch.bool, torch.bfloat16, torch.float16)  # 16-bit floats ca
 
 
 def unrolled_losses(
-    refinement: Refinement, features: Features, boxes: list[Tensor], truth: list[Tensor], image_sizes: Sizes
-) -> dict[str, Tensor]:
-    """Return the losses of all training iterations.
+    refinement: Refinement, features: Features, boxes: Boxes, truth: Boxes, image_sizes: Sizes
+) -> Losses:
+    """Return ``loss_refinement_box`` and ``loss_refinement_iou`` of the boxes, each of which has its true box.
 
-    Args:
-        refinement: The refinement to train.
-        features: Maps [N, C, H, W] by the name of the level.
-        boxes: [L, 4] per image. Boxes that require a gradient get one.
-        truth: The ground-truth box of each box, [L, 4] per image.
-        image_sizes: (height, width) of the resized images.
-
-    Returns:
-        ``loss_refinement_box`` and ``loss_refinement_iou``: means over boxes and coordinates, summed over iterations.
+    Each loss is a mean over boxes and coordinates, summed over the training iterations.
     """
     settings = refinement.config.box_gradient
     target = torch.cat(truth)
@@ -44,28 +36,19 @@ def unrolled_losses(
         cropped = [scale_gradient(b, settings.crop) for b in current]
         deltas, predicted_iou = refinement(features, cropped, image_sizes)
         iou = paired_iou(torch.cat(current).detach(), target)
-        if settings.enabled:
-            deltas, next_deltas = bounded_copies(deltas, settings.bound)
-        else:
-            next_deltas = deltas.detach()
+        bounded = bounded_copies(deltas, settings.bound) if settings.enabled else (deltas, deltas.detach())
         target_deltas = CODER.encode_single(target, scale_gradient(torch.cat(current), settings.coder_scale))
-        errors = F.smooth_l1_loss(deltas, target_deltas, beta=BETA, reduction="none").sum(1)
+        errors = F.smooth_l1_loss(bounded[0], target_deltas, beta=BETA, reduction="none").sum(1)
         box_losses.append((errors * (iou >= MIN_IOU)).sum() / (4 * count))
         iou_losses.append(F.binary_cross_entropy_with_logits(predicted_iou, iou, reduction="sum") / count)
-        current = decode(next_deltas, current if settings.enabled else [b.detach() for b in current], image_sizes)
-        current = [torch.where(_has_size(b), b, old.detach()) for b, old in zip(current, cropped)]
+        current = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], image_sizes)
+        has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in current]
+        current = [torch.where(*one) for one in zip(has_size, current, [b.detach() for b in cropped])]
     return {"loss_refinement_box": torch.stack(box_losses).sum(), "loss_refinement_iou": torch.stack(iou_losses).sum()}
 
 
-def sample_training_boxes(
-    candidates: list[Tensor], truth: list[Tensor], image_sizes: Sizes
-) -> tuple[list[Tensor], list[Tensor]]:
+def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -> tuple[Boxes, Boxes]:
     """Sample boxes that overlap an object: jittered ground truth, and candidates of the detector.
-
-    Args:
-        candidates: Proposals or detections, [L, 4] per image.
-        truth: Ground-truth boxes, [G, 4] per image.
-        image_sizes: (height, width) of the resized images.
 
     Returns:
         Boxes [M, 4] per image, and the ground-truth box of each, [M, 4].
@@ -74,7 +57,9 @@ def sample_training_boxes(
     for own, true, size in zip(candidates, truth, image_sizes, strict=True):
         true = true.to(own.dtype)
         copies = true.repeat(BOXES_PER_OBJECT, 1)
-        jittered = clip_boxes_to_image(jitter(copies), size)
+        # Each copy has its own standard deviation, between 0 and the maximum.
+        offsets = torch.randn_like(copies) * torch.rand_like(copies[:, :1]) * JITTER
+        jittered = clip_boxes_to_image(move(copies, offsets), size)
         near = paired_iou(jittered, copies) >= MIN_IOU
         jittered, copies = jittered[near], copies[near]
         if len(true) and len(own):
@@ -87,37 +72,26 @@ def sample_training_boxes(
     return boxes, matched
 
 
-def jitter(boxes: Tensor) -> Tensor:
-    """Move boxes [L, 4] at random, each with a standard deviation of its own between 0 and :data:`JITTER`."""
-    return move(boxes, torch.randn_like(boxes) * torch.rand_like(boxes[:, :1]) * JITTER)
-
-
-def _has_size(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1, keepdim=True)
-
-
 def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
     """Check the ground-truth boxes [L, 4] of images [3, H, W]. Errors name the image, the field and the value."""
     if len(images) == 0 or len(targets) != len(images):
-        raise ValueError(f"images and targets must be as many, at least one, got {len(images)} and {len(targets)}")
+        raise ValueError(f"images and targets must have one length, at least 1, got {len(images)} and {len(targets)}")
     valid = []
     for number, (image, target) in enumerate(zip(images, targets)):
         if image.dim() != 3:
             raise ValueError(f"images[{number}] must be [3, H, W], got {list(image.shape)}")
         field, boxes = f"targets[{number}]['boxes']", target.get("boxes")
-        if not isinstance(boxes, Tensor):
-            raise TypeError(f"{field} must be a tensor, got {type(boxes).__name__}; without objects torch.zeros(0, 4)")
-        if boxes.is_complex() or boxes.dtype in REFUSED_DTYPES:
-            raise TypeError(f"{field} must be float32, float64 or integers, got {boxes.dtype}")
+        if not isinstance(boxes, Tensor) or boxes.is_complex() or boxes.dtype in REFUSED_DTYPES:
+            got = getattr(boxes, "dtype", type(boxes).__name__)
+            raise TypeError(f"{field} must be a tensor of float32, float64 or integers, got {got}")
         if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"{field} must be [L, 4], got {list(boxes.shape)}")
+            raise ValueError(f"{field} must be [L, 4], torch.zeros(0, 4) without objects, got {list(boxes.shape)}")
         x1, y1, x2, y2 = boxes.unbind(1)
         inside = (x1 < image.shape[-1]) & (y1 < image.shape[-2]) & (x2 > 0) & (y2 > 0)
         valid.append(boxes.isfinite().all(dim=1) & (x1 < x2) & (y1 < y2) & inside)
     if not torch.cat(valid).all():  # the only synchronization with the device
         number = next(n for n, of_image in enumerate(valid) if not of_image.all())
         row, (height, width) = int((~valid[number]).nonzero()[0]), images[number].shape[-2:]
-        raise ValueError(
-            f"targets[{number}]['boxes'][{row}] is {targets[number]['boxes'][row].tolist()}: it must be finite "
-            f"(x1, y1, x2, y2) with x1 < x2 and y1 < y2, and overlap its image of {width} x {height} pixels"
-        )
+        rule = f"finite (x1, y1, x2, y2) with x1 < x2 and y1 < y2 that overlap the image of {width} x {height} pixels"
+        box = targets[number]["boxes"][row].tolist()
+        raise ValueError(f"targets[{number}]['boxes'][{row}] must be {rule}, got {box}")

@@ -1,9 +1,10 @@
 """RoI heads that refine their detections."""
 
-from torch import Tensor
+import copy
+
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.rcnn.forward import Detections, Features, Sizes, Targets, add_masks_and_keypoints, detect_boxes
+from detector.rcnn.forward import Boxes, Features, HeadOutput, Sizes, Targets
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement.head import Refinement
 from detector.refinement.inference import refine_detections
@@ -17,25 +18,22 @@ class RefinedRoIHeads(RoIHeads):
     added to those of the heads.
     """
 
+    mixin_order = 0
     refinement: Refinement
+    refined = staticmethod(refine_detections)  # an attribute, so that it can be timed
 
-    def forward(
-        self, features: Features, proposals: list[Tensor], image_shapes: Sizes, targets: Targets = None
-    ) -> tuple[Detections, dict[str, Tensor]]:
-        if self.training or not self.refinement.enabled:
-            result, losses = super().forward(features, proposals, image_shapes, targets)
-            if self.training and self.refinement.enabled and targets is not None:
-                truth = [target["boxes"] for target in targets]
-                boxes, matched = sample_training_boxes(proposals, truth, image_shapes)
-                losses = losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
-            return result, losses
-        detections = self.refined(features, detect_boxes(self, features, proposals, image_shapes), image_shapes)
-        add_masks_and_keypoints(self, features, detections, image_shapes)
-        return detections, {}
-
-    def refined(self, features: Features, detections: Detections, image_shapes: Sizes) -> Detections:
-        """Refine detections; a method of its own so that it can be timed."""
-        return refine_detections(self.refinement, features, detections, image_shapes)
+    def forward(self, features: Features, proposals: Boxes, image_shapes: Sizes, targets: Targets = None) -> HeadOutput:
+        heads = self
+        if self.refinement.enabled and not self.training:
+            heads = copy.copy(self)  # shares all modules; another thread may call self with other features
+            heads.__dict__["postprocess_detections"] = lambda *outputs: self.refined(
+                self.refinement, features, self.postprocess_detections(*outputs), image_shapes
+            )
+        result, losses = super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
+        if self.refinement.enabled and self.training and targets is not None:
+            boxes, matched = sample_training_boxes(proposals, [target["boxes"] for target in targets], image_shapes)
+            losses = losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
+        return result, losses
 
 
 class AttachedRefinedRoIHeads(AttachedRoIHeads, RefinedRoIHeads):
