@@ -1,4 +1,4 @@
-"""The gradient from the RoI heads' losses to the proposals: its settings, its scale and its bound."""
+"""Settings, scale and bound of the gradient from the RoI heads' losses to the proposals."""
 
 import math
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ LossName = Literal["box", "classification", "mask", "keypoint"]
 
 @dataclass(frozen=True)
 class BoxGradient:
-    """How gradients flow from the RoI heads' losses into the proposals, and so into the RPN's deltas.
+    """Gradients from the RoI heads' losses to the proposals, and through them to the RPN's deltas.
 
-    Two paths lead from the box loss to a proposal. The **crop path** runs through the features cropped at the proposal.
-    The **coder path** runs through the regression targets ``encode(matched truth, proposal)``. Both scales at 1 give
-    the exact derivative. The crop path alone drives proposals away from the ground truth: it makes the crop look as far
-    off as the head predicts.
+    Proposals are (x1, y1, x2, y2) in pixels of the resized images. The box loss reaches them by two paths. The **crop
+    path** runs through the features cropped at the proposal. The **coder path** runs through the regression targets,
+    ``encode(ground truth, proposal)``. With both scales at 1 the gradient is the exact derivative. The crop path alone
+    drives proposals away from the ground truth, towards crops that match the head's predictions.
 
-    Only positive RoIs move, as a classification loss would move the others onto easier background. In eval mode with
+    Only positive RoIs move: a classification loss would move the others onto easier background. In eval mode with
     gradients enabled, proposals stay attached unless both scales are 0.
 
     Args:
         crop: Scale of the crop path's gradient, 0 to 1.
         coder: Scale of the coder path's gradient, 0 to 1. Only the box loss takes this path.
         losses: The losses that move proposals: "box", "classification", "mask", "keypoint".
-        bound: Maximum norm of the gradient at an anchor's four deltas, as a fraction of the gradient of the RPN's own
-            box loss there, which is far weaker. ``None`` sets no limit.
+        bound: Maximum norm of this gradient at an anchor's four deltas, relative to the norm of the gradient of the
+            RPN's own box loss there. ``None`` sets no limit.
 
     Raises:
         ValueError: A scale is outside [0, 1], a loss is unknown, or the bound is not positive.
@@ -51,7 +51,7 @@ class BoxGradient:
 
     @classmethod
     def exact(cls) -> "BoxGradient":
-        """Return the exact derivative of the box loss, without a bound. For research: joint training with it fails."""
+        """Return the unbounded, exact derivative of the box loss. For research: joint training with it diverges."""
         return cls(bound=None)
 
     @property

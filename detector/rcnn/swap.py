@@ -18,23 +18,25 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, sampler: Sampler | None = None) -> Model:
-    """Make a torchvision R-CNN crop with :class:`~detector.MultiScaleAffineCrop`, in place.
+    """Replace RoIAlign in a torchvision R-CNN by :class:`~detector.MultiScaleAffineCrop`, in place.
 
-    Detections stay those of the stock model up to rounding. In training, the proposals get gradients. Only the classes
-    of the RPN, the RoI heads and their pools change, so weights load before or after. A second call changes the
-    settings. Pickle does not find the classes of a user's own subclasses; save the ``state_dict`` of such a model.
+    Boxes stay (x1, y1, x2, y2) in pixels, and detections stay those of the stock model up to rounding. In training,
+    proposals get the gradients that ``box_gradient`` describes. Only the classes of the RPN, the RoI heads and their
+    pools change, so weights load before or after. A second call changes the settings. A swapped model can be pickled,
+    unless its RPN or RoI heads are a user's own subclasses: save the ``state_dict`` of such a model.
 
     Args:
-        model: A ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, or one built by hand.
+        model: A Faster, Mask or Keypoint R-CNN of ``torchvision.models.detection``.
         box_gradient: Which losses move the proposals, and how far.
-        sampler: How the pools read the features, also a refinement's; see :func:`~detector.affine_crop`. ``None`` keeps
-            the current one, "auto" in a stock model.
+        sampler: How the pools, including a refinement's, read the feature maps; see :func:`~detector.affine_crop`.
+            ``None`` keeps the current sampler, which is "auto" in a stock model.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: The model has no RoI pooler (RetinaNet, SSD, FCOS), or modules of a class that cannot be swapped.
+        TypeError: The model has no RoI pooler (RetinaNet, SSD, FCOS), a module's class cannot be swapped, or
+            ``box_gradient`` is not a :class:`~detector.BoxGradient`.
         ValueError: ``sampler`` is unknown.
     """
     if not isinstance(box_gradient, BoxGradient):
@@ -58,10 +60,10 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
 
 
 def restore_roi_align(model: Model) -> Model:
-    """Undo :func:`swap_crop_head`, in place. The weights stay, and so does a stock model.
+    """Undo :func:`swap_crop_head`, in place, and return ``model``. Weights do not change. A stock model stays as it is.
 
     Raises:
-        TypeError: As :func:`swap_crop_head`.
+        TypeError: The model has no RoI pooler, or a pool of another class.
         ValueError: A pool has ``aligned=True``, which torchvision's pooler does not support.
     """
     rpn, heads, pools = parts_of(model)
@@ -85,12 +87,12 @@ def parts_of(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[Mu
         hint = "unwrapped from DataParallel, DistributedDataParallel and torch.compile"
         raise TypeError(f"{name} has no RoI pooler: it must be a torchvision Faster, Mask or Keypoint R-CNN, {hint}")
     heads = model.roi_heads
-    pools = [heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool]
-    pools = [pool for pool in dict.fromkeys(pools) if pool is not None]
+    pools = dict.fromkeys((heads.box_roi_pool, heads.mask_roi_pool, heads.keypoint_roi_pool, None))
+    del pools[None]
     for pool in pools:
         if type(pool) not in (MultiScaleRoIAlign, MultiScaleAffineCrop):
             raise TypeError(f"a RoI pool of {name} is a {type(pool).__name__}, not torchvision's MultiScaleRoIAlign")
-    return model.rpn, heads, pools
+    return model.rpn, heads, list(pools)
 
 
 def set_mixin(module: nn.Module, mixin: Any, *, present: bool = True) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from detector.overriding import overridden
 
 
 class BoxGradientWatch:
-    """Records the strength of the box gradient at the RPN's deltas, and its direction at the positive RoIs."""
-
     def __init__(self) -> None:
-        self._norms: list[Tensor] = []  # of the RPN's own gradient, the box gradient, and its part within the bound
-        self._cosines: list[Tensor] = []  # of the direction of descent with that to the ground truth
+        self._norms: list[Tensor] = []  # of the RPN's own gradient, the box gradient, and the bounded box gradient
+        self._cosines: list[Tensor] = []
 
     def watch_deltas(self, deltas: Tensor, own: Tensor, others: Tensor) -> None:
         gradients = dict.fromkeys(("own", "others"), torch.zeros_like(deltas))
@@ -25,8 +22,8 @@ class BoxGradientWatch:
             self._norms.append(torch.stack([g.norm() for g in (*gradients.values(), total - gradients["own"])]))
 
         if deltas.requires_grad:
-            own.register_hook(partial(gradients.__setitem__, "own"))
-            others.register_hook(partial(gradients.__setitem__, "others"))
+            own.register_hook(lambda g: gradients.update(own=g))
+            others.register_hook(lambda g: gradients.update(others=g))
             deltas.register_hook(record)
 
     def watch_positives(self, boxes: Tensor, truth: Tensor) -> None:
@@ -41,7 +38,6 @@ class BoxGradientWatch:
             boxes.register_hook(record)
 
     def reading(self) -> dict[str, float]:
-        """Return ``ratio`` to the RPN's own gradient, ``passed`` (within the bound), ``cosine`` and ``away`` (< 0)."""
         norms = torch.stack(self._norms or [torch.zeros(3)]).norm(dim=0).tolist()
         cosines = torch.cat(self._cosines or [torch.zeros(0)]).double()
         values = {"ratio": norms[1] / norms[0], "passed": norms[2] / norms[0]} if norms[0] else {}
@@ -51,7 +47,12 @@ class BoxGradientWatch:
 
 @contextmanager
 def watch_box_gradient(model: Any) -> Iterator[BoxGradientWatch]:
-    """Watch the training steps of a swapped model in the block."""
+    """Record the box gradient of a swapped model in the backward passes of the block. Other models raise TypeError.
+
+    ``reading()`` of the yielded object is a dict, empty if nothing was recorded. ``ratio`` and ``passed`` are the norms
+    of the box gradient at the RPN's deltas before and after the bound, relative to the RPN's own. ``cosine`` is the
+    mean cosine of the descent direction with the direction to the ground truth, ``away`` the fraction of negative ones.
+    """
     if not hasattr(getattr(model, "rpn", None), "box_gradient_watch"):
         raise TypeError(f"{type(model).__name__} is not a swapped model: call swap_crop_head first, and unwrap it")
     watch = BoxGradientWatch()

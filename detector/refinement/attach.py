@@ -20,20 +20,20 @@ Model = TypeVar("Model", bound=nn.Module)
 def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) -> Model:
     """Add a refinement to a torchvision R-CNN, in place.
 
-    The detector's own parameters, buffers and ``state_dict`` keys do not change. Those of the refinement begin with
-    ``roi_heads.refinement.``. Untrained, it moves no box, and its predicted IoU, which weights the scores, is 0.5.
-    Train it alone with :func:`refinement_losses`, or with the detector by its usual call.
-    ``model.roi_heads.refinement.enabled = False`` switches it off.
+    Boxes are (x1, y1, x2, y2) in pixels. The detector's own parameters, buffers and ``state_dict`` keys do not change;
+    those of the refinement begin with ``roi_heads.refinement.``. An untrained refinement moves no box and predicts an
+    IoU of 0.5, which weights the scores. Train it alone with :func:`refinement_losses`, or together with the detector
+    by calling the model in training mode. ``model.roi_heads.refinement.enabled = False`` switches it off.
 
     Args:
-        model: A ``torchvision.models.detection`` Faster, Mask or Keypoint R-CNN, stock or swapped.
-        config: The settings. A model that has a refinement already keeps its weights, and gets the new settings.
+        model: A Faster, Mask or Keypoint R-CNN of ``torchvision.models.detection``, stock or swapped.
+        config: The settings. If the model already has a refinement, its weights stay.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        TypeError: The model has no RoI pooler, or RoI heads that cannot be refined.
+        TypeError: The model has no RoI pooler, its RoI heads cannot be refined, or ``config`` has the wrong type.
     """
     if not isinstance(config, RefinementConfig):
         raise TypeError(f"config must be a RefinementConfig, got {config!r}")
@@ -66,19 +66,19 @@ def refinement_of(model: nn.Module) -> Refinement | None:
 def refinement_losses(
     model: Any, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], *, cache: FeatureCache | None = None
 ) -> dict[str, Tensor]:
-    """Return the losses of the refinement alone. The detector runs in eval mode, and gets no gradient.
+    """Return the losses of the refinement alone. The detector runs in eval mode and gets no gradient.
 
     Args:
         model: A detector with a refinement, in any mode.
         images: [3, H, W] in 0..1, of any sizes.
         targets: ``boxes`` [L, 4] per image, (x1, y1, x2, y2) in pixels. Labels are ignored.
-        cache: Keeps the features of the images for the next call.
+        cache: Stores the detector's features by image. ``None`` computes them in every call.
 
     Returns:
-        ``loss_refinement_box`` and ``loss_refinement_iou``.
+        The scalars ``loss_refinement_box`` and ``loss_refinement_iou``.
 
     Raises:
-        TypeError: The model has no refinement, or boxes have the wrong type.
+        TypeError: The model has no refinement, or boxes are not a tensor of float32, float64 or integers.
         ValueError: Images and targets do not match, or a box is not finite, is empty or lies outside its image.
     """
     refinement = refinement_of(model)

@@ -35,23 +35,18 @@ class RefinementHead(nn.Module):
 
 
 class Refinement(nn.Module):
-    """A pool and a head. Boxes are (x1, y1, x2, y2) in pixels of the resized images, [L, 4] per image.
-
-    Attributes:
-        config: The settings.
-        score_threshold: Minimum score of the boxes that are refined. The ONNX export sets a tensor, a graph input.
-        enabled: Whether detections are refined.
-    """
+    """The pool and the head of a refinement."""
 
     def __init__(self, heads: RoIHeads, config: RefinementConfig, size_divisible: int | None) -> None:
         super().__init__()
         self.config, self.enabled = config, True
+        # Minimum score of the boxes that are refined. The ONNX export sets a tensor, an input of the graph.
         self.score_threshold: float | Tensor = SCORE_THRESHOLD
         pool = heads.box_roi_pool
         same = ("canonical_scale", "canonical_level", "aligned", "sampler")
         options: Any = {name: getattr(pool, name) for name in same if hasattr(pool, name)}
-        options |= {"size_divisible": size_divisible}
         self.pool = MultiScaleAffineCrop(pool.featmap_names, pool.output_size, pool.sampling_ratio, **options)
+        self.pool.size_divisible = size_divisible
         self.head = RefinementHead(heads)
 
     def forward(self, features: Features, boxes: Boxes, image_sizes: Sizes) -> tuple[Tensor, Tensor]:

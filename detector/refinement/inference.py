@@ -49,8 +49,7 @@ def refine_detections(refinement: Refinement, features: Features, found: Found, 
         if config.iou_power:
             one[1] = torch.cat([scores[:count] * iou**config.iou_power, scores[count:]])
             # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
-            stable = {} if torch.jit.is_tracing() else {"stable": True}
-            order = one[1].sort(descending=True, **stable)[1]
+            order = one[1].sort(descending=True, **({} if torch.jit.is_tracing() else {"stable": True}))[1]
             one = [values[order] for values in one]
         refined.append(one)
     all_boxes, all_scores, all_labels = map(list, zip(*refined))
@@ -84,11 +83,6 @@ def ascend(score_of: Callable[[Tensor], Tensor], boxes: Tensor, steps: int) -> t
 
     A step moves the centre and the logarithm of the size by the gradient times the step size, in units of the box's
     sides. A box whose score does not rise stays, and tries a shorter step next.
-
-    Args:
-        score_of: A differentiable function from boxes [K, 4] to scores [K]. Each score depends on its box alone.
-        boxes: [K, 4], float32 or float64.
-        steps: Maximum number of steps. Each calls ``score_of`` once.
 
     Returns:
         Detached boxes [K, 4] and their scores [K]. No score is lower than before.

@@ -99,13 +99,6 @@ def test_the_detector_itself_does_not_change(name, swap):
     assert_same(detect(model), expected)
 
 
-def test_a_builder_of_torchvision():
-    few = {"min_size": 64, "max_size": 64, "box_score_thresh": 0.0, "box_detections_per_img": 5}
-    model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, **few)
-    expected = detect(model)
-    assert_same(detect(added(model)), expected, exact=False)
-
-
 def test_the_predicted_iou_is_a_half_before_training():
     model = build("box")
     before = detect(model)
@@ -114,22 +107,18 @@ def test_the_predicted_iou_is_a_half_before_training():
         assert_same([found], [wanted | {"scores": wanted["scores"] / 4}], exact=False)
 
 
-def test_its_weights_are_a_trainable_copy_of_the_box_head():
-    model = added(build("box").requires_grad_(False))
-    trunk = model.roi_heads.refinement.head.trunk
-    for ours, theirs in zip(trunk.parameters(), model.roi_heads.box_head.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        assert ours is not theirs
-        assert ours.requires_grad
-        assert not theirs.requires_grad
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtype_and_mode_are_the_detectors(dtype, training):
-    model = add_refinement(build("box").to(dtype).train(training))
-    assert {p.dtype for p in model.roi_heads.refinement.parameters()} == {dtype}
-    assert all(module.training == training for module in model.roi_heads.refinement.modules())
+def test_its_weights_are_a_trainable_copy_of_the_box_head(dtype, training):
+    model = add_refinement(build("box").requires_grad_(False).to(dtype).train(training))
+    refinement = model.roi_heads.refinement
+    assert all(module.training == training for module in refinement.modules())
+    assert {(p.dtype, p.requires_grad) for p in refinement.parameters()} == {(dtype, True)}
+    theirs = list(model.roi_heads.box_head.parameters())
+    for ours, other in zip(refinement.head.trunk.parameters(), theirs, strict=True):
+        assert torch.equal(ours, other)
+        assert ours is not other
+        assert not other.requires_grad
 
 
 def test_it_crops_as_the_detector_does():
@@ -139,10 +128,10 @@ def test_it_crops_as_the_detector_does():
     )
     ours = add_refinement(model).roi_heads.refinement.pool
     theirs = swap_crop_head(model).roi_heads.box_roi_pool
-    assert ours.extra_repr() == theirs.extra_repr()
-    for name in ("featmap_names", "output_size", "sampling_ratio", "canonical_scale", "canonical_level", "aligned"):
+    for name in ("featmap_names", "output_size", "sampling_ratio", "canonical_scale", "canonical_level"):
         assert getattr(ours, name) == getattr(theirs, name)
-    assert (ours.sampler, ours.size_divisible) == (theirs.sampler, theirs.size_divisible)
+    for name in ("aligned", "sampler", "size_divisible"):
+        assert getattr(ours, name) == getattr(theirs, name)
 
 
 def test_the_sampler_of_a_later_swap_is_the_refinements_too():
@@ -176,25 +165,20 @@ def pickled(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("order", [(refined, swap_crop_head), (swap_crop_head, refined)], ids=["added", "swapped"])
-def test_a_swapped_and_refined_model_pickles(order, used):
+def test_a_swapped_and_refined_model_pickles(order):
     model = build("mask")
     stock = detect(model)
     for change in order:
         change(model)
-    if used:
-        images, targets = batch()
-        sum(model.train()(images, copies(targets)).values()).backward()
     twin = pickled(model)
     assert type(twin.roi_heads) is type(model.roi_heads) is AttachedRefinedRoIHeads
     assert_same(detect(twin), detect(model))
-    remove_refinement(twin)
-    assert type(twin.roi_heads) is AttachedRoIHeads
-    restore_roi_align(twin)
-    assert type(twin.roi_heads) is RoIHeads
-    if not used:
-        assert_same(detect(twin), stock)
+    assert type(remove_refinement(twin).roi_heads) is AttachedRoIHeads
+    assert type(restore_roi_align(twin).roi_heads) is RoIHeads
+    assert_same(detect(twin), stock)
+    images, targets = batch()
+    sum(model.train()(images, copies(targets)).values()).backward()
     twin = restore_roi_align(pickled(model))
     assert type(twin.roi_heads) is RefinedRoIHeads
     assert_same(detect(pickled(twin)), detect(model), exact=False)
@@ -227,7 +211,7 @@ def bases():
     return models
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(kind=st.sampled_from([RoIHeads, OwnHeads]), names=st.lists(st.sampled_from(sorted(CHANGES)), max_size=7))
 def test_changes_in_any_order(bases, kind, names):
     model = copy.deepcopy(bases[kind])
@@ -252,13 +236,12 @@ def test_changes_in_any_order(bases, kind, names):
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("kind", [RoIHeads, OwnHeads])
 @pytest.mark.parametrize("order", [("add", "swap"), ("swap", "add")])
 @pytest.mark.parametrize("first_out", ["remove", "restore"])
-def test_detections_after_each_change(bases, kind, order, first_out):
-    model = copy.deepcopy(bases[kind])
+def test_detections_after_each_change(bases, order, first_out):
+    model = copy.deepcopy(bases[OwnHeads])
     stock = detect(model)
-    assert kind is RoIHeads or max(float(found["scores"].max()) for found in stock) < 0.5
+    assert max(float(found["scores"].max()) for found in stock) < 0.5
     for name in order:
         CHANGES[name](model)
         assert_same(detect(model), stock, exact=False)
@@ -287,7 +270,7 @@ def test_models_that_cannot_be_refined_are_refused_and_left_as_they_are():
         with pytest.raises(TypeError):
             add_refinement(model)
         assert state_of(model) == before
-    with pytest.raises(TypeError, match="RefinementConfig"):
+    with pytest.raises(TypeError, match="config"):
         add_refinement(build("box"), {"iterations": 1})
     with pytest.raises(TypeError, match="add_refinement"):
         refinement_losses(build("box"), *batch())
@@ -329,34 +312,28 @@ def test_the_detector_gets_no_gradient(swap):
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
-@pytest.mark.parametrize("kind", ["mask", "keypoint"])
-def test_masks_and_keypoints_are_not_predicted_in_training(kind):
-    model = refined(tiny_rcnn(kind))
-    getattr(model.roi_heads, f"{kind}_head").forward = None  # would fail
-    assert refinement_losses(model, *batch())["loss_refinement_iou"] > 0
-
-
 @pytest.mark.parametrize(
-    ("boxes", "error", "field"),
+    ("boxes", "error", "row"),
     [
-        ([[30.0, 20.0, 10.0, 15.0]], ValueError, r"\['boxes'\]\[0\]"),  # x, y, width and height
-        ([[3.0, 2.0, 10.0, 15.0], [3.0, 2.0, 3.0, 15.0]], ValueError, r"\['boxes'\]\[1\]"),
-        ([[3.0, 2.0, float("nan"), 15.0]], ValueError, r"\['boxes'\]\[0\]"),
-        ([[3.0, 2.0, float("inf"), 15.0]], ValueError, r"\['boxes'\]\[0\]"),
-        ([[64.0, 2.0, 70.0, 15.0]], ValueError, r"\['boxes'\]\[0\]"),
-        ([[3.0, -9.0, 7.0, 0.0]], ValueError, r"\['boxes'\]\[0\]"),
-        (torch.zeros(0), ValueError, r"\['boxes'\]"),
-        (torch.ones(2, 5), ValueError, r"\['boxes'\]"),
-        (torch.zeros(0, 4, dtype=torch.bool), TypeError, r"\['boxes'\]"),
-        (torch.zeros(0, 4, dtype=torch.bfloat16), TypeError, r"\['boxes'\]"),
-        (None, TypeError, r"\['boxes'\]"),
+        ([[30.0, 20.0, 10.0, 15.0]], ValueError, 0),  # x, y, width and height
+        ([[3.0, 2.0, 10.0, 15.0], [3.0, 2.0, 3.0, 15.0]], ValueError, 1),
+        ([[3.0, 2.0, float("nan"), 15.0]], ValueError, 0),
+        ([[3.0, 2.0, float("inf"), 15.0]], ValueError, 0),
+        ([[64.0, 2.0, 70.0, 15.0]], ValueError, 0),
+        ([[3.0, -9.0, 7.0, 0.0]], ValueError, 0),
+        (torch.zeros(0), ValueError, None),
+        (torch.ones(2, 5), ValueError, None),
+        (torch.zeros(0, 4, dtype=torch.bool), TypeError, None),
+        (torch.zeros(0, 4, dtype=torch.bfloat16), TypeError, None),
+        (None, TypeError, None),
     ],
 )
-def test_invalid_ground_truth_is_named(boxes, error, field):
+def test_invalid_ground_truth_is_named(boxes, error, row):
     images, targets = batch()
     targets[1]["boxes"] = torch.tensor(boxes) if isinstance(boxes, list) else boxes
-    with pytest.raises(error, match=rf"^targets\[1\]{field}"):
+    with pytest.raises(error) as caught:
         refinement_losses(refined(tiny_rcnn()), images, targets)
+    assert str(caught.value).startswith("targets[1]['boxes']" + ("" if row is None else f"[{row}]"))
 
 
 def test_images_and_targets_that_do_not_match():
@@ -400,18 +377,16 @@ def test_the_losses_are_those_at_the_detectors_boxes():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("empty", [(0,), (0, 1)])
-def test_images_without_objects(empty, training):
-    model = with_batch_norm().train(training)
+def test_images_without_objects(empty):
+    model = with_batch_norm().train()
     images, targets = batch()
     targets = [{"boxes": t["boxes"][:0] if i in empty else t["boxes"]} for i, t in enumerate(targets)]
     losses = refinement_losses(model, images, targets)
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert (losses["loss_refinement_box"] > 0) == (len(empty) < 2)
-    for parameter in model.roi_heads.refinement.parameters():
-        assert parameter.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.roi_heads.refinement.parameters())
 
 
 def test_the_cache_keeps_features_by_the_pixels_of_the_image():

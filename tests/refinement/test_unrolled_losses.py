@@ -129,49 +129,22 @@ def test_boxes_get_the_finite_differences_through_all_iterations(case, reference
     assert_equal(found, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("what", ["features", "weights"])
-def test_features_and_weights_get_the_finite_differences(case, reference, what):
-    """Along some random directions."""
-    features = {name: feature.clone().requires_grad_() for name, feature in case.features.items()}
-    leaves = list(features.values()) if what == "features" else list(case.refinement.parameters())
-    found = gradients_of(losses_of(case, BoxGradient.exact(), features=features), leaves)
-    size = 1e-6
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        directions = [torch.randn(leaf.shape, dtype=leaf.dtype, generator=generator) for leaf in leaves]
-        values = []
-        with torch.no_grad():
-            for step in (size, -2 * size):
-                for leaf, direction in zip(leaves, directions):
-                    leaf += step * direction
-                values.append(reference.losses(case.boxes, features)[0])
-            for leaf, direction in zip(leaves, directions):
-                leaf += size * direction
-        wanted = (values[0] - values[1]) / (2 * size)
-        along = found @ torch.cat([direction.flatten() for direction in directions])
-        torch.testing.assert_close(along, wanted, rtol=1e-4, atol=1e-5)
-        assert (wanted.abs() > 1e-3).all()
-
-
 @pytest.mark.parametrize(("crop", "coder"), [(1, 0), (0, 1), (1, 1)])
 def test_each_path(case, reference, crop, coder):
-    leaves = [*leaves_of(case.boxes), *case.refinement.parameters()]
-    boxes = leaves[:2]
-    found = gradients_of(losses_of(case, BoxGradient(crop=crop, coder=coder, bound=None), boxes), leaves)
-    by_hand, _ = reference.losses(boxes, case.features, differentiable=True, crop=bool(crop), coder=bool(coder))
+    boxes, maps = leaves_of(case.boxes), {name: f.clone().requires_grad_() for name, f in case.features.items()}
+    leaves = [*boxes, *maps.values(), *case.refinement.parameters()]
+    found = gradients_of(losses_of(case, BoxGradient(crop=crop, coder=coder, bound=None), boxes, maps), leaves)
+    by_hand, _ = reference.losses(boxes, maps, differentiable=True, crop=bool(crop), coder=bool(coder))
     assert_equal(found, gradients_of(by_hand, leaves), 1e-9)
 
 
 def test_the_scales_of_the_paths(case):
-    boxes = leaves_of(case.boxes)
-    found = {}
-    for crop, coder in ((1, 0), (0, 1), (1, 1), (0.5, 0), (0, 0.25)):
+    boxes, found = leaves_of(case.boxes), {}
+    for crop, coder in ((1, 0), (0, 1), (0.5, 0.25)):
         losses = losses_of(case, BoxGradient(crop=crop, coder=coder, bound=None), boxes, iterations=1)
         found[crop, coder] = gradients_of(losses[:1], boxes)
-    assert_equal(found[1, 0] + found[0, 1], found[1, 1], 1e-9)
-    assert_equal(2 * found[0.5, 0], found[1, 0], 1e-9)
-    assert_equal(4 * found[0, 0.25], found[0, 1], 1e-9)
-    assert (found[1, 0] - found[0, 1]).norm() > 0.1 * found[1, 1].norm()
+    assert_equal(found[0.5, 0.25], 0.5 * found[1, 0] + 0.25 * found[0, 1], 1e-9)
+    assert (found[1, 0] - found[0, 1]).norm() > 0.1 * found[1, 0].norm()
 
 
 def test_off_is_as_many_single_iterations_at_constant_boxes(case, reference):

@@ -107,3 +107,32 @@ def batch(dtype=torch.float32, seed=0):
 def copies(targets):
     """Fresh targets: torchvision's transform changes the dicts that it is given."""
     return [dict(target) for target in targets]
+
+
+def losses_of(model, dtype=torch.float32):
+    """The losses of a model in training mode, with the same sampling in every call."""
+    torch.manual_seed(1)
+    images, targets = batch(dtype)
+    return model(images, copies(targets))
+
+
+def at_the_deltas(model, *groups):
+    """Return the gradients of sums of losses at the deltas of the RPN's head, [anchors, 4], or zeros, in float64."""
+    deltas = []
+    handle = model.rpn.head.register_forward_hook(lambda _, given, result: deltas.extend(result[1]))
+    losses = losses_of(model, torch.float64)
+    handle.remove()
+    found = []
+    for names in groups:
+        gradients = torch.autograd.grad(sum(losses[n] for n in names), deltas, retain_graph=True, allow_unused=True)
+        gradients = [torch.zeros_like(d) if g is None else g for g, d in zip(gradients, deltas)]
+        found.append(torch.cat([g.unflatten(1, (-1, 4)).movedim(2, -1).flatten(0, -2) for g in gradients]))
+    return found
+
+
+def assert_bounded(found, own, others, bound):
+    """Compare gradients [anchors, 4] with the definition of the bound."""
+    scale = bound * own.norm(dim=1, keepdim=True) / others.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    assert ((scale < 1) & own.any(1, keepdim=True) & others.any(1, keepdim=True)).sum() >= 3
+    wanted = own + scale.clamp(max=1) * others
+    assert (found - wanted).abs().max() < 1e-9 * wanted.abs().max()
