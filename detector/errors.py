@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from string import Formatter
 from typing import Any
 
 from detector.signals import sigterm_as_ctrl_c
@@ -38,9 +37,11 @@ class UserError(Exception):
             text = f"{flag_of(self.setting) or self.setting} {short_repr(self.value)}: {text}"
         hints = []
         for hint in self.hints:
-            flags = {name: flag_of(name) for _, name, _, _ in Formatter().parse(hint) if name}
-            if None not in flags.values():
-                hints.append(Formatter().vformat(hint, (), flags))
+            words = re.split(r"{([\w.]+)}", hint)  # each second one is a name
+            flags = [flag_of(name) for name in words[1::2]]
+            if None not in flags:
+                words[1::2] = map(str, flags)
+                hints.append("".join(words))
         return f"{text}: {', or '.join(hints)}" if hints else text
 
     def __str__(self) -> str:
@@ -110,39 +111,30 @@ def exit_on_user_error(flag_of: FlagOf = str) -> Iterator[None]:
         print(end="", flush=True)  # at exit, Python would print a failure itself
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
-            checkpoint = getattr(error, "checkpoint", None)  # of a training
             command = re.sub(r" --ckpt[_-]path[= ]\S+", "", shlex.join(["python", *sys.argv]))
             same = "the same command with" if "TORCHELASTIC_RUN_ID" in os.environ else command
-            advice = f"; to resume: {same} --ckpt_path {checkpoint}" if checkpoint is not None else ""
+            checkpoint = getattr(error, "checkpoint", None)  # of a training
+            advice = "" if checkpoint is None else f"; to resume: {same} --ckpt_path {checkpoint}"
             print(f"interrupted{advice}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
             sys.exit(141)  # as shells report a program that SIGPIPE ended
-        known = _as_user_error(error)
-        if known is None:
-            raise
+        message = one_line(error, flag_of)
+        # The last is Lightning's, for settings that exclude each other. It is not imported here.
+        if not isinstance(error, (UserError, OSError)) and type(error).__name__ != "MisconfigurationException":
+            if not is_out_of_memory(error) and "DataLoader worker (pid" not in message:
+                raise
+            hints = ("lower {batch_size}", "lower {workers}", "use smaller images")
+            message = UserError(f"probably out of memory ({message[:200]})", hints=hints).describe(flag_of)
         # Release what the failed calls hold, such as a loader's workers: Python would wait for them at exit.
         traceback.clear_frames(error.__traceback__)
-        message = f"error: {one_line(known, flag_of)}"
-        if not isinstance(known, UsageError):
-            sys.exit(message)
-        print(message, file=sys.stderr)
+        if not isinstance(error, UsageError):
+            sys.exit(f"error: {message}")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
         _is_cut_off()
-
-
-def _as_user_error(error: Exception) -> Exception | None:
-    # The last is Lightning's, for settings that exclude each other. It is not imported here.
-    if isinstance(error, (UserError, OSError)) or type(error).__name__ == "MisconfigurationException":
-        return error
-    worker_died = "DataLoader worker (pid" in str(error)
-    if not worker_died and not is_out_of_memory(error):
-        return None
-    what = "a process that reads images died, probably out of memory" if worker_died else "out of memory"
-    hints = ("lower {batch_size}", "lower {workers}", "use smaller images")
-    return UserError(f"{what} ({one_line(error)[:200]})", hints=hints)
 
 
 def _is_cut_off(probe: str = "") -> bool:

@@ -47,16 +47,18 @@ def own_imports(module: str) -> set[str]:
     return {name for name in imports(module) if name.split(".")[0] == "detector"} - LAZY.get(module, set())
 
 
+def run(code: str) -> str:
+    """What a fresh process prints."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def floor(module: str) -> int:
     part = module.split(".")[1] if "." in module else ""
     return FLOORS.index(part) + 1 if part in FLOORS else 0
 
 
-def test_every_folder_is_a_floor():
-    assert {path.parent.name for path in MODULES.values()} - {PACKAGE.name} == set(FLOORS)
-
-
 def test_imports_go_down():
+    assert {path.parent.name for path in MODULES.values()} - {PACKAGE.name} == set(FLOORS)
     for module in set(MODULES) - {"detector"}:  # the roof, which shows what lies below
         for imported in own_imports(module):
             assert imported != "detector", f"{module} imports the roof"
@@ -81,33 +83,24 @@ def test_no_test_imports_another():
         assert not [module for module in modules if module.startswith("test_")], path
 
 
-def thirds(module: str) -> set[str]:
-    """The packages of others that a module imports."""
-    return {name for name in imports(module) if name.split(".")[0] not in {"detector", *sys.stdlib_module_names}}
-
-
-def test_lightning_is_imported_on_the_last_two_floors_only():
-    users = [m for m in MODULES if any(name.startswith(("lightning", "jsonargparse")) for name in thirds(m))]
-    assert {m.split(".")[1] for m in users} == {"training", "tools"}
-
-
-def test_the_crop_needs_torch_and_its_operators_alone():
-    names = set().union(*(thirds(m) for m in MODULES if m.startswith("detector.crop")))
-    assert {name for name in names if not name.startswith(("torch.", "torchvision.ops"))} == {"torch"}
-
-
 @pytest.mark.parametrize(
     ("imported", "heavy"),
     [
-        ("detector.tools", ["torch", "lightning"]),
-        ("detector.crop, detector.rcnn, detector.refinement", ["lightning", "jsonargparse", "pycocotools", "timm"]),
+        ("detector.tools.training_cli, detector.tools.browse", ["torch", "lightning"]),
+        ("detector.crop", ["PIL", "lightning", "jsonargparse", "pycocotools", "timm"]),
+        ("detector.rcnn, detector.refinement", ["lightning", "jsonargparse", "pycocotools", "timm"]),
         ("detector.tools.source, detector.evaluation, detector.pretrained.onnx_export", ["lightning"]),
     ],
 )
 def test_what_is_imported_at_runtime(imported, heavy):
-    code = f"import sys, {imported}; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run(f"import sys, {imported}; print([name for name in {heavy} if name in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("first", ["detector", "detector.tools.evaluate", "detector.tools.training_cli"])
+def test_tools_are_functions_whichever_module_is_imported_first(first):
+    names = "check, evaluate, export, predict, refine, train"
+    code = f"import {first}; from detector.tools import {names}; from detector.training.run import train as same"
+    assert run(f"{code}; print(train is same, {{type(tool).__name__ for tool in ({names})}})") == "True {'function'}"
 
 
 @pytest.mark.parametrize("name", detector.__all__)

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--epochs", type=int, default=3, help="Number of epochs to show each image in.")
         with exit_on_user_error(flag_names(parser)):
             config = read_settings(parser, given)
-            made = instantiated(lambda: parser.instantiate_classes(config))
+            made = instantiated(lambda: parser.instantiate(config))
             data, types = made.data, made.model.annotation_types
             data.prepare_data()
             stored = data.split(data.train_split, annotation_types=types)

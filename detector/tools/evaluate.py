@@ -163,6 +163,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(found: "Evaluation | None") -> int:
-    if found is None:
-        return 0
-    return 130 if found.stopped else 3 if found.skipped and "WORLD_SIZE" not in os.environ else 0
+    skipped = found is not None and found.skipped and "WORLD_SIZE" not in os.environ
+    return 130 if found is not None and found.stopped else 3 if skipped else 0

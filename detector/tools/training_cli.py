@@ -100,7 +100,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Training:
     config = read_settings(parser, arguments)
     seed_everything(config.seed_everything, workers=True)
     run = Run(config.run_dir, config.ckpt_path, save_every=config.save_every)
-    made = instantiated(lambda: parser.instantiate_classes(config))
+    made = instantiated(lambda: parser.instantiate(config))
     options = run.trainer_options(dict(made.trainer))
     if not options["fast_dev_run"]:
         saved = config.clone()

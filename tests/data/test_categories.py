@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from support.coco_folders import dataset, load
+from support.annotation_files import dataset, load
 
 from detector.data.categories import label_as, match_ids, match_notes, same_categories, same_names
 from detector.errors import DataError, ModelError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.coco_folders import dataset, load
+from support.annotation_files import dataset, load
 from torchvision.transforms import v2
 
 from detector.data.annotations import read_annotations
@@ -86,15 +86,15 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path):
 
 
 def test_files_that_are_no_annotations(tmp_path):
-    path = tmp_path / "a.json"
+    path = tmp_path / "b.json"
     content = json.dumps(dataset(tmp_path)).encode()
     for text in (None, b"", b"[1, 2]", b"3", content[: len(content) // 2], b'{"images": []}', b"\xff\xfe\x00"):
         if text is not None:
             path.write_bytes(text)
-        with pytest.raises(DataError, match=r"a\.json"):
+        with pytest.raises(DataError, match=r"b\.json"):
             read_annotations(path)
     with pytest.raises(DataError, match="nowhere"):
-        CocoDetection(tmp_path / "nowhere", tmp_path / "annotations.json")
+        CocoDetection(tmp_path / "nowhere", tmp_path / "a.json")
     (tmp_path / "images" / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png"):
         load(tmp_path)
@@ -143,7 +143,7 @@ def test_files_of_a_split():
 def test_a_split_as_a_data_set(tmp_path):
     dataset(tmp_path)
     (tmp_path / "images" / "a.png").unlink()
-    data = DataFolder(tmp_path, "{split}.json", "images").dataset("annotations", seed=3, skip_missing=True)
+    data = DataFolder(tmp_path, "{split}.json", "images").dataset("a", seed=3, skip_missing=True)
     assert (len(data), data.seed) == (2, 3)
 
 

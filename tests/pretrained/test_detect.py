@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 pytest.importorskip("timm")
 
-from support.coco_folders import dataset
+from support.annotation_files import dataset
 from support.tiny_detector import IDS, NAMES, SETTINGS, scene, tiny_checkpoint
 
 from detector import BoxGradient, swap_crop_head

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from detector.data.checks import Finding, check_annotations
+from detector.data.dataset import CocoDetection
 from detector.data.entries import CocoFile
 
 VALID = {
@@ -39,6 +40,23 @@ def write(root: Path, data=VALID) -> Path:
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(root / "images" / name)
     (root / "a.json").write_text(json.dumps(data))
     return root / "a.json"
+
+
+def dataset(root: Path, **lists) -> dict:
+    """A small valid set on disk: the lists of a file, of which some are given."""
+    boxes = {1: (7, [1, 2, 10, 5], 50), 2: (3, [5, 5, 40, 10], 400), 3: (3, [0, 0, 30, 20], 600)}
+    boxes |= {5: (3, [3, 3, 0, 4], 0), 6: (3, [31, 3, 5, 4], 20)}
+    annotations = [
+        {"id": i, "image_id": 4, "category_id": category, "bbox": box, "area": area, "iscrowd": int(i == 3)}
+        for i, (category, box, area) in boxes.items()
+    ]
+    lists = {name: entries for name, entries in lists.items() if entries is not None}
+    write(root, content := VALID | {"images": VALID["images"][::-1], "annotations": annotations} | lists)
+    return content
+
+
+def load(root: Path, **options) -> CocoDetection:
+    return CocoDetection(root / "images", root / "a.json", **options)
 
 
 def findings_in(root: Path, data) -> list[Finding]:

@@ -31,15 +31,9 @@ def notes_on(path, annotations):
 
 def truth(boxes, *, crowd=()):
     annotations = [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": category,
-            "bbox": box,
-            "area": box[2] * box[3],
-            "iscrowd": int(number in crowd),
-        }
-        for number, (image, category, box) in enumerate(boxes, start=1)
+        {"id": i, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3]}
+        | {"iscrowd": int(i in crowd)}
+        for i, (image, category, box) in enumerate(boxes, start=1)
     ]
     images = [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 100} for i in (1, 2)]
     return index_coco({"images": images, "annotations": annotations, "categories": [{"id": 5, "name": "a"}]})
@@ -58,14 +52,10 @@ def jittered(coco, seed=0, spread=0.05):
         x, y, w, h = annotation["bbox"]
         dx, dy, dw, dh = rng.normal(size=4) * spread
         wrong = rng.random() < 0.2
-        found.append(
-            {
-                "image_id": annotation["image_id"],
-                "category_id": int(rng.choice(categories)) if wrong else annotation["category_id"],
-                "bbox": [x + dx * w, y + dy * h, w * float(np.exp(dw)), h * float(np.exp(dh))],
-                "score": float(rng.random()),
-            }
-        )
+        box = [x + dx * w, y + dy * h, w * float(np.exp(dw)), h * float(np.exp(dh))]
+        category = int(rng.choice(categories)) if wrong else annotation["category_id"]
+        found.append({"image_id": annotation["image_id"], "category_id": category, "bbox": box})
+        found[-1]["score"] = float(rng.random())
         if rng.random() < 0.5:
             box = [float(v) for v in rng.uniform(1, 200, size=4)]
             found.append(found[-1] | {"bbox": box, "score": float(rng.random())})
