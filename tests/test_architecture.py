@@ -83,12 +83,20 @@ def test_no_test_imports_another():
         assert not [module for module in modules if module.startswith("test_")], path
 
 
+def test_packages_of_others():
+    for module in MODULES:
+        others = {name.split(".")[0] for name in imports(module)} - {"detector", *sys.stdlib_module_names}
+        if floor(module) < FLOORS.index("training"):
+            assert not others & {"lightning", "jsonargparse"}, module
+        if floor(module) == FLOORS.index("crop") + 1:
+            assert others <= {"torch", "torchvision"}, module
+
+
 @pytest.mark.parametrize(
     ("imported", "heavy"),
     [
         ("detector.tools.training_cli, detector.tools.browse", ["torch", "lightning"]),
-        ("detector.crop", ["PIL", "lightning", "jsonargparse", "pycocotools", "timm"]),
-        ("detector.rcnn, detector.refinement", ["lightning", "jsonargparse", "pycocotools", "timm"]),
+        ("detector.crop, detector.rcnn, detector.refinement", ["lightning", "jsonargparse", "pycocotools", "timm"]),
         ("detector.tools.source, detector.evaluation, detector.pretrained.onnx_export", ["lightning"]),
     ],
 )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -15,8 +16,9 @@ from support.commands import refused
 from support.tiny_training import REPOSITORY
 
 from detector import tools
-from detector.errors import ModelError
+from detector.errors import ModelError, exit_on_user_error
 from detector.tools.cli import flag_names, make_parser, run_tool, underscored
+from detector.training.failures import Interrupted
 
 TOOLS = {"check": tools.check, "eval": tools.evaluate, "export": tools.export, "predict": tools.predict}
 
@@ -157,6 +159,35 @@ def test_flags_from_a_file_and_to_one(tmp_path, monkeypatch, capsys):
         (tmp_path / "a.yaml").write_bytes(content)
         with refused(words):
             called(*given)
+
+
+def ended(error, capsys):
+    """The exit code and the last words of a tool that raises an error."""
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise error
+    return (stop.value.code, capsys.readouterr().err) if isinstance(stop.value.code, int) else (1, stop.value.code)
+
+
+def test_an_interrupted_training_says_how_to_resume(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", "--config", "a b.yaml", "--ckpt-path", "last", "--ckpt_path=x"])
+    assert ended(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
+    command = "interrupted; to resume: python tools/train.py --config 'a b.yaml' --ckpt_path last.ckpt\n"
+    assert ended(Interrupted(Path("last.ckpt")), capsys) == (130, command)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert ended(Interrupted(Path("last.ckpt")), capsys)[1].endswith("the same command with --ckpt_path last.ckpt\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("CUDA error: out of memory"), RuntimeError("DataLoader worker (pid 7) is killed")],
+    ids=str,
+)
+def test_out_of_memory_is_a_user_error(error, capsys):
+    code, said = ended(error, capsys)
+    assert code == 1
+    assert re.match(r"error: .*out of memory.*lower batch_size", said)
+    with pytest.raises(RuntimeError, match="a bug"), exit_on_user_error():
+        raise RuntimeError("a bug")
 
 
 def run(name, *arguments, **environment):

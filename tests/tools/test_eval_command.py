@@ -463,13 +463,6 @@ def test_no_images_at_all(checkpoint, data, tmp_path):
     assert evaluated(checkpoint=checkpoint, root=root, speed=3).scores["AP"] == -1
 
 
-def test_out_of_memory_is_a_user_error(checkpoint, data, monkeypatch):
-    error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
-    monkeypatch.setattr("detector.evaluation.running.run_rcnn", raising(error))
-    with refused("out of memory", code=1):
-        evaluated(checkpoint=checkpoint, root=data)
-
-
 def test_a_damaged_image_of_a_results_file_is_noted_on_the_page(scored, data, tmp_path):
     root = tmp_path / "shapes"
     shutil.copytree(data, root)
