@@ -78,14 +78,11 @@ IMAGES = {
     "tensor": lambda x: x,
     "tensor, float": lambda x: x / 255,
     "tensor, double": lambda x: x.double() / 255,
-    "tensor, half": lambda x: (x / 255).half(),
     "tensor, with a gradient": lambda x: (x / 255).requires_grad_(),
-    "tensor, channels last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
     "array": as_array,
     "array, float": lambda x: as_array(x) / np.float32(255),
     "array, big endian": lambda x: (as_array(x) / 255).astype(">f4"),
     "array, long double": lambda x: as_array(x).astype(np.longdouble) / 255,
-    "array, a view": lambda x: np.repeat(as_array(x), 2, axis=0)[::2],
     "array, backwards": lambda x: as_array(x)[::-1].copy()[::-1],
     "array, read-only": lambda x: read_only(as_array(x)),
     "array, with alpha": lambda x: np.concatenate([as_array(x), np.full((*x.shape[1:], 1), 7, np.uint8)], 2),
@@ -123,13 +120,6 @@ def test_grey_images(make):
     assert torch.equal(image_tensor(make(grey)), grey.expand(3, -1, -1))
 
 
-@pytest.mark.parametrize("kind", [str, lambda path: path])
-def test_a_path(detector, tmp_path, kind):
-    found = detector.detect(kind(path_of(tmp_path, scene())), min_score=0)
-    assert torch.equal(found.image, scene())
-    assert torch.equal(found.scores, detector.detect(scene(), min_score=0).scores)
-
-
 def test_a_photograph_is_turned_upright_from_a_path_and_from_pil(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -149,7 +139,6 @@ def test_a_photograph_is_turned_upright_from_a_path_and_from_pil(tmp_path):
         (torch.zeros(4, 8, 8), r"\[4, 8, 8\]"),
         (torch.zeros(2, 3, 8, 8), r"list\(batch\)"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), "int64"),
-        (torch.zeros(3, 8, 8, dtype=torch.bool), "bool"),
         (torch.full((3, 8, 8), 255.0), "255"),
         (torch.full((3, 8, 8), -0.01), "-0.01"),
         (torch.full((3, 8, 8), torch.nan), "nan"),
@@ -158,17 +147,11 @@ def test_a_photograph_is_turned_upright_from_a_path_and_from_pil(tmp_path):
         (np.zeros(8, np.uint8), r"\[8\]"),
         (np.zeros((1, 8, 8, 3), np.uint8), r"list\(batch\)"),
         (np.zeros((8, 8, 3), np.uint16), "uint16"),
-        (np.zeros((8, 8), object), "object"),
-        (np.full((8, 8, 3), np.inf), "inf"),
-        (np.zeros((0, 8, 3), np.uint8), "8 x 0"),
         (Image.new("F", (8, 8), -1), "-1"),
         (Image.new("I", (8, 8), 70000), "70000"),
         (Image.new("RGB", (0, 8)), "0 x 8"),
         ("nothing.png", r"nothing\.png"),
-        (".", "."),
         ((path for path in "ab"), "generator"),
-        ({"a.png": 1}, "dict"),
-        (None, "NoneType"),
         ([[0, 1]], "list"),
     ],
 )
@@ -206,11 +189,9 @@ def test_detections(detector):
     assert found != detector.detect(scene(), min_score=0)
 
 
-def test_keypoints_with_and_without_scores():
+def test_keypoints():
     points = torch.tensor([[[3.0, 4, 1], [5, 6, 1]]])
     one = (torch.zeros(3, 20, 30, dtype=torch.uint8), torch.rand(1, 4), torch.tensor([1]), torch.tensor([0.5]), ["a"])
-    (plain,) = Detections(*one, keypoints=points)
-    assert plain["keypoints"] == {"1": [3, 4], "2": [5, 6]}
     (scored,) = Detections(*one, keypoints=points, keypoints_scores=torch.tensor([[7.0, 8]]))
     assert scored["keypoints"] == {"1": [3, 4, 7], "2": [5, 6, 8]}
 
@@ -275,12 +256,6 @@ def test_no_gradient_is_kept_and_training_can_continue():
     sum(losses.values()).backward()
 
 
-def test_a_detector_is_called_as_its_model(detector):
-    (ours,), (theirs,) = detector([scene() / 255]), detector.model([scene() / 255])
-    assert torch.equal(ours["scores"], theirs["scores"])
-    assert torch.equal(ours["scores"], detector.detect(scene(), min_score=0).scores)
-
-
 # ---- a list of images
 
 
@@ -310,13 +285,8 @@ def test_a_list_is_each_of_its_images(detector, tmp_path, monkeypatch):
             assert torch.allclose(one.boxes, other.boxes, atol=1e-3)
             assert one.category_names == NAMES
     assert batches == [8, 2, 1, 1, 2] * 2
+    assert detector.detect([]) == []
     assert len({len(one) for one in expected}) > 1  # or min_score would not be seen
-
-
-def test_short_lists(detector):
-    assert detector.detect([]) == detector.detect(()) == []
-    (found,) = detector.detect([scene()])
-    assert torch.equal(found.scores, detector.detect(scene()).scores)
 
 
 @pytest.mark.parametrize(

@@ -175,13 +175,7 @@ def test_skipped_formats_are_counted_and_no_failure(home, run, capsys):
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [
-        (["nothing.png"], "nothing.png"),
-        (["photos/*.webp"], "webp"),
-        (["photos", "nothing"], "nothing"),
-        (["empty"], "empty"),
-        ([""], "no such"),
-    ],
+    [(["photos/*.webp"], "webp"), (["photos", "nothing"], "nothing"), (["empty"], "empty"), ([""], "no such")],
 )
 def test_missing_images_are_named(photos, home, given, name):
     (home / "empty" / "photo.png").mkdir(parents=True)
@@ -231,10 +225,9 @@ def test_pictures_names_and_results(photos, checkpoint, run, capsys):
             assert max(picture.size) >= 400
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(2, 0), (3, 2)])
-def test_results_do_not_depend_on_the_batch(photos, run, batch_size, workers):
+def test_results_do_not_depend_on_the_batch(photos, run):
     run(photos, output="one")
-    run(photos, output="two", batch_size=batch_size, workers=workers)
+    run(photos, output="two", batch_size=3, workers=2)
     ours, theirs = read("one")[1], read("two")[1]
     assert len(ours) == len(theirs) == 60
     for one, other in zip(ours, theirs):
@@ -245,7 +238,7 @@ def test_results_do_not_depend_on_the_batch(photos, run, batch_size, workers):
 
 @pytest.mark.parametrize(
     ("batch_size", "pixels", "expected"),
-    [(2, None, [2, 1, 2, 1]), (8, 2 * 48 * 64, [2, 1, 2, 1]), (8, 1, [1] * 6), (8, None, [3, 2, 1])],
+    [(2, None, [2, 1, 2, 1]), (8, 2 * 48 * 64, [2, 1, 2, 1]), (8, 1, [1] * 6)],
 )
 def test_a_batch_has_images_of_one_size_and_few_pixels(photos, run, monkeypatch, batch_size, pixels, expected):
     batches, detect_batch = [], Detector.detect_batch
@@ -274,12 +267,6 @@ def test_each_image_gets_a_picture_of_its_own(photos, run, home):
     assert pictures_of("two") == ["a-2.jpg", "a.jpg/b.jpg"]
 
 
-def test_without_pictures(photos, run, capsys):
-    run(photos, pictures=False)
-    assert {path.name for path in Path("out").iterdir()} == {"predictions.json", "detections.json"}
-    assert "pictures" not in capsys.readouterr().out
-
-
 def test_labels_without_categories_stand_for_themselves(photos, checkpoint):
     detector, files = load_checkpoint(checkpoint), ImageFiles(find_images([photos / "a.png"])[0])
     labels = detector.detect(photos / "a.png", min_score=0).labels.tolist()
@@ -298,20 +285,7 @@ def test_a_picture_is_no_larger_than_a_jpeg_can_be(home):
     assert Image.open(home / "long.jpg").width == 65500
 
 
-def test_a_photograph_is_turned_upright(home, run):
-    write_image(home / "turned.png", exif=turned(6))
-    v2.functional.to_pil_image(torch.rot90(scene(), -1, (1, 2))).save("upright.png")
-    run("turned.png", "upright.png")
-    one, upright = read()[0]["images"]
-    assert (one["width"], one["height"]) == (48, 64)
-    assert one["detections"] == upright["detections"]
-    with Image.open("out/pictures/turned.jpg") as picture:
-        assert picture.height > picture.width
-        assert ORIENTATION not in picture.getexif()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_remarks_on_images_are_printed_and_written(home, run, capsys, workers):
+def test_remarks_on_images_are_printed_and_written(home, run, capsys):
     grey = scene()[0].numpy()
     for name in ("b.tif", "c.png"):
         (home / "in").mkdir(exist_ok=True)
@@ -319,7 +293,7 @@ def test_remarks_on_images_are_printed_and_written(home, run, capsys, workers):
     Image.fromarray(grey.astype("float32") / 255).save(home / "in" / "d\x1b[31m.tif")
     write_image(home / "in" / "e.gif", save_all=True, append_images=[Image.new("RGB", (64, 48))])
     Image.fromarray(grey).save(home / "in" / "f.png")
-    run("in", workers=workers)
+    run("in", workers=1)
     images = read()[0]["images"]
     assert [len(image["remarks"]) for image in images] == [1, 1, 1, 1, 0]
     assert images[0]["remarks"] == images[1]["remarks"]
@@ -332,11 +306,9 @@ def test_remarks_on_images_are_printed_and_written(home, run, capsys, workers):
 def test_max_pixels(home, run, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     write_image(home / "a.png")
-    for workers in (0, 1):
-        (broken,) = run("a.png", workers=workers).broken
+    for options in ({}, {"workers": 1}, {"max_pixels": 3071}):
+        (broken,) = run("a.png", **options).broken
         assert "max_pixels" in broken["error"]
-    (broken,) = run("a.png", max_pixels=3071).broken
-    assert "3,071" in broken["error"]
     assert not run("a.png", max_pixels=3072).broken
 
 
@@ -367,15 +339,15 @@ def test_pictures_of_an_earlier_run_are_deleted_and_nothing_else(photos, run):
     assert len(found_names([photos])) == 6
 
 
-HOSTILE = [
-    *("../outside.jpg", "pictures/../../outside.jpg", "/{home}/outside.jpg", "pictures/link/outside.jpg"),
-    *("pictures/../mine.jpg", "mine.jpg", "pictures/mine.txt", "pictures/folder.jpg"),
-    *("pictures/link.jpg", "pictures/inner.jpg", "pictures/\0.jpg", ".jpg", f"{'x' * 5000}.jpg"),
-]
-NO_PREDICTIONS = ["", "no JSON", "[]", '{"images": null}', '{"images": [1]}', '{"images": [{}, {"picture": 7}]}']
-
-
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../outside.jpg", "pictures/../../outside.jpg", "/{home}/outside.jpg", "pictures/link/outside.jpg"),
+        *("pictures/../mine.jpg", "mine.jpg", "pictures/mine.txt", "pictures/folder.jpg"),
+        *("pictures/link.jpg", "pictures/inner.jpg", "pictures/\0.jpg", ".jpg", f"{'x' * 5000}.jpg"),
+    ],
+    ids=range(13),
+)
 def test_a_hostile_predictions_file_deletes_nothing(home, name):
     for mine in ("outside.jpg", "out/mine.jpg", "out/pictures/mine.txt", "out/pictures/folder.jpg/mine.jpg"):
         Path(mine).parent.mkdir(exist_ok=True, parents=True)
@@ -388,11 +360,10 @@ def test_a_hostile_predictions_file_deletes_nothing(home, name):
     assert predict_module._earlier_pictures(Path("out")) == []
 
 
-def test_a_foreign_predictions_file_is_ignored(home):
-    Path("out").mkdir()
-    for content in NO_PREDICTIONS:
-        Path("out", "predictions.json").write_text(content)
-        assert predict_module._earlier_pictures(Path("out")) == []
+@pytest.mark.parametrize("content", ["no JSON", "[]", '{"images": [1]}', '{"images": [{}, {"picture": 7}]}'])
+def test_a_foreign_predictions_file_is_ignored(home, content):
+    Path("predictions.json").write_text(content)
+    assert predict_module._earlier_pictures(Path()) == []
 
 
 def test_an_earlier_picture_as_input_is_refused(photos, run):
@@ -607,16 +578,6 @@ def test_a_disk_that_fills_up_keeps_the_numbers_so_far(photos, run, monkeypatch)
     assert pictures_of() == ["a.jpg", "b.jpg"]
 
 
-def test_out_of_memory(photos, checkpoint, monkeypatch):
-    def refuse(detector, images):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much.")
-
-    monkeypatch.setattr(Detector, "detect_batch", refuse)
-    with refused("memory", code=1):
-        main([str(photos), "--checkpoint", checkpoint, "--output=out", "--workers=0"])
-    assert read()[1] == []
-
-
 # ---- the detector
 
 
@@ -720,33 +681,23 @@ def test_auto_matches_the_classes(photos, loaded, run, monkeypatch, category_ids
     assert [one["min_score"] for one in read()[0]["categories"]] == [0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize("points", [None, points_of([None] * 3, None)])
-def test_auto_with_a_report_without_scores(photos, trained, loaded, run, points):
-    write_report(Path(trained).parent.parent / "eval-val" / "report.json", points, loaded.digest())
-    with pytest.raises(ModelError) as caught:
+@pytest.mark.parametrize(
+    ("weights", "points", "named"),
+    [
+        (None, None, "has no best score"),
+        (None, points_of([None] * 3, None), "has no best score"),
+        ("sha256:0", points_of([0.5] * 3), "run/ or runs/"),
+    ],
+)
+def test_auto_without_scores_of_these_weights(photos, trained, loaded, run, weights, points, named):
+    write_report(Path(trained).parent.parent / "eval-val" / "report.json", points, weights or loaded.digest())
+    with pytest.raises(ModelError, match=named) as caught:
         run("photos", checkpoint=trained, min_score="auto")
     assert caught.value.setting == "min_score"
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("written", [False, True])
-def test_auto_without_a_report_on_these_weights(photos, trained, run, written):
-    if written:
-        write_report(Path(trained).parent.parent / "eval" / "report.json", points_of([0.5] * 3), "sha256:0")
-    with pytest.raises(ModelError, match="run/ or runs/") as caught:
-        run("photos", checkpoint=trained, min_score="auto")
-    assert caught.value.setting == "min_score"
-
-
 # ---- the command line
-
-
-@pytest.mark.parametrize(
-    "flags", ["--batch-size=0", "--workers=-1", "--min-score=nan", "--min_score=x", "--max_pixels=0", "--refine=both"]
-)
-def test_a_wrong_command_line(flags):
-    with refused("must be"):
-        main(["a.png", flags])
 
 
 def test_the_command_line(home, checkpoint, capsys):
