@@ -57,8 +57,7 @@ class DetectorDescription:
 
         Raises:
             ModelError: a value is invalid.
-            LookupError, TypeError, AttributeError, ValueError: a value is missing or of the wrong type; see
-                :func:`~detector.models.weights.as_model_error`.
+            Exception: a value is missing or of the wrong type; see :func:`~detector.models.weights.as_model_error`.
         """
         if not isinstance(content, dict):
             raise ModelError(f"it must hold a dict, not a {type(content).__name__}")
@@ -66,9 +65,8 @@ class DetectorDescription:
         ids, names = ([category[key] for category in content["categories"]] for key in ("id", "name"))
         if crop not in ("affine", "roi_align"):
             raise ModelError(f"crop must be affine or roi_align, got {short_repr(crop)}")
-        for i, name in zip(ids, names):
-            if (type(i) is not int and i is not None) or type(name) is not str:
-                raise ModelError(f"categories: each needs an id and a name, got {short_repr(i)} and {short_repr(name)}")
+        if not all(type(i) in (int, type(None)) and type(name) is str for i, name in zip(ids, names)):
+            raise ModelError("categories: each needs an id and a name")
         if not isinstance(eps, dict) or not all(type(e) in (int, float) and 0 <= e <= 1 for e in eps.values()):
             raise ModelError("batch_norm_eps must be numbers from 0 to 1")
         with as_model_error("refinement"):

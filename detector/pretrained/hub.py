@@ -13,15 +13,19 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"  # the h
 
 def fetch(repository: str, **options: Any) -> Path:
     """Fetch a repository's config and weights, and return the folder of the hub's cache that holds them."""
-    unreachable = None if options.get("local_files_only") else _connection_error(repository, options)
-    if unreachable is not None:
-        options["local_files_only"] = True
+    reason = "does not have it"
+    if not options.get("local_files_only"):
+        try:  # Without a network the download itself would retry for half a minute.
+            address = hf_hub_url(repository, CONFIG, revision=options.get("revision"))
+            get_hf_file_metadata(address, token=options.get("token"))
+        except (HfHubHTTPError, ValueError):  # the hub answered, or the name is invalid: the download says so
+            pass
+        except Exception as error:  # the hub's client and its transport raise many types
+            reason, options["local_files_only"] = f"cannot be reached ({one_line(error)})", True
     try:
-        files = [hf_hub_download(repository, name, **options) for name in (CONFIG, WEIGHTS)]
-    except Exception as error:  # the hub's client and its transport raise many types
-        reason = f"cannot be reached: {one_line(unreachable)}" if unreachable else f"does not have it: {error}"
-        raise ModelError(f"{repository}: no such folder, and the hub {' '.join(reason.split())}") from None
-    return Path(files[-1]).parent
+        return Path([hf_hub_download(repository, name, **options) for name in (CONFIG, WEIGHTS)][-1]).parent
+    except Exception as error:
+        raise ModelError(f"{repository}: no such folder, and the hub {reason}: {one_line(error)}") from None
 
 
 def upload(repository: str, folder: str, *, token: str | bool | None = None, **options: Any) -> str:
@@ -29,18 +33,6 @@ def upload(repository: str, folder: str, *, token: str | bool | None = None, **o
     api = HfApi(token=token)
     name = api.create_repo(repository, exist_ok=True, **options).repo_id
     return str(api.upload_folder(repo_id=name, folder_path=folder))
-
-
-def _connection_error(repository: str, options: dict[str, Any]) -> Exception | None:
-    """Try the hub once. Without a network the download itself would retry for half a minute."""
-    try:
-        address = hf_hub_url(repository, CONFIG, revision=options.get("revision"))
-        get_hf_file_metadata(address, token=options.get("token"))
-    except (HfHubHTTPError, ValueError):  # the hub answered, or the name is invalid: the download says so
-        return None
-    except Exception as error:
-        return error
-    return None
 
 
 def is_hub_name(path: Path) -> bool:

@@ -67,7 +67,7 @@ def load_initial_weights(
     Raises:
         ModelError: the source is missing or damaged, holds NaN, is another network, or normalises images differently.
     """
-    source = _read(str(config.weights), config)
+    source = _read(config)
     expected, found = _without_counts(model.state_dict()), _without_counts(source.state)
     theirs = source.detector.keypoints if source.detector is not None else None
     if keypoints is not None and theirs is not None and not keypoints.fits(theirs):
@@ -100,7 +100,8 @@ def load_initial_weights(
     return "; ".join(notes)
 
 
-def _read(given: str, config: DetectorConfig) -> _Source:
+def _read(config: DetectorConfig) -> _Source:
+    given = str(config.weights)
     path = Path(checkpoint_of(given))
     if path.is_file():
         content = read_weights(path, legacy=True)
@@ -110,10 +111,8 @@ def _read(given: str, config: DetectorConfig) -> _Source:
     elif path.is_dir() or is_hub_name(path):
         detector = load_detector(given)
     else:
-        what = f"no such file or folder, and no published weights of {config.name}"
-        raise ModelError(what, setting="detector.weights", value=given)
-    named = any(category is not None for category in detector.category_ids)
-    names = detector.category_names if named else None
+        raise _refusal(config, f"no such file or folder, and no published weights of {config.name}")
+    names = detector.category_names if any(i is not None for i in detector.category_ids) else None
     return _Source(detector.model.state_dict(), names, batch_norm_eps(detector.model), detector)
 
 
@@ -143,8 +142,7 @@ def _refuse_another_network(
         wrong = differences({n: v for n, v in source.state.items() if not n.startswith(BY_CLASS)}, body)
         settings = source.detector and source.detector.settings
         network = f"the weights of {settings.name}" if settings else "the weights"
-        what = f"{network} do not fit {config.name}: {wrong[0]}; {len(wrong):,} tensors differ"
-        raise ModelError(what, setting="detector.weights", value=config.weights)
+        raise _refusal(config, f"{network} do not fit {config.name}: {wrong[0]}; {len(wrong):,} tensors differ")
 
 
 def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, source: _Source) -> None:
@@ -156,8 +154,7 @@ def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, sou
     if ours != theirs:
         before, now = (settings.weights_backbone or "null" for settings in (source.detector.settings, config))
         what = f"trained on images normalised as for weights_backbone {before}, and this run has {now}"
-        hint = f"set {{weights_backbone}} {before} (it is not fetched)"
-        raise ModelError(what, setting="detector.weights", value=config.weights, hints=[hint])
+        raise _refusal(config, what, f"set {{weights_backbone}} {before} (it is not fetched)")
 
 
 def _class_rows(
@@ -185,6 +182,10 @@ def _class_rows(
     if theirs == ours:
         return every, f"its {ours} classes, which have no names, are taken for the data's, in order"
     return {}, f"the predictor for its {theirs} classes, which have no names, is replaced by one for {ours}"
+
+
+def _refusal(config: DetectorConfig, what: str, *hints: str) -> ModelError:
+    return ModelError(what, setting="detector.weights", value=config.weights, hints=hints)
 
 
 def _rows_per_class(name: str) -> int:

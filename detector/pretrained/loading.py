@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torchvision.models.detection import FasterRCNN
 
-from detector.errors import DataError, ModelError
+from detector.errors import ModelError
 from detector.files import read_json
 from detector.models.config import BUILDERS
 from detector.models.published import (
@@ -50,14 +50,11 @@ def _load_saved(folder: Path) -> Detector:
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: neither a saved detector (no {name}) nor a run (no checkpoints/last.ckpt)")
     try:
-        config = read_json(folder / CONFIG)
-    except DataError as error:
-        raise ModelError(str(error)) from None
-    try:
         weights = safetensors.torch.load_file(folder / WEIGHTS)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder / WEIGHTS}: cannot be read (cut off?): {short(str(error), 300)}") from None
     with as_model_error(f"{folder / CONFIG}: not a detector of this project, or damaged"):
+        config = read_json(folder / CONFIG)
         description = DetectorDescription.from_dict(config)
         if config["weights_digest"] != digest_of(weights):
             raise ModelError(f"{WEIGHTS} beside it is damaged, or another detector's")

@@ -3,7 +3,7 @@
 import io
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from operator import itemgetter
@@ -93,12 +93,12 @@ def find_images(
         DataError: a path does not exist, a folder has no image, or an image is not in the annotations.
     """
     names: dict[Path, tuple[Path, str]] = {}  # path and name by the resolved path
-    skipped: set[Path] = set()
+    skipped: dict[Path, str] = {}  # suffix by the resolved path
     for one in map(str, given):
         path = Path(one)
         if path.is_dir() and one:  # "", a shell's empty variable, would be the current folder
             images, others = _images_in(path)
-            skipped.update(others)
+            skipped |= others
         else:
             matches = [path] if path.is_file() else sorted(map(Path, glob(one, recursive=True)))
             images = [(match, match.name) for match in matches if match.is_file()]
@@ -107,19 +107,20 @@ def find_images(
         for image, name in images:
             names.setdefault(image.resolve(), (image, name))
     files = [ImageFile(path, name, i) for i, (path, name) in enumerate(names.values(), start=1)]
-    return files if annotations is None else _annotated(files, annotations), _suffixes(skipped)
+    return files if annotations is None else _annotated(files, annotations), Counter(skipped.values())
 
 
-def _images_in(folder: Path) -> tuple[list[tuple[Path, str]], list[Path]]:
+def _images_in(folder: Path) -> tuple[list[tuple[Path, str]], dict[Path, str]]:
     """Return the images in a folder, and the files of image formats that are not read. Hidden ones are ignored."""
     # Pillow's list depends on how it was built. macOS leaves hidden "._photo.jpg" files beside photographs.
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     files = [(path, path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [(path, name) for path, name in files if not any(part.startswith(".") for part in name.parts)]
     images = [(path, name.as_posix()) for path, name in files if path.suffix.lower() in suffixes]
-    others = [path.resolve() for path, _ in files if path.suffix.lower() in {*UNREAD.split()} - suffixes]
+    unread = {*UNREAD.split()} - suffixes
+    others = {path.resolve(): path.suffix.lower() for path, _ in files if path.suffix.lower() in unread}
     if not images:
-        but = f", but {listed_suffixes(_suffixes(others))}: convert them to JPEG, PNG or TIFF" if others else ""
+        but = f", but {listed_suffixes(Counter(others.values()))}: convert them to JPEG, PNG or TIFF" if others else ""
         raise DataError(f"{folder}: the folder has no image (.jpg, .png and others that Pillow reads){but}")
     return images, others
 
@@ -135,16 +136,11 @@ def _annotated(files: Sequence[ImageFile], annotations: Annotations) -> list[Ima
             how = "A file is matched by its name, a file in a folder by its path from there"
             raise DataError(f"{file.path}: the annotations have no image {file.name!r}{hint}. {how}")
         if file.name in found:
-            both = f"{file.path} and {found[file.name].path}"
-            raise DataError(f"{both} are both {file.name!r} of the annotations; give one of them")
+            raise DataError(f"{file.path} and {found[file.name].path} are both {file.name!r}; give one of them")
         place = places[file.name]
         width, height = annotations.sizes[place].tolist()
         found[file.name] = replace(file, id=int(annotations.image_ids[place]), size=(width, height))
     return list(found.values())
-
-
-def _suffixes(paths: Iterable[Path]) -> Counter[str]:
-    return Counter(path.suffix.lower() for path in paths)
 
 
 def listed_suffixes(counts: Counter[str]) -> str:

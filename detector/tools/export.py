@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
@@ -56,13 +56,15 @@ def export(
         2: wrong command line.
         130: interrupted.
     """
+    from detector.pretrained.onnx_export import compare_speed
     from detector.run_folders import run_folder
     from detector.tools.source import load_source
 
+    given: Any = {"setting": "output", "value": output and str(output)}
     suffix = "" if output is None or Path(output).is_dir() else Path(output).suffix
     if format == "onnx" and suffix not in ("", ".onnx"):
         hint = "name the file NAME.onnx, or write a folder with {format} pretrained"
-        raise UsageError(f"no {suffix} file can be written", setting="output", value=str(output), hints=[hint])
+        raise UsageError(f"no {suffix} file can be written", **given, hints=[hint])
     if format == "pretrained" and (suffix == ".onnx" or batch_size > 1 or speed):
         what = "writes a folder, which is no .onnx file and has no batch_size and speed"
         raise UsageError(what, setting="format", value=format, hints=["use {format} onnx"])
@@ -71,8 +73,17 @@ def export(
     target = home / ("pretrained" if format == "pretrained" else "detector.onnx") if output is None else Path(output)
     if format == "pretrained":
         _save(detector, target, home)
-    else:
-        _export_onnx(detector, target, batch_size, speed)
+        return target
+    if target.is_dir():
+        raise DataError("is a folder; name a file in it", **given)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    notes = detector.export(target, batch_size=batch_size)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB; {'; '.join(notes)}")
+    if speed:
+        side, pytorch, onnxruntime = compare_speed(detector.model, target, speed)
+        times = f"PyTorch {1000 * pytorch:.1f} ms, onnxruntime {1000 * onnxruntime:.1f} ms"
+        ratio = f"{onnxruntime / pytorch:.2f} times"
+        print(f"{batch_size} x {side} x {side} pixels, {speed} calls: {times}, {ratio}")
     return target
 
 
@@ -91,26 +102,10 @@ def _save(detector: "Detector", folder: Path, home: Path) -> None:
     report, generated = newest_report(home, detector.digest()), is_generated(folder / CARD)
     detector.save(folder, report=None if report is None else report.to_dict())
     card = "the model card, without scores: tools/eval.py has not scored these weights in this run folder"
-    if not generated:
-        card = "which was edited, and stays as it is"
-    elif report is not None:
+    if report is not None:
         card = f"the model card, with the scores of {report.about['time']}"
+    card = card if generated else "which was edited, and stays as it is"
     print(f"{folder}/: {WEIGHTS}, {CONFIG} and {CARD}, {card}")
-
-
-def _export_onnx(detector: "Detector", file: Path, batch_size: int, speed: int) -> None:
-    from detector.pretrained.onnx_export import compare_speed
-
-    if file.is_dir():
-        raise DataError("is a folder; name a file in it", setting="output", value=str(file))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    notes = detector.export(file, batch_size=batch_size)
-    print(f"{file}: {file.stat().st_size / 1e6:.1f} MB; {'; '.join(notes)}")
-    if speed:
-        side, pytorch, onnxruntime = compare_speed(detector.model, file, speed)
-        what = f"{batch_size} x {side} x {side} pixels, {speed} calls: "
-        print(f"{what}PyTorch {1000 * pytorch:.1f} ms, onnxruntime {1000 * onnxruntime:.1f} ms, ", end="")
-        print(f"{onnxruntime / pytorch:.2f} times")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
