@@ -26,7 +26,9 @@ LEGIBLE_SIDE = 440  # pixels; smaller pictures are enlarged, so that captions fi
 FONT_SIZE = 12
 GAP = 8  # pixels between the pictures of a sheet
 MASK_OPACITY = 0.45
-FRAMES = {"thin": (0, 2, 0), "dotted": (0, 2, 4), "thick": (2, 4, 0), "dashed": (2, 4, 9)}  # margin, width, dash
+WHOLE = 2**20  # pixels, longer than any side
+# Margin, width and dash of each stroke, in pixels.
+FRAMES = {"thin": (0, 2, WHOLE), "dotted": (0, 2, 4), "thick": (2, 4, WHOLE), "dashed": (2, 4, 9)}
 CONTOUR = 2  # pixels
 
 Stroke = Literal["thin", "thick", "dashed", "dotted"]
@@ -151,13 +153,10 @@ def _draw_frame(pen: ImageDraw.ImageDraw, box: Box) -> int:
     edge = outside // 2
     if box.stroke != "thin":
         pen.rectangle((x1 - edge, y1 - edge, x2 + edge, y2 + edge), outline="black", width=width + 2 * edge)
-    if not dash:
-        pen.rectangle((x1, y1, x2, y2), outline=box.color, width=width)
-        return outside + edge
-    for x in range(x1, x2, 2 * dash):
+    for x in range(x1, x2 + 1, 2 * dash):
         for y in (y1, y2 - width + 1):
             pen.rectangle((x, y, min(x + dash - 1, x2), y + width - 1), fill=box.color)
-    for y in range(y1, y2, 2 * dash):
+    for y in range(y1, y2 + 1, 2 * dash):
         for x in (x1, x2 - width + 1):
             pen.rectangle((x, y, x + width - 1, min(y + dash - 1, y2)), fill=box.color)
     return outside + edge

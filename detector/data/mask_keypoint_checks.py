@@ -12,9 +12,10 @@ from detector.data.entries import CocoFile, value_of
 from detector.data.keypoints import keypoints_error, layout_of
 from detector.data.masks import is_empty
 from detector.data.placement import placement_of
-from detector.data.segmentations import measure_mask, read_segmentation
+from detector.data.segmentations import measure_mask, read_segmentation, spans_a_pixel
 from detector.errors import DataError, short_repr
 
+MAX_MEASURED = 50_000  # annotations up to which every mask is measured
 # Messages by kind, in the order of the conditions in check_annotation_type.
 WARNINGS: dict[AnnotationType, dict[str, str]] = {
     "masks": {
@@ -113,15 +114,21 @@ def check_annotation_type(
 
 
 def _read_masks(file: CocoFile) -> _Read:
-    raws, crowds = file.annotations["segmentation"], file.annotations["iscrowd"].tolist()
-    wrong, boxes, areas = [], np.empty((len(raws), 2, 2)), np.empty(len(raws))
-    for row, (raw, is_crowd, size) in enumerate(zip(raws, crowds, sizes_of_images(file).astype(int).tolist())):
+    annotations, sizes = file.annotations, sizes_of_images(file)
+    raws, (x, y, w, h) = annotations["segmentation"], annotations["bbox"].T
+    # Three points within these boxes (x1, y1, x2, y2) prove a mask right. Measuring it takes ten times as long.
+    limits = np.stack([x.clip(min=0), y.clip(min=0), np.minimum(x + w, sizes[:, 0]), np.minimum(y + h, sizes[:, 1])], 1)
+    limits[(annotations["area"] < 0.3 * w * h) | (len(raws) <= MAX_MEASURED)] = np.nan  # measured
+    wrong, measures = [], []
+    columns = zip(raws, annotations["iscrowd"].tolist(), sizes.astype(int).tolist(), limits.tolist())
+    for raw, is_crowd, size, limit in columns:
         value, reason = read_segmentation(raw, *size)
         wrong.append(reason)
-        box, areas[row] = measure_mask(None if is_crowd else value, *size)
-        boxes[row] = (box[:2], box[2:])
-    expected = np.ones(len(raws), dtype=bool)
-    return _Read(wrong, boxes, np.isfinite(boxes[..., 0]), areas == 0, areas, expected, ~expected)
+        proven = is_crowd or spans_a_pixel(value, *limit)
+        measures.append((*limit, np.nan) if proven else measure_mask(value, *size))
+    boxes, areas = np.split(np.reshape(measures, (-1, 5)), [4], axis=1)
+    points, areas, expected = boxes.reshape(-1, 2, 2), areas[:, 0], np.ones(len(wrong), dtype=bool)
+    return _Read(wrong, points, np.isfinite(points[..., 0]), areas == 0, areas, expected, ~expected)
 
 
 def _read_keypoints(file: CocoFile) -> _Read:

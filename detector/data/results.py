@@ -125,11 +125,11 @@ def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) ->
     for kind in annotation_types_in(entries):
         if kind == "masks":
             pairs = zip((result["segmentation"] for result in results), sizes.tolist())
-            measured = [measure_mask(mask, *size) for mask, size in pairs]
-            empty = sum(area == 0 for _, area in measured)
+            measured = np.array([measure_mask(mask, *size) for mask, size in pairs])
+            empty = (measured[:, 4] == 0).sum()
             if 2 * empty > len(results):
                 yield f"{empty:,} of {len(results):,} masks that were compared have no pixel in their image."
-            points = np.array([around for around, _ in measured]).reshape(-1, 2, 2)
+            points = measured[:, :4].reshape(-1, 2, 2)
         else:
             points = np.array([result["keypoints"] for result in results]).reshape(len(results), -1, 3)[..., :2]
         placement = placement_of(kind, points, np.isfinite(points[..., 0]), boxes, sizes)

@@ -100,27 +100,37 @@ def _rle_error(rle: _Rle, width: int, height: int) -> str | None:
     return None
 
 
-def measure_mask(segmentation: Any, width: int, height: int) -> tuple[list[float], float]:
+def spans_a_pixel(segmentation: Any, left: float, top: float, right: float, bottom: float) -> bool:
+    """Whether three points of a polygon lie within limits, and span a triangle of at least a pixel."""
+    if not isinstance(segmentation, list):
+        return False
+    polygon = segmentation[0]
+    third = len(polygon) // 6 * 2
+    (a, b), (c, d), (e, f) = polygon[:2], polygon[third : third + 2], polygon[2 * third : 2 * third + 2]
+    inside = left <= a <= right and left <= c <= right and left <= e <= right
+    inside = inside and top <= b <= bottom and top <= d <= bottom and top <= f <= bottom
+    return inside and abs((c - a) * (f - b) - (e - a) * (d - b)) >= 2
+
+
+def measure_mask(segmentation: Any, width: int, height: int) -> tuple[float, ...]:
     """Measure a mask of :func:`read_segmentation`.
 
     Returns:
-        The box (x1, y1, x2, y2) in pixels around the points of polygons or the pixels of an RLE, and the area in
-        pixels. The box is NaN for ``None`` and an RLE without a pixel, the area for ``None``. The area is exact for RLE
-        and for polygons that are small or leave their image; elsewhere overlaps count twice.
+        The box around the points of polygons or the pixels of an RLE, x1, y1, x2, y2 in pixels, and the area in pixels.
+        The box is NaN for ``None`` and an RLE without a pixel, the area for ``None``. The area is exact for RLE and for
+        polygons that are small or leave their image; elsewhere overlaps count twice.
     """
     if segmentation is None:
-        return [nan] * 4, nan
+        return (nan,) * 5
     if isinstance(segmentation, dict):
         rle = as_rle(segmentation, height, width)
         x, y, w, h = mask_box(rle)
-        return [x, y, x + w, y + h] if w else [nan] * 4, mask_area(rle)
-    left = top = inf
-    right = lower = -inf
-    area = 0.0
+        return (x, y, x + w, y + h, mask_area(rle)) if w else (nan, nan, nan, nan, 0)
+    left, top, right, lower, area = inf, inf, -inf, -inf, 0.0
     for polygon in segmentation:
         xs, ys = polygon[::2], polygon[1::2]
-        left, top, right, lower = min(left, *xs), min(top, *ys), max(right, *xs), max(lower, *ys)
         area += abs(sum(map(mul, xs, ys[1:] + ys[:1])) - sum(map(mul, ys, xs[1:] + xs[:1]))) / 2
+        left, top, right, lower = min(left, min(xs)), min(top, min(ys)), max(right, max(xs)), max(lower, max(ys))
     if area < 10 or left < 0 or top < 0 or right > width or lower > height:  # a line has no pixel
         area = mask_area(as_rle(segmentation, height, width))
-    return [left, top, right, lower], area
+    return left, top, right, lower, area

@@ -46,8 +46,7 @@ def anchor_advice(shapes: Tensor, images: Tensor, settings: DetectorConfig) -> s
     if len(shapes) == 0:
         return None
     shapes, images = shapes.double(), images.double()
-    scale = (settings.min_size / images.amin(1)).minimum(settings.max_size / images.amax(1))
-    shapes = shapes * scale[:, None]
+    shapes = shapes * (settings.min_size / images.amin(1)).minimum(settings.max_size / images.amax(1))[:, None]
     before = _fitting_share(shapes, settings)
     if before >= 0.5:
         return None
@@ -63,9 +62,8 @@ def anchor_advice(shapes: Tensor, images: Tensor, settings: DetectorConfig) -> s
     after = _fitting_share(shapes, better)
     if after <= before:
         return f"{message}; no better ones were found: other image sizes may help (min_size, max_size)"
-    flags = f'--model.detector.anchor_sizes "{_bracketed(better.anchor_sizes)}"'
-    if better.aspect_ratios != settings.aspect_ratios:
-        flags += f' --model.detector.aspect_ratios "{_bracketed(better.aspect_ratios)}"'
+    changed = [name for name in ("anchor_sizes", "aspect_ratios") if getattr(better, name) != getattr(settings, name)]
+    flags = " ".join(f'--model.detector.{name} "{_bracketed(getattr(better, name))}"' for name in changed)
     return f"{message}; with {flags} this would be {1 - after:.0%}"
 
 
@@ -73,18 +71,18 @@ def _better_anchors(shapes: Tensor, settings: DetectorConfig) -> DetectorConfig:
     """Return settings with the sizes that fit the most objects, and with other ratios if they add enough."""
 
     def best(ratios: tuple[float, float, float]) -> tuple[float, float, DetectorConfig]:
-        found = []
-        for sizes in SIZES:
-            candidate = replace(settings, anchor_sizes=sizes, aspect_ratios=ratios)
-            ious = best_ious(shapes, candidate)
-            found.append(((ious >= FITTING_IOU).double().mean().item(), ious.mean().item(), candidate))
+        candidates = [replace(settings, anchor_sizes=sizes, aspect_ratios=ratios) for sizes in SIZES]
+        ious = [(best_ious(shapes, candidate), candidate) for candidate in candidates]
+        found = [((iou >= FITTING_IOU).double().mean().item(), iou.mean().item(), candidate) for iou, candidate in ious]
         return max(found, key=lambda one: one[:2])
 
     # The medians of the three thirds of the objects.
     low, middle, high = _quantiles((shapes[:, 1] / shapes[:, 0]).clamp(0.02, 50), (1 / 6, 1 / 2, 5 / 6))
     low, high = min(low, middle / MIN_RATIO_STEP), max(high, middle * MIN_RATIO_STEP)
-    same = best(settings.aspect_ratios)
-    other = best((float(f"{low:.2g}"), float(f"{middle:.2g}"), float(f"{high:.2g}")))
+    same, other = (
+        best(settings.aspect_ratios),
+        best((float(f"{low:.2g}"), float(f"{middle:.2g}"), float(f"{high:.2g}"))),
+    )
     return (other if other[0] > same[0] + MIN_RATIO_GAIN else same)[-1]
 
 

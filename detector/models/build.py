@@ -105,9 +105,8 @@ def _freeze_as_pretrained(model: FasterRCNN, config: DetectorConfig) -> None:
     if config.name.endswith("_resnet50_fpn"):
         model.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=trained)
     elif config.name.startswith("fasterrcnn_mobilenet_v3_large"):
-        model.backbone = mobilenet_backbone(
-            backbone_name="mobilenet_v3_large", weights=None, fpn=True, trainable_layers=trained
-        )
+        options = {"backbone_name": "mobilenet_v3_large", "weights": None, "fpn": True}
+        model.backbone = mobilenet_backbone(**options, trainable_layers=trained)
     else:  # v2, which trains its batch norms
         if trained > 5:
             raise ValueError("must be at most 5")

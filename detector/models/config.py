@@ -1,15 +1,16 @@
 """The settings of a detector."""
 
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
+import msgspec
+from msgspec import Meta
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detector.data.annotation_types import AnnotationType
 from detector.errors import ModelError, one_line
 
 BUILDERS: dict[str, AnnotationType | None] = {"fasterrcnn": None, "maskrcnn": "masks", "keypointrcnn": "keypoints"}
-MAX_IMAGE_SIDE = 10_000  # pixels; every image would be enlarged to it
 # Arguments of torchvision's Faster R-CNN, and where a built detector keeps them.
 TORCHVISION = {
     "max_size": ("max_size", "transform.max_size"),
@@ -25,25 +26,23 @@ TORCHVISION = {
 }
 
 
-def _expected(value: Any, kind: Any) -> str | None:
-    """Return what is expected instead of a value, ``None`` if it is valid."""
-    if get_origin(kind) is tuple:
-        count, of_ints = len(get_args(kind)), get_args(kind)[0] is int
-        valid = isinstance(value, tuple | list) and len(value) == count
-        if of_ints:
-            valid = valid and all(_expected(element, int) is None for element in value)
-            return None if valid else f"{count} positive integers"
-        valid = valid and all(type(element) in (int, float) and 0.01 <= element <= 100 for element in value)
-        return None if valid else f"{count} numbers from 0.01 to 100"
-    if kind is int:
-        return None if type(value) is int and 1 <= value < 2**31 else "a positive integer"
-    if kind is float:
-        return None if type(value) in (int, float) and 0 <= value <= 1 else "a number from 0 to 1"
-    if kind is bool:
-        return None if type(value) is bool else "true or false"
-    if kind == AnnotationType | None:
-        return None if value in (None, *get_args(AnnotationType)) else "masks, keypoints or nothing"
-    return None if isinstance(value, kind) else "a name"
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Ratio = Annotated[float, Meta(ge=0.01, le=100)]
+# What a setting must be, by its name or its type: for msgspec, and in messages.
+VALID: dict[Any, tuple[Any, str]] = {
+    "trainable_layers": (Annotated[int, Meta(ge=0, lt=2**31)], "0 or a positive integer"),
+    "min_size": (Annotated[int, Meta(ge=1, le=10_000)], "an integer from 1 to 10000"),  # every image is enlarged to it
+    "max_size": (Annotated[int, Meta(ge=1, le=10_000)], "an integer from 1 to 10000"),
+    int: (Count, "a positive integer"),
+    float: (Annotated[float, Meta(ge=0, le=1)], "a number from 0 to 1"),
+    bool: (bool, "true or false"),
+    str: (str, "a name"),
+    str | None: (str | None, "a name"),
+    AnnotationType | None: (AnnotationType | None, "masks, keypoints or nothing"),
+    tuple[int, int]: (tuple[Count, Count], "2 positive integers"),
+    tuple[int, int, int, int, int]: (tuple[Count, Count, Count, Count, Count], "5 positive integers"),
+    tuple[float, float, float]: (tuple[Ratio, Ratio, Ratio], "3 numbers from 0.01 to 100"),
+}
 
 
 @dataclass(frozen=True)
@@ -111,25 +110,22 @@ class DetectorConfig:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            no_layers = name == "trainable_layers" and type(value) is int and value == 0
-            if (expected := _expected(value, kind)) and not no_layers:
-                raise _invalid(name, value, f"must be {expected}")
-        for name in ("min_size", "max_size"):
-            if getattr(self, name) > MAX_IMAGE_SIDE:
-                raise _invalid(name, getattr(self, name), f"must be at most {MAX_IMAGE_SIDE}")
+            valid, meant = VALID.get(name) or VALID[kind]
+            try:
+                msgspec.convert(getattr(self, name), valid)
+            except ValueError:
+                raise self._invalid(name, f"must be {meant}") from None
         if self.finds is not None and not self.name.startswith("timm/"):
-            raise _invalid(
-                "finds",
-                self.finds,
-                f"{self.name} finds what its name says (maskrcnn_resnet50_fpn masks, keypointrcnn_resnet50_fpn "
-                "keypoints); only timm/... detectors have this setting",
-            )
-        for stage in ("rpn", "box"):
-            background, foreground = (getattr(self, f"{stage}_{kind}_iou_threshold") for kind in ("bg", "fg"))
-            if background > foreground:
-                maximum = f"{stage}_fg_iou_threshold, {foreground}"
-                raise _invalid(f"{stage}_bg_iou_threshold", background, f"must be at most {maximum}")
+            what = "(maskrcnn_resnet50_fpn masks, keypointrcnn_resnet50_fpn keypoints)"
+            message = f"{self.name} finds what its name says {what}; only timm/... detectors have this setting"
+            raise self._invalid("finds", message)
+        for name in ("rpn_bg_iou_threshold", "box_bg_iou_threshold"):
+            foreground = name.replace("bg", "fg")
+            if getattr(self, name) > (maximum := getattr(self, foreground)):
+                raise self._invalid(name, f"must be at most {foreground}, {maximum}")
+
+    def _invalid(self, name: str, message: str) -> ModelError:
+        return ModelError(message, setting=f"detector.{name}", value=getattr(self, name))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "DetectorConfig":
@@ -154,18 +150,12 @@ class DetectorConfig:
         """Return the arguments of torchvision's Faster R-CNN for these settings."""
         return {argument: getattr(self, name) for name, (argument, _) in TORCHVISION.items()} | {
             "min_size": self.min_size,
-            "rpn_pre_nms_top_n_train": self.rpn_pre_nms_top_n[0],
-            "rpn_pre_nms_top_n_test": self.rpn_pre_nms_top_n[1],
-            "rpn_post_nms_top_n_train": self.rpn_post_nms_top_n[0],
-            "rpn_post_nms_top_n_test": self.rpn_post_nms_top_n[1],
             "_skip_resize": True,  # of training images
+            **dict(zip(("rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test"), self.rpn_pre_nms_top_n)),
+            **dict(zip(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), self.rpn_post_nms_top_n)),
         }
 
     def anchor_generator(self, levels: int = 5) -> AnchorGenerator:
         """Build the anchors: one size per level of 5, or all sizes on each of fewer levels."""
         sizes = [(size,) for size in self.anchor_sizes] if levels == 5 else [self.anchor_sizes] * levels
         return AnchorGenerator(tuple(sizes), (self.aspect_ratios,) * levels)
-
-
-def _invalid(name: str, value: Any, message: str) -> ModelError:
-    return ModelError(message, setting=f"detector.{name}", value=value)

@@ -18,12 +18,10 @@ from detector.models.config import TORCHVISION, DetectorConfig
 from detector.models.weights import as_model_error, load_weights, read_weights
 
 # Published files for which torchvision sets the eps of the batch norms to 0.
-COCO_V1_FILES = (
-    "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
-    "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
-    "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
-    "retinanet_resnet50_fpn_coco-eeacb38b.pth",
-)
+COCO_V1_FILES = [
+    Path(torchvision.models.get_model_weights(f"{kind}_resnet50_fpn")["COCO_V1"].url).name
+    for kind in ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet")
+]
 
 
 def torchvision_detectors() -> list[str]:
@@ -92,9 +90,8 @@ def fetching(name: str, instead: str) -> Iterator[None]:
     except KeyError as error:
         raise ModelError(f"weights: torchvision publishes no {error} for {name}") from None
     except OSError as error:  # URLError is one
-        raise ModelError(
-            f"the weights of {name} cannot be fetched ({error}): they need a network once; without one, {instead}"
-        ) from None
+        what = f"the weights of {name} cannot be fetched ({error})"
+        raise ModelError(f"{what}: they need a network once; without one, {instead}") from None
 
 
 def number_of_classes(name: str, state: dict[str, Any]) -> int:

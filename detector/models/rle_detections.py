@@ -18,8 +18,7 @@ def annotation_types_of(model: nn.Module) -> tuple[AnnotationType, ...]:
     heads: Any = getattr(model, "roi_heads", None)
     if not isinstance(model, GeneralizedRCNN) or heads is None:
         return ()
-    has: dict[AnnotationType, bool] = {"masks": heads.has_mask(), "keypoints": heads.has_keypoint()}
-    return tuple(name for name, found in has.items() if found)
+    return ("masks",) * heads.has_mask() + ("keypoints",) * heads.has_keypoint()
 
 
 def detect(model: Any, images: list[Tensor]) -> list[DetectionDict]:

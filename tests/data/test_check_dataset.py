@@ -7,10 +7,7 @@ import time
 import unicodedata
 from functools import partial
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from support.annotation_files import (
     GONE,
@@ -20,7 +17,6 @@ from support.annotation_files import (
     changed,
     coco_box,
     findings_in,
-    nodes,
     scattered,
     write,
     write_splits,
@@ -34,7 +30,6 @@ from detector.data.dataset import CocoDetection
 from detector.data.digits import write_digits
 from detector.data.image_files import check_files, check_image
 from detector.errors import DataError
-from detector.evaluation.truth import coco_of
 from detector.models.anchors import anchor_advice
 from detector.models.config import DetectorConfig
 
@@ -140,15 +135,6 @@ def test_real_data_has_no_errors_or_warnings(bccd, coco_cc, split):
     assert report.contents.endswith(" of 80 categories")
 
 
-def test_findings_do_not_follow_from_each_other(tmp_path):
-    empty = {**VALID["annotations"][0], "bbox": [0, 0, 0, 0]}
-    expected = {"annotations of an unknown image", "empty boxes", "categories never used"}
-    assert {f.kind for f in findings_in(tmp_path, {**VALID, "images": [], "annotations": [empty]})} == expected
-    assert [f.kind for f in findings_in(tmp_path, added("categories", name="bird"))] == ["categories with the same id"]
-    for name, value in (("images", GONE), ("categories", GONE), ("annotations", 3)):
-        assert [f.kind for f in findings_in(tmp_path, changed(name, value=value))] == ["not in COCO's format"]
-
-
 def test_all_are_found_at_once_and_the_first_error_is_raised(tmp_path):
     data = copy.deepcopy(VALID)
     data["images"][0]["width"] = 0
@@ -168,54 +154,6 @@ def test_all_are_found_at_once_and_the_first_error_is_raised(tmp_path):
     with pytest.raises(DataError, match="bbox") as error:
         read_annotations(write(tmp_path, boxed(1, 2)))
     assert "more" not in str(error.value)
-
-
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([0, 1, 2, 3, 4, 7, 9, 2**63, -(2**63), 10**400, "a.png"])
-    | st.floats()
-    | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@st.composite
-def mutations(draw):
-    """The valid file with up to three nodes replaced by any value or deleted."""
-    data = copy.deepcopy(VALID)
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from([path for path in nodes(data) if path]))
-        node = data
-        for key in path[:-1]:
-            node = node[key]
-        if draw(st.booleans()):
-            node[path[-1]] = draw(VALUES)
-        else:
-            del node[path[-1]]
-        if not data:
-            break
-    return data
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=VALUES | mutations())
-def test_any_value_is_checked_and_files_without_errors_are_read(tmp_path, data):
-    path = tmp_path / "a.json"
-    try:
-        findings = findings_in(tmp_path, data)
-    except DataError:  # only the number Infinity
-        return
-    assert all("\n" not in finding.message for finding in findings)
-    errors = [finding for finding in findings if finding.level == "error"]
-    if errors:
-        with pytest.raises(DataError) as error:
-            read_annotations(path)
-        assert str(error.value).startswith(errors[0].message)
-    else:
-        assert len(coco_of(read_annotations(path)).anns) == len(data["annotations"])
 
 
 def test_values_are_shown_in_one_line_however_large(tmp_path):
@@ -271,32 +209,19 @@ def test_folders(tmp_path):
         CocoDetection(tmp_path / "images", path)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_images_that_cannot_be_read_as_annotated(tmp_path, suffix, monkeypatch):
-    whole = tmp_path / f"whole.{suffix}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)).save(whole)
-    (tmp_path / f"cut.{suffix}").write_bytes(whole.read_bytes()[:-300])
-    (tmp_path / f"empty.{suffix}").write_bytes(b"")
-    (tmp_path / f"two\nlines.{suffix}").write_text("no image")
+def test_images_that_cannot_be_read_as_annotated(tmp_path, monkeypatch):
+    Image.new("RGB", (48, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "two\nlines.png").write_text("no image")
     size = {"width": 48, "height": 64}
-    assert check_image(tmp_path, {"file_name": whole.name, **size}) is None
-    for name, words in {"cut": "cut off", "empty": "empty", "two\nlines": "two lines", "gone": "no such"}.items():
-        finding = check_image(tmp_path, {"file_name": f"{name}.{suffix}", **size})
+    assert check_image(tmp_path, {"file_name": "whole.png", **size}) is None
+    for name in ("two\nlines.png", "gone.png"):
+        finding = check_image(tmp_path, {"file_name": name, **size})
         assert (finding.level, finding.kind) == ("error", "unreadable images")
-        assert words in finding.message
-        assert str(tmp_path) in finding.message
+        assert " ".join(name.split()) in finding.message
         assert "\n" not in finding.message
-    finding = check_image(tmp_path, {"file_name": whole.name, "width": 64, "height": 48})
+    finding = check_image(tmp_path, {"file_name": "whole.png", "width": 64, "height": 48})
     assert (finding.level, finding.kind) == ("error", "sizes that differ")
     assert "48x64" in finding.message
-
-    def broken_decoder(path, **options):
-        raise RuntimeError("Missing or empty image item")
-
-    monkeypatch.setattr(Image, "open", broken_decoder)
-    finding = check_image(tmp_path, {"file_name": whole.name, **size})
-    assert (finding.level, finding.kind) == ("error", "unreadable images")
-    assert "Missing or empty" in finding.message
 
 
 def test_only_images_whose_entry_and_file_are_valid_are_opened(tmp_path, monkeypatch):
@@ -338,51 +263,29 @@ def test_interrupting_leaves_the_queue(tmp_path, monkeypatch):
     assert len(opened) < 2000
 
 
-def test_files_that_are_no_json_are_one_error(tmp_path):
+def test_files_that_cannot_be_read_are_one_error(tmp_path):
     path = tmp_path / "a.json"
-    text = json.dumps(VALID)
-    for content in (b"", text[:-20].encode(), text.encode("utf-16"), b"[" * 100_000, b"1" * 5000):
-        path.write_bytes(content)
-        report = check_dataset(path, tmp_path)
+    path.write_text("{")
+    for unreadable in (path, tmp_path / "none.json", tmp_path):
+        report = check_dataset(unreadable, tmp_path)
         assert kinds(report.findings) == [("error", "unreadable annotation file")]
-        assert str(path) in report.findings[0].message
+        assert str(unreadable) in report.findings[0].message
         assert report.to_text().endswith("\n1 error")
-    for missing in (tmp_path / "none.json", tmp_path):
-        assert kinds(check_dataset(missing).findings) == [("error", "unreadable annotation file")]
-    path.write_text(text, encoding="utf-8-sig")  # a byte order mark is skipped
-    assert check_dataset(path).findings == []
 
 
 def test_the_text_is_grouped_and_counted():
-    findings = [
-        Finding("b", "note", "n1"),
-        *(Finding("x", "warning", f"x{i}") for i in range(1500)),
-        Finding("e", "error", "e1"),
-        Finding("y", "warning", "y1"),
-        Finding("e", "error", "e2"),
-    ]
+    warnings = [Finding("x", "warning", f"x{i}") for i in range(1500)]
+    findings = [Finding("b", "note", "n1"), *warnings, Finding("e", "error", "e1"), Finding("y", "warning", "y1")]
     assert DatasetReport(findings, "2 images").to_text(2).splitlines() == [
-        *("2 errors: e", "    e1", "    e2", ""),
+        *("1 error: e", "    e1", ""),
         *("1,500 warnings: x", "    x0", "    x1", "    ... and 1,498 more", ""),
         *("1 warning: y", "    y1", ""),
         *("1 note: b", "    n1", ""),
-        "2 errors, 1,501 warnings, 1 note in 2 images",
+        "1 error, 1,501 warnings, 1 note in 2 images",
     ]
     assert DatasetReport([], "2 images").to_text() == "nothing wrong in 2 images"
     assert DatasetReport(findings[:1], "2 images").to_text().endswith("\nnothing wrong, 1 note in 2 images")
-    text = DatasetReport(findings[1:3], "2 images").to_text(0)
-    assert text.endswith("\n    ... and 2 more\n\n2 warnings in 2 images")
-
-
-def test_warnings_are_what_training_leaves_out(tmp_path):
-    data = copy.deepcopy(VALID)
-    for box in ([1, 2, 0, 5], [40, 2, 5, 5], [-9, -9, 50, 50], [-5, 2, 5, 5], [1, 1, 2, 2]):
-        data["annotations"].append({**VALID["annotations"][1], "id": len(data["annotations"]) + 1, "bbox": box})
-    path = write(tmp_path, data)
-    found = kinds(check_dataset(path, tmp_path / "images").findings)
-    left_out = [kind for _, kind in found if kind in ("empty boxes", "boxes outside their image")]
-    assert len(left_out) == 3
-    assert len(found) == 4
+    assert DatasetReport(findings[1:3], "").to_text(0).endswith("\n    ... and 2 more\n\n2 warnings")
 
 
 @pytest.mark.parametrize(
