@@ -15,7 +15,7 @@ SCORE_THRESHOLD = 0.05
 
 
 class RefinementHead(nn.Module):
-    """A copy of the detector's box head with two outputs: class-agnostic deltas, and the IoU with the object."""
+    """A copy of the detector's box head with two outputs: class-agnostic deltas and the IoU with the object."""
 
     def __init__(self, heads: RoIHeads) -> None:
         super().__init__()

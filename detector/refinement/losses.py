@@ -20,13 +20,8 @@ BOXES_PER_IMAGE = 64
 REFUSED_DTYPES = (torch.bool, torch.bfloat16, torch.float16)  # 16-bit floats cannot hold pixel coordinates
 
 
-def unrolled_losses(
-    refinement: Refinement, features: Features, boxes: Boxes, truth: Boxes, image_sizes: Sizes
-) -> Losses:
-    """Return ``loss_refinement_box`` and ``loss_refinement_iou`` of the boxes, each of which has its true box.
-
-    Each loss is a mean over boxes and coordinates, summed over the training iterations.
-    """
+def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, truth: Boxes, sizes: Sizes) -> Losses:
+    """Return the losses of boxes and their ground-truth boxes, as means over the boxes summed over the iterations."""
     settings = refinement.config.box_gradient
     target = torch.cat(truth)
     count = max(len(target), 1)
@@ -34,25 +29,21 @@ def unrolled_losses(
     box_losses, iou_losses = [], []
     for _ in range(refinement.config.train_iterations):
         cropped = [scale_gradient(b, settings.crop) for b in current]
-        deltas, predicted_iou = refinement(features, cropped, image_sizes)
+        deltas, predicted_iou = refinement(features, cropped, sizes)
         iou = paired_iou(torch.cat(current).detach(), target)
         bounded = bounded_copies(deltas, settings.bound) if settings.enabled else (deltas, deltas.detach())
         target_deltas = CODER.encode_single(target, scale_gradient(torch.cat(current), settings.coder_scale))
         errors = F.smooth_l1_loss(bounded[0], target_deltas, beta=BETA, reduction="none").sum(1)
         box_losses.append((errors * (iou >= MIN_IOU)).sum() / (4 * count))
         iou_losses.append(F.binary_cross_entropy_with_logits(predicted_iou, iou, reduction="sum") / count)
-        current = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], image_sizes)
+        current = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], sizes)
         has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in current]
         current = [torch.where(*one) for one in zip(has_size, current, [b.detach() for b in cropped])]
     return {"loss_refinement_box": torch.stack(box_losses).sum(), "loss_refinement_iou": torch.stack(iou_losses).sum()}
 
 
 def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -> tuple[Boxes, Boxes]:
-    """Sample boxes that overlap an object: jittered ground truth, and candidates of the detector.
-
-    Returns:
-        Boxes [M, 4] per image, and the ground-truth box of each, [M, 4].
-    """
+    """Sample jittered ground truth, and candidates that overlap an object. Returns boxes and the ground truth of each."""
     boxes, matched = [], []
     for own, true, size in zip(candidates, truth, image_sizes, strict=True):
         true = true.to(own.dtype)

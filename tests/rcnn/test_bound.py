@@ -56,16 +56,6 @@ def test_an_unused_copy(own, other, bound, factor):
     assert torch.equal(through(gradient if own else None, gradient if other else None, bound), factor * gradient)
 
 
-def test_without_a_bound_it_is_the_plain_sum_and_twice_differentiable():
-    def function(x):
-        first, second = bounded_copies(x, None)
-        return first**3 * 2 - second**2 * first
-
-    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(function, x)
-    assert torch.autograd.gradgradcheck(function, x)
-
-
 def test_a_gradient_scaler_sees_infinity_and_nan():
     own, other = torch.ones(2, 2), torch.tensor([[math.inf, 1.0], [math.nan, 1.0]])
     assert not through(own, other, 0.1).isfinite().all(dim=1).any()

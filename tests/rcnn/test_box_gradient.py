@@ -202,19 +202,6 @@ def test_each_scale_is_that_of_its_path(case, crop, coder):
     assert_equal(gradient, expected)
 
 
-@pytest.mark.parametrize(
-    ("settings", "loss"),
-    [
-        (BoxGradient(losses=()), "loss_box_reg"),
-        (BoxGradient(crop=0, losses=("classification",)), "loss_classifier"),
-        (BoxGradient(losses=("box", "mask", "keypoint")), "loss_classifier"),
-        (BoxGradient(losses=("classification", "mask", "keypoint")), "loss_box_reg"),
-    ],
-)
-def test_losses_that_are_not_named_move_nothing(case, settings, loss):
-    assert case.gradient(settings, loss) is None
-
-
 def test_losses_move_positives_only(case):
     settings = BoxGradient(crop=0.5, losses=("box", "classification"))
     positive = case.positive()

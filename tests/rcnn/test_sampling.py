@@ -1,6 +1,5 @@
 """Sampling depends on its seeds only, not on the global state, the order of things, or the rest of the batch."""
 
-import copy
 from contextlib import suppress
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from support.tiny_models import batch, copies, tiny_rcnn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 
-from detector import restore_roi_align, swap_crop_head
+from detector import swap_crop_head
 from detector.rcnn.sampling import SeededSampler, seed_sampling
 from detector.seeds import seed_of, seeded
 
@@ -18,23 +17,20 @@ QUICK = settings(max_examples=50, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**64 - 1)
 
 
-@QUICK
-@given(numbers=st.lists(st.integers(-3, 3) | st.integers(0, 2**32 - 1), min_size=1, max_size=5), data=st.data())
-def test_a_seed_depends_on_every_number(numbers, data):
-    place = data.draw(st.integers(0, len(numbers) - 1))
-    other = data.draw(st.integers(-(2**31), 2**32 - 1).filter(lambda number: number != numbers[place]))
-    seed = seed_of(*numbers)
-    assert 0 <= seed < 2**64
-    assert seed == seed_of(*numbers)
-    assert seed != seed_of(*numbers[:place], other, *numbers[place + 1 :])
-
-
 @pytest.mark.parametrize(
     ("numbers", "others"),
-    [([7], [7, 0]), ([1, 2], [2, 1]), ([3, 2**40], [3, -(2**40)]), ([2**32 + 5], [5, 1]), ([-1], [2**32 - 1] * 2)],
+    [
+        ([7], [7, 0]),
+        ([1, 2], [2, 1]),
+        ([1, 2], [1, 3]),
+        ([3, 2**40], [3, -(2**40)]),
+        ([2**32 + 5], [5, 1]),
+        ([-1], [2**32 - 1] * 2),
+    ],
 )
 def test_a_seed_depends_on_order_sign_and_count(numbers, others):
-    assert seed_of(*numbers) != seed_of(*others)
+    assert 0 <= seed_of(*numbers) < 2**64
+    assert seed_of(*numbers) == seed_of(*numbers) != seed_of(*others)
 
 
 def test_a_seeded_block():
@@ -145,16 +141,3 @@ def test_anchors_and_rois_have_streams_and_counts_of_their_own(kind):
 def test_as_many_seeds_as_images(seeds):
     with pytest.raises(ValueError, match="zip"):
         losses_of(build("stock"), seeds, 0)
-
-
-def test_copies_swapping_and_restoring_keep_the_seeds():
-    model = build("stock")
-    expected = losses_of(model, [1, 2], 0)
-    other = copy.deepcopy(model)
-    assert losses_of(other, "untouched", 1) == expected
-    assert all_differ(losses_of(other, [3, 4], 0), expected)
-    assert losses_of(model, "untouched", 1) == expected
-    swap_crop_head(model)
-    assert losses_of(model, "untouched", 1) == pytest.approx(expected, rel=1e-5)
-    restore_roi_align(model)
-    assert losses_of(model, "untouched", 1) == expected

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from support.refined_models import refined
 from support.tiny_models import CHANNELS, SIZE, pool, tiny_rcnn
 from torch import nn
@@ -30,14 +28,8 @@ def rows(boxes):
     return sorted(tuple(box) for box in boxes.tolist())
 
 
-coordinates = st.floats(-50, 50, width=32)
-boxes_of_some_size = st.tuples(coordinates, coordinates, st.floats(0.125, 60, width=32), st.floats(0.125, 60, width=32))
-
-
-@given(st.lists(st.tuples(boxes_of_some_size, boxes_of_some_size), min_size=1, max_size=5))
-def test_paired_iou_is_the_diagonal_of_torchvisions(pairs):
-    a, b = (torch.tensor([pair[side] for pair in pairs], dtype=torch.float64) for side in (0, 1))
-    a, b = (torch.cat([box[:, :2], box[:, :2] + box[:, 2:]], dim=1) for box in (a, b))
+def test_paired_iou_is_the_diagonal_of_torchvisions():
+    a, b = (torch.cat([corner, corner + 0.1 + torch.rand(200, 2)], dim=1) for corner in torch.rand(2, 200, 2))
     torch.testing.assert_close(paired_iou(a, b), box_iou(a, b).diagonal())
 
 
