@@ -43,7 +43,7 @@ def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, tr
 
 
 def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -> tuple[Boxes, Boxes]:
-    """Sample jittered ground truth, and candidates that overlap an object. Returns boxes and the ground truth of each."""
+    """Sample jittered ground truth and candidates that overlap an object. Return boxes and the ground truth of each."""
     boxes, matched = [], []
     for own, true, size in zip(candidates, truth, image_sizes, strict=True):
         true = true.to(own.dtype)
