@@ -45,10 +45,10 @@ def paths(image: Tensor) -> tuple[list[Tensor], Tensor]:
         boxes = []
         for count in counts:
             refinement.config = replace(plain, **{setting: count})
-            (moved,) = refine_detections(refinement, proposed.features, found, sizes)
-            boxes.append(moved["boxes"] * factor)
+            (moved,), _, _ = refine_detections(refinement, proposed.features, found, sizes)
+            boxes.append(moved * factor)
         rows.append(torch.stack(boxes))
-    return rows, found[0]["scores"]
+    return rows, found[1][0]
 
 
 def panel(image: Tensor, boxes: Tensor, truth: Tensor, view: tuple[int, ...]) -> Image.Image:

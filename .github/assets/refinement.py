@@ -26,7 +26,7 @@ from detector.data.results import to_results
 from detector.evaluation import evaluate
 from detector.evaluation.truth import coco_of
 from detector.pretrained import load_detector
-from detector.rcnn.forward import detect_boxes, propose
+from detector.rcnn.forward import Found, detect_boxes, propose
 from detector.refinement.boxes import move
 from detector.refinement.inference import refine_detections
 
@@ -48,45 +48,42 @@ trained = replace(refinement.config, iterations=2, ascent_steps=0)
 boxes_alone = replace(trained, iou_power=0.0)
 
 
-Detections = list[dict[str, Tensor]]
-
-
-def with_settings(**settings: Any) -> Callable[..., Detections]:
-    def method(features: Any, found: Detections, sizes: Any) -> Detections:
+def with_settings(**settings: Any) -> Callable[..., Found]:
+    def method(features: Any, found: Found, sizes: Any) -> Found:
         refinement.config = replace(boxes_alone, **settings)
         return refine_detections(refinement, features, found, sizes)
 
     return method
 
 
-def own_head(features: Any, found: Detections, sizes: Any) -> Detections:
+def own_head(features: Any, found: Found, sizes: Any) -> Found:
     """The detector's own box head, with its detections as proposals; each box keeps its class."""
     heads = model.roi_heads
-    boxes = [found[0]["boxes"]]
+    boxes, scores, labels = found
     _, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
     decoded = heads.box_coder.decode(deltas, boxes)  # [L, classes, 4]
-    moved = decoded[torch.arange(len(decoded)), found[0]["labels"]]
-    return [found[0] | {"boxes": clip_boxes_to_image(moved, sizes[0])}]
+    moved = decoded[torch.arange(len(decoded)), labels[0]]
+    return [clip_boxes_to_image(moved, sizes[0])], scores, labels
 
 
-def random_ascent(features: Any, found: Detections, sizes: Any) -> Detections:
+def random_ascent(features: Any, found: Found, sizes: Any) -> Found:
     """Move each box to random candidates around it where its predicted IoU rises."""
 
     def predicted_iou(boxes: Tensor) -> Tensor:
         logits: Tensor = refinement(features, [boxes], sizes)[1]
         return logits
 
-    best = found[0]["boxes"]
+    best = found[0][0]
     iou = predicted_iou(best)
     for _ in range(CROPS - 1):
         candidates = clip_boxes_to_image(move(best, SPREAD * torch.randn_like(best)), sizes[0])
         new = predicted_iou(candidates)
         best = torch.where((new > iou)[:, None], candidates, best)
         iou = torch.maximum(iou, new)
-    return [found[0] | {"boxes": best}]
+    return [best], *found[1:]
 
 
-METHODS: dict[str, Callable[..., Detections]] = {
+METHODS: dict[str, Callable[..., Found]] = {
     "plain": lambda features, found, sizes: found,
     "its own head once more": own_head,
     "1 iteration": with_settings(iterations=1),
@@ -107,13 +104,14 @@ with torch.no_grad():
         proposed = propose(model, [image])
         sizes = proposed.image_sizes
         found = detect_boxes(model.roi_heads, proposed.features, proposed.boxes, sizes)
-        if not len(found[0]["boxes"]):
+        if not len(found[0][0]):
             continue
         for name, method in METHODS.items():
             start = time.perf_counter()
             refined = method(proposed.features, found, sizes)
             spent[name] += time.perf_counter() - start
-            one = model.transform.postprocess(refined, sizes, [(image.shape[-2], image.shape[-1])])
+            dicts = [dict(zip(("boxes", "scores", "labels"), one)) for one in zip(*refined)]
+            one = model.transform.postprocess(dicts, sizes, [(image.shape[-2], image.shape[-1])])
             results[name] += to_results(one, [int(target["image_id"])], category_ids)
 print("| boxes | AP | AP50 | AP75 | AP90 | ms an image |\n|---|---|---|---|---|---|")
 for name, refined in results.items():

@@ -31,3 +31,9 @@ def propose(model: Any, images: list[Tensor], targets: Targets = None) -> Propos
         features = {"0": features}
     boxes, losses = model.rpn(batch, features, targets)
     return Proposals(features, boxes, batch.image_sizes, losses, targets)
+
+
+def detect_boxes(heads: Any, features: Features, proposals: Boxes, image_sizes: Sizes) -> Found:
+    """Run the box head of RoI heads in eval mode, without a refinement."""
+    crops = heads.box_roi_pool(features, proposals, image_sizes)
+    return heads.postprocess_detections(*heads.box_predictor(heads.box_head(crops)), proposals, image_sizes)

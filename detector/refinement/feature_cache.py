@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detector.rcnn.forward import Features, propose
+from detector.rcnn.forward import Features, detect_boxes, propose
 
 
 class ImageFeatures(NamedTuple):
@@ -45,10 +45,8 @@ class FeatureCache:
 def extract_features(model: Any, image: Tensor) -> ImageFeatures:
     """Run a detector in eval mode, without its refinement, on an image [3, H, W] in 0..1."""
     features, proposals, sizes, *_ = propose(model, [image])
-    heads = model.roi_heads
-    logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, sizes)))
-    (boxes,), _, _ = heads.postprocess_detections(logits, deltas, proposals, sizes)
-    used = heads.box_roi_pool.featmap_names
+    (boxes,), _, _ = detect_boxes(model.roi_heads, features, proposals, sizes)
+    used = model.roi_heads.box_roi_pool.featmap_names
     return ImageFeatures({name: m for name, m in features.items() if name in used}, boxes, sizes[0])
 
 
