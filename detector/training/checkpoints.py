@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import rank_zero_only
 
 from detector.errors import ModelError
 from detector.files import link_atomically, write_atomically
@@ -40,19 +41,14 @@ class Checkpoints(Checkpoint):
     """
 
     def __init__(self, folder: Path, *, every: int = 500) -> None:
-        self.folder, self.every = folder, every
+        self.folder, self.every, self.last = folder, every, folder / LAST
         self.best: float | None = None
         self.written = 0
         self.signal: int | None = None  # that asked the run to stop
         # The time limit in seconds that ended the run; infinity if a callback did; None if neither.
         self.ended: float | None = None
-        self._verbose = self._handles_sigterm = False
+        self._handled: list[signal.Signals] = []  # signals
         self._last_step: int | None = None  # of last.ckpt
-
-    @property
-    def last(self) -> Path:
-        """The checkpoint to resume from."""
-        return self.folder / LAST
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "ended": self.ended}
@@ -63,32 +59,29 @@ class Checkpoints(Checkpoint):
         self.ended = state_dict["ended"]
 
     @contextmanager
-    def stopping_on_signals(self, *, verbose: bool) -> Iterator[None]:
+    def stopping_on_signals(self) -> Iterator[None]:
         """Let the first Ctrl-C or SIGTERM end the step under way; the second one stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may handle signals
-            return
-        self._verbose = verbose
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self._handle)
-        self._handles_sigterm = before[signal.SIGTERM] is not signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+            self._handled = [number for number in before if before[number] is not signal.SIG_IGN]  # as under nohup
+        self._set_handlers()
         try:
             yield
         finally:
-            self._handles_sigterm = False
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number in self._handled:
+                signal.signal(number, before[number])
+
+    def _set_handlers(self) -> None:
+        for number in self._handled:
+            signal.signal(number, self._handle)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ended is not None and self.ended < _time_limit(trainer.callbacks):  # type: ignore[attr-defined]
+        if self.ended is not None and self.ended < _time_limit(trainer):
             self.ended = None  # there is more time now
         trainer.should_stop |= self.ended is not None  # set here, Lightning does not train at all
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._handles_sigterm:  # Lightning has set its own handler, which saves nothing and may wait for other ranks
-            signal.signal(signal.SIGTERM, self._handle)
+        self._set_handlers()  # Lightning's own handler of SIGTERM saves nothing, and may wait for other ranks
         loop = trainer.fit_loop
         if loop.restarted_on_epoch_end:
             # With max_steps, Lightning takes every resumed run to be within an epoch. It would run the finished epoch
@@ -97,16 +90,14 @@ class Checkpoints(Checkpoint):
             loop.epoch_progress.increment_completed()
             _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        done = batch_idx + 1
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        done, step = trainer.fit_loop.batch_idx + 1, trainer.global_step
         if done % trainer.accumulate_grad_batches or self._validation_follows(trainer, done):
             return
         stop = self._stop(trainer)
         following = min(done + trainer.accumulate_grad_batches, int(trainer.num_training_batches))
-        due = trainer.global_step % self.every == 0 or self._validation_follows(trainer, following)
-        if stop or due or _ends(trainer) or trainer.global_step == trainer.max_steps:
+        due = step % self.every == 0 or step == trainer.max_steps or self._validation_follows(trainer, following)
+        if stop or due or _ends(trainer):
             self._save(trainer, LAST)
         if stop:
             raise KeyboardInterrupt
@@ -139,8 +130,7 @@ class Checkpoints(Checkpoint):
         # since its position in the epoch decides how a run with more time resumes.
         if not _ends(trainer):
             return
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self.ended = _time_limit(callback for callback in callbacks if _is_up(callback))
+        self.ended = _time_limit(trainer, reached=True)
         if trainer.is_global_zero and self.last.exists():
             checkpoint = read_weights(self.last)
             checkpoint["callbacks"][self.state_key] = self.state_dict()
@@ -169,7 +159,7 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, name: str) -> None:
         weights: list[torch.Tensor] = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
-        if not all(torch.isfinite(norm) for norm in torch._foreach_norm(weights)):
+        if not all(norm.isfinite() for norm in torch._foreach_norm(weights)):
             raise TrainingError(f"the weights are no longer finite after step {trainer.global_step}", hints=START_AGAIN)
         trainer.save_checkpoint(self.folder / name, weights_only=False)
         self.written += 1
@@ -177,15 +167,14 @@ class Checkpoints(Checkpoint):
             self._last_step = trainer.global_step
 
     def _stop(self, trainer: Trainer) -> bool:
-        stop = self.signal is not None
-        return trainer.strategy.reduce_boolean_decision(stop, all=False) if trainer.world_size > 1 else stop
+        return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        if self._verbose:
-            print("\nStopping after this step. A second time: at once, without saving.", file=sys.stderr, flush=True)
+        message = "\nStopping after this step. A second time: at once, without saving."
+        rank_zero_only(print)(message, file=sys.stderr, flush=True)
 
 
 def _ends(trainer: Trainer) -> bool:
@@ -193,15 +182,15 @@ def _ends(trainer: Trainer) -> bool:
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
-def _time_limit(callbacks: Iterable[Callback]) -> float:
-    """Return the shortest of the callbacks' time limits in seconds; infinity if they have none."""
-    limits = [c._duration for c in callbacks if isinstance(c, Timer) and c._duration is not None]
+def _time_limit(trainer: Trainer, *, reached: bool = False) -> float:
+    """Return the shortest time limit of the run in seconds, or of those already reached; infinity if there is none."""
+    limits = [
+        callback._duration
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, Timer) and callback._duration is not None
+        if not reached or callback.time_elapsed() >= callback._duration
+    ]
     return min(limits, default=math.inf)
-
-
-def _is_up(callback: Callback) -> bool:
-    left = callback.time_remaining() if isinstance(callback, Timer) else None
-    return left is not None and left <= 0
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -217,10 +206,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(Path(path), buffer.getbuffer())
         except OSError as error:
-            raise TrainingError(
-                f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}",
-                hints=("make room, then resume",),
-            ) from error
+            message = f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}"
+            raise TrainingError(message, hints=("make room, then resume",)) from error
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         checkpoint = read_weights(path)

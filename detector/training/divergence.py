@@ -34,12 +34,11 @@ class Divergence(Callback):
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
-        losses = [float(loss) for loss in self._losses]
-        return {"best": self.best, "now": self.now, "far": self.far, "losses": losses}
+        return {"best": self.best, "now": self.now, "far": self.far, "losses": [float(one) for one in self._losses]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.now, self.far = state_dict["best"], state_dict["now"], state_dict["far"]
-        self._losses = list(state_dict["losses"])
+        self.best, self.now, self.far, losses = (state_dict[name] for name in ("best", "now", "far", "losses"))
+        self._losses = list(losses)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if not trainer.is_global_zero:

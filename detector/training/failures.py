@@ -1,11 +1,13 @@
 """Errors that end a training."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from detector.errors import UserError, is_out_of_memory
+from detector.errors import ImageError, UserError, is_out_of_memory, one_line
 
 START_AGAIN = ("start again with a lower {lr}", "start again with {gradient_clip_val}")
 
@@ -26,45 +28,56 @@ class Interrupted(KeyboardInterrupt):
         self.checkpoint = checkpoint
 
 
-def explain(error: BaseException, step: int, images: Sequence[int], upcoming: Sequence[int]) -> TrainingError | None:
-    """Return a user error for one that settings can avert, or ``None``.
+def explain(error: BaseException, task: Any, data: Any, last: Path | None) -> TrainingError | None:
+    """Return a user error that names the last good checkpoint; ``None`` if there is nothing to add to ``error``.
 
     Args:
-        error: what was raised.
-        step: the optimizer step under way.
-        images: the ids of the images of the current batch.
-        upcoming: the ids of the images that follow, if they are known.
+        error: the error that ended the training.
+        task: a :class:`~detector.training.task.DetectionTask`.
+        data: its :class:`~detector.training.data.CocoDataModule`.
+        last: the last checkpoint, if there is one.
     """
-    text = str(error)
+    text, upcoming = str(error), []
+    of_worker, is_image = "Original Traceback" in text, isinstance(error, ImageError) and not data.skip_broken
+    if task.training:
+        with suppress(Exception):  # the run may not have come that far
+            upcoming = data.upcoming(2 * max(data.workers, 1))
+    known: UserError
     if is_out_of_memory(error):
-        ids = list(upcoming if "Original Traceback" in text else images)  # a worker reads ahead
+        ids = upcoming if of_worker else task.image_ids  # a worker reads ahead
         where = f"on images {ids}" if ids else "while scoring"
-        smaller = tuple(f"lower {{{name}}}" for name in ("batch_size", "max_size", "workers", "rois_per_image"))
+        smaller = [f"lower {{{name}}}" for name in ("batch_size", "max_size", "workers", "rois_per_image")]
         more = "set {accumulate_grad_batches} to keep the images a step"
-        return TrainingError(f"out of memory in step {step}, {where}", hints=(*smaller, more))
-    if "DataLoader worker (pid" in text:
+        known = TrainingError(f"out of memory in step {task.global_step}, {where}", hints=[*smaller, more])
+    elif "DataLoader worker (pid" in text:
         reason = " ".join(str(error.__cause__ or error).splitlines()[0].split())
-        following = f"the next images were {list(upcoming)}" if upcoming else "it was scoring"
-        return TrainingError(
-            f"a process that reads images died after step {step}, probably because memory or shared memory (/dev/shm) "
-            f"ran out ({reason}); {following}",
-            hints=("lower {workers}", "set {workers} to 0 to see the reason"),
+        following = f"the next images were {upcoming}" if upcoming else "it was scoring"
+        known = TrainingError(
+            f"a process that reads images died after step {task.global_step}, probably because memory or shared memory "
+            f"(/dev/shm) ran out ({reason}); {following}",
+            hints=["lower {workers}", "set {workers} to 0 to see the reason"],
         )
-    return None
+    elif isinstance(error, (UserError, OSError)) and (last is not None or is_image):
+        known = error if isinstance(error, UserError) and not of_worker else TrainingError(one_line(error))
+    else:
+        return None
+    message, hints = known.message, [*known.hints]
+    if is_image:
+        weights = "" if last is None else f" {{weights}} {last}"
+        hints.append(f"leave such images out in a new run: {{skip_broken}} true{weights}")
+    if last is not None:
+        message += f" (the last good checkpoint is {last})"
+    return TrainingError(message, setting=known.setting, value=known.value, hints=hints)
 
 
 def flattened(name: str, settings: Any) -> dict[str, Any]:
     """Return the values of a dataclass by dotted names such as "optimizer.lr"; tuples become lists."""
     if not is_dataclass(settings):
-        return {name: _plain(settings)}
+        return {name: json.loads(json.dumps(settings))}
     values: dict[str, Any] = {}
     for field in fields(settings):
         values |= flattened(f"{name}.{field.name}", getattr(settings, field.name))
     return values
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, new_run: str = "start a new run") -> None:

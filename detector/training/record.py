@@ -1,26 +1,21 @@
-"""The record of a run: command, versions, settings and git state."""
+"""The record of a run: command, versions, seed and git commit."""
 
 import os
-import platform
 import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from detector.files import read_json, write_atomically, write_json
+from detector.files import read_json, write_json
 from detector.versions import circumstances
 
-FILE = "environment.json"
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class RunRecord(Callback):
-    """Adds each start of a run to ``environment.json`` in its folder, and saves uncommitted changes as a patch.
+    """Adds each start of a run to ``environment.json`` in its folder.
 
     Args:
         folder: the run folder.
@@ -34,56 +29,27 @@ class RunRecord(Callback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / FILE
-        starts = read_json(path) if path.exists() else []
-        git, patch = git_state()
-        if patch:
-            git["patch"] = f"uncommitted-{len(starts) + 1}.patch"
-            write_atomically(self.folder / git["patch"], patch)
+        path, data = self.folder / "environment.json", trainer.datamodule  # type: ignore[attr-defined]
         start = {
             **circumstances(trainer.strategy.root_device),
-            "folder": os.getcwd(),
             "devices": trainer.world_size,
-            "threads": torch.get_num_threads(),
-            "machine": platform.platform(),
-            "python": platform.python_version(),
-            "executable": sys.executable,
-            "git": git,
+            "seed": data.seed,
+            "git": git_state(),
             "ckpt_path": self.checkpoint and str(self.checkpoint),
-            "settings": settings(trainer),
         }
-        write_json(path, [*starts, start], indent=2)
+        write_json(path, [*(read_json(path) if path.exists() else []), start], indent=2)
 
 
-def settings(trainer: Trainer) -> dict[str, Any]:
-    """Return the settings of a run, whether it was started from a file or from Python."""
-    task: Any = trainer.lightning_module
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    of_task = ("detector", "box_gradient", "optimizer", "refinement")
-    of_data = ("train_split", "val_split", "annotations", "images", "batch_size", "val_batch_size", "group_by_shape")
-    of_trainer = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
-    return {
-        "seed": data.seed,
-        "data": {"root": str(data.root.resolve()), **{name: getattr(data, name) for name in of_data}},
-        "transform": str(data.train_transform),
-        "crop": task.crop,
-        **{name: getattr(task, name) and asdict(getattr(task, name)) for name in of_task},
-        "trainer": {name: getattr(trainer, name) for name in of_trainer},
-    }
-
-
-def git_state() -> tuple[dict[str, Any], bytes]:
-    """Return the commit and changed files of this package's checkout, and the changes; empty outside a checkout."""
+def git_state() -> dict[str, Any]:
+    """Return the commit of this package's checkout and whether files differ from it; empty outside a checkout."""
     try:
-        if Path(os.fsdecode(_git("rev-parse", "--show-toplevel").strip())).resolve() != PACKAGE.parent:
-            return {}, b""  # installed in another project's checkout
-        state: dict[str, Any] = {"commit": _git("rev-parse", "HEAD").decode().strip()}
-        if changed := _git("status", "--porcelain").decode().splitlines():
-            state["changed"] = changed
-        return state, _git("diff", "HEAD", "--binary")
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != PACKAGE.parent:
+            return {}  # installed in another project's checkout
+        return {"commit": _git("rev-parse", "HEAD"), "changed": _git("status", "--porcelain") != ""}
     except (OSError, subprocess.SubprocessError):
-        return {}, b""
+        return {}
 
 
-def _git(*arguments: str) -> bytes:
-    return subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, check=True, timeout=30).stdout
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(PACKAGE), *arguments]
+    return os.fsdecode(subprocess.run(command, capture_output=True, check=True, timeout=30).stdout).strip()

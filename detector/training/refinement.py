@@ -1,8 +1,8 @@
 """Training the refinement of a detector, which itself stays the same."""
 
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,14 +14,11 @@ from detector.data.categories import match_categories, match_notes
 from detector.data.checks import no_box
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError, ModelError
-from detector.evaluation.running import EvaluationOptions, run_detector
-from detector.evaluation.scoring import Evaluation, evaluate_predictions
-from detector.models.published import batch_norm_eps
+from detector.evaluation.running import EvaluationOptions, Predictions, run_detector
 from detector.overriding import overridden
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.initial_weights import REFINEMENT
-from detector.pretrained.loading import load_checkpoint
 from detector.refinement.attach import add_refinement, refinement_losses
 from detector.refinement.config import RefinementConfig
 from detector.refinement.feature_cache import FeatureCache
@@ -31,7 +28,7 @@ from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
 
 # The rate is constant: a step sees at most a few hundred boxes, whatever the number of images.
-OPTIMIZER = OptimizerConfig(lr=1e-3, lr_rule="constant", weight_decay=1e-4)
+OPTIMIZER = OptimizerConfig(lr_rule="constant")
 TRAINER_OPTIONS = {"max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val": 5.0, "log_every_n_steps": 10}
 
 
@@ -71,13 +68,10 @@ class RefinementTask(DetectionTask):
             raise ModelError(f"the detector cannot be refined: {error}") from None
         self.model.requires_grad_(False)
         self.model.roi_heads.refinement.requires_grad_()
-        categories, eps = (detector.category_ids, detector.category_names), batch_norm_eps(self.model)
-        self._description = DetectorDescription(
-            detector.settings, detector.crop, *categories, eps, refinement, detector.keypoints
-        )
+        self._description = detector.describe()
         self.cache = FeatureCache(cache_bytes)
-        own_weights = {n: value for n, value in self.model.state_dict().items() if not n.startswith(REFINEMENT)}
-        self.digest = digest_of(own_weights)
+        state = self.model.state_dict()
+        self.digest = digest_of({name: state[name] for name in state if not name.startswith(REFINEMENT)})
 
     @property
     def annotation_types(self) -> tuple[AnnotationType, ...]:
@@ -102,24 +96,14 @@ class RefinementTask(DetectionTask):
         if checkpoint.get("refined_weights") != self.digest:
             raise TrainingError("the checkpoint refines another detector", hints=("give that one", self.new_run))
 
-    def evaluate(self, checkpoint: Path, options: EvaluationOptions) -> Evaluation:
-        detector, split = load_checkpoint(checkpoint), self.data.val_set
+    def predictions(self, detector: Detector, options: EvaluationOptions) -> tuple[Predictions, list[str]]:
+        split = self.data.val_set
         ids = match_categories(detector, split)
-        detector.to(options.device)
         found = run_detector(detector.model, split, ids, options)
         assert detector.refinement is not None
         with overridden(detector.refinement, enabled=False):
             found.unrefined = run_detector(detector.model, split, ids, options).results
-        return evaluate_predictions(
-            found,
-            split,
-            options,
-            detector=detector,
-            model=str(checkpoint),
-            root=str(self.data.root),
-            split_name=self.data.val_split,
-            notes=match_notes(detector, ids, split),
-        )
+        return found, match_notes(detector, ids, split)
 
 
 class RefinementData(CocoDataModule):
@@ -139,36 +123,29 @@ class RefinementData(CocoDataModule):
     def __init__(
         self, score_on: CocoDetection, *, steps: int = 600, epochs: int | None = None, flip: bool = True, **options: Any
     ) -> None:
-        augmentation: list[Any] | None = None if flip else []
-        super().__init__(augmentation=augmentation, min_size=None, **options)
+        super().__init__(augmentation=None if flip else [], min_size=None, **options)
         self.val_set, self.steps, self.epochs = score_on, steps, epochs
 
     def setup(self, stage: str | None = None) -> None:
-        train_set = self.train_set = self.split(self.train_split, train=True)
-        self.notes = self._open_images([(self.train_split, train_set)])
-        ids = [i for i, boxes in zip(train_set.image_ids, train_set.counts().tolist(), strict=True) if boxes]
-        if not ids:
+        data = self.train_set = self.split(self.train_split, train=True)
+        self.notes = self._open_images([(self.train_split, data)])
+        data.keep([image_id for image_id, boxes in zip(data.image_ids, data.counts(), strict=True) if boxes])
+        if not len(data):
             raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
-        train_set.keep(ids)
-        for note in (*self.notes, f"{self.train_split}: {len(ids):,} images with boxes to learn from"):
+        for note in (*self.notes, f"{self.train_split}: {len(data):,} images with boxes to learn from"):
             rank_zero_info(note)
 
     def _training_batches(self) -> TrainingBatches:
-        return RepeatedBatches(None if self.epochs else self.steps, self.epochs or 1, **self._batch_options())
+        batches = super()._training_batches()
+        number = self.steps if self.epochs is None else self.epochs * len(batches)
+        return RepeatedBatches(**asdict(batches), number=number)
 
 
+@dataclass(eq=False)
 class RepeatedBatches(TrainingBatches):
-    """The batches of several epochs as those of one.
+    """The first ``number`` batches of consecutive epochs, as those of one. See :class:`TrainingBatches`."""
 
-    Args:
-        number: number of batches; ``None``: those of ``epochs`` whole epochs.
-        epochs: number of epochs.
-        options: see :class:`TrainingBatches`.
-    """
-
-    def __init__(self, number: int | None, epochs: int = 1, **options: Any) -> None:
-        super().__init__(**options)
-        self.number = epochs * super().__len__() if number is None else number
+    number: int = 0
 
     def __len__(self) -> int:
         return self.number

@@ -1,7 +1,6 @@
 """The training task: a detector, its losses, and its scores on the val split."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +24,7 @@ from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps, set_batch_norm_eps, starts_from_own_weights
 from detector.models.weights import as_model_error
 from detector.pretrained.description import DetectorDescription
+from detector.pretrained.detector import Detector
 from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
 from detector.rcnn.box_gradient import BoxGradient
@@ -73,7 +73,7 @@ class DetectionTask(lightning.LightningModule):
         self.image_ids: list[int] = []  # of the current batch
         self.results: list[Result] = []  # of the last validation, on all of the val split; on rank 0
         self.scored_step: int | None = None  # after which the last validation was
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # training settings of the checkpoint
         self._must_load_weights = False
 
     @property
@@ -97,15 +97,13 @@ class DetectionTask(lightning.LightningModule):
             if self.crop == "affine":
                 swap_crop_head(self.model, self.box_gradient)
 
-    def configure_callbacks(self) -> Sequence[Callback]:
+    def configure_callbacks(self) -> list[Callback]:
         return [] if self.optimizer.ema is None else [WeightEMA(self.optimizer.ema)]
 
     def on_fit_start(self) -> None:
         self._load_initial_weights()
-        if self.trainer.is_global_zero:
-            advice = anchor_advice(*self.data.train_set.shapes(), self.detector)
-            if advice is not None:
-                rank_zero_info(f"{self.data.train_split}: {advice}")
+        if self.trainer.is_global_zero and (advice := anchor_advice(*self.data.train_set.shapes(), self.detector)):
+            rank_zero_info(f"{self.data.train_split}: {advice}")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # For dropout and the like; the sampling of anchors and RoIs has its own seeds.
@@ -118,14 +116,10 @@ class DetectionTask(lightning.LightningModule):
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
             values = {name: loss.item() for name, loss in losses.items()}
-            raise TrainingError(
-                f"the loss is not finite in step {self.global_step}, on images {self.image_ids} ({values})",
-                hints=START_AGAIN,
-            )
-        size = len(images)
-        self.log("train/loss", total, prog_bar=True, batch_size=size)
-        for name, loss in losses.items():
-            self.log(f"train/{name}", loss, prog_bar=True, batch_size=size)
+            where = f"in step {self.global_step}, on images {self.image_ids}"
+            raise TrainingError(f"the loss is not finite {where} ({values})", hints=START_AGAIN)
+        logged = {"loss": total, **losses}
+        self.log_dict({f"train/{name}": logged[name] for name in logged}, prog_bar=True, batch_size=len(images))
         return total
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -143,15 +137,13 @@ class DetectionTask(lightning.LightningModule):
         self._seed_sampling(0)  # the same in every epoch, so that losses can be compared
         detections, losses = detect_with_losses(self.model, images, targets)
         self.results += to_results(detections, self.image_ids, self.data.val_set.category_ids)
-        size = len(images)
-        self.log("val/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, batch_size=size, sync_dist=True)
-        for name, loss in losses.items():
-            self.log(f"val/{name}", loss, batch_size=size, sync_dist=True)
+        options: Any = {"batch_size": len(images), "sync_dist": True}
+        self.log("val/loss", torch.stack(list(losses.values())).sum(), prog_bar=True, **options)
+        self.log_dict({f"val/{name}": losses[name] for name in losses}, **options)
 
     def on_validation_epoch_end(self) -> None:
-        found, val_set = gathered(Predictions(results=self.results)), self.data.val_set
+        found, val_set, scores = gathered(Predictions(results=self.results)), self.data.val_set, None
         self.results = [] if found is None else found.results
-        scores = None
         if found is not None:
             truth = coco_of(val_set.annotations, val_set.image_ids)
             types = self.annotation_types
@@ -163,34 +155,37 @@ class DetectionTask(lightning.LightningModule):
         self.scored_step = self.global_step
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings, images = self.optimizer, self.images_per_step
-        steps, steps_per_epoch = self._steps()
-        lr = settings.rate(images)
+        settings, (images, steps, steps_per_epoch) = self.optimizer, self.plan()
         if self._resumed is not None:
-            refuse_changes(self._resumed["training"], self._training_settings(), new_run=self.new_run)
-        devices, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        made_of = f"devices {devices} x batch {self.data.batch_size} x accumulated {accumulated}"
-        if images < (asked := devices * self.data.batch_size * accumulated):
-            made_of += f" would be {asked}, more than {self.data.train_split} has"
+            refuse_changes(self._resumed, self._training_settings(), new_run=self.new_run)
+        lr, devices, accumulated = settings.rate(images), self.trainer.world_size, self.trainer.accumulate_grad_batches
+        all_there = images == devices * self.data.batch_size * accumulated
         rank_zero_info(
-            f"{images} images a step ({made_of}): peak learning rate {lr:.3g} ({settings.lr:.3g} for "
-            f"{settings.lr_batch} images, {settings.lr_rule}), {settings.name}, {settings.schedule}; {steps} steps, "
-            f"{steps_per_epoch} an epoch"
+            f"{images} images a step (devices {devices} x batch {self.data.batch_size} x accumulated {accumulated}"
+            f"{'' if all_there else f', more than {self.data.train_split} has'}): peak learning rate {lr:.3g} "
+            f"({settings.lr:.3g} for {settings.lr_batch} images, {settings.lr_rule}), {settings.name}, "
+            f"{settings.schedule}; {steps} steps, {steps_per_epoch} an epoch"
         )
         optimizer = make_optimizer(self.model, settings, lr)
         schedule = make_schedule(optimizer, settings, steps, steps / steps_per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @property
-    def images_per_step(self) -> int:
-        """Number of images in one step of the optimizer, over all devices and accumulated batches.
+    def plan(self) -> tuple[int, int, int]:
+        """Return the images in an optimizer step, the steps that the schedule is made for, and those of an epoch.
 
-        At most those of an epoch: a split smaller than a batch is one batch, and Lightning steps at an epoch's end.
+        The images of a step are those on all devices and in all accumulated batches, but at most those of an epoch: a
+        split smaller than a batch is one batch, and Lightning steps at an epoch's end.
         """
         trainer = self.trainer
         trainer.fit_loop.setup_data()  # counts the batches
-        batches = int(min(trainer.accumulate_grad_batches, trainer.num_training_batches))
-        return min(trainer.world_size * self.data.batch_size, len(self.data.train_set)) * batches
+        batches, accumulated = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+        images = min(trainer.world_size * self.data.batch_size, len(self.data.train_set)) * min(accumulated, batches)
+        steps_per_epoch = math.ceil(batches / accumulated)
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            return images, steps_per_epoch * trainer.max_epochs, steps_per_epoch
+        if trainer.max_steps < 1:
+            raise TrainingError("the schedule needs an end", hints=("set {max_epochs}", "set {max_steps}"))
+        return images, trainer.max_steps, steps_per_epoch
 
     def description(self) -> DetectorDescription:
         """Return the description of the detector for a checkpoint."""
@@ -208,63 +203,52 @@ class DetectionTask(lightning.LightningModule):
         saved = checkpoint[CHECKPOINT_KEY]
         with as_model_error("the checkpoint is damaged"):
             description = DetectorDescription.from_dict(saved)
-            self._resumed = {part: dict(saved["resume"][part]) for part in ("model", "training")}
-        refuse_changes(self._resumed["model"], self._model_settings(), new_run=self.new_run)
+            model, self._resumed = (dict(saved["resume"][part]) for part in ("model", "training"))
+        refuse_changes(model, self._model_settings(), new_run=self.new_run)
         set_batch_norm_eps(self.model, description.batch_norm_eps)
 
     def _model_settings(self) -> dict[str, Any]:
         """Return the settings of the model that a resumed run must share with its checkpoint."""
         description = self.description()
-        settings: dict[str, Any] = {"category_names": description.category_names, "crop": self.crop}
-        settings["keypoints"] = description.keypoints and list(description.keypoints.names)
-        settings |= flattened("detector", self.detector)
+        settings: dict[str, Any] = {
+            "category_names": description.category_names,
+            "crop": self.crop,
+            "keypoints": description.keypoints and list(description.keypoints.names),
+            "box_gradient": self.crop == "affine" and self.box_gradient.enabled,
+            "refinement": self.refinement is not None,
+            **flattened("detector", self.detector),
+        }
         if starts_from_own_weights(self.detector):
             settings["detector.weights"] = "own weights"  # wherever they were, the checkpoint has them now
-        settings["box_gradient"] = self.crop == "affine" and self.box_gradient.enabled
         if settings["box_gradient"]:
             settings |= flattened("box_gradient", self.box_gradient)
-        settings["refinement"] = self.refinement is not None
         if self.refinement is not None:
-            fields = flattened("refinement", self.refinement)
-            settings |= {name: value for name, value in fields.items() if name not in TEST_TIME}
-        return settings
+            settings |= flattened("refinement", self.refinement)
+        return {name: value for name, value in settings.items() if name not in TEST_TIME}
 
     def _training_settings(self) -> dict[str, Any]:
         """Return what optimizer and schedule are made for, which a resumed run must share as well."""
+        images, steps, _ = self.plan()
         return flattened("optimizer", self.optimizer) | {
-            "images a step (devices x batch_size x accumulated batches)": self.images_per_step,
-            "number of steps": None if self.optimizer.schedule == "multistep" else self._steps()[0],
+            "images a step (devices x batch_size x accumulated batches)": images,
+            "number of steps": None if self.optimizer.schedule == "multistep" else steps,
         }
-
-    def _steps(self) -> tuple[int, int]:
-        """Return the steps that the schedule is made for, and those of an epoch."""
-        trainer = self.trainer
-        trainer.fit_loop.setup_data()  # counts the batches
-        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            return per_epoch * trainer.max_epochs, per_epoch
-        if trainer.max_steps < 1:
-            raise TrainingError("the schedule needs an end", hints=("set {max_epochs}", "set {max_steps}"))
-        return trainer.max_steps, per_epoch
 
     def evaluate(self, checkpoint: Path, options: EvaluationOptions) -> Evaluation:
         """Evaluate a checkpoint of this training on the val split; the last validation is not repeated."""
-        detector, split = load_checkpoint(checkpoint), self.data.val_set  # with averaged weights, if there are any
+        detector = load_checkpoint(checkpoint).to(options.device)  # with averaged weights, if there are any
+        found, notes = self.predictions(detector, options)
+        about: Any = {"model": str(checkpoint), "root": str(self.data.root), "split_name": self.data.val_split}
+        return evaluate_predictions(found, self.data.val_set, options, detector=detector, notes=notes, **about)
+
+    def predictions(self, detector: Detector, options: EvaluationOptions) -> tuple[Predictions, list[str]]:
+        """Return a detector's predictions on the val split, and notes for the report."""
+        split = self.data.val_set
         if self.scored_step == self.trainer.global_step:
-            found = Predictions(split.image_ids, self.results)
-        else:  # the run stopped within an epoch, or had ended before
-            with self.trainer.precision_plugin.forward_context():
-                found = run_detector(detector.model.to(options.device), split, split.category_ids, options)
-        return evaluate_predictions(
-            found,
-            split,
-            options,
-            detector=detector,
-            model=str(checkpoint),
-            root=str(self.data.root),
-            split_name=self.data.val_split,
-            notes=self.data.notes,
-        )
+            return Predictions(split.image_ids, self.results), self.data.notes
+        # The run stopped within an epoch, or had ended before.
+        with self.trainer.precision_plugin.forward_context():
+            return run_detector(detector.model, split, split.category_ids, options), self.data.notes
 
     def _load_initial_weights(self) -> None:
         """Load the weights to begin with, once; not earlier, since a checkpoint may take their place."""
