@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from detector.choices import Crop, Orientation
 from detector.run_folders import run_folder
@@ -35,7 +35,7 @@ def refine(
     max_steps: PositiveInt = 600,
     epochs: PositiveInt | None = None,
     batch_size: PositiveInt = 4,
-    lr: float = 1e-3,
+    lr: PositiveFloat = 1e-3,
     weight_decay: float = 1e-4,
     ema: float | None = None,
     flip: bool = True,

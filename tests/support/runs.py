@@ -1,6 +1,12 @@
 """Training runs that are stopped, killed and compared."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import torch
+
+REPOSITORY = Path(__file__).parents[2]
 
 # A SIGKILL to oneself, at one place.
 KILL_WITHIN = {
@@ -31,6 +37,13 @@ setattr(owner, name, step)
 from detector.tools.training_cli import main as train
 train(sys.argv[1:])
 """
+
+
+def run_alone(command):
+    """Run a command in the repository, without another run's variables. One thread, so that sums have one order."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "PL_GLOBAL_SEED")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def assert_equal(ours, theirs):

@@ -9,7 +9,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from detector.training.failures import TrainingError
@@ -32,85 +31,56 @@ def test_the_peak_rate_follows_the_images_of_a_step(rule, rates):
 
 
 class SmallDetector(nn.Module):
-    """One layer of each kind that torchvision's and timm's detectors have; a frozen stem, and a layer used twice."""
+    """Layers with and without decay, a frozen stem, and a layer used twice."""
 
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).requires_grad_(False)
-        self.body = nn.Sequential(
-            nn.Conv2d(4, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4)
-        )
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, affine=False))
         self.up = nn.ConvTranspose2d(4, 4, 2)
-        self.norm = nn.LayerNorm(4)
-        self.head = nn.Linear(4, 5)
-        self.again = self.head
+        self.head = self.again = nn.Linear(4, 5)
         self.scale = nn.Parameter(torch.tensor(2.0))
-        self.body[0].bias.requires_grad_(False)
 
 
 DECAYING = {"body.0.weight", "up.weight", "head.weight"}
-STEADY = {
-    "body.1.weight",
-    "body.1.bias",
-    "body.3.weight",
-    "body.3.bias",
-    "up.bias",
-    "norm.weight",
-    "norm.bias",
-    "head.bias",
-    "scale",
-}
-FROZEN = {"stem.0.weight", "stem.0.bias", "stem.1.weight", "stem.1.bias", "body.0.bias"}
+STEADY = {"body.0.bias", "body.1.weight", "body.1.bias", "up.bias", "head.bias", "scale"}
 
 
-def test_weights_decay_and_norms_and_biases_do_not():
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_decay_and_norms_and_biases_do_not(name):
     model = SmallDetector()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    assert set(names.values()) == DECAYING | STEADY | FROZEN
-    decays = [
-        (names[p], group["weight_decay"])
-        for group in make_optimizer(model, OptimizerConfig(weight_decay=0.05), 1).param_groups
-        for p in group["params"]
-    ]
+    groups = make_optimizer(model, OptimizerConfig(name=name, weight_decay=0.05), 1).param_groups
+    decays = [(names[p], group["weight_decay"]) for group in groups for p in group["params"]]
     assert len(decays) == len(DECAYING | STEADY)  # each exactly once
     assert dict(decays) == dict.fromkeys(DECAYING, 0.05) | dict.fromkeys(STEADY, 0.0)
+    (group,) = make_optimizer(nn.LayerNorm(3), OptimizerConfig(name=name), 0.1).param_groups  # no empty one
+    assert group["weight_decay"] == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_groups_without_parameters_are_left_out(name):
-    config = OptimizerConfig(name=name)
-    for layer, decay in ((nn.Linear(2, 2, bias=False), config.weight_decay), (nn.LayerNorm(3), 0.0)):
-        (group,) = make_optimizer(layer, config, 0.1).param_groups
-        assert group["weight_decay"] == decay
+def test_the_optimizers():
+    sgd = make_optimizer(nn.Linear(2, 2), OptimizerConfig(name="sgd", momentum=0.7), 0.1)
+    adamw = make_optimizer(nn.Linear(2, 2), OptimizerConfig(), 0.1)
+    assert (type(sgd), sgd.defaults["lr"], sgd.defaults["momentum"]) == (torch.optim.SGD, 0.1, 0.7)
+    assert (type(adamw), adamw.defaults["lr"], adamw.defaults["betas"]) == (torch.optim.AdamW, 0.1, (0.9, 0.999))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_steps_by_hand(name):
-    """On one bias: AdamW with PyTorch's usual betas, SGD with the momentum that was asked for."""
-    model = nn.Module()
-    model.bias = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    optimizer = make_optimizer(model, OptimizerConfig(name=name, momentum=0.7), 0.1)
-    value, first, second = 1.0, 0.0, 0.0
-    for step, gradient in enumerate((2.0, -3.0), start=1):
-        model.bias.grad = torch.tensor([gradient], dtype=torch.float64)
-        optimizer.step()
-        if name == "sgd":
-            first = 0.7 * first + gradient
-            value -= 0.1 * first
-        else:
-            first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-            value -= 0.1 * (first / (1 - 0.9**step)) / (math.sqrt(second / (1 - 0.999**step)) + 1e-8)
-        assert model.bias.item() == pytest.approx(value, rel=1e-12)
-
-
-def course(config, steps, epochs, peak=0.4, name="adamw"):
+def course(config, steps, epochs, peak=0.4, name="adamw", reload_at=None):
     """The rate of each step, as a run has it: the optimizer's, in every group."""
-    optimizer = make_optimizer(nn.Linear(2, 2), OptimizerConfig(name=name), peak)
+
+    def fresh():
+        optimizer = make_optimizer(nn.Linear(2, 2), OptimizerConfig(name=name), peak)
+        return optimizer, make_schedule(optimizer, config, steps, epochs)
+
     rates = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schedule = make_schedule(optimizer, config, steps, epochs)
-        for _ in range(steps):
+        optimizer, schedule = fresh()
+        for step in range(steps):
+            if step == reload_at:
+                before, (optimizer, schedule) = (optimizer, schedule), fresh()
+                optimizer.load_state_dict(before[0].state_dict())
+                schedule.load_state_dict(before[1].state_dict())
             (rate,) = {group["lr"] for group in optimizer.param_groups}
             rates.append(rate)
             optimizer.step()
@@ -140,15 +110,15 @@ def expected_rate(config, step, steps, epochs, peak):
 CONFIGS = st.builds(
     OptimizerConfig,
     schedule=st.sampled_from(["onecycle", "cosine", "multistep"]),
-    warmup_steps=st.integers(0, 600),
+    warmup_steps=st.integers(0, 250),
     milestones=st.lists(st.integers(0, 30), max_size=3, unique=True).map(sorted).map(tuple),
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     config=CONFIGS,
-    steps=st.integers(1, 500),
+    steps=st.integers(1, 200),
     epochs=st.integers(1, 30),
     peak=st.sampled_from([1e-4, 0.02, 3.0]),
     name=st.sampled_from(NAMES),
@@ -168,27 +138,7 @@ def test_every_step_of_every_schedule_by_hand(config, steps, epochs, peak, name)
 @pytest.mark.parametrize("stop", [5, 11, 60])
 def test_a_schedule_goes_on_from_its_state(schedule, stop):
     config = OptimizerConfig(schedule=schedule, warmup_steps=10, milestones=(4, 7))
-
-    def fresh():
-        optimizer = make_optimizer(nn.Linear(2, 2), config, 0.4)
-        return optimizer, make_schedule(optimizer, config, 100, 10)
-
-    def steps(optimizer, course, count):
-        rates = []
-        for _ in range(count):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            course.step()
-        return rates
-
-    first = fresh()
-    whole = steps(*first, 100)
-    first = fresh()
-    rates = steps(*first, stop)
-    second = fresh()
-    for after, before in zip(second, first):
-        after.load_state_dict(before.state_dict())
-    assert rates + steps(*second, 100 - stop) == pytest.approx(whole, rel=1e-12)
+    assert course(config, 100, 10, reload_at=stop) == pytest.approx(course(config, 100, 10), rel=1e-12)
 
 
 def averages(values, decay):
@@ -199,27 +149,6 @@ def averages(values, decay):
         average = share * average + (1 - share) * value
         found.append(average)
     return found
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    values=st.lists(st.floats(-100, 100), min_size=1, max_size=40),
-    decay=st.sampled_from([1e-3, 0.3, 0.5, 0.9, 0.9998]) | st.floats(0.001, 0.999),
-)
-def test_the_average_of_the_weights_by_hand(values, decay):
-    model = nn.BatchNorm1d(1, dtype=torch.float64)  # weight, bias, running mean and variance, and a counter
-    averaged = AveragedModel(model, use_buffers=True, multi_avg_fn=WeightEMA(decay)._kwargs["multi_avg_fn"])
-    for step, (value, expected) in enumerate(zip(values, averages(values, decay))):
-        with torch.no_grad():
-            model.weight.fill_(value)
-            model.running_mean.fill_(value)
-            model.num_batches_tracked.fill_(1000 * step + 7)
-        averaged.update_parameters(model)
-        assert averaged.module.weight.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-        assert averaged.module.running_mean.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
-        assert averaged.module.bias.item() == 0
-        assert averaged.module.num_batches_tracked.item() == 1000 * step + 7
-        assert averaged.module.num_batches_tracked.dtype == torch.int64
 
 
 class Walk(lightning.LightningModule):
@@ -273,7 +202,7 @@ def test_lightning_scores_and_keeps_the_average(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ema", 0), ("ema", 1.0), ("ema", 9998), ("ema", math.nan), ("lr", 0.0), ("lr", math.nan), ("lr_batch", 0)],
+    [("ema", 0), ("ema", 1.0), ("ema", math.nan), ("lr", 0.0), ("lr", math.nan), ("lr_batch", 0)],
 )
 def test_values_out_of_range(name, value):
     with pytest.raises(TrainingError) as refusal:
