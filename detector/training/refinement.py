@@ -129,9 +129,9 @@ class RefinementData(CocoDataModule):
     def setup(self, stage: str | None = None) -> None:
         data = self.train_set = self.split(self.train_split, train=True)
         self.notes = self._open_images([(self.train_split, data)])
-        data.keep([image_id for image_id, boxes in zip(data.image_ids, data.counts(), strict=True) if boxes])
-        if not len(data):
+        if not data.counts().any():
             raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
+        data.keep([image_id for image_id, boxes in zip(data.image_ids, data.counts(), strict=True) if boxes])
         for note in (*self.notes, f"{self.train_split}: {len(data):,} images with boxes to learn from"):
             rank_zero_info(note)
 
