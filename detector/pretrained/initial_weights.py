@@ -80,7 +80,7 @@ def load_initial_weights(
     by_class = [name for name in expected.keys() & found.keys() if name not in body] if rows else []
     with as_model_error(f"weights of {config.weights}"):
         check_tensors(taken | {name: found[name] for name in by_class}, expected)
-    taken |= {name: taken[like] for name in body if (like := name.replace(TRUNK, BOX_HEAD)) in taken}
+    taken |= {n: taken[like] for n in body if n not in taken and (like := n.replace(TRUNK, BOX_HEAD)) in taken}
     for name in by_class:
         taken[name], size = expected[name].clone(), (-1, _rows_per_class(name))
         theirs_by_class = found[name].unflatten(0, size)[list(rows.values())]
