@@ -20,7 +20,7 @@ class UserError(Exception):
 
     Args:
         message: what is wrong.
-        setting: the name of the wrong setting, dotted ("refinement.iterations"). A command line shows its flag.
+        setting: the dotted name of the invalid setting ("refinement.iterations"). A command line shows its flag.
         value: the value of ``setting``.
         hints: what to do, alternatives in order of preference. Names of settings stand in braces, "lower {batch_size}".
             A command line replaces them by its flags, and drops a hint whose settings it does not have.
@@ -37,7 +37,7 @@ class UserError(Exception):
             text = f"{flag_of(self.setting) or self.setting} {short_repr(self.value)}: {text}"
         hints = []
         for hint in self.hints:
-            words = re.split(r"{([\w.]+)}", hint)  # each second one is a name
+            words = re.split(r"{([\w.]+)}", hint)  # odd-numbered pieces are names
             flags = [flag_of(name) for name in words[1::2]]
             if None not in flags:
                 words[1::2] = map(str, flags)
@@ -49,7 +49,7 @@ class UserError(Exception):
 
 
 class DataError(UserError, ValueError):
-    """A data set, an image or a results file is wrong. Names the file, the entry, the field and the value."""
+    """A data set, an image or a results file is invalid. The message names the file, entry, field and value."""
 
 
 class ImageError(DataError):
@@ -57,19 +57,19 @@ class ImageError(DataError):
 
 
 class SizeError(ImageError):
-    """The size of an image differs from its annotation's."""
+    """The size of an image differs from the annotated size."""
 
 
 class MissingAnnotationsError(DataError):
-    """A file has no masks or no keypoints, but they are needed."""
+    """A file lacks required masks or keypoints."""
 
 
 class ModelError(UserError, ValueError):
-    """A model's settings, weights or checkpoint are wrong."""
+    """A model's settings, weights or checkpoint are invalid."""
 
 
 class UsageError(UserError):
-    """A command line is wrong: flags that exclude each other, or a value that a flag cannot have."""
+    """The command line is invalid: flags exclude each other, or a flag has an invalid value."""
 
 
 _short = reprlib.Repr()
@@ -86,7 +86,7 @@ def short_repr(value: Any) -> str:
 
 
 def one_line(error: BaseException, flag_of: FlagOf = str) -> str:
-    """Return the message of an error in one line, without the traceback that a loader's worker puts before it."""
+    """Return an error's message as one line, without the traceback that a loader's worker prepends."""
     text = error.describe(flag_of) if isinstance(error, UserError) else str(error)
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
@@ -103,7 +103,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_on_user_error(flag_of: FlagOf = str) -> Iterator[None]:
     """End the program with a one-line message for a user error, out of memory, Ctrl-C, SIGTERM or a closed pipe.
 
-    The exit code is 1, but 2 for :class:`UsageError`, 130 for Ctrl-C and SIGTERM, and 141 for a closed pipe.
+    The exit code is 2 for :class:`UsageError`, 130 for Ctrl-C and SIGTERM, 141 for a closed pipe, and 1 otherwise.
     """
     try:
         with sigterm_as_ctrl_c():
@@ -121,7 +121,7 @@ def exit_on_user_error(flag_of: FlagOf = str) -> Iterator[None]:
         if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
             sys.exit(141)  # as shells report a program that SIGPIPE ended
         message = one_line(error, flag_of)
-        # The last is Lightning's, for settings that exclude each other. It is not imported here.
+        # The last is Lightning's, for mutually exclusive settings. It is not imported here.
         if not isinstance(error, (UserError, OSError)) and type(error).__name__ != "MisconfigurationException":
             if not is_out_of_memory(error) and "DataLoader worker (pid" not in message:
                 raise
@@ -138,7 +138,7 @@ def exit_on_user_error(flag_of: FlagOf = str) -> Iterator[None]:
 
 
 def _is_cut_off(probe: str = "") -> bool:
-    """Print and flush. If nobody can read it, return true, and discard all later output."""
+    """Print and flush. Return whether the reader has closed the pipe; later output is then discarded."""
     try:
         print(probe, end="", flush=True)
     except OSError:

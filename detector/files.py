@@ -23,11 +23,11 @@ NOT_JSON = {
         "not UTF-8, but UTF-16 or UTF-32: save it as UTF-8",
     ),
 }
-CHUNK = 2**24  # bytes that are decoded at a time to find one that is not UTF-8
-# Python writes words and halves of surrogate pairs that JSON does not allow.
+CHUNK = 2**24  # bytes decoded at a time in the search for invalid UTF-8
+# Python writes NaN, Infinity and unpaired surrogates, which JSON does not allow.
 WORDS = {b"-Infinity": b"-1e998", b"Infinity": b"1e998", b"NaN": b"1e999"}  # too large for any type
 TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|-?Infinity|NaN', re.DOTALL)
-HALVES = re.compile(  # group 1: a half without the other
+HALVES = re.compile(  # group 1: an unpaired surrogate
     rb"\\(?:\\|u[dD](?:[89abAB][\da-fA-F]{2}\\u[dD][c-fC-F][\da-fA-F]{2}|([89a-fA-F][\da-fA-F]{2})))"
 )
 
@@ -36,7 +36,7 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: it is missing, unreadable, empty, cut off, not UTF-8, or not JSON.
+        DataError: the file is missing, unreadable, empty, cut off, not UTF-8, or not JSON.
     """
     content = _content(path)
     try:
@@ -46,9 +46,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def decode_json(path: str | Path, kind: Any) -> Any:
-    """Read a large JSON file as one of msgspec's types; fields that the type does not name are not built.
+    """Decode a large JSON file into a msgspec type. Fields that the type does not declare are skipped.
 
-    NaN and Infinity are read as numbers that no type accepts, and halves of surrogate pairs as U+FFFD.
+    NaN and Infinity are read as numbers that no type accepts, and unpaired surrogates as U+FFFD.
 
     Raises:
         DataError: as :func:`read_json`.
@@ -67,7 +67,7 @@ def decode_json(path: str | Path, kind: Any) -> Any:
             raise DataError(f"{path}: not valid JSON: {what}") from None
     try:
         return msgspec.json.decode(valid, type=kind)
-    except ValueError as error:  # its byte is not the file's
+    except ValueError as error:  # its byte offset is not that of the file
         raise DataError(f"{path}: not valid JSON: {str(error).partition(' (byte')[0]}") from None
 
 
@@ -93,19 +93,19 @@ def _content(path: str | Path) -> bytes:
         if content.startswith(start):
             raise DataError(f"{path}: {what}")
     byte = _first_not_utf8(content)
-    if byte is not None and content.lstrip()[:1] in b'{["':  # otherwise it is no text at all
+    if byte is not None and content.lstrip()[:1] in b'{["':  # otherwise it is not text
         where = f"{_place(content, byte)}: byte 0x{content[byte]:02x}"
         raise DataError(f"{path}: not UTF-8 ({where}), but cp1252 or the like: save it as UTF-8")
     return content
 
 
 def _first_not_utf8(content: bytes) -> int | None:
-    """The position of the first byte that is not UTF-8. A letter cut off at the end does not count."""
+    """Return the position of the first byte that is not UTF-8. A truncated character at the end does not count."""
     if content.isascii():
         return None
     start = 0
     try:
-        while done := codecs.utf_8_decode(memoryview(content)[start : start + CHUNK])[1]:  # up to a whole letter
+        while done := codecs.utf_8_decode(memoryview(content)[start : start + CHUNK])[1]:  # up to a whole character
             start += done
     except UnicodeDecodeError as error:
         return start + error.start
@@ -113,10 +113,10 @@ def _first_not_utf8(content: bytes) -> int | None:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Write a file atomically: at any moment, power cuts included, either the old or the new content is there.
+    """Write a file atomically: even after a power cut it has either the old or the new content.
 
     Raises:
-        OSError: it cannot be written. The old content stays.
+        OSError: the file cannot be written. The old content stays.
     """
     with _replacing(path) as unfinished, open(unfinished, "wb") as file:
         file.write(content)
@@ -128,7 +128,7 @@ def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
 
 
 def link_atomically(source: Path, path: Path) -> None:
-    """Give a file that is never changed in place a second name; without hard links, a copy."""
+    """Hard-link a file that is never changed in place, or copy it where hard links are not supported."""
     with _replacing(path) as unfinished:
         try:
             os.link(source, unfinished)
@@ -138,10 +138,10 @@ def link_atomically(source: Path, path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Name a new file that replaces another once it is written. Errors name the other."""
-    # In the same folder: a move from elsewhere would be a copy, which can be cut off.
+    """Yield a temporary file that replaces ``path`` once it is written. Errors name ``path``."""
+    # In the same folder: a move from elsewhere would be a copy, which can be interrupted.
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.unlink(missing_ok=True)  # a killed run may have left it as a second name of a good file
+    unfinished.unlink(missing_ok=True)  # a killed run may have left it as a hard link to a good file
     try:
         yield unfinished
         _sync(unfinished, os.O_RDWR)
@@ -149,9 +149,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        unfinished.unlink(missing_ok=True)  # os.replace moves nothing if both are names of one file
-    if os.name == "posix":  # the folder's entry must reach the disk as well
-        with suppress(OSError):  # not every file system can
+        unfinished.unlink(missing_ok=True)  # os.replace does nothing if both are links to one file
+    if os.name == "posix":  # the directory entry must reach the disk as well
+        with suppress(OSError):  # not supported by every file system
             _sync(path.parent, os.O_RDONLY)
 
 

@@ -1,7 +1,7 @@
-"""Handling of Ctrl-C and of SIGTERM, with which clusters end jobs. Both reach all processes of a group."""
+"""Handling of Ctrl-C and SIGTERM, which clusters send to end jobs. Both reach all processes of a group."""
 
 import atexit
-import multiprocessing.util  # its handler at exit is registered first, and so runs last
+import multiprocessing.util  # its exit handler is registered first, so it runs last
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ PATIENCE = 2.0  # seconds
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a loader's worker live until the parent stops it. For ``worker_init_fn``."""
+    """Keep a loader's worker alive until the parent stops it. Use as ``worker_init_fn``."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -13,7 +13,7 @@ def clean(text: str) -> str:
     kept = []
     for character in text:
         category = unicodedata.category(character)
-        if category == "Cs":  # half a surrogate pair, which no file can be written with
+        if category == "Cs":  # an unpaired surrogate, which cannot be written to a file
             kept.append("\ufffd")
         elif category != "Cf":
             kept.append(" " if category in ("Cc", "Zl", "Zp") else character)
@@ -27,13 +27,13 @@ def short(text: str, longest: int = 60) -> str:
 
 
 def alike(name: str) -> str:
-    """Return a key without case, blanks, hyphens and underscores between letters, and without Unicode form."""
+    """Return a key that ignores case, Unicode form, and blanks, hyphens and underscores between letters."""
     plain = BETWEEN_LETTERS.sub("", unicodedata.normalize("NFKC", name).casefold())
     return "".join(c for c in plain if not c.isspace() and unicodedata.category(c) != "Cf")
 
 
 def alike_file(name: str) -> str:
-    """Return :func:`alike` of the last part of a file's name, percent-decoded, without a query."""
+    """Return :func:`alike` of the last component of a path or URL, percent-decoded and without its query."""
     return alike(unquote(name).partition("?")[0].replace("\\", "/").rpartition("/")[2])
 
 

@@ -3,8 +3,8 @@
 torchvision also has ``torchvision.ops.roi_align._roi_align``, a private RoIAlign in Python whose gradients reach the
 boxes. ``roi_align`` uses it only for deterministic runs on a GPU. The crops here add to it:
 
-* speed and memory: ``_roi_align`` writes four neighbours of every sample to memory (of as many samples per bin as the
-  map has pixels, for adaptive counts); the gather writes bins only;
+* speed and memory: ``_roi_align`` stores four neighbours per sample (with adaptive counts, as many samples per bin as
+the map has pixels), and the gather stores only bins;
 * ``roi_align``'s border rules: ``_roi_align`` reads edge pixels for samples that count as zero, and drops adaptive
   samples in excess of the map's height or width;
 * export to ONNX, ``torch.vmap`` over boxes, several levels in one call, and float32 geometry for half precision maps.
@@ -24,10 +24,12 @@ from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import adaptive_samples, fixed_samples, is_vmapped, pair, place_rois
 
 Sampler = Literal["auto", "grid_sample", "gather"]
-MIN_CHANNELS_TO_GATHER = 32  # with fewer grid_sample is faster: a row of the table costs more to find than to read
+MIN_CHANNELS_TO_GATHER = (
+    32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
+)
 
 
-@torch.fx.wrap  # a leaf of a symbolic trace, like roi_align
+@torch.fx.wrap  # a leaf in torch.fx traces, like roi_align
 def affine_crop(
     input: Tensor,
     boxes: Tensor | Sequence[Tensor],
@@ -56,8 +58,9 @@ def affine_crop(
             widens boxes to at least one map pixel.
         sampler: how maps are read; values and gradients agree to rounding. ``"grid_sample"`` can be compiled and
             exported; its CUDA backward is not deterministic. ``"gather"`` is deterministic, copies maps that are not
-            channels_last, and runs outside compiled graphs. ``"auto"`` takes the gather from 32 channels on, unless a
-            CPU would copy more than two pixels per sample; it is ``grid_sample`` in graphs, not in deterministic CUDA.
+            channels_last, and runs outside compiled graphs. ``"auto"`` selects the gather from 32 channels on, unless a
+            CPU would copy more than two pixels per sample. It takes ``grid_sample`` when compiled, and the gather in
+            deterministic mode on a GPU.
 
     Returns:
         [K, C, output height, output width] in the dtype of ``input``. RoIs with a bad image index or a non-finite
@@ -153,7 +156,7 @@ def check_sampler(sampler: Sampler) -> Sampler:
 
 
 def _fastest_sampler(maps: Sequence[Tensor], samples: int) -> Sampler:
-    """Return the sampler that ``"auto"`` stands for. ``samples``: their number; for adaptive counts the bins."""
+    """Return the sampler that ``"auto"`` stands for. ``samples`` counts samples, or bins if adaptive."""
     if torch.compiler.is_compiling():
         return "grid_sample"
     if maps[0].is_cuda and torch.are_deterministic_algorithms_enabled():

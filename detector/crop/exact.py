@@ -1,7 +1,8 @@
 """The exact crop: each bin is the mean of the bilinear surface over the bin, in closed form.
 
 This is Precise RoI Pooling (Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection", 2018,
-equations 4 to 6) with RoIAlign's border rules. A pixel weighs the integral of its hat function, over the bin's length.
+equations 4 to 6) with RoIAlign's border rules. A pixel's weight is the integral of its hat function divided by the
+bin's length.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def exact_crop(
     Boxes are (x1, y1, x2, y2) in image pixels. Arguments, result and errors are those of :func:`~detector.affine_crop`,
     which converges to this function as its ``sampling_ratio`` grows. The box gradient is continuous, also where a box
     puts a sample on a pixel centre. Every pixel of a bin is read, so large boxes take longer. It synchronises on a GPU.
-    Second derivatives and vmap over maps multiply each RoI with its whole map, which is slow. A call that is compiled,
+    Second derivatives and vmap over maps multiply each RoI by its whole map, which is slow. A call that is compiled,
     traced, or vmapped over boxes raises a ValueError.
 
     Example:
@@ -95,20 +96,20 @@ def _weights(edges: Tensor, size: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _integral(to: Tensor, number: Tensor, last: Tensor) -> Tensor:
-    """Integrate a pixel's hat from -1 to a position. Beyond the border the edge pixel's is 1 for a pixel, then 0."""
-    before = torch.where(number == 0, _clamp(to, -1, 0) + 1 / 2, 0)  # less the half of the hat that is off the map
+    """Integrate a pixel's hat from -1 to a position. Outside the map an edge pixel's hat is 1 for one pixel, then 0."""
+    before = torch.where(number == 0, _clamp(to, -1, 0) + 1 / 2, 0)  # minus the half of the hat outside the map
     after = torch.where(number == last, _clamp(to, last, last + 1) - last, 0)
     at = _clamp(_clamp(to, 0, last) - number, -1, 1)
     return before + torch.where(at < 0, (1 + at) ** 2 / 2, 1 - (1 - at) ** 2 / 2) + after
 
 
 def _clamp(at: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    # The slope is that to the right on both ends. torch.clamp would add both slopes on a tie, torch.minimum halve them.
+    # Both ends use the slope to the right. On a tie torch.clamp would add both slopes, torch.minimum average them.
     return torch.where(at < low, low, torch.where(at < high, at, high))
 
 
 def _crop_by_matrices(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
-    """Compute the exact crop as rows x map x columns, by operations that have all derivatives."""
+    """Compute the exact crop as rows x map x columns, with operations that support all derivatives."""
     (source,) = maps
     crops, order = [], []
     for group in samples:

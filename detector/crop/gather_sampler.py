@@ -33,7 +33,7 @@ class Taps(Rows):
 
 
 def point_taps(position: Tensor, size: Tensor) -> Taps:
-    """Return the taps of samples at normalised positions [M, bins, n] on maps of a size [M]; each sample weighs 1.
+    """Return the taps of samples at normalised positions [M, bins, n] on maps of a size [M]; each sample has weight 1.
 
     They are the two neighbours of each sample or, if that is fewer, the run of pixels from a bin's first to its last.
     """
@@ -41,7 +41,7 @@ def point_taps(position: Tensor, size: Tensor) -> Taps:
     on_map = position.abs() <= 1
     pixel = ((position + 1) * size - 1) / 2
     low = torch.minimum(pixel.detach().floor(), size - 2).clamp(min=0)
-    # Samples that count as zero read a pixel that the bin or the RoI reads anyway, as others may be NaN; or the first.
+    # Samples that count as zero read a pixel that their bin or RoI reads anyway, or else the first: others may be NaN.
     first = torch.where(on_map, low, torch.inf).amin(2, keepdim=True)  # [M, bins, 1]
     first = torch.where(first.isinf(), first.amin(1, keepdim=True), first)
     first = torch.where(first.isinf(), 0, first)
@@ -81,7 +81,7 @@ def crop_by_gather(
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    """Return a constant without the wrappers of ``torch.func``, which are dead by the time of a backward."""
+    """Return a constant without the wrappers of ``torch.func``, which no longer exist in a backward."""
     tensor = tensor.detach()
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
@@ -201,7 +201,7 @@ def _rows(maps: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
 def _tables(
     maps: Sequence[Tensor], samples: list[Samples], taps_of: Callable[[Tensor, Tensor], Taps]
 ) -> list[tuple[Sequence[int], list[_Part]]]:
-    """Return the maps and readers of each table: one per map, or on a GPU, where levels cannot be read, one of all."""
+    """Return the maps and readers of each table: one per map, or one in all on a GPU."""
     working = geometry_dtype(*maps)
     ends = list(accumulate(source[:, 0].numel() for source in maps))
     dtype = torch.int32 if ends[-1] < 2**31 else torch.int64  # half the memory: an RoI reads hundreds of pixels
@@ -214,7 +214,7 @@ def _tables(
             if start:
                 origin = torch.where(group.level == level, origin + start, origin)
         y, x = taps_of(group.y, group.height), taps_of(group.x, group.width)
-        # RoIs on no level weigh nothing. (On a GPU they do read.)
+        # RoIs on no level have weight 0. (On a GPU they still read.)
         roi_weight = ((group.level >= 0).to(group.y.dtype) / group.count)[:, None, None]
         y_rows = origin[:, None, None] + y.index.to(dtype) * width[:, None, None]
         y = Taps(y_rows, (y.weight * roi_weight).to(working))

@@ -107,15 +107,16 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
     y = y.to(source.dtype).reshape(images, rois, bins_y * rows)
     x = x.to(source.dtype).reshape(images, rois, bins_x * columns)
     shape = (images, rois, bins_y * rows, bins_x * columns)
-    # The grids of an image's RoIs are stacked along the height of one grid, as more would copy the map for each.
+    # The grids of an image's RoIs are stacked along the height of one grid, because each further grid would copy the
+    # map.
     grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
     sampled = F.grid_sample(
         source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
     )  # [N, C, M * bins * rows, bins * columns]
-    if makes_graph():  # pooling takes no empty tensor, in onnxruntime either, and emptiness is unknown here
+    if makes_graph():  # pooling rejects empty tensors, also in onnxruntime, and emptiness is unknown here
         windows = sampled.reshape(images, channels, rois, bins_y, rows, bins_x, columns)
         return (windows.sum(dim=(4, 6)) / divisor).transpose(1, 2)
-    if rois and images and rows * columns > 1:  # pooling takes no empty tensor
+    if rois and images and rows * columns > 1:  # pooling rejects empty tensors
         sampled = _WindowMean.apply(sampled, (rows, columns), divisor)
     return sampled.reshape(images, channels, rois, bins_y, bins_x).transpose(1, 2)
 

@@ -21,8 +21,8 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
     Boxes are (x1, y1, x2, y2) in pixels of the resized images, x to the right and y down. Constructor, call and values
     are those of ``torchvision.ops.MultiScaleRoIAlign``, which gives boxes no gradient. The level of an RoI follows from
-    its size (Lin et al., "Feature Pyramid Networks", 2017, equation 1) and carries no gradient. Compiled, exported and
-    vmapped over boxes, every level and image is sampled for every RoI.
+    its size (Lin et al., "Feature Pyramid Networks", 2017, equation 1) and carries no gradient. In graphs, and if
+    vmapped over boxes, every RoI samples every level and image.
 
     Args:
         featmap_names: the feature maps to crop from; others are ignored.
@@ -73,7 +73,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
         Args:
             x: feature maps by name, [N, C, H_level, W_level], from the finest level to the coarsest; at least one of
-                them in ``featmap_names``. If several are, RoIs of negative area belong to none and are zero.
+                them in ``featmap_names``. With several, RoIs of negative area are on no level and are zero.
             boxes: one [L, 4] tensor per image.
             image_shapes: (height, width) of the resized, unpadded images; they give the strides of the levels.
         """
@@ -103,7 +103,8 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
 def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:
     """Return map pixels per pixel of the padded image, rounded to a power of two; a tensor while ONNX is traced."""
-    # torchvision divides by the size before padding, which for a thin image doubles the scale: 20 are padded to 32.
+    # torchvision divides by the size before padding, which doubles the scale of a thin image: 20 pixels are padded to
+    # 32.
     exponents: list[Any] = []
     for multiple in (32, 1) if size_divisible is None else (size_divisible,):
         # Sums of both sides, so that the longer side counts more where a backbone rounds.

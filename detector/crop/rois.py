@@ -51,7 +51,7 @@ class Axis(Rows):
         return (self.extent / self.bins).ceil().clamp(min=0)
 
     def windows(self) -> tuple[Tensor, Tensor]:
-        """Return the first sample of each bin that may lie on the map, [K, bins], and the most in a bin, [K]; int64."""
+        """Return each bin's first sample that may be on the map, [K, bins], and their maximum, [K]; int64."""
         # Limits the cost of huge RoIs, with two samples of slack.
         extent, size, counts = (values.double()[:, None] for values in (self.extent, self.size, self.adaptive_counts()))
         bin_size = extent / self.bins
@@ -63,7 +63,7 @@ class Axis(Rows):
         return first.long(), (last - first).amax(dim=1).long()
 
     def positions(self, index: Tensor, counts: Tensor | int) -> Tensor:
-        """Return normalised positions [K, bins, n] of samples number ``index``, OUTSIDE for those that are zero."""
+        """Return normalised positions [K, bins, n] of the samples at ``index``; OUTSIDE if they count as 0."""
         dtype = self.start.dtype
         bins = torch.arange(self.bins, dtype=dtype, device=self.start.device)[:, None]  # [bins, 1]
         limit = counts[:, None, None] if isinstance(counts, Tensor) else counts
@@ -78,7 +78,7 @@ class Axis(Rows):
         unit = (bins + middle / count) * (2 / self.bins) - 1  # the sample in the crop frame, -1..1
         # A row of affine_grid written out: autocast would run its matrix product in bfloat16.
         position = self.scale[:, None, None] * unit + self.shift[:, None, None]
-        # The centre of the edge pixel less a rounding error. On or beyond the centre, zero padding would give the
+        # The centre of the edge pixel minus a rounding error. On or beyond the centre, zero padding would give the
         # slope from the pixel down to 0 where the surface is flat.
         edge = (1 - 1 / size) * (1 - 4 * torch.finfo(dtype).eps)
         position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
@@ -159,7 +159,7 @@ def makes_graph() -> bool:
 
 
 def is_vmapped(tensor: Tensor) -> bool:
-    """Return whether ``torch.vmap`` runs over this very tensor, so that its values must not be read."""
+    """Return whether ``torch.vmap`` runs over this tensor itself, so that its values must not be read."""
     if torch.compiler.is_compiling():
         return False
     # PyTorch has no public function for this; torch.cond and tensor printing use these.

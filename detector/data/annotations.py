@@ -62,15 +62,15 @@ class Annotations:
         return {"id": int(self.image_ids[index]), "file_name": self.names[index], "width": width, "height": height}
 
     def find(self, image_ids: Iterable[int]) -> np.ndarray:
-        """The index of each image; -1 where there is none with that id."""
+        """Return the index of each image id; -1 for unknown ids."""
         return find(self.image_ids, np.fromiter(image_ids, np.int64))
 
     def of(self, index: int) -> slice:
-        """The annotations of an image."""
+        """Return the annotations of an image."""
         return slice(*np.searchsorted(self.image_of, (index, index + 1)).tolist())
 
     def value(self, annotation_type: AnnotationType, row: int) -> Any:
-        """The ``segmentation`` or the ``keypoints`` of an annotation; ``None`` if it has none."""
+        """Return the ``segmentation`` or the ``keypoints`` of an annotation; ``None`` if it has none."""
         raw = self.annotation_types[annotation_type][row]
         return msgspec.json.decode(raw) if raw else None
 
@@ -87,9 +87,9 @@ def read_annotations(
 
     Args:
         path: ``instances_*.json``: a dict with ``images``, ``annotations`` and ``categories``.
-        annotation_types: what is read besides boxes; other masks and keypoints are not checked.
-        needed: whether annotation types that no object has are an error. Otherwise they are left out.
-        labelled: whether annotations are read. COCO's ``image_info_test-dev2017`` has none.
+        annotation_types: what is read and checked besides boxes.
+        needed: raise an error for annotation types that no object has, instead of leaving them out.
+        labelled: read the annotations. COCO's ``image_info_test-dev2017`` has none.
 
     Raises:
         DataError: the file cannot be read, or has errors; see :func:`~detector.data.checks.check_annotations` and

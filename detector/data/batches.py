@@ -22,7 +22,7 @@ class TrainingBatches(Sampler[list[Item]]):
     left out; it differs between epochs.
 
     Args:
-        wide: whether each image is at least as wide as tall. Equal values do not group images.
+        wide: whether each image is at least as wide as tall. If all values are equal, images are not grouped.
         batch_size: number of images in a batch of one rank.
         seed: seed of the order, 0 or more.
         ranks: number of processes that share the batches.
@@ -44,7 +44,7 @@ class TrainingBatches(Sampler[list[Item]]):
 
     @property
     def sampler(self) -> "TrainingBatches":
-        """Itself, because Lightning calls ``set_epoch`` of a batch sampler's sampler."""
+        """Return itself, because Lightning calls ``set_epoch`` on a batch sampler's sampler."""
         return self
 
     def set_epoch(self, epoch: int) -> None:

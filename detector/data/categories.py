@@ -22,7 +22,7 @@ class Labelled(Protocol):
 
 
 def same_names(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
-    """Find the place of each of our names in theirs; ``None`` if it is missing, or repeated on either side."""
+    """Return the index of each of our names in theirs; ``None`` if it is missing, or repeated on either side."""
     place = {name: number for number, name in enumerate(theirs)}
     once = {name for name, count in Counter(ours).items() if count == 1}
     once &= {name for name, count in Counter(theirs).items() if count == 1}
@@ -30,7 +30,7 @@ def same_names(ours: Sequence[str], theirs: Sequence[str]) -> list[int | None]:
 
 
 def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> list[int | None]:
-    """Find the id of their category with the name of each of ours; ``None`` if it is missing.
+    """Return the id of their category with the same name for each of ours; ``None`` if there is none.
 
     Raises:
         DataError: a name is repeated on either side, and the ids differ.
@@ -79,7 +79,7 @@ def match_ids(detector: Labelled, categories: Sequence[Category]) -> Sequence[in
 
 
 def label_as(data: CocoDetection, other: CocoDetection) -> list[str]:
-    """Give a data set the labels of another, in place, by the names of their categories.
+    """Relabel a data set, in place, with the labels of another, matched by category name.
 
     Objects of other categories leave its targets, but stay in the annotations that scoring uses.
 
@@ -120,12 +120,12 @@ def match_notes(
 
 
 def quoted(names: Sequence[str]) -> str:
-    """List the first of some names in quotes, which show blanks at their ends."""
+    """List the first names, in quotes to show leading and trailing blanks."""
     return listed([short_repr(name) for name in names])
 
 
 def no_shared_name(ours: Sequence[str], theirs: Sequence[str], *, of: str = "to train on") -> str:
-    """The message that two sets of categories share no name, with the reason if it is known."""
+    """Return the message that two sets of categories share no name, with the reason if it is known."""
     why = mixed_up(ours, theirs)
     return f"no category ({quoted(ours)}) has the name of one {of} ({quoted(theirs)}){f': {why}' if why else ''}"
 

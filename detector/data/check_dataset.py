@@ -65,14 +65,14 @@ def check_dataset(
     other_images: str | Path | None = None,
     anchor_advice: AnchorAdvice | None = None,
 ) -> DatasetReport:
-    """Find everything that is wrong with an annotation file and its images. Raises nothing about the data.
+    """Check an annotation file and its images. Errors in the data are returned, not raised.
 
-    Errors are what training refuses. Masks and keypoints are checked if there is none; single broken ones are warnings.
+    Errors prevent training. Without errors, masks and keypoints are checked as well; broken ones are warnings.
 
     Args:
         annotations: the annotation file, see :func:`~detector.data.annotations.read_annotations`.
         images: the folder that ``file_name`` is relative to; ``None``: only the annotation file is checked.
-        decode: whether images are opened.
+        decode: open the images.
         orientation: "upright" applies EXIF orientations, see :func:`~detector.data.images.read_image`.
         workers: threads that open images, at least 1.
         other: the annotation file of another split, whose images must differ and whose category names must not.
@@ -172,7 +172,7 @@ def _compare(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str
 
 
 def _places(images: Entries, folder: str | Path = "", unusable: Container[int | None] = ()) -> dict[Path, str]:
-    """The images of a file by their path in a folder, with their entry and name for messages."""
+    """Return the images of a file by their path in a folder, with their entry and name for messages."""
     if None in unusable:  # the folder itself
         return {}
     return {

@@ -15,7 +15,7 @@ SIZES = [
     for step in (2, 2**0.5)
 ]
 MIN_RATIO_STEP = 1.5  # factor between suggested aspect ratios
-MIN_RATIO_GAIN = 0.05  # share of objects that must fit in addition for new aspect ratios
+MIN_RATIO_GAIN = 0.05  # fraction of further objects that new aspect ratios must fit
 SAMPLE_SIZE = 5000  # objects that the search uses
 
 

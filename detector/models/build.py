@@ -52,7 +52,7 @@ def _build_torchvision(config: DetectorConfig, classes: int, num_keypoints: int,
     own_weights = starts_from_own_weights(config)
     weights = config.weights if pretrained and not own_weights else None
     backbone = config.weights_backbone if pretrained and config.weights is None else None
-    if weights or backbone:  # a random backbone is trained whole
+    if weights or backbone:  # a randomly initialised backbone is trained entirely
         options["trainable_backbone_layers"] = config.trainable_layers
     if weights is None:
         options["num_classes"] = classes

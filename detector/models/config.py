@@ -28,7 +28,7 @@ TORCHVISION = {
 
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Ratio = Annotated[float, Meta(ge=0.01, le=100)]
-# What a setting must be, by its name or its type: for msgspec, and in messages.
+# Constraints of the settings by name or type, for msgspec and in messages.
 VALID: dict[Any, tuple[Any, str]] = {
     "trainable_layers": (Annotated[int, Meta(ge=0, lt=2**31)], "0 or a positive integer"),
     "min_size": (Annotated[int, Meta(ge=1, le=10_000)], "an integer from 1 to 10000"),  # every image is enlarged to it
@@ -156,6 +156,6 @@ class DetectorConfig:
         }
 
     def anchor_generator(self, levels: int = 5) -> AnchorGenerator:
-        """Build the anchors: one size per level of 5, or all sizes on each of fewer levels."""
+        """Build the anchor generator: one size per level for 5 levels, otherwise all sizes on every level."""
         sizes = [(size,) for size in self.anchor_sizes] if levels == 5 else [self.anchor_sizes] * levels
         return AnchorGenerator(tuple(sizes), (self.aspect_ratios,) * levels)

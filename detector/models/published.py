@@ -30,7 +30,7 @@ def torchvision_detectors() -> list[str]:
 
 
 def starts_from_own_weights(config: DetectorConfig) -> bool:
-    """Whether ``config.weights`` names a file, a folder or a hub repository rather than published weights."""
+    """Return whether ``config.weights`` is a file, a folder or a hub repository, not a published name."""
     if config.weights is None or config.name not in torchvision_detectors():
         return config.weights is not None
     known = torchvision.models.get_model_weights(config.name)
@@ -77,7 +77,7 @@ def batch_norm_eps(model: nn.Module) -> dict[str, float]:
 
 
 def set_batch_norm_eps(model: nn.Module, eps: dict[str, float]) -> None:
-    """Set the eps of batch norms, by :func:`batch_norm_eps`."""
+    """Set the eps of batch norms, as returned by :func:`batch_norm_eps`."""
     for name, value in eps.items():
         setattr(model.get_submodule(name), "eps", float(value))  # noqa: B010 (a Module's attributes are untyped)
 
@@ -89,7 +89,7 @@ def fetching(name: str, instead: str) -> Iterator[None]:
         yield
     except KeyError as error:
         raise ModelError(f"weights: torchvision publishes no {error} for {name}") from None
-    except OSError as error:  # URLError is one
+    except OSError as error:  # includes URLError
         what = f"the weights of {name} cannot be fetched ({error})"
         raise ModelError(f"{what}: they need a network once; without one, {instead}") from None
 
@@ -111,7 +111,7 @@ def number_of_classes(name: str, state: dict[str, Any]) -> int:
 
 
 def published_keypoints(name: str, model: nn.Module) -> KeypointLayout | None:
-    """Return the keypoints of a torchvision detector: a person's if their number fits, otherwise numbered ones."""
+    """Return the keypoints of a torchvision detector: a person's if the number matches, otherwise unnamed ones."""
     if not name.startswith("keypointrcnn"):
         return None
     heads: Any = model.roi_heads

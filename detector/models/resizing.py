@@ -1,4 +1,4 @@
-"""torchvision's resizing of images, for narrow images too: it would scale 3000 x 2 pixels to 1333 x 0, and fail."""
+"""torchvision's image resizing, fixed for narrow images: torchvision fails, as it scales 3000 x 2 to 1333 x 0."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 
 class DetectorTransform(GeneralizedRCNNTransform):
-    """torchvision's transform of a detector, which keeps at least one pixel of the shorter side."""
+    """torchvision's detection transform, with a shorter side of at least one pixel."""
 
     fixed_size: tuple[int, int] | None
 
@@ -23,7 +23,7 @@ class DetectorTransform(GeneralizedRCNNTransform):
 
 
 class RandomShortestSize(v2.RandomShortestSize):
-    """torchvision's transform of training images, which keeps at least one pixel of the shorter side."""
+    """torchvision's training transform, with a shorter side of at least one pixel."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         params = super().make_params(flat_inputs)

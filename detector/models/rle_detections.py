@@ -14,7 +14,7 @@ DetectionDict = dict[str, Any]  # torchvision's of one image, with "segmentation
 
 
 def annotation_types_of(model: nn.Module) -> tuple[AnnotationType, ...]:
-    """Return what a detector finds besides boxes."""
+    """Return the annotation types that a detector finds besides boxes."""
     heads: Any = getattr(model, "roi_heads", None)
     if not isinstance(model, GeneralizedRCNN) or heads is None:
         return ()

@@ -44,7 +44,7 @@ class TimmPyramid(nn.Module):
             raise ModelError(f"timm cannot build {name!r}: it has no such model")
         try:
             body: Any = timm.create_model(name, pretrained=pretrained and weights == "DEFAULT", features_only=True)
-        except Exception as error:  # timm, its hub client and the network raise any type
+        except Exception as error:  # timm, its hub client and the network raise errors of any type
             raise ModelError(f"timm cannot build {name!r}: {one_line(error)}") from None
         strides = body.feature_info.reduction()
         self.levels = [level for level, stride in enumerate(strides) if stride in (4, 8, 16, 32)]

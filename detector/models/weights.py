@@ -1,8 +1,8 @@
 """Reading files of weights that anybody may have written.
 
-Nothing in a file is executed; only tensors and plain values are read. Checksums detect damage, but are no signatures. A
-file takes no more memory than its size: archives must not be compressed, and a network is first built on the meta
-device. Numbers are finite.
+Nothing in a file is executed; only tensors and plain values are read. Checksums detect damage, but are not signatures.
+A file takes no more memory than its size: archives must not be compressed, and a network is first built on the meta
+device. Numbers must be finite.
 """
 
 import math
@@ -48,7 +48,7 @@ def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
-    except Exception as error:  # torch.load raises any type for a broken file
+    except Exception as error:  # torch.load raises errors of any type for a broken file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}: cannot be read as weights (cut off, or not a weights file?): {reason}") from None
     if not isinstance(content, dict):

@@ -56,7 +56,7 @@ class BoxGradient:
 
     @property
     def enabled(self) -> bool:
-        """Whether any gradient reaches a proposal in training."""
+        """True if any gradient reaches a proposal in training."""
         return bool(self.losses) and (self.crop > 0 or self.coder_scale > 0)
 
     @property

@@ -1,4 +1,4 @@
-"""The stages of a torchvision R-CNN, and the types of what they exchange."""
+"""The stages of a torchvision R-CNN, and the types that they exchange."""
 
 from typing import Any, NamedTuple
 

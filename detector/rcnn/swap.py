@@ -69,7 +69,7 @@ def restore_roi_align(model: Model) -> Model:
     rpn, heads, pools = parts_of(model)
     pools = [pool for pool in pools if isinstance(pool, MultiScaleAffineCrop)]
     if any(pool.aligned for pool in pools):
-        raise ValueError("a RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign does not support")
+        raise ValueError("an RoI pool has aligned=True, which torchvision's MultiScaleRoIAlign does not support")
     for pool in pools:
         pool.__class__ = MultiScaleRoIAlign
         for name in ("aligned", "sampler", "size_divisible"):
@@ -91,7 +91,7 @@ def parts_of(model: nn.Module) -> tuple[RegionProposalNetwork, RoIHeads, list[Mu
     del pools[None]
     for pool in pools:
         if type(pool) not in (MultiScaleRoIAlign, MultiScaleAffineCrop):
-            raise TypeError(f"a RoI pool of {name} is a {type(pool).__name__}, not torchvision's MultiScaleRoIAlign")
+            raise TypeError(f"an RoI pool of {name} is a {type(pool).__name__}, not torchvision's MultiScaleRoIAlign")
     return model.rpn, heads, list(pools)
 
 
@@ -111,7 +111,7 @@ def set_mixin(module: nn.Module, mixin: Any, *, present: bool = True) -> None:
 
 
 def refuse_own_forward(*modules: nn.Module) -> None:
-    """Raise TypeError for a module whose forward is a user's own, which would bypass a mix-in."""
+    """Raise TypeError for a module with a user-defined forward, which would bypass a mix-in."""
     for module in modules:
         package = type(module).forward.__module__.partition(".")[0]
         if package not in ("torchvision", "detector") or "forward" in vars(module):

@@ -51,7 +51,8 @@ def watch_box_gradient(model: Any) -> Iterator[BoxGradientWatch]:
 
     ``reading()`` of the yielded object is a dict, empty if nothing was recorded. ``ratio`` and ``passed`` are the norms
     of the box gradient at the RPN's deltas before and after the bound, relative to the RPN's own. ``cosine`` is the
-    mean cosine of the descent direction with the direction to the ground truth, ``away`` the fraction of negative ones.
+    mean cosine of the descent direction with the direction to the ground truth, ``away`` the fraction of negative
+    cosines.
     """
     if not hasattr(getattr(model, "rpn", None), "box_gradient_watch"):
         raise TypeError(f"{type(model).__name__} is not a swapped model: call swap_crop_head first, and unwrap it")

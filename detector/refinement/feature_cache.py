@@ -22,7 +22,7 @@ class ImageFeatures(NamedTuple):
 class FeatureCache:
     """Runs the detector once per image, and keeps at most ``max_bytes`` of features on the model's device.
 
-    Images are identified by their pixels, so a flipped image is another one.
+    Images are identified by their pixels, so a flipped image is a different image.
     """
 
     def __init__(self, max_bytes: int) -> None:
