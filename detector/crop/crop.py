@@ -24,9 +24,7 @@ from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import adaptive_samples, fixed_samples, is_vmapped, pair, place_rois
 
 Sampler = Literal["auto", "grid_sample", "gather"]
-MIN_CHANNELS_TO_GATHER = (
-    32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
-)
+MIN_CHANNELS_TO_GATHER = 32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
 
 
 @torch.fx.wrap  # a leaf in torch.fx traces, like roi_align

@@ -29,8 +29,9 @@ class Finding:
 
 
 def check_annotations(file: CocoFile) -> Iterator[Finding]:
-    """Check an annotation file except its masks and keypoints. ``read_annotations`` accepts it if there are no
-    errors.""" annotations = file.annotations for message in file.missing.values():
+    """Check an annotation file except its masks and keypoints; ``read_annotations`` needs one without errors."""
+    annotations = file.annotations
+    for message in file.missing.values():
         yield Finding("not in COCO's format", "error", f"{file.path}: {message}")
     for entries in (file.images, file.categories, annotations):
         yield from _wrong_fields(entries)
