@@ -4,7 +4,7 @@ python tools/benchmark.py                                                everyth
 python tools/benchmark.py --render runs/benchmark/.../benchmark.json     write the tables again
 
 Each round runs every pooler once, in changing order, and ratios are taken within a round. All poolers but torchvision's
-compute gradients of boxes. Forward is timed as in training, with what the backward needs being kept.
+compute gradients of boxes. Forward is timed as in training, with the tensors for the backward kept.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def make_cases(rois: list[int], dtypes: list[str], layouts: list[str]) -> list[C
 
 
 class Inputs:
-    """Features and boxes of a case, seeded. Sides of boxes are 16 to 512 pixels, as many in each octave."""
+    """Features and boxes of a case, seeded. Sides of boxes are 16 to 512 pixels, with equal numbers in each octave."""
 
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)

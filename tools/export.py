@@ -1,4 +1,4 @@
-"""Take a detector elsewhere: python tools/export.py --help."""
+"""Export a detector: python tools/export.py --help."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Let a detector refine its boxes: python tools/refine.py --help."""
+"""Train a refinement of a detector's boxes: python tools/refine.py --help."""
 
 import sys
 

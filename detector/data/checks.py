@@ -11,7 +11,7 @@ from detector.data.entries import CocoFile, Entries, type_name
 from detector.errors import short_repr
 
 Level = Literal["error", "warning", "note"]
-ROUNDING = 1.0  # pixels by which a box may reach outside its image; boxes of COCO's own files do
+ROUNDING = 1.0  # pixels by which a box may reach outside its image, as in COCO's own files
 NORMALISED = "annotation file whose boxes look normalised (0..1)"
 CORNERS = "annotation file whose boxes look like corners (x1, y1, x2, y2)"
 CENTRES = "annotation file whose boxes look like centres (cx, cy, width, height)"
@@ -58,7 +58,7 @@ def check_results(entries: Entries, image_ids: np.ndarray, category_ids: np.ndar
 
 
 def no_box(path: str | Path) -> Finding:
-    """The error of a file without a box to train on."""
+    """Return the error for a file without a box to train on."""
     what = "there are no annotations, or each is a crowd or has a bbox that is empty or outside its image"
     return Finding("no box to train on", "error", f"{path}: no box to train on: {what}")
 
@@ -107,7 +107,7 @@ def findings_at(
 
 
 def sizes_of_images(file: CocoFile) -> np.ndarray:
-    """Width and height of each annotation's image, [L, 2] float64; NaN where they are not known."""
+    """Return the width and height of each annotation's image, [L, 2] float64; NaN where they are not known."""
     images = file.images
     sizes = np.stack([np.where(images.has(side), images[side], np.nan) for side in ("width", "height")], axis=1)
     return np.append(sizes, [[np.nan, np.nan]], axis=0)[file.image_places]
@@ -124,9 +124,9 @@ def corners_in_images(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def far_from_boxes(areas: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Whether no object in the box (x, y, width, height) can have the area, [L] bool; false where it is NaN."""
+    """Return whether no object in the box (x, y, width, height) can have the area, [L] bool; false for NaN."""
     of_boxes = boxes[:, 2:].prod(axis=1)
-    small = (areas < of_boxes / 1000) | ((areas <= 1) & (of_boxes > 9))  # thin diagonals may have a thousandth
+    small = (areas < of_boxes / 1000) | ((areas <= 1) & (of_boxes > 9))  # thin diagonals may have this little
     return (small | (areas > 3 * of_boxes + 20)) & (boxes[:, 2:] > 0).all(axis=1)
 
 
@@ -156,7 +156,7 @@ def _check_boxes(file: CocoFile) -> Iterator[Finding]:
 
 
 def _first_equal_boxes(file: CocoFile) -> np.ndarray:
-    """The position of the first object with the same image, category and box as each later one, [L]; -1 elsewhere."""
+    """Return the position of the first object with each later one's image, category and box, [L]; -1 elsewhere."""
     annotations, images = file.annotations, file.image_places
     has = annotations.has("bbox") & annotations.has("category_id") & (images >= 0) & ~annotations["iscrowd"]
     columns = np.column_stack([annotations["bbox"], annotations["category_id"], images])

@@ -8,14 +8,14 @@ from torchvision.ops import box_iou
 
 from detector.data.annotations import Annotations
 
-MAX_IMAGES = 1000  # images whose results are compared with the annotations, which takes a second
+MAX_IMAGES = 1000  # maximum number of images whose results are compared
 MIN_RESULTS = 5
-# The share of the best results that must meet an object, and by how much it must be higher than as they are.
+# Minimum fraction of results that overlap an object, and its minimum gain over COCO's convention.
 MIN_SHARE, MIN_GAIN = 0.6, 0.3
 # Scaling improves poor boxes, too, so it needs more evidence.
 MIN_RESULTS_TO_SCALE, MIN_IMAGES_TO_SCALE, MIN_GAIN_TO_SCALE = 10, 3, 0.6
 
-# How four numbers [L, 4] may be meant, as (x1, y1, x2, y2).
+# Conversions of four numbers [L, 4] to (x1, y1, x2, y2), by convention.
 FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "x, y, width and height": lambda b: np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]),
     "corners (x1, y1, x2, y2)": lambda b: b,
@@ -35,10 +35,11 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray, truth: Annotations) -> str | None:
-    """Find out whether results meet the objects of their images only when their boxes are read in another way.
+    """Return which convention the boxes of results seem to follow, if it is not COCO's.
 
-    Each image's best-scored results are compared, as many as it has objects. Returns what the boxes [L, 4] look like,
-    with the number that meet an object; ``None`` if they are right, or if nothing fits.
+    For each image with n objects, the n results with the highest scores are compared with the objects. The message has
+    the number of boxes that overlap an object; it is ``None`` if the boxes follow COCO's convention, or none that is
+    known.
     """
     order = np.lexsort((-scores, image_ids))
     ids, starts = np.unique(image_ids[order], return_index=True)
@@ -77,7 +78,7 @@ def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray
                 return None
             if not is_resized or met - now >= MIN_GAIN_TO_SCALE * count:
                 counts[form + scale.format(*pixels)] = met
-    # Of equal readings those of images as they are come first.
+    # On a tie, conventions without a resized image come first.
     looks = max(counts, key=lambda what: (counts[what], "of images" not in what))
     if counts[looks] < MIN_SHARE * count or counts[looks] - now < MIN_GAIN * count:
         return None

@@ -1,4 +1,4 @@
-"""Data sets in COCO's layout, as torchvision's detectors are trained on them."""
+"""Data sets in COCO's layout, with targets for torchvision's detectors."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
@@ -27,7 +27,7 @@ from detector.text import listed
 Target = dict[str, Any]  # tensors, or MaskLayers in place of "masks"
 Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
 KEPT = {"boxes", "labels", "keypoints"}  # fields of a target with an entry per object
-AXES = "axes"  # target of three points, which show whether a transform mirrors the image
+AXES = "axes"  # target of three points that show whether a transform mirrors the image
 REMOVES_OBJECTS = "leave out SanitizeBoundingBoxes and the like, because objects without a box are removed anyway"
 REMOVES_KEYPOINTS = (
     "the augmentation removes or merges keypoints: leave out SanitizeKeyPoints and ClampKeyPoints, because keypoints "
@@ -47,8 +47,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
     is the background. Label ``n`` is category ``category_ids[n - 1]``, and :meth:`relabel` changes that.
 
     Targets contain neither crowds nor boxes without an area inside the image; :attr:`annotations`, which scoring uses,
-    does. As in torchvision's references, an object without a mask has an empty one, and an object without keypoints has
-    none that are labelled.
+    contains both. As in torchvision's references, an object without a mask has an empty one, and an object without
+    keypoints has only unlabelled ones.
 
     Args:
         images: folder of the images.
@@ -161,7 +161,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
         self.category_ids, self.category_names = list(category_ids), list(category_names)
 
     def keep(self, image_ids: Collection[int]) -> None:
-        """Keep only these images, in the present order. :attr:`annotations` does not change."""
+        """Keep only these images, in the current order. :attr:`annotations` does not change."""
         self._images = self._images[np.isin(self._images, self.annotations.find(image_ids))]
 
     def leave_out(self, broken: Mapping[int, str]) -> str:
@@ -270,7 +270,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target]]):
 
 
 def _fill_masks_with_zeros(transform: Any) -> None:
-    """Change a transform and those in it, which would fill masks as they fill images."""
+    """Make a transform and those in it fill masks with 0 instead of the fill value of images."""
     if isinstance(getattr(transform, "_fill", None), dict):
         transform._fill[tv_tensors.Mask] = 0
     for inner in getattr(transform, "transforms", ()):

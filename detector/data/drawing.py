@@ -18,7 +18,7 @@ from detector.data.keypoints import KeypointLayout
 from detector.data.masks import decode_masks
 from detector.text import short
 
-# Okabe and Ito's colours, which colour-blind readers can distinguish. Classes take them in turn.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Classes use them in turn.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 LIGHT = ("#F0E442", "#E69F00", "#56B4E9", "#FFE600", "#FFFFFF")  # black contrasts with them
 LEFT, RIGHT, MIDDLE = "#56B4E9", "#E69F00", "#FFFFFF"  # of keypoints
@@ -190,8 +190,8 @@ def draw_keypoints(
 ) -> None:
     """Draw keypoints (x, y, visibility) and their skeleton on an RGB picture, in place.
 
-    Points of visibility 0 and points outside the picture are left out, and so are their lines. The colour of a dot
-    shows its side, left or right, if the names do. Without a layout of as many keypoints no lines are drawn.
+    Points of visibility 0 and points outside the picture are left out, and so are their lines. Colours distinguish left
+    from right if the names do. Lines are drawn only if ``layout`` has the same number of keypoints.
     """
     width, height = picture.size
     places = [(x, y) if seen > 0 and 0 <= x <= width and 0 <= y <= height else None for x, y, seen in points]

@@ -15,13 +15,13 @@ from detector.errors import short_repr
 from detector.files import decode_json
 
 MAX_AREA = 1e10  # square pixels; COCO's metric ignores larger objects
-MIN_COORDINATE = 1e-100  # smallest size of a coordinate that is not 0: areas of smaller ones underflow
+MIN_COORDINATE = 1e-100  # smallest absolute value of a coordinate other than 0: smaller ones make areas underflow
 Coordinate = Annotated[float, Meta(ge=-1e9, le=1e9)]
 Length = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 class Field(NamedTuple):
-    """A field of an entry: its type for msgspec, in messages and for numpy, and its value where it is missing."""
+    """A field of an entry: its type for msgspec, in messages and for numpy, and its default value."""
 
     type: Any
     meant: str
@@ -125,14 +125,14 @@ _Lists: Any = msgspec.defstruct("_Lists", [(name, LIST | dict, None) for name in
 class CocoFile:
     """An annotation file: ``images``, ``categories`` and ``annotations``, each empty where it is missing.
 
-    ``missing`` holds messages on lists that are missing or no lists, by name; by "file" if the file holds no dict.
+    ``missing`` holds messages on missing and invalid lists by name, or under "file" if the file holds no dict.
     ``image_places`` and ``category_places`` are the positions of each annotation's image and category, [L]; -1 where
     there is none.
 
     Args:
         path: ``instances_*.json``, ``person_keypoints_*.json`` or another file of their format.
         fields: the fields among :data:`LAZY` that are read.
-        labelled: whether annotations are read. COCO's test files have none.
+        labelled: read the annotations. COCO's test files have none.
 
     Raises:
         DataError: the file cannot be read, or is not JSON.
@@ -163,7 +163,7 @@ class CocoFile:
 
 
 def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The place of each wanted id among ids; -1 where it is missing."""
+    """Return the index of each wanted id in ``ids``; -1 where it is missing."""
     if not len(ids):
         return np.full(len(wanted), -1)
     order = np.argsort(ids, kind="stable")
@@ -172,7 +172,7 @@ def find(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def value_of(raw: Raw | bytes) -> Any:
-    """The plain value of some JSON; ``None`` if it is empty."""
+    """Return the plain value of raw JSON; ``None`` if it is empty."""
     text = bytes(raw)
     try:
         return msgspec.json.decode(text) if text else None
@@ -182,5 +182,5 @@ def value_of(raw: Raw | bytes) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """The type of a JSON value, for messages."""
+    """Return the name of a JSON value's type, for messages."""
     return "nothing" if value is None else type(value).__name__

@@ -23,8 +23,8 @@ from detector.data.images import (
 from detector.errors import DataError, SizeError, short_repr
 from detector.text import alike_file
 
-MAX_LISTED = 200_000  # files among which a similar name is looked for, which takes three seconds
-ORIENTATION_KINDS = {  # the kinds of findings by the beginnings of remarks
+MAX_LISTED = 200_000  # maximum number of files to search for a similar name
+ORIENTATION_KINDS = {  # kinds of findings by the prefix of the remark
     AMBIGUOUS_ORIENTATION: "images whose annotated size fits both orientations",
     OVERRULED_ORIENTATION: "images whose annotated size decides against the orientation setting",
 }
@@ -33,13 +33,13 @@ ORIENTATION_KINDS = {  # the kinds of findings by the beginnings of remarks
 def check_files(
     names: Iterable[str | None], folder: str | Path, where: Callable[[int], str]
 ) -> Iterator[tuple[int | None, Finding]]:
-    """Check that image files, by names relative to the folder, are there, without opening them.
+    """Check that image files exist, without opening them. ``names`` are relative to the folder.
 
     Yields errors, each with the position of its image; ``None`` for the folder. ``where`` names an image in a message
     by its position.
     """
     try:
-        present = set(os.listdir(folder))  # faster than asking for each of COCO's 118,000 files
+        present = set(os.listdir(folder))  # faster than one lookup for each of COCO's 118,000 files
     except OSError as error:
         message = f"{folder}: no such image folder, or it cannot be read: {error.strerror}"
         yield None, Finding("missing image folder", "error", message)
@@ -68,7 +68,7 @@ def check_files(
 
 
 def _key(name: str) -> str:
-    """The same for similar names, also with other folders and suffixes."""
+    """Return a key that is the same for similar names, whatever their folders and suffixes."""
     return alike_file(name).rpartition(".")[0] or alike_file(name)
 
 

@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000"
 FLIPS = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
 TURN_UPRIGHT = dict(enumerate((*FLIPS, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90), start=2))
 TURN_BACK = TURN_UPRIGHT | {6: Transpose.ROTATE_90, 8: Transpose.ROTATE_270}  # both by EXIF orientation
-# Beginnings of the remarks on the orientation.
+# Prefixes of the remarks on the orientation.
 AMBIGUOUS_ORIENTATION = "the annotated size fits the image upright and as stored, and its EXIF orientation is"
 OVERRULED_ORIENTATION = (
     "the annotated size fits the image in one way only, against the setting, and its EXIF orientation is"
@@ -49,8 +49,8 @@ def read_image_with_remarks(
 ) -> tuple[Tensor, list[str]]:
     """Read the first frame or page of an image as RGB. An alpha channel is dropped.
 
-    The largest of integers with 16 or 32 bits decides how many bits are in use (8, 10, 12, 14 or 16), and the upper
-    8 of them are kept. Floats up to 1 are scaled to 0..255; larger floats are truncated.
+    The largest value of integers with 16 or 32 bits determines the bits in use (8, 10, 12, 14 or 16), of which the
+    upper 8 are kept. Floats up to 1 are scaled to 0..255; larger floats are truncated.
 
     Args:
         path: a file in one of :data:`FORMATS`.
@@ -63,7 +63,7 @@ def read_image_with_remarks(
         The image, [3, H, W] uint8, and remarks on scaled values, further frames and doubtful orientations.
 
     Raises:
-        ImageError: the file is missing, broken or too large, or its values are no colours.
+        ImageError: the file is missing, broken or too large, or its values are not colours.
         SizeError: the image does not have ``size``.
     """
     Image.init()

@@ -58,7 +58,7 @@ class KeypointLayout:
         return [other if others[other] == place else place for place, other in enumerate(others)]
 
     def fits(self, other: "KeypointLayout") -> bool:
-        """Whether both have the same keypoints. Numbered keypoints fit any names."""
+        """Return whether both have the same keypoints. Numbered keypoints match any names."""
         numbers = self.numbered(len(self)).names
         return len(self) == len(other) and (self.names == other.names or numbers in (self.names, other.names))
 

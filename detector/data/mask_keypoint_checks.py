@@ -39,7 +39,7 @@ WARNINGS: dict[AnnotationType, dict[str, str]] = {
 
 
 def has_any(file: CocoFile, annotation_type: AnnotationType) -> bool:
-    """Whether any object has a mask, or keypoints. Crowds do not count: they are not trained on."""
+    """Return whether any object has a mask, or keypoints. Crowds do not count: they are not trained on."""
     objects = file.annotations[FIELD[annotation_type]][~file.annotations["iscrowd"]]
     return any(not _is_missing(value_of(raw), annotation_type) for raw in filter(bytes, objects))
 
@@ -66,8 +66,8 @@ def check_annotation_type(
 ) -> Iterator[Finding]:
     """Check the masks, or the keypoints, of annotations that are valid otherwise.
 
-    Nothing is found in a file without any. If most lie outside their boxes, or if no mask has a pixel, that is an
-    error. ``broken`` is the level of masks or keypoints that cannot be read.
+    A file without any has no findings. It is an error if most lie outside their boxes, or if no mask has a pixel.
+    ``broken`` is the level of findings on masks or keypoints that cannot be read.
     """
     if not has_any(file, annotation_type):
         return
@@ -116,7 +116,7 @@ def check_annotation_type(
 def _read_masks(file: CocoFile) -> _Read:
     annotations, sizes = file.annotations, sizes_of_images(file)
     raws, (x, y, w, h) = annotations["segmentation"], annotations["bbox"].T
-    # Three points within these boxes (x1, y1, x2, y2) prove a mask right. Measuring it takes ten times as long.
+    # Three points within these boxes (x1, y1, x2, y2) prove a mask right. Measuring it takes much longer.
     limits = np.stack([x.clip(min=0), y.clip(min=0), np.minimum(x + w, sizes[:, 0]), np.minimum(y + h, sizes[:, 1])], 1)
     limits[(annotations["area"] < 0.3 * w * h) | (len(raws) <= MAX_MEASURED)] = np.nan  # measured
     wrong, measures = [], []

@@ -27,14 +27,14 @@ def as_rle(segmentation: Any, height: int, width: int) -> Rle:
         rle = {"size": [height, width], "counts": segmentation["counts"]}
         if isinstance(rle["counts"], list):
             rle = _as_text(coco_mask.frPyObjects(rle, height, width))
-        # pycocotools takes an empty run for the end when it compares masks.
+        # pycocotools treats an empty run as the end when it compares masks.
         has_empty_runs = 0 in (run_lengths(rle["counts"]) or [])[1:]
         return _as_text(coco_mask.encode(coco_mask.decode(rle))) if has_empty_runs else rle
     return _as_text(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
 
 
 def is_empty(segmentation: Any) -> bool:
-    """Whether a segmentation is ``None`` or has no polygon with a point."""
+    """Return whether a segmentation is ``None`` or has no polygon with a point."""
     return not segmentation or (isinstance(segmentation, list) and all(polygon == [] for polygon in segmentation))
 
 
@@ -48,7 +48,7 @@ def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> Tenso
 
 @dataclass(frozen=True)
 class MaskLayers:
-    """Masks as a few maps with numbered objects, because all masks of a large image may not fit in the memory.
+    """Masks as a few maps with numbered objects, because all masks of a large image may not fit in memory.
 
     Args:
         maps: [N, H, W] uint8, 0 on the background. Objects whose boxes overlap are on different maps.

@@ -1,4 +1,4 @@
-"""Whether the masks and the keypoints of objects lie in their boxes, and what their numbers look like if not."""
+"""Detecting masks and keypoints outside their boxes, and the convention that their numbers seem to follow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ MIN_OBJECTS = 3  # that another reading must fit
 UNSCALED = 0.8, 1.25  # factors in between are no other scale
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # of points, labelled and boxes, [L]
 
-# How points [L, P, 2] may be meant, given their boxes [L, 2, 2] (corners) and their images' width and height [L, 1, 2].
+# Conversions of points [L, P, 2] to pixels, given their boxes [L, 2, 2] (corners) and their images' width and height
+# [L, 1, 2].
 READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "coordinates normalised to 0..1: multiply by the image's width and height": lambda p, b, s: p * s,
     "coordinates normalised by the image's longer side: multiply by it": lambda p, b, s: p * s.max(2, keepdims=True),
@@ -71,7 +72,7 @@ def placement_of(
 
 
 def _areas(corners: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The areas of the intersection of two boxes, and of each, [L] all, in square pixels."""
+    """Return the areas of the intersection of two boxes and of both boxes, each [L], in square pixels."""
     low, high = np.maximum(corners[:, 0], boxes[:, 0]), np.minimum(corners[:, 1], boxes[:, 1])
     shapes = (high - low, corners[:, 1] - corners[:, 0], boxes[:, 1] - boxes[:, 0])
     return tuple(shape.clip(min=0).prod(axis=1) for shape in shapes)
@@ -85,7 +86,8 @@ def _iou(corners: np.ndarray, labelled: np.ndarray, boxes: np.ndarray) -> np.nda
 def _share(
     points: np.ndarray, labelled: np.ndarray, boxes: np.ndarray, margin: float = 0.1, pixels: float = 1
 ) -> np.ndarray:
-    """The share of each object's labelled points, [L], in its box grown by a margin of its sides and by pixels.
+    """Return the fraction of each object's labelled points in its box, [L], enlarged by a margin of its sides and
+    pixels.
 
     It is 0 where all lie within 0..1 in a box larger than 4 pixels.
     """
@@ -105,7 +107,7 @@ def _best_reading(
     right: float,
     gain: float,
 ) -> str | None:
-    """The reading that fits by ``right`` on average, and by ``gain`` more than pixels do."""
+    """Return the conversion whose mean fit is at least ``right`` and exceeds that of pixels by ``gain``."""
     now = fit(points, labelled, boxes).mean() if len(points) else 1
     if now > 1 - gain or len(points) < MIN_OBJECTS:
         return None

@@ -22,7 +22,7 @@ from detector.errors import DataError, short_repr
 from detector.files import decode_json
 
 Result = dict[str, Any]
-MAX_COMPARED = 10_000  # masks, or keypoints, that are compared with their boxes, which takes a second
+MAX_COMPARED = 10_000  # maximum number of masks, or keypoints, that are compared with their boxes
 
 
 def to_results(
@@ -69,7 +69,7 @@ def results_file(path: str | Path) -> Entries:
 
 
 def annotation_types_in(results: Entries) -> list[AnnotationType]:
-    """The annotation types that results have besides boxes."""
+    """Return the annotation types that results have besides boxes."""
     return [kind for kind, field in FIELD.items() if any(value_of(raw) for raw in results[field])]
 
 
@@ -81,7 +81,7 @@ def read_results(entries: Entries, truth: Annotations) -> tuple[list[Result], li
 
     Returns:
         The results, and notes on boxes that are missing, which become those around the masks or keypoints, and on
-        numbers that look like those of another convention.
+        numbers that seem to follow another convention.
 
     Raises:
         DataError: an entry has a wrong field, or an image or category that the annotations do not have.
@@ -113,7 +113,7 @@ def read_results(entries: Entries, truth: Annotations) -> tuple[list[Result], li
 
 
 def _misread(entries: Entries, results: Sequence[Result], truth: Annotations) -> Iterator[str]:
-    """Note boxes, masks and keypoints that look like those of another convention."""
+    """Return notes on boxes, masks and keypoints that seem to follow another convention."""
     boxes, image_ids = entries["bbox"], entries["image_id"]
     looks = boxes_look_like(boxes, entries["score"], image_ids, truth)
     if looks is not None:

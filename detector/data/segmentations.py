@@ -23,7 +23,7 @@ class _Rle(msgspec.Struct):
 
 
 def _polygons(low: float, high: float) -> Any:
-    """The type of polygons of at least 3 points, with coordinates from ``low`` to ``high``."""
+    """Return the type of polygons of at least 3 points, with coordinates from ``low`` to ``high``."""
     coordinate = Annotated[float, msgspec.Meta(ge=low, le=high)]
     polygon = Annotated[list[coordinate], msgspec.Meta(min_length=6)]
     return Annotated[list[polygon], msgspec.Meta(min_length=1)]
@@ -34,7 +34,7 @@ _decode_any = msgspec.json.Decoder(_polygons(-1e9, 1e9) | _Rle).decode
 
 @cache
 def _decoder_near(side: int) -> Callable[[bytes | msgspec.Raw], list[list[float]]]:
-    """A decoder of polygons near any image whose shorter side is ``side``."""
+    """Return a decoder of polygons near any image whose shorter side is ``side``."""
     decoder: msgspec.json.Decoder[list[list[float]]] = msgspec.json.Decoder(_polygons(-side, 2 * side))
     return decoder.decode
 
@@ -42,8 +42,8 @@ def _decoder_near(side: int) -> Callable[[bytes | msgspec.Raw], list[list[float]
 def read_segmentation(segmentation: bytes | msgspec.Raw, width: int, height: int) -> tuple[Any, str | None]:
     """Read the JSON of a segmentation in an image of that size.
 
-    pycocotools checks nothing: it writes beyond the mask if an RLE is too long, and takes four numbers for a box. The
-    usual case is a single decoder call, for COCO has 860,000 polygons.
+    pycocotools checks nothing: it writes beyond the mask if an RLE is too long, and treats four numbers as a box. The
+    usual case is a single decoder call, because COCO has 860,000 polygons.
 
     Returns:
         Polygons or an RLE, for :func:`~detector.data.masks.as_rle`, and ``None``; or ``None`` and what is wrong.
@@ -101,7 +101,7 @@ def _rle_error(rle: _Rle, width: int, height: int) -> str | None:
 
 
 def spans_a_pixel(segmentation: Any, left: float, top: float, right: float, bottom: float) -> bool:
-    """Whether three points of a polygon lie within limits, and span a triangle of at least a pixel."""
+    """Return whether three points of a polygon lie within limits, and span a triangle of at least a pixel."""
     if not isinstance(segmentation, list):
         return False
     polygon = segmentation[0]

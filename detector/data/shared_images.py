@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 def equal_files(first: Iterable[Path], second: Iterable[Path]) -> dict[Path, Path]:
-    """Find the files of one list that are, byte for byte, also in another.
+    """Find the files of one list that are byte-identical to a file of another.
 
     Only files of equal size are read, and only those with the same bytes in their middle are read whole. Missing and
     irregular files are skipped.
 
     Returns:
-        Each file of the first list that the second has too, in order, with the first one of the second that is equal.
+        Each such file of the first list, in order, with the first identical file of the second.
     """
     ours, theirs = dict.fromkeys(first), dict.fromkeys(second)
     keys: tuple[Callable[[Path], int | bytes], ...] = (_size, _middle, _digest)
@@ -43,7 +43,7 @@ def _size(path: Path) -> int:
 
 
 def _middle(path: Path) -> bytes:
-    with open(path, "rb") as file:  # bitmaps are of one size, and begin alike
+    with open(path, "rb") as file:  # bitmaps of one resolution have equal sizes and beginnings
         file.seek(max(os.fstat(file.fileno()).st_size // 2 - 2048, 0))
         return file.read(4096)
 

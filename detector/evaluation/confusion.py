@@ -48,7 +48,7 @@ def match_boxes(
     outcomes: dict[int, list[BoxOutcome]] = {image_id: [] for image_id in image_ids}
     for matched in filter(None, scorer.evalImgs):
         of_image, paired = outcomes[matched["image_id"]], set()
-        # Detections are found by their numbers: pycocotools keeps matched ids as floats, which changes large ones.
+        # Detections are looked up by index: pycocotools keeps matched ids as floats, which changes large ones.
         pairs = zip(matched["gtIds"], matched["gtMatches"][0].astype(int), matched["gtIgnore"], strict=True)
         for object_id, number, is_crowd in pairs:
             annotation = truth.anns[object_id]

@@ -28,7 +28,7 @@ def detect_with_losses(
     of the test-time proposals, and a refinement has none.
 
     Args:
-        model: a torchvision detector in any mode, which it keeps.
+        model: a torchvision detector. Its mode does not change.
         images: [3, H, W] in 0..1.
         targets: as in training. Masks may be :class:`~detector.data.masks.MaskLayers`.
 
@@ -58,7 +58,7 @@ def run_rcnn(
     numbers = {"pre_nms_top_n": lambda: pre_nms, "post_nms_top_n": lambda: max(post_nms, min_proposals)}
     with overridden(rpn, training=targets is not None, **numbers):
         first = propose(model, images, given)
-    # Suppression comes before the cut, so additional proposals do not change the first ones.
+    # NMS comes before the cut, so additional proposals do not change the first ones.
     proposals = [boxes[:post_nms] for boxes in first.boxes]
     losses = first.losses
     if first.targets is not None:

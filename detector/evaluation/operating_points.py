@@ -23,10 +23,10 @@ def operating_points(scorer: COCOeval, results: list[Result]) -> dict[str, Any]:
         results: the results that were matched.
 
     Returns:
-        ``iou``; ``mean``, the threshold (``score``) with the highest F1 of all detections together and ``precision``,
-        ``recall`` and ``f1`` there, ``None`` if no object is found; ``by_class``, the same of each class; and
-        ``curves``, the three of all detections together (``mean``) over 101 thresholds (``score``). A detection is kept
-        if ``score >= threshold``. Without an object, or a right detection, a number may be ``None``.
+        A dict. ``iou`` is the IoU threshold. ``mean`` has the threshold with the highest F1 over all classes
+        (``score``) and its ``precision``, ``recall`` and ``f1``; it is ``None`` if no object is found. ``by_class`` has
+        the same for each class. ``curves`` has the three measures over all classes (``mean``) at 101 thresholds
+        (``score``). Detections with ``score >= threshold`` are kept. Undefined numbers are ``None``.
     """
     if not scorer.evalImgs:  # faster-coco-eval keeps no matches
         settings = {"iouThrs": np.array([IOU]), "maxDets": [100], **ALL_SIZES}
@@ -62,7 +62,7 @@ def _rank(matches: Sequence[Any], level: int) -> Ranking:
 
 
 def _measure(ranking: Ranking, thresholds: np.ndarray) -> np.ndarray:
-    """Return :data:`MEASURES` [3, T] at thresholds [T]; the precision of no detections is NaN."""
+    """Return :data:`MEASURES` [3, T] at thresholds [T]; the precision without detections is NaN."""
     scores, right, objects = ranking
     kept = np.searchsorted(-scores, -thresholds, side="right")
     hits = np.concatenate([[0], np.cumsum(right)])[kept]
@@ -71,7 +71,7 @@ def _measure(ranking: Ranking, thresholds: np.ndarray) -> np.ndarray:
 
 
 def _best(ranking: Ranking) -> dict[str, float | None]:
-    """Return the threshold with the highest F1, of equal ones the highest, and the measures there."""
+    """Return the threshold with the highest F1 (the highest one on a tie) and its measures."""
     scores, right, objects = ranking
     if not right.any():
         return dict.fromkeys(("score", *MEASURES)) | ({"recall": 0.0, "f1": 0.0} if objects else {})

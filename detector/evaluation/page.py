@@ -17,7 +17,7 @@ from detector.evaluation.tables import refined_rows
 from detector.text import clean, short
 
 DASH = "–"  # noqa: RUF001  for undefined numbers
-MAX_CLASSES = 20  # of a confusion matrix; of more, the most frequent confusions are listed
+MAX_CLASSES = 20  # of a confusion matrix; beyond it, the most frequent confusions are listed
 
 
 def render_page(report: Report, pictures: Sequence[Picture]) -> str:

@@ -80,7 +80,7 @@ def worst_and_best(
     *,
     number: int = 6,
 ) -> tuple[list[Picture], list[str]]:
-    """Draw the images with the lowest F1, and of those with objects the ones with the highest.
+    """Draw the images with the lowest F1, and the images with the highest among those with objects.
 
     Args:
         split: the images. Without them nothing is drawn.
@@ -150,7 +150,7 @@ def draw_outcomes(
             shown: Any = outcome.detection or outcome.truth
             segmentation, points = shown.get("segmentation"), np.reshape(shown.get("keypoints") or [], (-1, 3))
             if outcome.detection is not None:
-                points[:, 2] = 1  # the third numbers of detections have no agreed meaning
+                points[:, 2] = 1  # the third number of a detected keypoint has no agreed meaning
             else:
                 segmentation = segmentation if "masks" in split.annotation_types else None
                 points = points if "keypoints" in split.annotation_types else points[:0]

@@ -12,9 +12,9 @@ from detector.data.drawing import COLORS
 from detector.evaluation.report import Report, Section
 
 INK = "#000000"  # becomes the colour of the page's text, light or dark
-SOLID = 5  # lines of a plot that have a colour of their own; 5 more have the same colours, dashed
+SOLID = 5  # lines of a plot in different colours; 5 more have the same colours, dashed
 # rcParams over matplotlib's own defaults; the user's matplotlibrc does not count.
-STYLE: dict[Any, Any] = {  # Any: some versions of matplotlib have a type of their own for the keys
+STYLE: dict[Any, Any] = {  # Any: some versions of matplotlib define a type for the keys
     "svg.fonttype": "none",
     "font.sans-serif": ["DejaVu Sans", "sans-serif"],
     "axes.spines.top": False,
@@ -30,7 +30,7 @@ Lines = Mapping[str, Sequence[float | None]]  # the values by the label of the l
 
 
 def make_plots(report: Report) -> dict[str, Plot]:
-    """Return the plots that have data. Names of classes stand in the legends, which are HTML, never in the SVG."""
+    """Return the plots that have data. Class names appear in the HTML legends, never in the SVG."""
     recall, mean, classes = (report.curves.get(name, {}) for name in ("recall", "mean", "by_class"))
     points, by_class = report.operating_points, "By class, at IoU 0.50"
     if len(classes) > 2 * SOLID:

@@ -83,7 +83,7 @@ def make_report(
         about: how the detections were made.
         min_score: minimum score of the detections in ``outcomes``.
         unrefined: as ``scorers``, without the refinement.
-        notes: sentences that a reader of the scores needs to know.
+        notes: remarks for readers of the scores.
     """
     boxes, *others = scorers
     images, scores, counts = boxes.cocoGt.imgs, _defined(summary(boxes)[0]), _count_objects(boxes)

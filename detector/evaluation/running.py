@@ -37,7 +37,7 @@ class EvaluationOptions:
         limit: maximum number of images, the first ones of the split.
         min_score: minimum score of the detections in the confusion matrix and the pictures.
         evaluator: see :func:`~detector.evaluation.evaluate`.
-        skip_broken: leave out images that cannot be read. Without it the first one ends the run.
+        skip_broken: leave out images that cannot be read. Otherwise the first one ends the run.
         speed: number of images on which the stages are timed.
         batch_size: images per batch.
         workers: processes that read images.
@@ -74,7 +74,7 @@ class Predictions:
 
     def add(self, other: "Predictions") -> None:
         """Add the predictions on other images."""
-        self.image_ids += other.image_ids  # first: after Ctrl-C no result may lack its image
+        self.image_ids += other.image_ids  # first, so that after Ctrl-C every result has its image
         self.results += other.results
         self.losses.update(other.losses)
         self.broken |= other.broken
@@ -103,13 +103,13 @@ def run_detector(
     """Run a detector in eval mode over a split, with a progress bar.
 
     Args:
-        model: a torchvision detector on ``options.device``, in any mode, which it keeps.
+        model: a torchvision detector on ``options.device``, in any mode. The mode does not change.
         split: the data, without a transform.
         category_ids: the category id of each label of the model, from label 1 on.
-        options: of which ``limit``, ``skip_broken``, ``batch_size``, ``workers`` and ``device`` are used.
+        options: uses ``limit``, ``skip_broken``, ``batch_size``, ``workers`` and ``device``.
         labels: [n + 1], the model's label of each label of the split, from 0 on; needed for losses.
-        proposals: whether to record the proposals of an R-CNN.
-        partial: whether Ctrl-C, or an image that cannot be read, returns what was found before instead of raising.
+        proposals: record the proposals of an R-CNN.
+        partial: after Ctrl-C or an unreadable image, return the predictions so far instead of raising.
         share: the rank of this process, and the number of processes that share the split. Batches are those of a
             single process.
 
@@ -118,7 +118,7 @@ def run_detector(
     """
     rank, ranks = share
     total = len(split) if options.limit is None else min(options.limit, len(split))
-    # Masks and keypoints are read for losses alone.
+    # Masks and keypoints are read for losses only.
     split = (split.boxes_alone() if labels is None else split.with_layers()).as_bytes()
     batches = scoring_batches(total, options.batch_size, ranks=ranks, rank=rank)
     loader = make_loader(_Readable(split) if options.skip_broken else split, batches, workers=options.workers)

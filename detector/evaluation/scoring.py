@@ -117,7 +117,7 @@ def evaluate_detector(
         detector: moved to the device.
         split: the data, without a transform. Images that cannot be read are left out of it.
         options: see :class:`~detector.evaluation.EvaluationOptions`.
-        model: where the detector comes from, for the report.
+        model: the source of the detector, for the report.
         root: the data set, for the report.
         split_name: the name of the split, for the report.
 
@@ -125,7 +125,7 @@ def evaluate_detector(
         The evaluation; ``None`` on all ranks but 0.
 
     Raises:
-        DataError: no image can be read; or the first one, or one in several processes, cannot.
+        DataError: none of the images can be read, or the first cannot, or with several processes any cannot.
         ModelError: the detector has no class of the data.
     """
     category_ids = match_categories(detector, split)
@@ -191,7 +191,7 @@ def evaluate_predictions(
     Args:
         found: the predictions.
         split, options, detector, model, root, split_name: see :func:`evaluate_detector`.
-        notes: sentences for the report.
+        notes: remarks for the report.
     """
     found_types, refinement = annotation_types_of(detector.model), None
     annotation_types, type_notes = scored_types(found_types, detector.keypoints, split.annotations)
@@ -226,9 +226,9 @@ def evaluate_results(
     Args:
         results: the file, in COCO's results format.
         annotations: the annotation file, which is the ground truth.
-        options: of which ``limit``, ``min_score`` and ``evaluator`` are used.
+        options: uses ``limit``, ``min_score`` and ``evaluator``.
         images: the folder of the images, which are needed for pictures only.
-        orientation: whether EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
+        orientation: how EXIF orientations are applied, see :func:`~detector.data.images.read_image`.
         split_name: the name of the split, for the report.
     """
     entries = results_file(results)
@@ -279,9 +279,9 @@ def evaluate_coco(
         found: the predictions.
         about: how they were made, for the report.
         annotation_types: what is scored besides boxes.
-        options: of which ``min_score`` and ``evaluator`` are used.
+        options: uses ``min_score`` and ``evaluator``.
         images: the images, to draw some of them.
-        notes: sentences for the report.
+        notes: remarks for the report.
     """
     how: Any = {"annotation_types": annotation_types, "evaluator": options.evaluator}
     scorers = match_types(truth, found.results, found.image_ids, **how)

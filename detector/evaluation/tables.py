@@ -10,7 +10,7 @@ from detector.text import short
 
 Table = list[list[Any]]
 MAX_CLASSES = 100  # rows of the tables by class
-MAX_MATRIX = 12  # classes of a confusion matrix; of more, the most frequent confusions are listed
+MAX_MATRIX = 12  # classes of a confusion matrix; beyond it, the most frequent confusions are listed
 REFINED = ("AP", "AP50", "AP75", "AP90")  # the scores that are compared before and after a refinement
 
 
@@ -90,7 +90,7 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Table:
 
 
 def _operating_points(report: Report, classes: Sequence[Section]) -> Table:
-    """The objects by class and size, and the thresholds; of all classes together first."""
+    """Return the objects by class and size, and the thresholds, with all classes together first."""
     points = report.operating_points
     best = {row["id"]: row for row in points["by_class"]}
     counts = [report.about["objects"], *(row["objects"] for row in report.by_size)]
@@ -105,7 +105,7 @@ def _operating_points(report: Report, classes: Sequence[Section]) -> Table:
 
 
 def _confusion(confusion: Section) -> tuple[str, Table]:
-    """The confusion matrix; of many classes the most frequent confusions."""
+    """Return the confusion matrix or, for many classes, the most frequent confusions."""
     names = confusion["names"]
     title = f"Confusion (minimum score {confusion['min_score']}, minimum IoU {confusion['iou']})"
     if len(names) <= MAX_MATRIX:

@@ -17,7 +17,7 @@ from detector.overriding import eval_mode, overridden
 from detector.refinement.attach import refinement_of
 
 STAGES = ("decode and transform", "backbone", "RPN", "crop", "head", "refinement", "post-processing")
-WARM_UP = 3  # images that do not count
+WARM_UP = 3  # number of images
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def measure_stages(
         model: a torchvision detector on ``device``.
         split: the data, without a transform.
         images: number of images, spread over the split; repeated if it has fewer.
-        among: use the first images of the split only.
+        among: use only this number of images from the start of the split.
         device: where the model is.
 
     Returns:

@@ -21,7 +21,7 @@ def coco_of(annotations: Annotations, image_ids: Iterable[int] | None = None) ->
     chosen = chosen[chosen >= 0]
     rows = np.flatnonzero(np.isin(annotations.image_of, chosen))
     ids = annotations.ids
-    if (ids == 0).any():  # pycocotools takes 0 for no match
+    if (ids == 0).any():  # pycocotools treats 0 as no match
         ids = np.arange(1, len(ids) + 1)
     columns = {
         "id": ids,

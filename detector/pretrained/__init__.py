@@ -1,4 +1,4 @@
-"""Trained detectors: out of checkpoints, saved folders and the hub; applied to images, and exported."""
+"""Trained detectors: loading from checkpoints, saved folders and the hub, detection in images, and export."""
 
 from detector.pretrained.description import DetectorDescription
 from detector.pretrained.detector import Detector

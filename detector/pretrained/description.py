@@ -19,7 +19,7 @@ from detector.refinement.config import RefinementConfig
 
 @dataclass(frozen=True)
 class DetectorDescription:
-    """Everything but the weights that is needed to rebuild a detector. Labels count from 1; 0 is the background.
+    """Everything needed to rebuild a detector except its weights. Labels count from 1; 0 is the background.
 
     Args:
         settings: the settings that the network is built with.

@@ -95,7 +95,7 @@ class Detector(nn.Module):
             raise ModelError(str(error), setting="crop", value=crop) from None
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Call the network: images [3, H, W] in 0..1, to torchvision's dict for each."""
+        """Run the network on images [3, H, W] in 0..1. Returns torchvision's dict for each image."""
         return self.model(images)
 
     @overload
@@ -214,7 +214,7 @@ class Detector(nn.Module):
         return digest_of(self.model.state_dict())
 
     def describe(self) -> DetectorDescription:
-        """Return what a file holds of the detector besides its weights.
+        """Return the description that is stored beside the weights.
 
         Raises:
             ModelError: the detector was not built from a :class:`~detector.models.config.DetectorConfig`.
@@ -228,9 +228,9 @@ class Detector(nn.Module):
         return DetectorDescription(settings, self.crop, *categories, eps, refinement, self.keypoints)
 
     def save(self, folder: str | Path, *, report: dict[str, Any] | None = None) -> None:
-        """Write ``model.safetensors``, ``config.json`` and a model card, ``README.md``, each in an atomic write.
+        """Write ``model.safetensors``, ``config.json`` and a model card, ``README.md``, atomically.
 
-        Existing files are replaced, but a model card that somebody edited stays.
+        Existing files are replaced, except an edited model card.
 
         Args:
             folder: created if it does not exist.

@@ -18,9 +18,9 @@ def fetch(repository: str, **options: Any) -> Path:
         try:  # Without a network the download itself would retry for half a minute.
             address = hf_hub_url(repository, CONFIG, revision=options.get("revision"))
             get_hf_file_metadata(address, token=options.get("token"))
-        except (HfHubHTTPError, ValueError):  # the hub answered, or the name is invalid: the download says so
+        except (HfHubHTTPError, ValueError):  # the hub answered, or the name is invalid: the download raises the error
             pass
-        except Exception as error:  # the hub's client and its transport raise many types
+        except Exception as error:  # the hub's client and its transport raise errors of many types
             reason, options["local_files_only"] = f"cannot be reached ({one_line(error)})", True
     try:
         return Path([hf_hub_download(repository, name, **options) for name in (CONFIG, WEIGHTS)][-1]).parent
@@ -36,6 +36,6 @@ def upload(repository: str, folder: str, *, token: str | bool | None = None, **o
 
 
 def is_hub_name(path: Path) -> bool:
-    """Whether a path is no file or folder and may be "owner/name" on Hugging Face's hub."""
+    """Return whether a path is neither a file nor a folder and may be "owner/name" on Hugging Face's hub."""
     weights = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
     return not path.exists() and len(path.parts) == 2 and path.suffix not in weights

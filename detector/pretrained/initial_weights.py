@@ -1,7 +1,7 @@
 """Initial weights of a training: from a run, a saved detector, the hub, or a file of a state_dict.
 
-Tensors are taken if their names and shapes fit. The class predictors keep the rows of classes with the same name. The
-keypoint predictor is kept if its keypoints have the same names.
+Tensors are loaded if their names and shapes match. The class predictors keep the rows of classes with the same name.
+The keypoint predictor is kept if its keypoints have the same names.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ KEYPOINTS = "roi_heads.keypoint_predictor."
 REFINEMENT = "roi_heads.refinement."
 TRUNK, BOX_HEAD = f"{REFINEMENT}head.trunk.", "roi_heads.box_head."  # the trunk is a copy of the box head
 CLASSES = f"{PREDICTOR}cls_score.bias"  # one number per class, with the background
-MIN_SHARE = 0.5  # of the weights outside of the predictors that must fit; fewer are of another network
+MIN_SHARE = 0.5  # fraction of the weights outside the predictors that must fit; otherwise it is another network
 # Prefixes that training scripts and torch.compile add to names, and the keys that they save a state_dict under.
 PREFIXES = ("", "module.", "model.", "module.model.", "model.module.", "_orig_mod.", "module._orig_mod.")
 KEYS = ("state_dict", "model_state_dict", "model", "model_ema")
@@ -146,7 +146,7 @@ def _refuse_another_network(
 
 
 def _refuse_another_normalisation(model: FasterRCNN, config: DetectorConfig, source: _Source) -> None:
-    """Refuse weights that were trained on other colours, which would not fail, but detect badly."""
+    """Refuse weights trained with another normalisation of images: they would load, but detect badly."""
     if source.detector is None or source.detector.settings is None:
         return
     transforms: list[Any] = [model.transform, source.detector.model.transform]

@@ -15,7 +15,7 @@ MAIN_SCORES = {"AP": "mean over IoU 0.50 to 0.95", "AP50": "at IoU 0.50", "AP75"
 SIZES = {"APs": "objects below 32 x 32 pixels", "APm": "32 x 32 to 96 x 96", "APl": "larger"}
 BOX_SCORES = MAIN_SCORES | {"AP90": "at IoU 0.90"} | SIZES | {"AR100": "recall, up to 100 detections an image"}
 KEYPOINT_SCORES = {name: meaning.replace("IoU", "OKS") for name, meaning in MAIN_SCORES.items()}
-# By what a detector finds: the network, Hugging Face's task, the report's section, its scores' prefix and meaning.
+# By annotation type: the network, Hugging Face's task, the report's section, its scores' prefix and meaning.
 BOXES = ("Faster R-CNN", "object-detection", "", "", BOX_SCORES)
 MASKS = ("Mask R-CNN", "image-segmentation", "segm", "mask ", MAIN_SCORES)
 KEYPOINTS = ("Keypoint R-CNN", "keypoint-detection", "keypoints", "keypoints ", KEYPOINT_SCORES)
@@ -25,7 +25,7 @@ GENERATED = "<!-- Written by affine-crop-rcnn. Delete this line to keep the file
 
 
 def is_generated(path: Path) -> bool:
-    """Whether a file is a card that may be replaced, or does not exist."""
+    """Return whether a file is a card that may be replaced, or does not exist."""
     try:
         return GENERATED in path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -34,13 +34,13 @@ from detector.models.rle_detections import annotation_types_of
 from detector.refinement.attach import refinement_of
 from detector.text import short
 
-OUTPUTS = {  # for an image, by what the detector finds
+OUTPUTS = {  # for an image, by annotation type
     "boxes": {"boxes": "(x1, y1, x2, y2) in pixels", "labels": "1 is the first class", "scores": "best first"},
     "masks": {"masks": "probabilities, per pixel of the image"},
     "keypoints": {"keypoints": "(x, y, 1) in pixels", "keypoints_scores": "logits"},
 }
 INPUT = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1], "size": "any"}
-# Tolerances of the comparison with PyTorch. They admit the rounding errors of deep networks with random weights.
+# Tolerances of the comparison with PyTorch. They allow for the rounding errors of deep networks with random weights.
 BOX_TOLERANCE = 3e-4  # times the longer side of the image
 SCORE_TOLERANCE = 2e-3
 MIN_MASK_IOU = 0.9  # pasting rounds boxes to whole pixels
@@ -60,7 +60,7 @@ def export_onnx(
     opset: int = 18,
     classes: Sequence[tuple[str, int | None]] = (),
 ) -> list[str]:
-    """Write a Faster, Mask or Keypoint R-CNN to an ONNX file, in an atomic write. The model is not changed.
+    """Write a Faster, Mask or Keypoint R-CNN to an ONNX file, atomically. The model does not change.
 
     The graph takes ``images`` [batch_size, 3, height, width], float32, RGB in 0..1, of any height and width, and
     normalises and resizes them. It returns ``boxes`` [L, 4] float32 (x1, y1, x2, y2) in pixels of the image, ``labels``
@@ -72,7 +72,7 @@ def export_onnx(
     as graphs have no gradients. With onnxruntime installed the graph is compared with PyTorch on noise.
 
     Args:
-        model: swapped or stock, in eval mode, on the CPU, in float32. A stock model that has never run takes its
+        model: swapped or stock, in eval mode, on the CPU, in float32. A stock model that has never run derives its
             strides from the traced example, a square.
         path: the file to write.
         batch_size: number of images per call, all of one size.

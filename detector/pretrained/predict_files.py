@@ -46,7 +46,7 @@ class ImageFile:
 
 
 class ImageFiles(Dataset[Any]):
-    """Image files as their number, pixels (``None`` if broken), and remarks or the error.
+    """A data set of image files. Items are the index, the pixels (``None`` if broken), and remarks or the error.
 
     Args:
         files: see :func:`find_images`.
@@ -87,7 +87,7 @@ def find_images(
         annotations: source of the ids and sizes, by file name. Without it ids count from 1.
 
     Returns:
-        The images, and the number of files beside them in image formats that are not read, by suffix.
+        The images, and the number of skipped files in other image formats, by suffix.
 
     Raises:
         DataError: a path does not exist, a folder has no image, or an image is not in the annotations.
@@ -166,11 +166,11 @@ def predict_files(
     pictures that an earlier ``predictions.json`` there names are deleted.
 
     Args:
-        detector: runs on the device that it is on. Labels without a category id are left out, if any has one.
+        detector: runs on its current device. If any label has a category id, labels without one are left out.
         images: the files.
         folder: created if it does not exist.
         min_score: minimum score of detections in pictures and ``predictions.json``; one for all labels, or for each.
-        pictures: whether pictures are written.
+        pictures: write pictures.
         batch_size: maximum number of images per batch. A batch holds images of one size, so nothing is padded.
         workers: number of processes that read images.
         head: further entries of ``predictions.json``.

@@ -28,33 +28,34 @@ def check(
     anchor_sizes: tuple[int, int, int, int, int] | None = None,
     aspect_ratios: tuple[float, float, float] | None = None,
 ) -> "DatasetReport":
-    """Check a data set in COCO's format before training, and print everything that is wrong with it.
+    """Check a data set in COCO's format before training, and print all errors and warnings.
 
     Examples:
         python tools/check.py data/digits/annotations/instances_val.json --images data/digits/val
-        python tools/check.py instances.json --images photos --quick   # whether the images exist, without opening them
+        python tools/check.py instances.json --images photos --quick   # check that the images exist
         python tools/check.py instances.json                           # the annotation file alone
         python tools/check.py val.json --images val --other train.json --other_images train   # images in both splits
         python tools/check.py train.json --config configs/bccd.yaml   # whether its anchors fit the boxes
 
-    Errors are what training or scoring refuses: wrong fields and references, normalised boxes, images that are missing,
-    broken or of another size, no box to train on, masks or keypoints outside their boxes. Warnings are what it leaves
-    out, clips or counts wrong: boxes that are empty, outside their image or duplicate, or look like corners or centres;
-    areas that do not fit; duplicate or similar names; images of another split; broken or missing masks and keypoints.
-    Notes: unused images and categories, EXIF orientations that matter, annotations with ignore 1, unfit anchors.
+    Errors prevent training or scoring: wrong fields and references, normalised boxes, images that are missing,
+    broken or of another size, no box to train on, masks or keypoints outside their boxes. Warnings concern what is left
+    out, clipped or counted wrong: boxes that are empty, outside their image or duplicate, or look like corners or
+    centres; areas that do not fit; duplicate or similar names; images of another split; broken or missing masks and
+    keypoints. Notes: unused images and categories, EXIF orientations that matter, annotations with ignore 1, anchors
+    that fit few boxes.
 
     Args:
         annotations: Annotation file of a split.
         images: Folder that file_name is relative to. Without it no image is checked.
         quick: Check whether the images exist, but open none.
-        workers: Threads that open images.
+        workers: Number of threads that open images.
         orientation: "upright" applies EXIF orientations, "stored" ignores them.
         examples: Number of examples shown of each kind.
         other: Annotation file of another split, to find images that are in both.
-        other_images: Its folder of images. Without it only file names are compared.
+        other_images: Image folder of the other split. Without it only file names are compared.
         config: Training configuration whose anchors are compared with the boxes. The flags below override it.
         min_size: Pixels of the shorter side of resized images. Default: 800.
-        max_size: Maximum pixels of their longer side. Default: 1333.
+        max_size: Maximum pixels of the longer side. Default: 1333.
         anchor_sizes: Five anchor sizes in pixels. Default: [32, 64, 128, 256, 512].
         aspect_ratios: Three ratios of height to width. Default: [0.5, 1, 2].
 
@@ -65,7 +66,7 @@ def check(
         UsageError: the settings of the anchors are wrong, or ``other_images`` has no ``other``.
 
     Exit codes:
-        0: nothing wrong, except notes.
+        0: no errors or warnings.
         1: warnings.
         2: errors, or a wrong command line.
         130: interrupted.

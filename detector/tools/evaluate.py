@@ -70,12 +70,12 @@ def evaluate(
         refine: Run the detector's refinement or not. "both" compares the two. Default: on, if it has one.
         output: Folder to write. Default: eval-SPLIT in the run folder, or runs/eval-MODEL-SPLIT.
         limit: Score only the first N images.
-        skip_broken: Skip images that cannot be read, and name them. Otherwise the first one ends the run.
+        skip_broken: Skip images that cannot be read, and list them. Otherwise the first one ends the run.
         min_score: Minimum score in the confusion matrix and the pictures.
         evaluator: faster-coco-eval computes the same numbers in C++, and must be installed.
         pictures: Number of worst and of best images on the page.
         speed: Time each stage on N images after the scoring, one image at a time. 50 is a good number.
-        batch_size: Images per batch. More than 1 are padded to one size, which changes scores slightly.
+        batch_size: Images per batch. Several are padded to one size, which changes scores slightly.
         workers: Number of processes that read images.
         device: cpu, cuda, cuda:1, ... Default: cuda if available.
 

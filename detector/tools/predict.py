@@ -57,11 +57,11 @@ def predict(
         model: A torchvision detector, such as fasterrcnn_resnet50_fpn. Needs weights.
         weights: A state_dict file for the model, or the name of published weights, such as DEFAULT.
         crop: Crop with the affine crop or with RoIAlign. Default: as the detector was trained.
-        refine: Whether the refinement moves the boxes. Default: on, if the detector has one.
+        refine: Refine the boxes. Default: on, if the detector has one.
         output: The output folder. Default: runs/predict, with a number if that exists.
         min_score: Minimum score of detections in pictures and predictions.json. auto takes the score with the highest
             F1 per class from the last report of tools/eval.py on these weights, beside the checkpoint or in runs/.
-        pictures: Whether pictures are written.
+        pictures: Write pictures.
         annotations: A COCO file that gives the image ids, by file name. Images and categories are enough.
         orientation: upright applies the EXIF orientation of photographs; stored ignores it. Where the annotated size
             fits only one of the two, that one is used.

@@ -47,7 +47,7 @@ def refine(
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     deterministic: bool = False,
 ) -> dict[str, float] | None:
-    """Train a refinement of a detector's boxes: a small head, and nothing else, in minutes.
+    """Train a refinement of a detector's boxes: a small head on top of the frozen detector.
 
     The detector's weights do not change. The head crops the detector's feature maps at a box, and predicts the object's
     box and the IoU of the two. It learns from the boxes of the train split, whatever their classes. Then the split is
@@ -74,15 +74,15 @@ def refine(
             fits only one of the two, that one is used.
         run_dir: Folder of the run. If it holds a run, a number is added. Default: RUN-refined beside the checkpoint's
             run folder, or runs/refined-MODEL.
-        ckpt_path: "last" resumes from the last checkpoint of the last run in run_dir, a file from that checkpoint.
-        save_every: Steps between checkpoints.
+        ckpt_path: "last" resumes the last run in run_dir from its last checkpoint; a file resumes from that checkpoint.
+        save_every: Number of steps between checkpoints.
         iterations: Refinement iterations at test time.
         train_iterations: Refinement iterations in training.
         ascent_steps: Maximum number of gradient ascent steps on the predicted IoU, at test time.
         box_gradient: Gradient through the boxes between the training iterations. "exact" is the derivative, "bound"
             limits it to a tenth of each iteration's own gradient, "off" treats boxes as constants, as in a cascade.
-        max_steps: Training steps.
-        epochs: Passes over the images, instead of max_steps.
+        max_steps: Number of training steps.
+        epochs: Number of passes over the images, instead of max_steps.
         batch_size: Images per step and device.
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay.

@@ -40,7 +40,7 @@ def load_source(
 
 
 def switch_refinement(detector: Detector, refine: str | None) -> None:
-    """Switch the detector's refinement off, or else on; ``None`` leaves it."""
+    """Switch the detector's refinement on or off; ``None`` leaves it as it is."""
     if refine is None:
         return
     if detector.refinement is None:
@@ -50,7 +50,7 @@ def switch_refinement(detector: Detector, refine: str | None) -> None:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """Return the device of a name; by default a GPU if there is one. Under torchrun, each process gets its own GPU."""
+    """Return the named device; by default a GPU if there is one. Under torchrun, each process gets its own GPU."""
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type == "cuda" and place.index is None:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass
 class Training:
-    """What a command line builds."""
+    """The task, the data and the trainer of a command line."""
 
     config: Namespace
     datamodule: "CocoDataModule"
@@ -78,7 +78,7 @@ def read_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace
 
 
 def instantiated(make: Callable[[], T]) -> T:
-    """Return what a function makes of settings. Refuses a logger that is not installed, or no such device, ..."""
+    """Build objects from settings, and turn errors, such as a logger that is not installed, into user errors."""
     try:
         return make()
     except UserError:
