@@ -40,8 +40,8 @@ def same_categories(ours: Sequence[Category], theirs: Sequence[Category]) -> lis
     for category, place in zip(ours, same_names([name for _, name in ours], names)):
         if place is None and category[1] in names and category not in theirs:
             raise DataError(
-                f"several categories are called {short_repr(category[1])}, and the one with id {category[0]} has none "
-                "with the same id and name on the other side: they cannot be matched"
+                f"several categories are called {short_repr(category[1])}, and none of those on the other side has the "
+                f"id {category[0]}: they cannot be matched"
             )
         ids.append(theirs[place][0] if place is not None else category[0] if category[1] in names else None)
     return ids

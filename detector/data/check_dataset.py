@@ -166,7 +166,7 @@ def _compare(file: CocoFile, ours: dict[Path, str], other: CocoFile, images: str
             yield unusable[None]
         theirs = _places(other.images, images, unusable)
         pairs = equal_files(ours, theirs)
-        kind, level, what = "images", "warning", "is byte for byte {}: a detector trained on one scores too high"
+        kind, level, what = "images", "warning", "is identical to {}: scores on it are too high"
     for path, same in pairs.items():
         yield Finding(f"{kind} that the other split has, too", level, f"{ours[path]}, {what.format(theirs[same])}")
 

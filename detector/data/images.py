@@ -30,7 +30,7 @@ OVERRULED_ORIENTATION = (
     "the annotated size fits the image in one way only, against the setting, and its EXIF orientation is"
 )
 # A small file may claim a huge size.
-TOO_LARGE = "prediction takes max_pixels to read larger images, and needs about 40 bytes of memory a pixel"
+TOO_LARGE = "in prediction, max_pixels allows larger images, at about 40 bytes of memory per pixel"
 _pixel_limit_lock = threading.Lock()
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise it writes to stderr
 
@@ -69,7 +69,7 @@ def read_image_with_remarks(
     Image.init()
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
-            raise ImageError("cannot be read as an image: it is no regular file")
+            raise ImageError("cannot be read as an image: it is not a regular file")
         with without_pillow_warnings(), _open(path, max_pixels) as image:
             limit = Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
             if limit is not None and image.width * image.height > limit:  # Pillow refuses only twice as many
@@ -122,10 +122,10 @@ def pil_to_rgb(
     pixels = v2.functional.pil_to_tensor(rgb)
     remarks = [remark for remark in (turn_remark, scale_remark) if remark is not None]
     if drops_bits and 0 < int(pixels.max()) < 64:
-        remarks.append("dark colours of 16 bits, of which only the upper 8 are read; save them with 8")
+        remarks.append("dark 16-bit colours, of which only the upper 8 bits are read; save them with 8 bits")
     with contextlib.suppress(Exception):  # the data after the first frame may be broken
         if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph with a preview
-            remarks.append("several frames or pages, of which the first was taken")
+            remarks.append("several frames or pages, of which only the first is read")
     return pixels, remarks
 
 

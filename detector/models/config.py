@@ -117,7 +117,7 @@ class DetectorConfig:
                 raise self._invalid(name, f"must be {meant}") from None
         if self.finds is not None and not self.name.startswith("timm/"):
             what = "(maskrcnn_resnet50_fpn masks, keypointrcnn_resnet50_fpn keypoints)"
-            message = f"{self.name} finds what its name says {what}; only timm/... detectors have this setting"
+            message = f"the name {self.name} decides {what}; only timm/... detectors have this setting"
             raise self._invalid("finds", message)
         for name in ("rpn_bg_iou_threshold", "box_bg_iou_threshold"):
             foreground = name.replace("bg", "fg")

@@ -63,20 +63,20 @@ def _check_archive(path: str | Path) -> None:
         if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
             raise ValueError("it is compressed, as torch.save never writes it")
         if len(members) < len(archive.infolist()):
-            raise ValueError("it holds two members of one name")  # testzip would check only one of them
+            raise ValueError("it holds two members with the same name")  # testzip would check only one of them
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong")
         # weights_only=True allows this call, which allocates any amount of memory.
         if any(b"\nbytearray\n" in archive.read(members[name]) for name in members if name.endswith(".pkl")):
-            raise ValueError("it holds a bytearray, which weights never are")
+            raise ValueError("it holds a bytearray, which no weights file needs")
 
 
 def load_weights(build: Callable[[], Model], state: Any) -> Model:
     """Build a model and load an untrusted state_dict into it.
 
     Raises:
-        ModelError: the model cannot be built; names, shapes or kinds of dtypes differ from its own; or a number is not
-            finite.
+        ModelError: the model cannot be built; names, shapes or kinds of dtypes differ from the model's; or a number is
+            not finite.
     """
     with as_model_error("cannot be built"), torch.device("meta"):
         expected = build().state_dict()
@@ -108,7 +108,7 @@ def check_tensors(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     """
     for name, value in state.items():
         if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
-            raise ModelError(f"{name} is no plain tensor")
+            raise ModelError(f"{name} is not a plain tensor")
     stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state.values()}
     if sum(value.numel() * value.element_size() for value in state.values()) > sum(stored.values()):
         raise ModelError("its weights are larger than the numbers it stores")  # expanded views

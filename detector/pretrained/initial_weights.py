@@ -180,7 +180,7 @@ def _class_rows(
             done = "is reordered" if len(kept) == ours == theirs else f"is replaced by one for {ours}"
             return {0: 0} | kept, f"the predictor for its {theirs} classes {done} ({what}{f'; {why}' if why else ''})"
     if theirs == ours:
-        return every, f"its {ours} classes, which have no names, are taken for the data's, in order"
+        return every, f"its {ours} classes, which have no names, are matched to the data's, in order"
     return {}, f"the predictor for its {theirs} classes, which have no names, is replaced by one for {ours}"
 
 
