@@ -15,7 +15,7 @@ from detector.data.shared_images import equal_files
 from detector.errors import DataError, short_repr
 from detector.text import listed
 
-MIN_PERSON_KEYPOINTS = 10  # labelled ones of a training image, of COCO's 17; other layouts need the same share
+MIN_PERSON_KEYPOINTS = 10  # labelled ones of a training image, of COCO's 17; scaled for other layouts
 MAX_COMPARED_IMAGES = 20_000  # of both splits; a slow disk takes seconds for their sizes
 
 
@@ -111,7 +111,7 @@ def check_command(data: CocoDetection) -> str:
 
 
 def shared_images(train: CocoDetection, val: CocoDetection) -> list[str]:
-    """Return a note on val images that are in the train split, too. Large splits are not compared."""
+    """Return a note on val images that are also in the train split. Large splits are not compared."""
     few = len(train) + len(val) <= MAX_COMPARED_IMAGES
     if few and (shared := len(equal_files(val.files(), train.files()))):
         same = f"{shared:,} of {len(val):,} images are byte for byte in the train split, too, and score too high"

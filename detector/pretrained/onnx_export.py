@@ -269,7 +269,7 @@ def _compare(model: GeneralizedRCNN, content: bytes, batch_size: int) -> None:
                 if found.sum() < MIN_SHARE * len(found):
                     raise ExportError(
                         f"the graph's detections differ from PyTorch's: for an image of {height} x {width}, "
-                        f"{int((~found).sum())} of {len(found)} are {source}'s alone"
+                        f"{int((~found).sum())} of {len(found)} occur only in {source}"
                     )
 
 

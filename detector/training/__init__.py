@@ -1,4 +1,4 @@
-"""Training and scoring with Lightning; what ``tools/train.py`` does is callable from here."""
+"""Training and scoring with Lightning, as ``tools/train.py`` does."""
 
 from detector.pretrained.loading import load_checkpoint
 from detector.training.data import CocoDataModule

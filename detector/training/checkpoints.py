@@ -1,4 +1,4 @@
-"""When checkpoints are written, and how."""
+"""Writing checkpoints: when, and how."""
 
 import io
 import math
@@ -28,16 +28,16 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class Checkpoints(Checkpoint):
-    """Writes ``last.ckpt``, to resume from exactly, and ``best.ckpt``, the weights with the best score.
+    """Writes ``last.ckpt``, from which a run resumes exactly, and ``best.ckpt``, the weights with the best score.
 
     ``last.ckpt`` is written every few steps, at the end of each epoch, and a step before each validation: Lightning
-    would skip a validation right after the checkpoint. Ctrl-C and SIGTERM end the step under way, write it and stop. If
-    a callback such as EarlyStopping, or the time limit, ends the run, ``last.ckpt`` records that, and a resumed run
-    trains no further, unless it has a longer time limit.
+    would skip a validation right after the checkpoint. After Ctrl-C or SIGTERM the current step ends, ``last.ckpt`` is
+    written, and the run stops. If a callback such as EarlyStopping, or the time limit, ends the run, ``last.ckpt``
+    records that. A resumed run then trains no further, unless it has a longer time limit.
 
     Args:
-        folder: where checkpoints go.
-        every: steps between two checkpoints.
+        folder: the folder of the checkpoints.
+        every: number of steps between two checkpoints.
     """
 
     def __init__(self, folder: Path, *, every: int = 500) -> None:
@@ -60,7 +60,7 @@ class Checkpoints(Checkpoint):
 
     @contextmanager
     def stopping_on_signals(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM end the step under way; the second one stops at once."""
+        """Let the first Ctrl-C or SIGTERM stop the run after the current step, and the second one at once."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
             self._handled = [number for number in before if before[number] is not signal.SIG_IGN]  # as under nohup
@@ -78,13 +78,13 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ended is not None and self.ended < _time_limit(trainer):
             self.ended = None  # there is more time now
-        trainer.should_stop |= self.ended is not None  # set here, Lightning does not train at all
+        trainer.should_stop |= self.ended is not None  # if it were set here, Lightning would not train at all
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set_handlers()  # Lightning's own handler of SIGTERM saves nothing, and may wait for other ranks
         loop = trainer.fit_loop
         if loop.restarted_on_epoch_end:
-            # With max_steps, Lightning takes every resumed run to be within an epoch. It would run the finished epoch
+            # With max_steps, Lightning assumes that a resumed run is within an epoch. It would run the finished epoch
             # again, empty, and count it twice.
             loop.reset_restart_stage()
             loop.epoch_progress.increment_completed()
@@ -137,7 +137,7 @@ class Checkpoints(Checkpoint):
             AtomicCheckpointIO().save_checkpoint(checkpoint, self.last)
 
     def _is_best(self, trainer: Trainer) -> bool:
-        """Return whether these weights were scored just now, and better than any before."""
+        """Return whether these weights were scored just now, with the best score so far."""
         score = trainer.callback_metrics.get("val/AP")
         scored_step = getattr(trainer.lightning_module, "scored_step", None)
         if score is None or scored_step != trainer.global_step:
@@ -173,12 +173,12 @@ class Checkpoints(Checkpoint):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        message = "\nStopping after this step. A second time: at once, without saving."
+        message = "\nStopping after this step. Press Ctrl-C again to stop at once, without saving."
         rank_zero_only(print)(message, file=sys.stderr, flush=True)
 
 
 def _ends(trainer: Trainer) -> bool:
-    """Return whether a callback ends the run now: it asks for it, and min_epochs and min_steps are reached."""
+    """Return whether a callback ends the run now: it requests the end, and min_epochs and min_steps are reached."""
     return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
@@ -196,7 +196,7 @@ def _time_limit(trainer: Trainer, *, reached: bool = False) -> float:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically, and reads them without unpickling.
 
-    Lightning's own writes the file elsewhere and moves it, perhaps across file systems, without a sync.
+    Lightning's own class writes the file elsewhere and moves it, perhaps across file systems, without a sync.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -207,7 +207,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write_atomically(Path(path), buffer.getbuffer())
         except OSError as error:
             message = f"{path}: the checkpoint of step {checkpoint['global_step']} cannot be written: {error.strerror}"
-            raise TrainingError(message, hints=("make room, then resume",)) from error
+            raise TrainingError(message, hints=("free some space, then resume",)) from error
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         checkpoint = read_weights(path)

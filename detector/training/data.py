@@ -34,33 +34,31 @@ class CocoDataModule(lightning.LightningDataModule):
     """Train and val splits of a data set in COCO's layout.
 
     Args:
-        root: the data set's folder. Default: the folder ``dataset`` in the folder that the environment variable
-            DETECTOR_DATA names.
-        dataset: the data set's name, a folder of DETECTOR_DATA; used if root is not given.
+        root: the data set's folder. Default: ``dataset`` in the folder of the environment variable DETECTOR_DATA.
+        dataset: the data set's name, a folder in DETECTOR_DATA. Used without root.
         train_split: the split to train on.
         val_split: the split to score on.
-        annotations: annotation file of a split, relative to root; {split} stands for the split.
+        annotations: annotation file of a split, relative to root; {split} stands for its name.
         images: image folder of a split, relative to root.
-        orientation: "upright": turn images by their EXIF orientation, as viewers and label tools do; "stored": take
-            them as stored. If the annotated size fits only one of them, that one is taken.
+        orientation: "upright" applies EXIF orientations, as viewers and label tools do; "stored" ignores them. If the
+            annotated size fits only one of the two, that one is used.
         augmentation: transforms of torchvision.transforms.v2 for training images and their boxes, in order, each by
             its name, or with settings as {class_path: RandomHorizontalFlip, init_args: {p: 0.25}}. Default: a
             horizontal flip of every second image. tools/browse.py shows the result.
-        min_size: length in pixels of the shorter side that training images are resized to after augmentation; a random
-            one of several. Default: 800. null: images keep their size.
-        max_size: maximum length in pixels of the longer side.
-        group_by_shape: batches of wide images and batches of tall ones, so that less is padded.
-        batch_size: training images a step and device.
-        val_batch_size: val images at a time. With more than 1, images are padded to one size, which changes features
-            near their edges, and scores slightly.
+        min_size: shorter side of resized training images in pixels, after augmentation. Of several values, a random one
+            is used. Default: 800. null: images keep their size.
+        max_size: maximum of the longer side of resized training images, in pixels.
+        group_by_shape: put wide and tall images into separate batches, to reduce padding.
+        batch_size: number of training images per step and device.
+        val_batch_size: number of val images per batch. Several are padded to one size, which changes scores slightly.
         workers: number of processes that read images.
-        seed: seed of order and augmentation, 0 or more. Default: that of seed_everything.
-        skip_broken: open every image of both splits first, and leave out those that cannot be read. Without it, a
-            broken image ends the run: before its first step if opening all images takes seconds, else when it is read.
-        generate: "digits" writes the synthetic set of configs/quickstart.yaml to root first, if it is not there.
+        seed: seed of the order and the augmentation, 0 or more. Default: that of seed_everything.
+        skip_broken: open all images of both splits first, and leave out those that cannot be read. Otherwise a broken
+            image ends the run.
+        generate: "digits" first writes the synthetic data set of configs/quickstart.yaml to root, if it is missing.
 
     Raises:
-        DataError: a value is out of its range, or there is no root.
+        DataError: a value is out of range, or there is no root.
     """
 
     def __init__(
@@ -146,7 +144,7 @@ class CocoDataModule(lightning.LightningDataModule):
         return data
 
     def _open_images(self, splits: Sequence[tuple[str, CocoDetection]]) -> list[str]:
-        """Open all images, since a broken one would end the run later. Returns notes."""
+        """Open all images, because a broken one would end the run later. Returns notes."""
         pixels = sum(float(data.sizes().astype(float).prod(axis=1).sum()) for _, data in splits)
         if pixels > MAX_OPENED_PIXELS and not self.skip_broken:
             commands = " and ".join(split_checks.check_command(data) for _, data in splits)
@@ -177,7 +175,7 @@ class CocoDataModule(lightning.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, targets = [as_float(image) for image in batch[0]], batch[1]
-        if self.trainer is not None:  # Lightning converts floats before they are sent, when these are bytes
+        if self.trainer is not None:  # Lightning's conversion runs before the transfer, on bytes
             images = self.trainer.precision_plugin.convert_input(images)
         return images, targets
 
@@ -197,7 +195,7 @@ class CocoDataModule(lightning.LightningDataModule):
         assert trainer is not None
         epoch, done = trainer.current_epoch, trainer.fit_loop.batch_idx + 1
         progress: Any = trainer.fit_loop.epoch_progress.current
-        # Lightning also counts an epoch that was cut short as processed.
+        # Lightning also counts an interrupted epoch as processed.
         if done >= trainer.num_training_batches or progress.processed > epoch:
             epoch, done = epoch + 1, 0
         return {"epoch": epoch, "batches": done, "settings": self._order_settings()}
@@ -208,7 +206,7 @@ class CocoDataModule(lightning.LightningDataModule):
             self._position = state_dict["epoch"], state_dict["batches"]
 
     def _order_settings(self) -> dict[str, Any]:
-        """Return what the order of the images depends on."""
+        """Return the settings that the order of the images depends on."""
         order = {"seed": self.seed, "training images": len(self.train_set), "group_by_shape": self.group_by_shape}
         return order | {"images per batch": self.batch_size * self._ranks()[0]}
 

@@ -1,4 +1,4 @@
-"""Warnings about a training that diverges although its loss stays finite."""
+"""Warnings about a training that diverges with a finite loss."""
 
 import sys
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from torch import Tensor
 from detector.data.results import Result
 from detector.rcnn.box_gradient import BOUND
 
-FIRST, BLOCK = 10, 50  # batches; the first ones give the loss before anything is learned
+FIRST, BLOCK = 10, 50  # batches; the first ones give the initial loss
 PATIENCE = 3  # consecutive blocks; a short burst spoils two
-FACTOR = 2.0  # times the best; healthy trainings stayed below 1.8 of it, one that diverged above 2.1
+FACTOR = 2.0  # times the best loss, between those of healthy and diverging trainings
 FLAT = 0.01  # between the highest and the lowest score
 
 
@@ -23,7 +23,7 @@ class Divergence(Callback):
     """Warns once when the loss stays far above its best.
 
     The mean loss of 50 batches, without the five highest, is compared with the lowest mean before it and with that of
-    the first ten batches. Losses are read every 50 batches, so that a GPU need not wait in between. Rank 0 watches.
+    the first ten batches. Losses are read every 50 batches, which avoids synchronisation in between. Only rank 0 warns.
     """
 
     def __init__(self) -> None:

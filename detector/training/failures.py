@@ -40,14 +40,14 @@ def explain(error: BaseException, task: Any, data: Any, last: Path | None) -> Tr
     text, upcoming = str(error), []
     of_worker, is_image = "Original Traceback" in text, isinstance(error, ImageError) and not data.skip_broken
     if task.training:
-        with suppress(Exception):  # the run may not have come that far
+        with suppress(Exception):  # the run may have failed earlier
             upcoming = data.upcoming(2 * max(data.workers, 1))
     known: UserError
     if is_out_of_memory(error):
-        ids = upcoming if of_worker else task.image_ids  # a worker reads ahead
+        ids = upcoming if of_worker else task.image_ids  # a worker prefetches
         where = f"on images {ids}" if ids else "while scoring"
         smaller = [f"lower {{{name}}}" for name in ("batch_size", "max_size", "workers", "rois_per_image")]
-        more = "set {accumulate_grad_batches} to keep the images a step"
+        more = "set {accumulate_grad_batches} to keep the number of images per step"
         known = TrainingError(f"out of memory in step {task.global_step}, {where}", hints=[*smaller, more])
     elif "DataLoader worker (pid" in text:
         reason = " ".join(str(error.__cause__ or error).splitlines()[0].split())

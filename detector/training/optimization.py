@@ -13,25 +13,25 @@ from detector.training.failures import TrainingError
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """How the weights are optimized.
+    """Settings of the optimizer, the schedule and the average of the weights.
 
     Args:
         name: "adamw" or "sgd".
-        lr: peak learning rate for steps of ``lr_batch`` images.
-        lr_batch: images a step, over all devices and accumulated batches, that ``lr`` is meant for.
-        lr_rule: how the rate scales with the images a step: "linear" (Goyal et al. 2017, for sgd), "sqrt" (Malladi et
+        lr: peak learning rate at ``lr_batch`` images per step.
+        lr_batch: number of images per step, over all devices and accumulated batches, for which ``lr`` holds.
+        lr_rule: scaling of the rate with the images per step: "linear" (Goyal et al. 2017, for sgd), "sqrt" (Malladi et
             al. 2022, for adamw), or "constant".
-        weight_decay: decay of the weights; norms and biases have none.
-        momentum: for sgd; the onecycle schedule sets its own, between 0.85 and 0.95.
-        schedule: "cosine" (to 0) or "multistep" after a warm-up, or "onecycle", which includes one. It is made for
-            max_epochs; max_steps beside it only stops a run early.
-        warmup_steps: steps of the linear warm-up from a thousandth of the rate, at most half the run.
-        milestones: for multistep: the epochs at which the rate is divided by 10.
-        ema: decay of an exponential moving average of the weights, such as 0.9998, which is scored and saved in their
-            place. It starts lower, so that short runs forget their beginning. Default: no average.
+        weight_decay: weight decay. Norms and biases have none.
+        momentum: momentum of sgd. onecycle sets its own, between 0.85 and 0.95.
+        schedule: "cosine" (to 0) or "multistep" after a warm-up, or "onecycle", which includes one. Its length is
+            max_epochs; max_steps only stops a run early.
+        warmup_steps: number of steps of the linear warm-up from a thousandth of the rate, at most half of the run.
+        milestones: epochs at which multistep divides the rate by 10.
+        ema: decay of an exponential moving average of the weights, such as 0.9998. The average is scored and saved
+            instead of the weights. The decay starts lower, so that short runs forget their start. Default: no average.
 
     Raises:
-        TrainingError: a value is out of its range.
+        TrainingError: a value is out of range.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -55,7 +55,7 @@ class OptimizerConfig:
                 raise TrainingError(f"must be {words}", setting=f"optimizer.{name}", value=getattr(self, name))
 
     def rate(self, images_per_step: int) -> float:
-        """Return the peak learning rate for the given images a step."""
+        """Return the peak learning rate for a number of images per step."""
         share = images_per_step / self.lr_batch
         return self.lr * {"linear": share, "sqrt": share**0.5, "constant": 1.0}[self.lr_rule]
 

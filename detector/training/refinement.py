@@ -1,4 +1,4 @@
-"""Training the refinement of a detector, which itself stays the same."""
+"""Training the refinement of a frozen detector."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,19 +33,19 @@ TRAINER_OPTIONS = {"max_epochs": 1, "limit_val_batches": 0, "gradient_clip_val":
 
 
 class RefinementTask(DetectionTask):
-    """Trains the refinement of a detector, whose own weights stay the same to the last bit.
+    """Trains the refinement of a detector, whose own weights do not change.
 
-    The classes of the data may differ from the detector's, since one refinement serves all classes. Every random choice
+    The classes of the data may differ from the detector's, because a refinement is class-agnostic. Every random choice
     is a function of the seed and the step.
 
     Args:
         detector: gets the refinement, in place.
         refinement: settings of the refinement.
-        optimizer: how the refinement's weights are optimized.
+        optimizer: settings of the optimizer.
         cache_bytes: memory of the :class:`~detector.refinement.feature_cache.FeatureCache`.
 
     Raises:
-        ModelError: the detector cannot be refined, or could not be saved.
+        ModelError: the detector cannot be refined or saved.
     """
 
     trainer_defaults: ClassVar = TRAINER_OPTIONS
@@ -75,7 +75,7 @@ class RefinementTask(DetectionTask):
 
     @property
     def annotation_types(self) -> tuple[AnnotationType, ...]:
-        """None: only boxes are learned, whatever the detector finds in them."""
+        """None: a refinement learns only boxes."""
         return ()
 
     def on_fit_start(self) -> None:
@@ -109,7 +109,7 @@ class RefinementTask(DetectionTask):
 class RefinementData(CocoDataModule):
     """The images of a train split that have boxes, in batches of several epochs.
 
-    Lightning sees them as one epoch; with five images it would otherwise write a checkpoint every other step. Images
+    Lightning sees them as one epoch. With few images it would otherwise write checkpoints too often. Images
     keep their size, and the detector resizes them as in testing.
 
     Args:
@@ -143,7 +143,7 @@ class RefinementData(CocoDataModule):
 
 @dataclass(eq=False)
 class RepeatedBatches(TrainingBatches):
-    """The first ``number`` batches of consecutive epochs, as those of one. See :class:`TrainingBatches`."""
+    """The first ``number`` batches of consecutive epochs, as one epoch. See :class:`TrainingBatches`."""
 
     number: int = 0
 

@@ -27,7 +27,7 @@ from detector.training.failures import Interrupted, TrainingError, explain
 from detector.training.record import RunRecord
 from detector.training.task import DetectionTask
 
-# An advertisement of Lightning's.
+# Lightning's advertisement.
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in str(record.msg))
 
 HALF_PRECISIONS = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")  # 16-bit weights
@@ -47,18 +47,18 @@ def train(
     Args:
         task: what to train.
         data: the splits to train and score on.
-        run_dir: folder for checkpoints, logs and scores; a new run beside an old one gets a number.
-        ckpt_path: "last" resumes from the last checkpoint of the last run in ``run_dir``; a file, from that
-            checkpoint, in its own folder if it is a run's ``last.ckpt``, else in a new one.
-        save_every: steps between two checkpoints.
-        trainer_options: of ``lightning.Trainer``: ``max_epochs``, ``devices``, ``precision``, ...
+        run_dir: folder for checkpoints, logs and scores. If it holds a run, a number is added.
+        ckpt_path: "last" resumes the last run in ``run_dir`` from its last checkpoint; a file resumes from that
+            checkpoint. A run's ``last.ckpt`` resumes in its own folder, other files in a new one.
+        save_every: number of steps between two checkpoints.
+        trainer_options: options of ``lightning.Trainer``, such as ``max_epochs``, ``devices`` and ``precision``.
 
     Returns:
         The scores on the val split, see :func:`detector.evaluation.evaluate`; ``None`` on ranks other than 0.
 
     Raises:
         DataError, ModelError, TrainingError: the run cannot start or resume.
-        Interrupted: Ctrl-C or SIGTERM stopped it; the same call with ``ckpt_path="last"`` resumes.
+        Interrupted: Ctrl-C or SIGTERM stopped the run; the same call with ``ckpt_path="last"`` resumes it.
     """
     run = Run(run_dir, ckpt_path, save_every=save_every)
     return run.train(Trainer(**run.trainer_options(task.trainer_defaults | trainer_options)), task, data)
@@ -88,7 +88,7 @@ class Run:
             self.checkpoint = Path(checkpoint_of(ckpt_path))
             if not self.checkpoint.is_file():
                 raise ModelError("no such file", setting="ckpt_path", value=str(ckpt_path))
-            # From an earlier checkpoint, a run must not write over later ones.
+            # A run from an earlier checkpoint must not overwrite later ones.
             is_last = self.checkpoint.name == LAST
             self.folder = run_folder(self.checkpoint) if is_last else unused_folder(Path(run_dir))
         self._is_new = not self.folder.exists()
@@ -156,7 +156,7 @@ class Run:
                 "run from its weights"
             )
         if self.checkpoints.signal is not None and task.scored_step != trainer.global_step:
-            raise KeyboardInterrupt  # it came after the last step
+            raise KeyboardInterrupt  # it arrived after the last step
         if not last.exists():
             if self.checkpoint is None:
                 hints = ("give a longer {max_time}", "remove the callback that stops it")

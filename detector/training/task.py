@@ -47,10 +47,10 @@ class DetectionTask(lightning.LightningModule):
     Every random choice in training is a function of the seed, the epoch, and the image or the batch.
 
     Args:
-        detector: the detector to build.
+        detector: settings of the detector.
         box_gradient: how the losses of the RoI heads move the proposals.
-        crop: "affine" for the swapped model, "roi_align" for torchvision's own, to compare with.
-        optimizer: how the weights are optimized.
+        crop: "affine" for the swapped model, "roi_align" for torchvision's, for comparison.
+        optimizer: settings of the optimizer.
         refinement: adds a refinement of the boxes, trained with the detector from the start. tools/refine.py adds one
             to a trained detector.
     """
@@ -69,10 +69,10 @@ class DetectionTask(lightning.LightningModule):
         super().__init__()
         self.detector, self.box_gradient, self.crop, self.optimizer = detector, box_gradient, crop, optimizer
         self.refinement = refinement
-        self.model: Any = None  # a FasterRCNN, from configure_model on
+        self.model: Any = None  # a FasterRCNN, after configure_model
         self.image_ids: list[int] = []  # of the current batch
-        self.results: list[Result] = []  # of the last validation, on all of the val split; on rank 0
-        self.scored_step: int | None = None  # after which the last validation was
+        self.results: list[Result] = []  # of the last validation, on the whole val split; on rank 0
+        self.scored_step: int | None = None  # step of the last validation
         self._resumed: dict[str, Any] | None = None  # training settings of the checkpoint
         self._must_load_weights = False
 
@@ -82,7 +82,7 @@ class DetectionTask(lightning.LightningModule):
 
     @property
     def annotation_types(self) -> tuple[AnnotationType, ...]:
-        """What is learned, and read from the data, besides boxes."""
+        """The annotation types that are learned and read from the data, besides boxes."""
         return self.detector.annotation_types
 
     def configure_model(self) -> None:
@@ -199,7 +199,7 @@ class DetectionTask(lightning.LightningModule):
         checkpoint[CHECKPOINT_KEY] = self.description().to_dict() | {"resume": resume}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._must_load_weights = False  # the file that the run began with may be gone
+        self._must_load_weights = False  # the file of the initial weights may be gone
         saved = checkpoint[CHECKPOINT_KEY]
         with as_model_error("the checkpoint is damaged"):
             description = DetectorDescription.from_dict(saved)
@@ -227,7 +227,7 @@ class DetectionTask(lightning.LightningModule):
         return {name: value for name, value in settings.items() if name not in TEST_TIME}
 
     def _training_settings(self) -> dict[str, Any]:
-        """Return what optimizer and schedule are made for, which a resumed run must share as well."""
+        """Return the settings of optimizer and schedule that a resumed run must share as well."""
         images, steps, _ = self.plan()
         return flattened("optimizer", self.optimizer) | {
             "images a step (devices x batch_size x accumulated batches)": images,
@@ -251,7 +251,7 @@ class DetectionTask(lightning.LightningModule):
             return run_detector(detector.model, split, split.category_ids, options), self.data.notes
 
     def _load_initial_weights(self) -> None:
-        """Load the weights to begin with, once; not earlier, since a checkpoint may take their place."""
+        """Load the initial weights, once; not earlier, because a checkpoint may replace them."""
         if self._must_load_weights:
             self._must_load_weights = False
             data = self.data.val_set
