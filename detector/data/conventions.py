@@ -37,9 +37,9 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def boxes_look_like(boxes: np.ndarray, scores: np.ndarray, image_ids: np.ndarray, truth: Annotations) -> str | None:
     """Return which convention the boxes of results seem to follow, if it is not COCO's.
 
-    For each image with n objects, the n results with the highest scores are compared with the objects. The message has
-    the number of boxes that overlap an object; it is ``None`` if the boxes follow COCO's convention, or none that is
-    known.
+    For each image with n objects, the n results with the highest scores are compared with the objects. The message
+    gives the number of boxes that overlap an object. It is ``None`` if the boxes follow COCO's convention, or no known
+    convention.
     """
     order = np.lexsort((-scores, image_ids))
     ids, starts = np.unique(image_ids[order], return_index=True)

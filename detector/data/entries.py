@@ -83,13 +83,13 @@ class Entries:
         return self._rows[field]
 
     def has(self, field: str) -> np.ndarray:
-        """Whether each entry has a valid field, [N] bool."""
+        """Return whether each entry has a valid field, [N] bool."""
         has = np.ones(len(self), dtype=bool)
         has[[at for at, fields in self.wrong.items() if not fields or field in fields]] = False
         return has
 
     def entry(self, position: int) -> Any:
-        """The plain value of an entry, whether valid or not."""
+        """Return the plain value of an entry, whether valid or not."""
         return value_of(self.raws[position])
 
     def where(self, position: int) -> str:

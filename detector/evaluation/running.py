@@ -31,7 +31,7 @@ from detector.seeds import seed_of
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """How a detector is evaluated.
+    """Options of an evaluation.
 
     Args:
         limit: maximum number of images, the first ones of the split.

@@ -76,5 +76,5 @@ def warn_if_all_alike(results: Sequence[Result]) -> str | None:
         return None
     return (
         f"all {len(scores):,} detections score between {min(scores):.3f} and {max(scores):.3f}: the detector has "
-        "diverged, or was hardly trained"
+        "diverged or is hardly trained"
     )

@@ -173,8 +173,8 @@ class DetectionTask(lightning.LightningModule):
     def plan(self) -> tuple[int, int, int]:
         """Return the images in an optimizer step, the steps that the schedule is made for, and those of an epoch.
 
-        The images of a step are those on all devices and in all accumulated batches, but at most those of an epoch: a
-        split smaller than a batch is one batch, and Lightning steps at an epoch's end.
+        A step's images are those of all devices and accumulated batches, but at most those of an epoch: a split smaller
+        than a batch is one batch, and Lightning steps at an epoch's end.
         """
         trainer = self.trainer
         trainer.fit_loop.setup_data()  # counts the batches
