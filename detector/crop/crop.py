@@ -4,7 +4,7 @@ torchvision also has ``torchvision.ops.roi_align._roi_align``, a private RoIAlig
 boxes. ``roi_align`` uses it only for deterministic runs on a GPU. The crops here add to it:
 
 * speed and memory: ``_roi_align`` stores four neighbours per sample (with adaptive counts, as many samples per bin as
-the map has pixels), and the gather stores only bins;
+  the map has pixels), and the gather stores only bins;
 * ``roi_align``'s border rules: ``_roi_align`` reads edge pixels for samples that count as zero, and drops adaptive
   samples in excess of the map's height or width;
 * export to ONNX, ``torch.vmap`` over boxes, several levels in one call, and float32 geometry for half precision maps.
