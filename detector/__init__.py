@@ -51,14 +51,14 @@ __all__ = [
     "watch_box_gradient",
 ]
 
-_FLOORS = ("crop", "rcnn", "refinement", "pretrained")
+_LAYERS = ("crop", "rcnn", "refinement", "pretrained")
 
 if not TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         """Import a name on first use: torch takes seconds, and command lines must answer faster."""
-        for floor in _FLOORS if name in __all__ else ():
-            module = import_module(f"detector.{floor}")
+        for layer in _LAYERS if name in __all__ else ():
+            module = import_module(f"detector.{layer}")
             if hasattr(module, name):
                 globals()[name] = getattr(module, name)
                 return globals()[name]

@@ -1,4 +1,4 @@
-"""The floors of the package: imports go down, never up or in a circle."""
+"""The layers of the package: imports go down, never up or in a circle."""
 
 import ast
 import subprocess
@@ -12,7 +12,7 @@ import detector
 
 PACKAGE = Path(__file__).parents[1] / "detector"
 # From the ground up. Below them lie the single modules beside them: errors, text, files, ...
-FLOORS = ("crop", "rcnn", "refinement", "data", "models", "pretrained", "evaluation", "training", "tools")
+LAYERS = ("crop", "rcnn", "refinement", "data", "models", "pretrained", "evaluation", "training", "tools")
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -52,17 +52,17 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def floor(module: str) -> int:
+def layer(module: str) -> int:
     part = module.split(".")[1] if "." in module else ""
-    return FLOORS.index(part) + 1 if part in FLOORS else 0
+    return LAYERS.index(part) + 1 if part in LAYERS else 0
 
 
 def test_imports_go_down():
-    assert {path.parent.name for path in MODULES.values()} - {PACKAGE.name} == set(FLOORS)
-    for module in set(MODULES) - {"detector"}:  # the roof, which shows what lies below
+    assert {path.parent.name for path in MODULES.values()} - {PACKAGE.name} == set(LAYERS)
+    for module in set(MODULES) - {"detector"}:  # the package itself, which imports from all layers
         for imported in own_imports(module):
-            assert imported != "detector", f"{module} imports the roof"
-            assert floor(imported) <= floor(module), f"{module} imports {imported}, which lies above it"
+            assert imported != "detector", f"{module} imports the package itself"
+            assert layer(imported) <= layer(module), f"{module} imports {imported}, which lies above it"
 
 
 def test_no_imports_in_a_circle():
@@ -86,9 +86,9 @@ def test_no_test_imports_another():
 def test_packages_of_others():
     for module in MODULES:
         others = {name.split(".")[0] for name in imports(module)} - {"detector", *sys.stdlib_module_names}
-        if floor(module) < FLOORS.index("training"):
+        if layer(module) < LAYERS.index("training"):
             assert not others & {"lightning", "jsonargparse"}, module
-        if floor(module) == FLOORS.index("crop") + 1:
+        if layer(module) == LAYERS.index("crop") + 1:
             assert others <= {"torch", "torchvision"}, module
 
 

@@ -158,7 +158,7 @@ def test_the_map_names_every_module_and_no_other():
     written = CONTRIBUTING.split("## The map")[1].split("\n## ")[0]
     floors = re.findall(r"^- `(\w+)`:(.*?)(?=^- `|\n\n)", written, flags=re.MULTILINE | re.DOTALL)
     named = {f"{floor}/{name}" for floor, text in floors for name in re.findall(r"`(\w+)`", text)}
-    named |= set(re.findall(r"`(\w+)`", written.rpartition("\n\nWhat every floor may use")[2]))
+    named |= set(re.findall(r"`(\w+)`", written.rpartition("\n\nModules for all layers")[2]))
     package = REPOSITORY / "detector"
     modules = {path.relative_to(package).with_suffix("").as_posix() for path in package.rglob("*.py")}
     assert named == {module for module in modules if not module.endswith("__init__")}

@@ -110,7 +110,7 @@ def _confusion(confusion: Section) -> tuple[str, Table]:
     title = f"Confusion (minimum score {confusion['min_score']}, minimum IoU {confusion['iou']})"
     if len(names) <= MAX_MATRIX:
         head = ["", *(short(name, 12) for name in names), "missed"]
-        rows = [[name, *row] for name, row in zip([*names, "nothing"], confusion["matrix"])]
+        rows = [[name, *row] for name, row in zip([*names, "false detections"], confusion["matrix"])]
         return f"{title}: rows are the ground truth, columns the detected classes", [head, *rows]
     pairs = [[true, "as", detected, count] for true, detected, count in confused_pairs(confusion, 10)]
     return f"{title}: the most frequent ones", pairs

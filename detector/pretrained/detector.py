@@ -16,7 +16,7 @@ from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.data.folder import DataFolder
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
-from detector.errors import DataError, ModelError
+from detector.errors import DataError, ModelError, UserError
 from detector.files import write_atomically, write_json
 from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
@@ -191,6 +191,10 @@ class Detector(nn.Module):
             split: the name of the split.
             output: a folder to write the report to; ``None``: nothing is written.
             options: see :class:`~detector.evaluation.running.EvaluationOptions`.
+
+        Raises:
+            DataError: an image cannot be read. The images before it are scored, and written if there is ``output``.
+            KeyboardInterrupt: likewise, after Ctrl-C.
         """
         from detector.evaluation.running import EvaluationOptions
         from detector.evaluation.scoring import evaluate_detector
@@ -198,10 +202,14 @@ class Detector(nn.Module):
 
         settings = EvaluationOptions(**{"device": next(self.parameters()).device} | options)
         names = {"model": type(self.model).__name__, "root": str(root), "split_name": split}
-        evaluation = evaluate_detector(self, split_for(self, DataFolder(Path(root)), split), settings, **names)
-        assert evaluation is not None  # there is one process
+        data = split_for(self, DataFolder(Path(root)), split, skip_missing=settings.skip_broken)
+        evaluation = evaluate_detector(self, data, settings, **names)
+        if evaluation is None:
+            raise UserError("only the first process has the evaluation: use tools/eval.py with torchrun")
         if output is not None:
             evaluation.write(Path(output))
+        if evaluation.stopped is not None:
+            raise evaluation.stopped
         return evaluation
 
     def export(self, path: str | Path, **options: Any) -> list[str]:

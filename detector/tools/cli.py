@@ -17,6 +17,19 @@ from detector.errors import FlagOf, UsageError, exit_on_user_error
 set_loader("text", lambda text: yaml.load(text, yaml.BaseLoader), (yaml.YAMLError,))
 
 
+TYPE_NAMES = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "PositiveInt": "an integer of at least 1",
+    "NonNegativeInt": "an integer of at least 0",
+    "NonNegativeFloat": "a number of at least 0",
+    "PositiveFloat": "a number above 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+}
+
+
 class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """jsonargparse's formatter, without wrapping the description."""
 
@@ -100,7 +113,21 @@ def parse_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
         reasons = [line.strip()[2:] for line in lines if line.strip()[:2] == "- " and "NoneType" not in line] or lines
         given = [line.replace("Given value:", "got") for line in lines if "Given value:" in line]
         message = " ".join(" ".join([key, *reasons, *given]).split())
-        raise UsageError(re.sub(r'^Parser key "(.+?)"', r"--\1", message)) from None
+        raise UsageError(_readable(message)) from None
+
+
+def _readable(message: str) -> str:
+    """Say which values a flag takes, instead of jsonargparse's types."""
+    key = re.match(r'Parser key "(.+?)": ', message)
+    types = re.findall(r"(?:Expected an?|Not of type) (?:<class '|typing\.)?([\w.]+(?:\[.*?\])?)", message)
+    if key is None or not types:
+        return re.sub(r'^Parser key "(.+?)"', r"--\1", message)
+    values = [TYPE_NAMES.get(one, one.removeprefix("Literal").strip("[]").replace("'", "")) for one in types]
+    given = re.findall(
+        r"(?:[Gg]ot(?: value:)?|base 10:|to float:|restriction .*:) '?(.*?)'?$|: (\S+) does not conform", message
+    )
+    got = f", got {given[0][0] or given[0][1]}" if given else ""
+    return f"--{key[1]}: must be {' or '.join(dict.fromkeys(values))}{got}"
 
 
 def underscored(arguments: Sequence[str], switches: Iterable[str] = ()) -> list[str]:

@@ -60,7 +60,7 @@ def evaluate(
         crop: Crop with the affine crop or with RoIAlign. Default: as the detector was trained.
         results: Score this file of detections in COCO's results format, without a detector.
         root: Folder of the data set. Default: the dataset's folder in DETECTOR_DATA.
-        dataset: Name of the data set, a folder in DETECTOR_DATA.
+        dataset: Name of the data set, a folder in DETECTOR_DATA. Used without root.
         split: Name of the split.
         annotations: Annotation file, relative to root. Default:
             annotations/instances_{split}.json, where {split} is replaced.

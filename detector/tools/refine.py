@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -110,8 +111,7 @@ def refine(
     from detector.rcnn.box_gradient import BoxGradient
     from detector.refinement.config import RefinementConfig
     from detector.tools.source import data_folder, load_source, pick_device, split_for
-    from detector.training.optimization import OptimizerConfig
-    from detector.training.refinement import RefinementData, RefinementTask
+    from detector.training.refinement import OPTIMIZER, RefinementData, RefinementTask
     from detector.training.run import train
 
     place = pick_device(device)
@@ -128,7 +128,7 @@ def refine(
             ascent_steps=ascent_steps,
             box_gradient=gradients[box_gradient],
         ),
-        OptimizerConfig(lr=lr, lr_rule="constant", weight_decay=weight_decay, ema=ema),
+        replace(OPTIMIZER, lr=lr, weight_decay=weight_decay, ema=ema),
         cache_bytes=int(cache_gb * 1e9),
     )
     data = RefinementData(

@@ -59,8 +59,10 @@ class Divergence(Callback):
         """Return a warning about the current loss and what to change; ``None`` if it is not far above the best."""
         if self.far < PATIENCE or self.best is None or self.now is None:
             return None
-        remedies = [f"a lower lr ({task.optimizer.lr:g})", "gradient_clip_val"]
-        if task.crop == "affine" and task.box_gradient.enabled and (task.box_gradient.bound or inf) > BOUND:
+        remedies = [f"a lower lr ({task.optimizer.lr:g})"]
+        joint = "gradient_clip_val" not in task.trainer_defaults  # a refinement clips, and needs no bound
+        remedies += ["gradient_clip_val"] if joint else []
+        if joint and task.crop == "affine" and task.box_gradient.enabled and (task.box_gradient.bound or inf) > BOUND:
             remedies.append(f"box_gradient.bound {BOUND}")
         return (
             f"the training diverges: the loss has been {self.now / self.best:.3g} times its best for "

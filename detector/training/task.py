@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from detector.choices import Crop
 from detector.data.annotation_types import AnnotationType
 from detector.data.results import Result, to_results
 from detector.evaluation.losses import detect_with_losses
@@ -62,7 +63,7 @@ class DetectionTask(lightning.LightningModule):
         self,
         detector: DetectorConfig = DetectorConfig(),
         box_gradient: BoxGradient = BoxGradient(),
-        crop: Literal["affine", "roi_align"] = "affine",
+        crop: Crop = "affine",
         optimizer: OptimizerConfig = OptimizerConfig(),
         refinement: RefinementConfig | None = None,
     ) -> None:
