@@ -122,11 +122,9 @@ def _readable(message: str) -> str:
     types = re.findall(r"(?:Expected an?|Not of type) (?:<class '|typing\.)?([\w.]+(?:\[.*?\])?)", message)
     if key is None or not types:
         return re.sub(r'^Parser key "(.+?)"', r"--\1", message)
-    values = [TYPE_NAMES.get(one, one.removeprefix("Literal").strip("[]").replace("'", "")) for one in types]
-    given = re.findall(
-        r"(?:[Gg]ot(?: value:)?|base 10:|to float:|restriction .*:) '?(.*?)'?$|: (\S+) does not conform", message
-    )
-    got = f", got {given[0][0] or given[0][1]}" if given else ""
+    values = [TYPE_NAMES.get(one, re.sub(r"Literal|[]['\"]", "", one).replace(", ", " or ")) for one in types]
+    given = re.search(r"(?:[Gg]ot(?: value:)?|base 10:|to float:|restriction .*:) '?([^']*)|: (\S+) does not", message)
+    got = f", got {(given[1] or given[2]).strip()}" if given else ""
     return f"--{key[1]}: must be {' or '.join(dict.fromkeys(values))}{got}"
 
 
