@@ -149,7 +149,7 @@ def test_halves_of_surrogate_pairs_which_python_writes_for_file_names(tmp_path):
     [
         (b"", "empty"),
         (b" \n", "empty"),
-        (gzip.compress(b"{}"), "gzip", mtime=0),
+        (gzip.compress(b"{}", mtime=0), "gzip"),
         (b"PK\x03\x04", "ZIP"),
         (json.dumps(VALID).encode("utf-16"), "UTF-8"),
         (json.dumps(VALID).encode("utf-16-le"), "UTF-8"),
