@@ -79,7 +79,7 @@ _short.maxlevel, _short.maxstring, _short.maxother = 5, 200, 200  # nested lists
 def short_repr(value: Any) -> str:
     """Return the repr of an untrusted value in one line of at most 500 characters."""
     try:
-        text = " ".join(_short.repr(value).split())
+        text = _short.repr(value).replace("\n", " ")
     except ValueError:  # Python limits the digits of an integer
         return "an integer of thousands of digits"
     return text if len(text) <= 500 else f"{text[:497]}..."
