@@ -229,7 +229,7 @@ def test_an_unforeseen_error_stays_what_it_is_and_leaves_no_process(owner, name,
 
 
 UNFORESEEN = """
-import multiprocessing, sys
+import sys
 from detector.tools.training_cli import main
 from detector.training.data import CocoDataModule
 from detector.training.task import DetectionTask
@@ -237,7 +237,6 @@ from detector.training.task import DetectionTask
 def boom(*arguments):
     raise ZeroDivisionError("boom")
 
-multiprocessing.set_start_method("forkserver")  # Python 3.14's default
 data = CocoDataModule(sys.argv[1], train_split="train", val_split="val", workers=1)
 data.setup("fit")
 readers = iter(data.train_dataloader())  # that nobody ends
@@ -262,9 +261,8 @@ def test_an_unforeseen_error_ends_the_process_whatever_it_has_running(digits, tm
     assert done.stderr.endswith("ZeroDivisionError: boom\n")
 
 
-@pytest.mark.parametrize("start", ["fork", slow("forkserver")])
-def test_a_worker_reads_on_when_its_group_is_signalled(start):
-    loader = DataLoader(range(4), num_workers=1, worker_init_fn=ignore_signals, multiprocessing_context=start)
+def test_a_worker_reads_on_when_its_group_is_signalled():
+    loader = DataLoader(range(4), num_workers=1, worker_init_fn=ignore_signals)
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()

@@ -270,14 +270,10 @@ def test_a_training_begins_with_the_refinement_of_its_weights_or_with_their_box_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launched", ["by the tool", "by torchrun"])
-def test_two_processes(launched, base, digits, tmp_path):
-    flags = ["tools/refine.py", f"--checkpoint={base}", f"--root={digits}", "--train_split=train", "--split=val"]
-    flags += ["--device=cpu", "--workers=0", "--max_steps=2", "--batch_size=2", f"--run_dir={tmp_path / 'run'}"]
-    if launched == "by torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags]
-    else:
-        command = [sys.executable, *flags, "--devices=2"]
+def test_two_processes(base, digits, tmp_path):
+    command = [sys.executable, "tools/refine.py", f"--checkpoint={base}", f"--root={digits}", "--train_split=train"]
+    command += ["--split=val", "--device=cpu", "--workers=0", "--max_steps=2", "--batch_size=2", "--devices=2"]
+    command += [f"--run_dir={tmp_path / 'run'}"]
     done = run_alone(command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("The run is in") == 1

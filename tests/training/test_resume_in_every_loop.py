@@ -138,7 +138,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("points", [(6, 7), pytest.param(range(1, 99), marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "points", [(6, 7), pytest.param((1, 3, 4, 8, 11, 12, 13), marks=pytest.mark.slow)], ids=["some", "others"]
+)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_resumes_exactly_after_any_batch(way, points, tmp_path):
     whole = run(tmp_path / "whole", **way)
