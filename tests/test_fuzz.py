@@ -111,7 +111,7 @@ def fuzz(amount, cases, check, least=0.02):
     lines = [f"{kind}: {counts[False][kind]} refused, {counts[True][kind]} answered" for kind in kinds]
     refused, answered = counts[False].total(), counts[True].total()
     print(f"\n{refused:,} refused, {answered:,} answered", *lines, sep="\n    ")
-    assert min(refused, answered) >= least * (refused + answered), lines
+    assert min(refused, answered) >= int(least * (refused + answered)), lines
 
 
 def is_short_and_names(error, path):

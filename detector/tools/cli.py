@@ -120,7 +120,7 @@ def _readable(message: str) -> str:
     """Say which values a flag takes, instead of jsonargparse's types."""
     key = re.match(r'Parser key "(.+?)": ', message)
     types = re.findall(r"(?:Expected an?|Not of type) (?:<class '|typing\.)?([\w.]+(?:\[.*?\])?)", message)
-    if key is None or not types:
+    if key is None or not types or "elements" in message:  # a tuple of another length
         return re.sub(r'^Parser key "(.+?)"', r"--\1", message)
     values = [TYPE_NAMES.get(one, re.sub(r"Literal|[]['\"]", "", one).replace(", ", " or ")) for one in types]
     given = re.search(r"(?:[Gg]ot(?: value:)?|base 10:|to float:|restriction .*:) '?([^']*)|: (\S+) does not", message)

@@ -65,7 +65,7 @@ def refine(
         weights: A state_dict file for the model, or the name of published weights, such as DEFAULT.
         crop: Crop with the affine crop or with RoIAlign. Default: as the detector was trained.
         root: Folder of the data set. Default: the dataset's folder in DETECTOR_DATA.
-        dataset: Name of the data set, a folder in DETECTOR_DATA.
+        dataset: Name of the data set, a folder in DETECTOR_DATA. Used without root.
         train_split: Name of the split to learn from.
         split: Name of the split to score.
         annotations: Annotation file, relative to root. Default: annotations/instances_{split}.json, where {split} is

@@ -375,7 +375,7 @@ class TestText:
             "all 2 1 1 0 0.43756 0.500 0.500 0.500",  # with every digit of the score
             "300 0.500 1.000 0.000 -",
             "a 1 0 0",
-            "nothing 0 1 0",
+            "false detections 0 1 0",
             "0.3750 0.2500 0.1250",
             "backbone 1.2 1.0 2.0 800.0",
             "Note: A note.",

@@ -93,13 +93,13 @@ def test_hyphens_are_kept_in_values_and_files():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--skip=1", "--skip: .*bool.* 1"),
-        ("--min_score=2", "--min_score: .*v<=1.*auto.* 2"),
+        ("--skip=1", "--skip: .* 1"),
+        ("--min_score=2", "--min_score: .* 2"),
         ("--min_score=nan", "--min_score: .*nan"),
-        ("--limit=0", "--limit: .*PositiveInt.* 0"),
+        ("--limit=0", "--limit: .* 0"),
         ("--limit=many", "--limit: .*many"),
         ("--workers=-1", "--workers: .*-1"),
-        ("--refine=twice", "--refine: .*'on', 'off'.*twice"),
+        ("--refine=twice", "--refine: .*on or off.*twice"),
         ("--sizes=[1,x]", "--sizes: .*int.*x"),
         ("--sizes=[1]", "--sizes: .*2 elements"),
         ("--workers", "--workers"),

@@ -21,7 +21,9 @@ from detector.training.divergence import Divergence, warn_if_all_alike
 from detector.training.optimization import OptimizerConfig
 from detector.training.task import DetectionTask
 
-TASK = SimpleNamespace(optimizer=OptimizerConfig(lr=0.25), crop="affine", box_gradient=BoxGradient.exact())
+TASK = SimpleNamespace(
+    optimizer=OptimizerConfig(lr=0.25), crop="affine", box_gradient=BoxGradient.exact(), trainer_defaults={}
+)
 
 
 def feed(losses, watch=None, first=0, accumulated=1):
