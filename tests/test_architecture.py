@@ -23,7 +23,6 @@ LAZY = {
     "detector.pretrained.detector": {
         "detector.evaluation.running",
         "detector.evaluation.scoring",
-        "detector.tools.source",
     },
 }
 

@@ -17,9 +17,10 @@ from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_categories, match_notes
 from detector.data.checks import FAR_FROM_BOX, IGNORED
 from detector.data.dataset import CocoDetection
+from detector.data.folder import DataFolder
 from detector.data.keypoints import KeypointLayout
 from detector.data.results import Result, annotation_types_in, read_results, results_file
-from detector.errors import DataError, UserError, one_line, short_repr
+from detector.errors import DataError, MissingAnnotationsError, UserError, one_line, short_repr
 from detector.evaluation.confusion import BoxOutcome, match_boxes
 from detector.evaluation.metric import IOU_TYPES, evaluator_version, match_types, summaries
 from detector.evaluation.page import render_page
@@ -106,6 +107,14 @@ class Evaluation:
             print(f"\nreport.html, report.json, scores.json and detections.json are in {folder}/")
         if self.warning:
             print(self.warning, file=sys.stderr)
+
+
+def split_for(detector: Detector, folder: DataFolder, split: str, *, skip_missing: bool = False) -> CocoDetection:
+    """Return a split with the masks and keypoints that the detector finds, if the split has them."""
+    try:
+        return folder.dataset(split, annotation_types=annotation_types_of(detector.model), skip_missing=skip_missing)
+    except MissingAnnotationsError:  # the report says so
+        return folder.dataset(split, skip_missing=skip_missing)
 
 
 def evaluate_detector(

@@ -197,8 +197,7 @@ class Detector(nn.Module):
             KeyboardInterrupt: likewise, after Ctrl-C.
         """
         from detector.evaluation.running import EvaluationOptions
-        from detector.evaluation.scoring import evaluate_detector
-        from detector.tools.source import split_for
+        from detector.evaluation.scoring import evaluate_detector, split_for
 
         settings = EvaluationOptions(**{"device": next(self.parameters()).device} | options)
         names = {"model": type(self.model).__name__, "root": str(root), "split_name": split}

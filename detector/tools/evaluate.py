@@ -91,8 +91,8 @@ def evaluate(
     """
     from detector.evaluation.metric import evaluator_version
     from detector.evaluation.running import EvaluationOptions
-    from detector.evaluation.scoring import evaluate_detector, evaluate_results
-    from detector.tools.source import data_folder, load_source, pick_device, split_for, switch_refinement
+    from detector.evaluation.scoring import evaluate_detector, evaluate_results, split_for
+    from detector.tools.source import data_folder, load_source, pick_device, switch_refinement
 
     if sum(source is not None for source in (checkpoint, model, results)) != 1:
         hints = ("give {checkpoint}", "{model} with {weights}", "{results}")

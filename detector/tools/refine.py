@@ -108,9 +108,10 @@ def refine(
         130: interrupted. --ckpt_path last resumes.
     """
     from detector.data.categories import match_categories
+    from detector.evaluation.scoring import split_for
     from detector.rcnn.box_gradient import BoxGradient
     from detector.refinement.config import RefinementConfig
-    from detector.tools.source import data_folder, load_source, pick_device, split_for
+    from detector.tools.source import data_folder, load_source, pick_device
     from detector.training.refinement import OPTIMIZER, RefinementData, RefinementTask
     from detector.training.run import train
 

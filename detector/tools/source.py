@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 
 from detector.choices import Crop, Orientation
-from detector.data.dataset import CocoDetection
 from detector.data.folder import DataFolder, find_root
-from detector.errors import MissingAnnotationsError, ModelError, UsageError
-from detector.models.rle_detections import annotation_types_of
+from detector.errors import ModelError, UsageError
 from detector.pretrained.detector import Detector
 from detector.pretrained.loading import checkpoint_of, load_detector, load_published
 
@@ -66,11 +64,3 @@ def data_folder(
 ) -> DataFolder:
     """Return the folder of a data set."""
     return DataFolder(find_root(root, dataset), annotations or DataFolder.annotations, images, orientation)
-
-
-def split_for(detector: Detector, folder: DataFolder, split: str, *, skip_missing: bool = False) -> CocoDetection:
-    """Return a split with the masks and keypoints that the detector finds, if the split has them."""
-    try:
-        return folder.dataset(split, annotation_types=annotation_types_of(detector.model), skip_missing=skip_missing)
-    except MissingAnnotationsError:  # the report says so
-        return folder.dataset(split, skip_missing=skip_missing)
