@@ -30,12 +30,9 @@ def test_everything_is_measured(results):
     assert data["bandwidth"] > 0
     measured = {(*entry["case"].values(), entry["pooler"]) for entry in data["poolers"]}
     for pooler in ("torchvision", "grid_sample", "gather"):
-        for layout in ("NCHW", "channels_last"):
-            assert {
-                ("FPN", dtype, layout, rois, 7, pooler) for dtype in benchmark.DTYPES for rois in (4, 12)
-            } < measured
-            assert {("single level", "float32", layout, rois, 7, pooler) for rois in (4, 12)} < measured
-            assert ("FPN", "float32", layout, 12, 14, pooler) in measured
+        fpn = {("FPN", dtype, "channels_last", rois, 7, pooler) for dtype in benchmark.DTYPES for rois in (4, 12)}
+        assert fpn | {("single level", "float32", "channels_last", rois, 7, pooler) for rois in (4, 12)} < measured
+        assert ("FPN", "float32", "channels_last", 12, 14, pooler) in measured
     assert ("FPN", "float32", "channels_last", 12, 7, benchmark.DETERMINISTIC) in measured
     for entry in data["poolers"]:
         assert 0 < entry["forward"]["seconds"][0] < entry["forward_backward"]["seconds"][0]

@@ -330,10 +330,11 @@ def detector_table(results: list[dict[str, Any]]) -> str:
 
 def report(data: dict[str, Any]) -> str:
     where, settings = data["machine"], data["settings"]
+    size = " x ".join(map(str, settings["size"]))
     parts = [
         f"`{data['command']}`",
         f"{where['device']}, {where['cpus']} CPUs, {where['threads']} threads; torch {where['torch']}, torchvision "
-        f"{where['torchvision']}; {where['date'][:10]}. Maps of {settings['images']} images of {settings['size']}, "
+        f"{where['torchvision']}; {where['date'][:10]}. Maps of {settings['images']} images of {size}, "
         f"{settings['channels']} channels, sampling_ratio {settings['sampling_ratio']}; medians of "
         f"{settings['repeats']} rounds (lowest-highest). torchvision's rows are times, without a gradient to boxes. "
         "The others are over torchvision's in the same round, with that gradient. The floor, of forward and of forward "

@@ -201,9 +201,15 @@ def test_no_proposals(export, capfd, fpn, batch):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("swapped", [True, False])
-@pytest.mark.parametrize("builder", [maskrcnn_resnet50_fpn, keypointrcnn_resnet50_fpn])
+@pytest.mark.parametrize(
+    ("builder", "swapped"),
+    [
+        pytest.param(maskrcnn_resnet50_fpn, True, marks=pytest.mark.slow),
+        pytest.param(keypointrcnn_resnet50_fpn, False, marks=pytest.mark.slow),
+        pytest.param(maskrcnn_resnet50_fpn, False, marks=pytest.mark.exhaustive),
+        pytest.param(keypointrcnn_resnet50_fpn, True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_torchvisions_own_mask_and_keypoint_rcnn(tmp_path, builder, swapped):
     torch.manual_seed(0)
     few = {"min_size": 128, "max_size": 192, "box_score_thresh": 0.0, "box_detections_per_img": 30}
