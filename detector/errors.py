@@ -111,7 +111,10 @@ def exit_on_user_error(flag_of: FlagOf = str) -> Iterator[None]:
         print(end="", flush=True)  # at exit, Python would print a failure itself
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0:
-            command = re.sub(r" --ckpt[_-]path[= ]\S+", "", shlex.join(["python", *sys.argv]))
+            is_path = [re.match("--ckpt[_-]path", word) is not None for word in sys.argv]
+            follows = [False, *(flag and "=" not in word for flag, word in zip(is_path, sys.argv))]
+            kept = [word for word, *skipped in zip(sys.argv, is_path, follows) if not any(skipped)]
+            command = shlex.join(["python", *kept])
             same = "the same command with" if "TORCHELASTIC_RUN_ID" in os.environ else command
             checkpoint = getattr(error, "checkpoint", None)  # of a training
             advice = "" if checkpoint is None else f"; to resume: {same} --ckpt_path {checkpoint}"

@@ -47,7 +47,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def run(code: str) -> str:
-    """What a fresh process prints."""
+    """Return the output of a fresh process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 

@@ -1,4 +1,4 @@
-"""What the documents say can be done: their examples and commands run, and the files that they name exist."""
+"""The documents: their examples and commands run, and the files that they name exist."""
 
 import importlib
 import re
@@ -72,7 +72,7 @@ def run_tool(name: str, arguments: list[str], patch: pytest.MonkeyPatch) -> int:
 
 @cache
 def flags(name: str) -> set[str]:
-    """What ``--help`` of a tool says that it takes."""
+    """Return the flags in the help of a tool."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as text:
         assert run_tool(name, ["--help"], patch) == 0
     found = set(re.findall(r"--[a-z][\w.]*\w", text.getvalue()))

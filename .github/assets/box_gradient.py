@@ -1,4 +1,4 @@
-"""What the box gradient does to a training.
+"""Effects of the box gradient on a training.
 
   python .github/assets/box_gradient.py table runs/SET-SETTING-SEED ...   the table of .github/MEASUREMENTS.md
   python .github/assets/box_gradient.py start COCO-FOLDER                 R50, random weights, 91 classes, 200 steps

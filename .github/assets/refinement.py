@@ -1,5 +1,6 @@
-"""What refines the boxes of a detector, side by side: its own head once more, refinement iterations, and ascent with
-and without a gradient. Scores stay as they are (but in the last row), so that boxes alone count.
+"""Compare ways to refine boxes: the detector's own head again, iterations, and ascent with and without a gradient.
+
+Only boxes differ between the rows: scores stay the same, except in the last row.
 
     python .github/assets/refinement.py RUN --root DATA --split val
 

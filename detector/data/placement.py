@@ -26,7 +26,7 @@ READINGS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the masks, or keypoints, of L objects lie."""
+    """The positions of the masks or keypoints of L objects relative to their boxes."""
 
     outside: np.ndarray  # [L] bool, whether they lie outside their box
     compared: int  # number of objects with a box and labelled points

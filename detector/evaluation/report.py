@@ -102,7 +102,7 @@ def make_report(
         curves=_curves(boxes),
         operating_points=operating_points(boxes, found.results),
         confusion={
-            "names": [row["name"] for row in by_class],
+            "names": class_names(boxes),
             "matrix": confusion_matrix(outcomes, boxes.params.catIds).tolist(),
             "min_score": min_score,
             "iou": MATCHING_IOU,

@@ -257,7 +257,9 @@ def evaluate_results(
         notes.append(f"Limited to the first {len(image_ids):,} of {len(truth):,} images.")
     counts = Counter((result["image_id"], result["category_id"]) for result in listed)
     if crowded := len({image for (image, _), count in counts.items() if count > MAX_PER_CLASS}):
-        notes.append(f"{crowded:,} images have more than 100 results of one class; the metric uses the best 100.")
+        notes.append(
+            f"{crowded:,} images have more than {MAX_PER_CLASS} results of one class; the metric uses the best."
+        )
     made = {"model": results, **dict.fromkeys(("crop", "refinement", "weights"))}
     kept = set(image_ids)
     return evaluate_coco(

@@ -78,7 +78,7 @@ class Detector(nn.Module):
 
     @property
     def crop(self) -> Crop | None:
-        """How the box head crops its feature maps; ``None`` for a detector without a second stage."""
+        """The crop of the box head, "affine" or "roi_align"; ``None`` for a detector without a second stage."""
         pool = getattr(getattr(self.model, "roi_heads", None), "box_roi_pool", None)
         return None if pool is None else "affine" if isinstance(pool, MultiScaleAffineCrop) else "roi_align"
 

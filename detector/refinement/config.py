@@ -9,7 +9,7 @@ from detector.rcnn.box_gradient import BoxGradient
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """How detections are refined, and how the refinement is trained. Plain values, saved in every checkpoint.
+    """Settings of test-time refinement and of its training. Plain values, saved in every checkpoint.
 
     A small head crops the detector's feature maps at a box, and predicts four deltas, whatever the class, and the IoU
     of the box with its object. A **refinement iteration** moves the box by the deltas, unless the predicted IoU would

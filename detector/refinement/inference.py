@@ -11,7 +11,7 @@ from detector.refinement.boxes import decode, move, paired_iou
 from detector.refinement.head import Refinement
 
 STEP_SIZE = 0.8  # fraction of the predicted deltas that an iteration applies
-MIN_IOU = 0.7  # with the detection; an iteration that would move a box further away has no effect
+MIN_IOU_WITH_DETECTION = 0.7  # an iteration that would move a box further away has no effect
 ASCENT_STEP_SIZE = 0.1  # times the gradient, in units of the box's sides
 MAX_ASCENT_STEP = 0.05  # in units of the box's sides
 BACKTRACKING = 0.5  # factor of the step size after a step without improvement
@@ -71,7 +71,7 @@ def iterate(refinement: Refinement, features: Features, boxes: Boxes, image_size
         candidates = decode(steps, best.split(counts), image_sizes)
         new_deltas, new_logits = refinement(features, candidates, image_sizes)
         moved, new_ious = torch.cat(candidates), new_logits.sigmoid()
-        better = (new_ious >= ious) & (paired_iou(moved, start) >= MIN_IOU)  # false for NaN
+        better = (new_ious >= ious) & (paired_iou(moved, start) >= MIN_IOU_WITH_DETECTION)  # false for NaN
         best = torch.where(better[:, None], moved, best)
         deltas = torch.where(better[:, None], new_deltas, deltas)
         ious = torch.where(better, new_ious, ious)

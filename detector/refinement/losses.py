@@ -13,7 +13,7 @@ from detector.refinement.boxes import CODER, decode, move, paired_iou
 from detector.refinement.head import Refinement
 
 BETA = 1 / 9  # of the smooth L1 loss, as in torchvision
-MIN_IOU = 0.5  # of a box and its object, for it to be a training box and to have a box loss
+MIN_TRAINING_IOU = 0.5  # of a box and its object, for it to be a training box and to have a box loss
 BOXES_PER_OBJECT = 8  # jittered copies of each ground-truth box
 JITTER = 0.25  # maximum standard deviation, in units of the box's sides
 BOXES_PER_IMAGE = 64
@@ -34,7 +34,7 @@ def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, tr
         bounded = bounded_copies(deltas, settings.bound) if settings.enabled else (deltas, deltas.detach())
         target_deltas = CODER.encode_single(target, scale_gradient(torch.cat(current), settings.coder_scale))
         errors = F.smooth_l1_loss(bounded[0], target_deltas, beta=BETA, reduction="none").sum(1)
-        box_losses.append((errors * (iou >= MIN_IOU)).sum() / (4 * count))
+        box_losses.append((errors * (iou >= MIN_TRAINING_IOU)).sum() / (4 * count))
         iou_losses.append(F.binary_cross_entropy_with_logits(predicted_iou, iou, reduction="sum") / count)
         current = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], sizes)
         has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in current]
@@ -51,11 +51,11 @@ def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -
         # Each copy has its own standard deviation, between 0 and the maximum.
         offsets = torch.randn_like(copies) * torch.rand_like(copies[:, :1]) * JITTER
         jittered = clip_boxes_to_image(move(copies, offsets), size)
-        near = paired_iou(jittered, copies) >= MIN_IOU
+        near = paired_iou(jittered, copies) >= MIN_TRAINING_IOU
         jittered, copies = jittered[near], copies[near]
         if len(true) and len(own):
             iou, match = box_iou(own.detach(), true).max(dim=1)
-            near = iou >= MIN_IOU
+            near = iou >= MIN_TRAINING_IOU
             jittered, copies = torch.cat([jittered, own[near]]), torch.cat([copies, true[match[near]]])
         sampled = torch.randperm(len(jittered), device=jittered.device)[:BOXES_PER_IMAGE]
         boxes.append(jittered[sampled])

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse.typing import PositiveInt
+
 from detector.errors import exit_on_user_error
 from detector.tools.cli import flag_names, given_arguments
 
@@ -26,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         parser = training_parser(__doc__)
         parser.add_argument("--output", type=str, default="browse.png", help="The picture to write.")
-        parser.add_argument("--count", type=int, default=6, help="Number of images, spread over the split.")
-        parser.add_argument("--epochs", type=int, default=3, help="Number of epochs to show each image in.")
+        parser.add_argument("--count", type=PositiveInt, default=6, help="Number of images, spread over the split.")
+        parser.add_argument("--epochs", type=PositiveInt, default=3, help="Number of epochs to show each image in.")
         with exit_on_user_error(flag_names(parser)):
             config = read_settings(parser, given)
             made = instantiated(lambda: parser.instantiate(config))

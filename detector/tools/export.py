@@ -66,7 +66,7 @@ def export(
         hint = "name the file NAME.onnx, or write a folder with {format} pretrained"
         raise UsageError(f"no {suffix} file can be written", **given, hints=[hint])
     if format == "pretrained" and (suffix == ".onnx" or batch_size > 1 or speed):
-        what = "writes a folder, which is no .onnx file and has no batch_size and speed"
+        what = "writes a folder; a .onnx file, batch_size and speed need another format"
         raise UsageError(what, setting="format", value=format, hints=["use {format} onnx"])
     detector, called = load_source(checkpoint, model, weights, crop)
     home = run_folder(Path(called)) if checkpoint is not None and Path(called).exists() else Path("runs")

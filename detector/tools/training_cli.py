@@ -66,10 +66,16 @@ def training_parser(description: str | None = None) -> ArgumentParser:
 
 
 def read_settings(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
-    """Return the settings of a training's command line. Paths become absolute, so that they work from any folder."""
+    """Return the settings of a training's command line, and seed the random numbers.
+
+    Paths become absolute, so that the settings work from any folder.
+    """
+    from lightning import seed_everything
+
     from detector.data.folder import find_root
 
     config = parse_arguments(parser, arguments)
+    seed_everything(config.seed_everything, workers=True)  # the data module reads the seed
     config.data.root = str(find_root(config.data.root, config.data.dataset).absolute())
     weights = config.model.detector.weights
     if weights is not None and Path(weights).exists():
@@ -92,13 +98,12 @@ def instantiated(make: Callable[[], T]) -> T:
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Training:
     """Return the task, the data and the trainer of a command line."""
-    from lightning import Trainer, seed_everything
+    from lightning import Trainer
     from lightning.pytorch.cli import SaveConfigCallback
 
     from detector.training.run import Run
 
     config = read_settings(parser, arguments)
-    seed_everything(config.seed_everything, workers=True)
     run = Run(config.run_dir, config.ckpt_path, save_every=config.save_every)
     made = instantiated(lambda: parser.instantiate(config))
     options = run.trainer_options(dict(made.trainer))

@@ -226,7 +226,7 @@ def test_gradgradcheck(operator):
 @sampled
 @both_alignments
 def test_box_gradients_equal_those_of_torchvisions_python_roi_align(name, aligned, device):
-    """Of boxes inside the map, where torchvision's Python version has the operator's values."""
+    """Boxes inside the map: there torchvision's Python version has the values of its operator."""
     operator = OPERATORS[name]
     features = randn(2, 3, 11, 14).to(device).requires_grad_()
     corners = torch.rand(24, 4, dtype=torch.float64) * torch.tensor([12.0, 9, 12, 9]) + 1

@@ -235,7 +235,7 @@ def test_images_that_are_left_out_or_missing(tmp_path):
 
 @pytest.mark.slow
 def test_a_data_set_of_cocos_size_is_right_at_any_size(tmp_path):
-    """What the rehearsal runs on, in small."""
+    """The data set of the rehearsal, with fewer images."""
     scripts = Path(__file__).parents[2] / ".github" / "assets"
     pytest.importorskip("sklearn")
     folder = tmp_path / "coco"

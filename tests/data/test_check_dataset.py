@@ -339,7 +339,7 @@ CENTRES = ("warning", "annotation file whose boxes look like centres (cx, cy, wi
 @pytest.fixture
 def looks(tmp_path):
     def looks(data):
-        """What a file looks like as a whole."""
+        """Findings on a whole file."""
         return [pair for pair in kinds(findings_in(tmp_path, data)) if pair[1].startswith("annotation file")]
 
     return looks

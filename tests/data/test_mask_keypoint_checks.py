@@ -1,4 +1,4 @@
-"""What is wrong with masks and keypoints: an error where they are read, a warning where boxes alone are."""
+"""Checks of masks and keypoints: findings are errors for detectors that learn them, else warnings."""
 
 import copy
 import math

@@ -73,7 +73,7 @@ def file(root, annotation_type, change=unchanged, *, some=lambda number: True, a
 
 
 def found(path):
-    """What check.py finds, by level and kind; notes are left out."""
+    """Return the errors and warnings of check.py, by level and kind."""
     findings = check_dataset(path).findings
     return {(finding.level, finding.kind) for finding in findings if finding.level != "note"}
 
@@ -107,7 +107,7 @@ def test_most_are_outside_their_boxes(tmp_path, annotation_type, looks, share):
 @pytest.mark.parametrize("looks", ["normalised", "to their box"])
 @pytest.mark.parametrize("count", [1, 40])
 def test_normalised_ones_in_large_boxes(tmp_path, annotation_type, looks, count):
-    """Of which many begin in the image's corner, where small numbers are."""
+    """Many objects lie in the corner of the image, where coordinates are small."""
     path = file(tmp_path, annotation_type, LOOKS[looks], count=count, low=300, high=450)
     with pytest.raises(DataError, match=looks if count > 1 else "bbox"):
         read_annotations(path, annotation_types=[annotation_type])

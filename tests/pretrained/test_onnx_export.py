@@ -102,7 +102,7 @@ def between_images(model, images):
 
 
 def moved_by(model, images):
-    """How far the refinement moves each detection, in pixels."""
+    """Return the distance that the refinement moves each detection, in pixels."""
     after = detections(model, images)
     model.roi_heads.refinement.enabled = False
     before = detections(model, images)

@@ -17,7 +17,7 @@ RPN_LOSS = "loss_rpn_box_reg"
 @pytest.fixture
 def model(monkeypatch):
     monkeypatch.setattr(losses, "BOXES_PER_IMAGE", 1000)
-    monkeypatch.setattr(losses, "MIN_IOU", 0.3)
+    monkeypatch.setattr(losses, "MIN_TRAINING_IOU", 0.3)
     return refined(tiny_rcnn().double().train(), std=0.5)
 
 

@@ -95,7 +95,7 @@ def by_hand(case, iterations, box, image, step_size, min_iou):
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_iterations_are_those_by_hand(case, iterations, step_size, min_iou, monkeypatch):
     monkeypatch.setattr(inference, "STEP_SIZE", step_size)
-    monkeypatch.setattr(inference, "MIN_IOU", min_iou)
+    monkeypatch.setattr(inference, "MIN_IOU_WITH_DETECTION", min_iou)
     boxes, ious = iterated(case, iterations)
     moved = 0
     for image in range(2):
@@ -173,7 +173,7 @@ def test_ties_keep_their_order(free):
 
 @pytest.mark.parametrize("settings", [{"iterations": 3}, {"iterations": 0, "ascent_steps": 10}])
 def test_boxes_stay_in_their_images(settings, monkeypatch):
-    monkeypatch.setattr(inference, "MIN_IOU", 0.0)
+    monkeypatch.setattr(inference, "MIN_IOU_WITH_DETECTION", 0.0)
     monkeypatch.setattr(inference, "ASCENT_STEP_SIZE", 10.0)
     case = RefinementCase(torch.float32, std=20.0)
     if settings["iterations"]:

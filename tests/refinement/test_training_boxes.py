@@ -54,7 +54,7 @@ def test_jittered_copies_overlap_their_object(monkeypatch):
     monkeypatch.setattr(losses, "BOXES_PER_IMAGE", 1000)
     boxes, truth = sample(NONE, TRUE)
     iou = box_iou(boxes, truth).diagonal()
-    assert losses.MIN_IOU <= iou.min() < losses.MIN_IOU + 0.1
+    assert losses.MIN_TRAINING_IOU <= iou.min() < losses.MIN_TRAINING_IOU + 0.1
     assert iou.max() > 0.95
     assert rows(truth.unique(dim=0)) == rows(TRUE)
     assert len(boxes) < 200

@@ -30,7 +30,7 @@ def pixels_of(picture):
 
 
 def changed(picture, ground=GREY):
-    """Where a picture differs from its background, [H, W]."""
+    """Return which pixels differ from the background, [H, W]."""
     return (pixels_of(picture) != torch.tensor(rgb(ground))).any(dim=2)
 
 

@@ -12,7 +12,7 @@ from detector.evaluation.truth import index_coco
 
 
 def annotations_of(content, *, annotation_types=()):
-    """What is read of an annotation file with this content."""
+    """Return the annotations of a file with this content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "truth.json"
         path.write_text(json.dumps(content))

@@ -24,7 +24,7 @@ SETTINGS = DetectorConfig(
 
 
 def tiny_checkpoint(crop="affine", names=NAMES, ids=IDS, settings=SETTINGS):
-    """What load_checkpoint reads. The classifier's weights are large, so that scores differ from image to image."""
+    """Return a checkpoint as training saves it, with large classifier weights: scores differ between images."""
     torch.manual_seed(0)
     model = build_detector(settings, len(names), pretrained=False)
     set_batch_norm_eps(model, dict.fromkeys(batch_norm_eps(model), 0.25))

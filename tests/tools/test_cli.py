@@ -169,7 +169,8 @@ def ended(error, capsys):
 
 
 def test_an_interrupted_training_says_how_to_resume(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tools/train.py", "--config", "a b.yaml", "--ckpt-path", "last", "--ckpt_path=x"])
+    arguments = ["--config", "a b.yaml", "--ckpt-path", "a b", "--ckpt_path=x y"]
+    monkeypatch.setattr(sys, "argv", ["tools/train.py", *arguments])
     assert ended(KeyboardInterrupt(), capsys) == (130, "interrupted\n")
     command = "interrupted; to resume: python tools/train.py --config 'a b.yaml' --ckpt_path last.ckpt\n"
     assert ended(Interrupted(Path("last.ckpt")), capsys) == (130, command)

@@ -266,7 +266,7 @@ def test_the_folder_of_a_run_stands_for_its_last_checkpoint(checkpoint, data, tm
 
 @pytest.mark.parametrize(("pictures", "shown"), [(0, 0), (1, 2), (9, 8)])
 def test_as_many_pictures_as_are_asked_for(pictures, shown, data):
-    """Of five images, each with an object; not one is right, and the worst is best too."""
+    """Five images with an object each, and no correct detection: the worst image is also the best."""
     truth = json.loads(truth_file(data).read_text())["annotations"]
     found = [
         {k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in truth if a["image_id"] < 4

@@ -19,7 +19,7 @@ pytest.importorskip("timm")
 
 from support.commands import refused, score
 from support.runs import assert_equal
-from support.tiny_training import REPOSITORY, changed_copy, last_checkpoint, tiny_run
+from support.tiny_training import REPOSITORY, TINY, changed_copy, last_checkpoint, tiny_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector import training
@@ -33,6 +33,7 @@ from detector.models.published import batch_norm_eps
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
 from detector.rcnn.box_gradient import BoxGradient
 from detector.run_folders import newest_folder, unused_folder
+from detector.tools.browse import main as browse
 from detector.tools.training_cli import main as train
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
@@ -152,6 +153,15 @@ def test_ctrl_c_ends_the_step_and_the_run_resumes_with_the_same_settings_alone(
     tiny_run(digits, folder, *flags, f"--ckpt_path={last}")
     assert (last_checkpoint(folder)["epoch"], last_checkpoint(folder)["global_step"]) == (1, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_browse_shows_the_augmentation_of_the_seed(digits, tmp_path):
+    sheets, settings = [], [*TINY, f"--data.root={digits}", "--data.min_size=[64, 80, 96]"]
+    for seed in (0, 0, 1):
+        output = tmp_path / f"{len(sheets)}.png"
+        assert browse([*settings, f"--output={output}", f"--seed_everything={seed}"]) == 0
+        sheets.append(output.read_bytes())
+    assert sheets[0] == sheets[1] != sheets[2]
 
 
 def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, ctrl_c):
