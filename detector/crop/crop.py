@@ -10,7 +10,8 @@ boxes. ``roi_align`` uses it only for deterministic runs on a GPU. The crops her
 * export to ONNX, ``torch.vmap`` over boxes, several levels in one call, and float32 geometry for half precision maps.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from math import prod
 from typing import Literal, get_args
 
@@ -19,11 +20,23 @@ import torch.fx
 from torch import Tensor, nn
 
 from detector.crop.gather_sampler import crop_by_gather
+from detector.crop.exact import crop_exactly
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.rois import adaptive_samples, fixed_samples, is_vmapped, pair, place_rois
+from detector.crop.rois import (
+    Levels,
+    adaptive_samples,
+    fixed_samples,
+    is_vmapped,
+    is_wrapped,
+    makes_graph,
+    pair,
+    place_rois,
+    split_rois,
+)
+from detector.crop.triton_sampler import EXACT, crop_by_triton, why_not
 
-Sampler = Literal["auto", "grid_sample", "gather"]
+Sampler = Literal["auto", "grid_sample", "gather", "triton"]
 MIN_CHANNELS_TO_GATHER = 32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
 
 
@@ -83,7 +96,7 @@ def affine_crop(
 def crop_levels(
     maps: Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],
-    level_of: Callable[[Tensor], Tensor] | None,
+    levels: Levels | None,
     output_size: int | Sequence[int],
     spatial_scales: Sequence[float],
     sampling_ratio: int,
@@ -95,7 +108,11 @@ def crop_levels(
     check_sampler(sampler)
     if sampling_ratio <= 0 and torch.jit.is_tracing():
         raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced; use one above 0")
-    rois = place_rois(maps, boxes, level_of, bins, spatial_scales, aligned)
+    if sampler == "triton" and _runs_triton(maps, boxes):
+        image, corners, _ = split_rois(maps, boxes, spatial_scales)
+        areas = levels.least_areas() if levels else None
+        return crop_by_triton(maps, corners, image, areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
+    rois = place_rois(maps, boxes, levels, bins, spatial_scales, aligned)
     if rois.vmapped and sampling_ratio <= 0:
         raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be vmapped over boxes; use one above 0")
     samples = [fixed_samples(rois, sampling_ratio)] if sampling_ratio > 0 else adaptive_samples(rois)
@@ -103,7 +120,7 @@ def crop_levels(
         sampler = "grid_sample"  # PyTorch can trace and vmap it
     elif maps[0].is_meta:
         sampler = "gather"  # it needs no values
-    elif sampler == "auto":
+    elif sampler in ("auto", "triton"):
         sampler = _fastest_sampler(maps, rois.image.shape[0] * prod(bins) * max(sampling_ratio, 1) ** 2)
     if sampler == "gather":
         crops = crop_by_gather(maps, samples)
@@ -111,6 +128,42 @@ def crop_levels(
         counts = rois.counts if sampling_ratio > 0 else None
         crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
     return rois.finish(crops, maps[0].dtype)
+
+
+def exact_crop(
+    input: Tensor,
+    boxes: Tensor | Sequence[Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    aligned: bool = False,
+    *,
+    sampler: Literal["auto", "gather", "triton"] = "auto",
+) -> Tensor:
+    """Crop boxes out of maps; each bin is the mean of the bilinear surface over the bin.
+
+    Boxes are (x1, y1, x2, y2) in image pixels. Arguments, result and errors are those of :func:`affine_crop`, which
+    converges to this function as its ``sampling_ratio`` grows. The box gradient is continuous, also where a box puts a
+    sample on a pixel centre. Every pixel of a bin is read, so large boxes take longer. Second derivatives and vmap over
+    maps multiply each RoI by its whole map, which is slow. The gather synchronises on a GPU, and raises a ValueError if
+    it is compiled. So does any call that is traced, or vmapped over boxes.
+
+    Example:
+        >>> boxes = torch.tensor([[20.0, 30.0, 180.0, 150.0]], requires_grad=True)
+        >>> exact_crop(torch.rand(1, 3, 240, 320), [boxes], 7, aligned=True).shape
+        torch.Size([1, 3, 7, 7])
+    """
+    bins = pair("output_size", output_size)
+    if check_sampler(sampler) == "grid_sample":
+        raise ValueError(f"{sampler=}: exact_crop has no samples; use auto, gather or triton")
+    if sampler == "triton" and _runs_triton([input], boxes):
+        image, corners, _ = split_rois([input], boxes, [spatial_scale])
+        return crop_by_triton([input], corners, image, None, bins, [spatial_scale], EXACT, aligned)
+    if makes_graph():
+        raise ValueError("exact_crop cannot be compiled or traced; use affine_crop with a sampling_ratio above 0")
+    rois = place_rois([input], boxes, None, bins, [spatial_scale], aligned)
+    if rois.vmapped:
+        raise ValueError("exact_crop cannot be vmapped over boxes; use affine_crop with a sampling_ratio above 0")
+    return rois.finish(crop_exactly(input, rois), input.dtype)
 
 
 class AffineCrop(nn.Module):
@@ -151,6 +204,20 @@ def check_sampler(sampler: Sampler) -> Sampler:
     if sampler not in get_args(Sampler):
         raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}")
     return sampler
+
+
+def _runs_triton(maps: Sequence[Tensor], boxes: Tensor | Sequence[Tensor]) -> bool:
+    """Return whether the kernels can compute a call. If they never can on its device, a warning says so once."""
+    if maps[0].is_meta or torch.jit.is_tracing() or torch.are_deterministic_algorithms_enabled():
+        return False
+    if any(is_wrapped(tensor) for tensor in (*maps, *([boxes] if isinstance(boxes, Tensor) else boxes))):
+        return False  # inside torch.func or vmap
+    if reason := _why_no_triton(maps[0].device):
+        warnings.warn(f"sampler='triton' is not available, another one is used: {reason}", stacklevel=2)
+    return reason is None
+
+
+_why_no_triton = torch.compiler.assume_constant_result(why_not)
 
 
 def _fastest_sampler(maps: Sequence[Tensor], samples: int) -> Sampler:

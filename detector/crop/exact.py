@@ -13,45 +13,20 @@ from torch import Tensor
 
 from detector.crop.gather_sampler import Taps, crop_by_gather
 from detector.crop.geometry import geometry_dtype
-from detector.crop.rois import Axis, RoIs, Samples, group_by_size, is_vmapped, makes_graph, pair, place_rois
+from detector.crop.rois import Axis, RoIs, Samples, group_by_size, is_vmapped
 
 MIN_BIN = 0.01  # pixels; smaller bins (empty sides, with aligned=True) are widened to this around their middle
 
 
-def exact_crop(
-    input: Tensor,
-    boxes: Tensor | Sequence[Tensor],
-    output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
-    aligned: bool = False,
-) -> Tensor:
-    """Crop boxes out of maps; each bin is the mean of the bilinear surface over the bin.
-
-    Boxes are (x1, y1, x2, y2) in image pixels. Arguments, result and errors are those of :func:`~detector.affine_crop`,
-    which converges to this function as its ``sampling_ratio`` grows. The box gradient is continuous, also where a box
-    puts a sample on a pixel centre. Every pixel of a bin is read, so large boxes take longer. It synchronises on a GPU.
-    Second derivatives and vmap over maps multiply each RoI by its whole map, which is slow. A call that is compiled,
-    traced, or vmapped over boxes raises a ValueError.
-
-    Example:
-        >>> boxes = torch.tensor([[20.0, 30.0, 180.0, 150.0]], requires_grad=True)
-        >>> exact_crop(torch.rand(1, 3, 240, 320), [boxes], 7, aligned=True).shape
-        torch.Size([1, 3, 7, 7])
-    """
-    if makes_graph():
-        raise ValueError("exact_crop cannot be compiled or traced; use affine_crop with a sampling_ratio above 0")
-    rois = place_rois([input], boxes, None, pair("output_size", output_size), [spatial_scale], aligned)
-    if rois.vmapped:
-        raise ValueError("exact_crop cannot be vmapped over boxes; use affine_crop with a sampling_ratio above 0")
-    bins = _bins(rois)
-    if is_vmapped(input):
-        crops = _crop_by_matrices([input.to(geometry_dtype(input))], bins)
-    else:
-        crops = crop_by_gather([input], bins, _exact_taps, _crop_by_matrices)
-    return rois.finish(crops, input.dtype)
+def crop_exactly(source: Tensor, rois: RoIs) -> Tensor:
+    """Crop a map by a gather, or by matrices if it is vmapped. Returns [K, C, bins, bins]."""
+    bins = exact_bins(rois)
+    if is_vmapped(source):
+        return crop_by_matrices([source.to(geometry_dtype(source))], bins)
+    return crop_by_gather([source], bins, exact_taps, crop_by_matrices)
 
 
-def _bins(rois: RoIs) -> list[Samples]:
+def exact_bins(rois: RoIs) -> list[Samples]:
     """Return the bins' edges, [M, bins, 2], in place of sample positions, grouped by the pixels that a bin reads."""
     y, x = rois.y, rois.x
     whole = Samples(None, rois.level, rois.image, _edges(y), _edges(x), y.size, x.size, 1)
@@ -79,7 +54,7 @@ def _first_and_run(edges: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     return first, last - first + 1
 
 
-def _exact_taps(edges: Tensor, size: Tensor) -> Taps:
+def exact_taps(edges: Tensor, size: Tensor) -> Taps:
     """Return the run of pixels that each bin overlaps."""
     first, run = _first_and_run(edges, size)
     longest = 2 if edges.is_meta or not edges.numel() else int(run.max())
@@ -108,7 +83,7 @@ def _clamp(at: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return torch.where(at < low, low, torch.where(at < high, at, high))
 
 
-def _crop_by_matrices(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
+def crop_by_matrices(maps: Sequence[Tensor], samples: Sequence[Samples]) -> Tensor:
     """Compute the exact crop as rows x map x columns, with operations that support all derivatives."""
     (source,) = maps
     crops, order = [], []

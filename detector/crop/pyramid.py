@@ -1,19 +1,15 @@
 """RoI pooling over a feature pyramid, with box gradients through every level."""
 
 from collections.abc import Sequence
-from functools import partial
 from math import log2
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
-from torchvision.ops.boxes import box_area
-from torchvision.ops.poolers import LevelMapper
 
 from detector.crop.crop import Sampler, check_sampler, crop_levels
-from detector.crop.geometry import geometry_dtype
-from detector.crop.rois import pair
+from detector.crop.rois import Levels, pair
 
 
 class MultiScaleAffineCrop(MultiScaleRoIAlign):
@@ -84,18 +80,15 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError("image_shapes must have the size of at least one image, got none")
         largest = [max(sides) for sides in zip(*image_shapes)]
         scales = [_scale(feature.shape[-2:], largest, self.size_divisible) for feature in features]
-        level_of = partial(self._level_of, scales) if len(features) > 1 else None
         options = (self.sampling_ratio, self.aligned, self.sampler)
-        return crop_levels(features, boxes, level_of, self.output_size, scales, *options)
+        return crop_levels(features, boxes, self._levels(scales), self.output_size, scales, *options)
 
-    def _level_of(self, scales: list[float | Tensor], corners: Tensor) -> Tensor:
-        """Return each RoI's level: -1 for a negative area, as in torchvision, and 0 for boxes that are not finite."""
+    def _levels(self, scales: list[Any]) -> Levels | None:
+        if len(scales) == 1:
+            return None
         ends = (scales[0], scales[-1])
         first, last = (-torch.log2(s).round() if isinstance(s, Tensor) else -int(log2(s)) for s in ends)
-        corners = corners.to(geometry_dtype(corners))
-        mapper = LevelMapper(first, last, self.canonical_scale, self.canonical_level)
-        level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
-        return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
+        return Levels(first, last, self.canonical_scale, self.canonical_level)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, aligned={self.aligned}, sampler={self.sampler})"

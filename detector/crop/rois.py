@@ -11,10 +11,12 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torchvision.ops.boxes import box_area
+from torchvision.ops.poolers import LevelMapper
 
 from detector.crop.geometry import boxes_in_frame, boxes_to_theta, check_floating, geometry_dtype
 
@@ -83,6 +85,29 @@ class Axis(Rows):
         edge = (1 - 1 / size) * (1 - 4 * torch.finfo(dtype).eps)
         position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
         return torch.where(on_map, position, OUTSIDE)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a pyramid (Lin et al., "Feature Pyramid Networks", 2017, equation 1). They carry no gradient."""
+
+    first: Any  # the logarithm of the stride of the first level; a tensor while ONNX is traced
+    last: Any
+    canonical_scale: int  # box size, in image pixels, of canonical_level
+    canonical_level: int
+
+    def __call__(self, corners: Tensor) -> Tensor:
+        """Return each RoI's level: -1 for a negative area, as in torchvision, and 0 for boxes that are not finite."""
+        corners = corners.to(geometry_dtype(corners))
+        mapper = LevelMapper(self.first, self.last, self.canonical_scale, self.canonical_level)
+        level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
+        return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
+
+    def least_areas(self) -> list[float]:
+        """Return the area, in image pixels, from which on a box is on each level but the first."""
+        levels = range(self.first + 1, self.last + 1)
+        # 1e-6 is LevelMapper's eps.
+        return [(self.canonical_scale * 2.0 ** (n - self.canonical_level - 1e-6)) ** 2 for n in levels]
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,11 @@ def is_vmapped(tensor: Tensor) -> bool:
     return False
 
 
+def is_wrapped(tensor: Any) -> bool:
+    """Return whether a tensor is wrapped by ``torch.func`` or ``torch.vmap``."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """Return one or two integers (Python's or numpy's) as a pair, each at least 1."""
     try:
@@ -181,15 +211,14 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return first, second
 
 
-def place_rois(
-    maps: Sequence[Tensor],
-    boxes: Tensor | Sequence[Tensor],
-    level_of: Callable[[Tensor], Tensor] | None,
-    bins: tuple[int, int],
-    spatial_scales: Sequence[float],
-    aligned: bool,
-) -> RoIs:
-    """Check the arguments of a crop and place its RoIs. ``level_of`` returns the level of corners, or -1 for none."""
+def split_rois(
+    maps: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], spatial_scales: Sequence[float]
+) -> tuple[Tensor, Tensor, list[int] | None]:
+    """Check the types and shapes of a crop's arguments, but no values on a device.
+
+    Returns:
+        The image indices [K], the corners [K, 4], and the number of RoIs per image if it is known.
+    """
     for source, spatial_scale in zip(maps, spatial_scales):
         check_floating("input", source)
         if source.dim() != 4 or source.shape[2] < 1 or source.shape[3] < 1:
@@ -199,7 +228,19 @@ def place_rois(
         if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
             given = [(list(m.shape), str(m.device)) for m in maps]
             raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
-    index, corners, counts = _split_boxes(maps[0], boxes)
+    return _split_boxes(maps[0], boxes)
+
+
+def place_rois(
+    maps: Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    level_of: Callable[[Tensor], Tensor] | None,
+    bins: tuple[int, int],
+    spatial_scales: Sequence[float],
+    aligned: bool,
+) -> RoIs:
+    """Check the arguments of a crop and place its RoIs. ``level_of`` returns the level of corners, or -1 for none."""
+    index, corners, counts = split_rois(maps, boxes, spatial_scales)
     images = maps[0].shape[0]
     known = (index >= 0) & (index < images)  # false for NaN
     if index.is_floating_point():
@@ -223,7 +264,6 @@ def place_rois(
 
 
 def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int] | None]:
-    """Check the boxes; return image indices [K], corners [K, 4], and the RoIs per image if known."""
     images = input.shape[0]
     if isinstance(boxes, Tensor):
         _check_boxes("boxes", boxes, input, 5, "[K, 5] (image index, x1, y1, x2, y2)")

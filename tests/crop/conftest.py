@@ -1,6 +1,11 @@
+import os
+
 import pytest
 import torch
 from support.crops import OPERATORS
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from support import fast_interpreter  # noqa: F401
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

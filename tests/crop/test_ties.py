@@ -89,7 +89,7 @@ def slope_bounds(bins, ratio, aligned, step=1e-6):
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("bins", [1, 2])
 def test_gradients_on_ties_are_those_of_a_side(operator, bins, create_graph, aligned):
-    ratio = EXACT if operator is OPERATORS["exact"] else operator.ratio
+    ratio = EXACT if operator.ratio == 100 else operator.ratio
     boxes = torch.from_numpy(tied_boxes())
     least, greatest = slope_bounds(bins, ratio, aligned)
     if ratio == -1 and aligned:  # an empty box has no samples, and is 0

@@ -1,5 +1,6 @@
 """Maps and boxes to crop, the operators under test, and the tolerances."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,6 @@ from torchvision.ops import roi_align
 
 from detector import affine_crop, exact_crop
 
-both_samplers = pytest.mark.parametrize("sampler", ["grid_sample", "gather"])
 # N(0, 1) maps of some 10 to 100 pixels. A normalised float32 coordinate is off by up to 1e-4 pixels.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # torchvision's RoIAlign in Python, not compiled: differentiable in the boxes. It ignores the border rule.
@@ -38,12 +38,23 @@ class Operator:
         return roi_align(maps, boxes, output_size, spatial_scale, self.ratio, aligned)
 
 
+# The Triton kernels run where there is a GPU or Triton's interpreter; see test_triton.
+HAS_TRITON = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+SAMPLERS = ("grid_sample", "gather", "triton") if HAS_TRITON else ("grid_sample", "gather")
+both_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 OPERATORS = {
     f"{sampler}{ratio}": Operator(partial(affine_crop, sampling_ratio=ratio, sampler=sampler), ratio, sampler=sampler)
-    for sampler in ("grid_sample", "gather")
+    for sampler in SAMPLERS
     for ratio in (-1, 2)
 }
-OPERATORS["exact"] = Operator(exact_crop, 100, 0.02)
+OPERATORS["exact"] = Operator(partial(exact_crop, sampler="gather"), 100, 0.02)
+if HAS_TRITON:
+    OPERATORS["triton exact"] = Operator(partial(exact_crop, sampler="triton"), 100, 0.02, "triton")
+
+
+def for_sampler(sampler, boxes, every):
+    """All boxes, or one of ``every`` for Triton's interpreter, which takes some 20 ms a box."""
+    return boxes[::every] if sampler == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else boxes
 
 
 def randn(*shape, dtype=torch.float64, seed=0):

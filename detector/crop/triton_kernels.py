@@ -1,0 +1,278 @@
+"""The crop as two Triton kernels: values in one launch, gradients of all maps and boxes in another.
+
+The rules are those of :mod:`detector.crop.rois`. A program computes one RoI's bins (a block of them) in a block of
+channels.
+
+The kernels know no layout but NCHW and channels_last, both dense. Geometry is in float32, or in float64 if maps or
+boxes are.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+EXACT: tl.constexpr = tl.constexpr(-1)  # in place of a sampling ratio; 0 stands for adaptive counts
+MIN_BIN: tl.constexpr = tl.constexpr(0.01)  # pixels; see detector.crop.exact
+
+
+@triton.jit
+def _divide(a, b):
+    # In float32 "/" is not rounded correctly on a GPU, which moves samples across the border.
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _is_finite(a):
+    return tl.where(tl.abs(a) < float("inf"), 1, 0)  # 0 for NaN
+
+
+@triton.jit
+def _axis(low, high, scale, ALIGNED: tl.constexpr):
+    """Return the start and extent of a box along one axis in map pixels, its part that is fixed, and if it is finite.
+
+    If not ALIGNED, boxes are widened to a pixel. The high end of a widened box (1) moves with its low end, and of a box
+    of just a pixel half of it does, as in torch.maximum.
+    """
+    start, end = low * scale, high * scale
+    if ALIGNED:
+        start, end = start - 0.5, end - 0.5
+    extent = end - start
+    finite = _is_finite(start) * _is_finite(end) * _is_finite(extent)
+    start, extent = tl.where(finite > 0, start, 0.0), tl.where(finite > 0, extent, 1.0)
+    fixed = tl.zeros_like(extent)
+    if not ALIGNED:
+        fixed = tl.where(extent < 1, 1.0, tl.where(extent == 1, 0.5, 0.0)).to(extent.dtype)
+        extent = tl.maximum(extent, 1.0)
+    return start, extent, fixed, finite
+
+
+@triton.jit
+def _steps(start, extent, size, bin, BINS: tl.constexpr, RATIO: tl.constexpr):
+    """Return along one axis: samples per bin (or each exact bin's last pixel), each bin's first, and the most of a bin.
+
+    Only samples that may be on the map are counted, with two to spare, so that huge boxes take no longer.
+    """
+    if RATIO > 0:
+        count, first, steps = tl.full([], RATIO, start.dtype), tl.zeros_like(bin), RATIO
+    elif RATIO == EXACT:
+        one, other, _, _ = _edges(start, extent, bin, BINS)
+        first = tl.floor(tl.minimum(tl.maximum(tl.minimum(one, other), 0.0), size - 1))
+        count = tl.ceil(tl.minimum(tl.maximum(tl.maximum(one, other), 0.0), size - 1))
+        steps = tl.max(count - first, axis=0).to(tl.int32) + 1
+    else:
+        bin_size = _divide(extent, tl.full([], BINS, start.dtype))
+        count = tl.maximum(tl.ceil(bin_size), 0.0)
+        step = tl.where(count > 0, bin_size / tl.maximum(count, 1.0), 1.0)
+        bin_start = start + bin * bin_size
+        first = tl.minimum(tl.maximum(tl.floor((-1 - bin_start) / step - 0.5) - 2, 0.0), count)
+        end = tl.minimum(tl.maximum(tl.ceil((size - bin_start) / step - 0.5) + 3, 0.0), count)
+        steps = tl.max(end - first, axis=0).to(tl.int32)
+    return count, first, steps
+
+
+@triton.jit
+def _sample(number, start, extent, size, bin, count, BINS: tl.constexpr):
+    """Place a sample of each bin along one axis.
+
+    Returns: the pixels below and above it, whether it counts, their weights, and the slopes of the first weight by the
+    low and the high end of the RoI. Those of the second are the negatives.
+    """
+    middle = number + 0.5
+    divisor = tl.maximum(count, 1.0) + tl.zeros_like(middle)
+    bin_size = _divide(extent, tl.full([], BINS, start.dtype))
+    # In roi_align's order of operations: samples of integer boxes lie exactly on the border.
+    position = start + bin * bin_size + _divide(middle * bin_size, divisor)
+    counts = (position >= -1) & (position <= size) & (number < count)
+    slope = tl.where((position > 0) & (position < size - 1), -1.0, 0.0)  # flat beyond the outer pixels' centres
+    at = (bin + middle / divisor) / BINS  # 0 at the low end of the RoI, 1 at its high end
+    position = tl.minimum(tl.maximum(position, 0.0), size - 1)
+    below = tl.floor(position)
+    above = tl.minimum(below + 1, size - 1)
+    return below, above, counts, 1 - (position - below), position - below, slope * (1 - at), slope * at
+
+
+@triton.jit
+def _share(pixel, start, extent, size, bin, last, BINS: tl.constexpr):
+    """Return for a pixel of each exact bin what :func:`_sample` does for a sample. There is no second pixel."""
+    one, other, one_at, other_at = _edges(start, extent, bin, BINS)
+    one_integral, one_hat = _integral(one, pixel, size - 1)
+    other_integral, other_hat = _integral(other, pixel, size - 1)
+    weight = (other_integral - one_integral) / (other - one)
+    one_slope, other_slope = (weight - one_hat) / (other - one), (other_hat - weight) / (other - one)
+    low_slope = one_slope * (1 - one_at) + other_slope * (1 - other_at)
+    return pixel, pixel, pixel <= last, weight, weight, low_slope, one_slope * one_at + other_slope * other_at
+
+
+@triton.jit
+def _edges(start, extent, bin, BINS: tl.constexpr):
+    """Return the two edges of bins in map pixels, and where on the RoI they are, from 0 to 1."""
+    bin_size = extent / BINS
+    one, other = start + bin * bin_size, start + (bin + 1) * bin_size
+    middle = start + (bin + 0.5) * bin_size
+    half = tl.where(bin_size < 0, -0.5 * MIN_BIN, 0.5 * MIN_BIN)
+    narrow = tl.abs(bin_size) < MIN_BIN  # widened around the middle
+    one, other = tl.where(narrow, middle - half, one), tl.where(narrow, middle + half, other)
+    return one, other, (bin + tl.where(narrow, 0.5, 0.0)) / BINS, (bin + tl.where(narrow, 0.5, 1.0)) / BINS
+
+
+@triton.jit
+def _integral(to, pixel, last):
+    """Return the integral of a pixel's hat from -1 to a position, and the hat there. See detector.crop.exact."""
+    before = tl.minimum(tl.maximum(to, -1.0), 0.0) + 0.5
+    after = tl.minimum(tl.maximum(to, last), last + 1) - last
+    inside = tl.minimum(tl.maximum(to, 0.0), last) - pixel
+    at = tl.minimum(tl.maximum(inside, -1.0), 1.0)
+    integral = tl.where(at < 0, (1 + at) * (1 + at) / 2, 1 - (1 - at) * (1 - at) / 2)
+    integral += tl.where(pixel == 0, before, 0.0) + tl.where(pixel == last, after, 0.0)
+    hat = tl.where((to >= 0) & (to < last) & (inside >= -1) & (inside < 1), 1 - tl.abs(at), 0.0)
+    hat += tl.where((pixel == 0) & (to >= -1) & (to < 0), 1.0, 0.0)
+    hat += tl.where((pixel == last) & (to >= last) & (to < last + 1), 1.0, 0.0)
+    return integral, hat
+
+
+@triton.jit
+def _find_map(heights, widths, x1, y1, x2, y2, SCALES: tl.constexpr, AREAS: tl.constexpr, GEOMETRY: tl.constexpr):
+    """Return the level of a box (-1: none), and the height, width and scale of its map."""
+    level = tl.full([], 0, tl.int32)
+    if len(AREAS) > 0:
+        area = (x2 - x1) * (y2 - y1)
+        level = tl.where(area < 0, -1, 0)
+        for number in tl.static_range(len(AREAS)):
+            level += tl.where(area >= tl.full([], AREAS[number], GEOMETRY), 1, 0)
+        level = tl.where(level < len(SCALES), level, -1)
+    height, width = tl.full([], heights[0], GEOMETRY), tl.full([], widths[0], GEOMETRY)
+    scale = tl.full([], SCALES[0], GEOMETRY)
+    for number in tl.static_range(1, len(SCALES)):
+        if level == number:
+            height, width = tl.full([], heights[number], GEOMETRY), tl.full([], widths[number], GEOMETRY)
+            scale = tl.full([], SCALES[number], GEOMETRY)
+    return level, height, width, scale
+
+
+@triton.jit
+def _bins(vector, CHANNELS_LAST: tl.constexpr):
+    """Return one value per bin as the bins of a tile: [bins, channels] if channels_last, otherwise [channels, bins]."""
+    return tl.expand_dims(vector, 1 if CHANNELS_LAST else 0)
+
+
+@triton.jit
+def _channels(vector, CHANNELS_LAST: tl.constexpr):
+    return tl.expand_dims(vector, 0 if CHANNELS_LAST else 1)
+
+
+# Sizes are floats, because Triton compiles anew for each pattern of ones and multiples of 16 in a tuple of integers.
+@triton.jit(do_not_specialize=["rois", "images", "box_stride", "index_stride"])
+def crop_kernel(
+    maps, heights, widths, boxes, index, crops, map_gradient, box_gradient, rois, images, box_stride, index_stride,
+    TASK: tl.constexpr, C: tl.constexpr, BINS_Y: tl.constexpr, BINS_X: tl.constexpr, SCALES: tl.constexpr,
+    AREAS: tl.constexpr, RATIO: tl.constexpr, ALIGNED: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    GEOMETRY: tl.constexpr, SUM: tl.constexpr, OFFSET: tl.constexpr, BLOCK_BINS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Crop, or take the gradient of maps, boxes or both. A program has a block of one RoI's bins and of channels.
+
+    Args:
+        maps, heights, widths: a tuple each, one entry per level. Maps are [N, C, H, W], dense.
+        boxes, index: [K, 4] (x1, y1, x2, y2) and [K], of any strides between rows.
+        crops: [K, C, bins y, bins x], the result if TASK is "crop", else its gradient.
+        map_gradient: zeros, one flat tensor for all maps, each in its own layout. Added to.
+        box_gradient: [blocks, K, 4], written: the part of each program of an RoI.
+    """
+    BINS_BLOCKS: tl.constexpr = tl.cdiv(BINS_Y * BINS_X, BLOCK_BINS)
+    roi = (tl.program_id(0) % rois).to(tl.int64)
+    block = tl.program_id(0) // rois
+    box = boxes + roi * box_stride
+    left, top = tl.load(box).to(GEOMETRY), tl.load(box + 1).to(GEOMETRY)
+    right, bottom = tl.load(box + 2).to(GEOMETRY), tl.load(box + 3).to(GEOMETRY)
+    level, height, width, scale = _find_map(heights, widths, left, top, right, bottom, SCALES, AREAS, GEOMETRY)
+    y_start, y_extent, y_fixed, y_finite = _axis(top, bottom, scale, ALIGNED)
+    x_start, x_extent, x_fixed, x_finite = _axis(left, right, scale, ALIGNED)
+    given = tl.load(index + roi * index_stride)
+    image = tl.where((given >= 0) & (given < images), given, 0).to(tl.int64)  # 0 for NaN
+    valid = tl.where(image.to(given.dtype) == given, 1, 0) * y_finite * x_finite
+    source = maps[0]
+    start_of_map = tl.full([], 0, tl.int64)
+    for number in tl.static_range(1, len(SCALES)):
+        if level == number:
+            source = maps[number]
+        before = tl.full([], heights[number - 1], tl.int64) * tl.full([], widths[number - 1], tl.int64) * C * images
+        start_of_map += tl.where(level >= number, before, 0)
+    pixels_of_map = height.to(tl.int64) * width.to(tl.int64)
+    source += image * C * pixels_of_map
+    map_gradient += start_of_map + image * C * pixels_of_map
+    if CHANNELS_LAST:
+        row, column, channel = width.to(OFFSET) * C, C, 1
+    else:
+        row, column, channel = width.to(OFFSET), 1, pixels_of_map.to(OFFSET)
+
+    b = block % BINS_BLOCKS * BLOCK_BINS + tl.arange(0, BLOCK_BINS)
+    c = block // BINS_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_tile = _bins(b < BINS_Y * BINS_X, CHANNELS_LAST) & _channels(c < C, CHANNELS_LAST)
+    of_crop = roi * (C * BINS_Y * BINS_X)
+    of_crop += _bins(b.to(tl.int64), CHANNELS_LAST) + _channels(c.to(tl.int64) * (BINS_Y * BINS_X), CHANNELS_LAST)
+    reads_map = in_tile & (tl.where(level >= 0, valid, 0) > 0)
+    y_bin, x_bin = (b // BINS_X).to(GEOMETRY), (b % BINS_X).to(GEOMETRY)
+    sums = tl.zeros(in_tile.shape, SUM)  # values, or slopes by y1
+    y2_slopes, x1_slopes, x2_slopes = sums, sums, sums
+    upstream, samples = sums, tl.full([], 1, SUM)
+    y_count, y_first, y_steps = _steps(y_start, y_extent, height, y_bin, BINS_Y, RATIO)
+    x_count, x_first, x_steps = _steps(x_start, x_extent, width, x_bin, BINS_X, RATIO)
+    if RATIO != EXACT:
+        samples = tl.maximum(y_count * x_count, 1.0).to(SUM)
+    if TASK != "crop":
+        upstream = tl.load(crops + of_crop, mask=reads_map, other=0.0).to(SUM) / samples
+    of_channels = _channels(c.to(OFFSET) * channel, CHANNELS_LAST)
+    for y_step in range(y_steps):
+        if RATIO == EXACT:
+            y0, y1, y_counts, y0_weight, y1_weight, y_low, y_high = _share(
+                y_first + y_step, y_start, y_extent, height, y_bin, y_count, BINS_Y
+            )
+        else:
+            y0, y1, y_counts, y0_weight, y1_weight, y_low, y_high = _sample(
+                y_first + y_step, y_start, y_extent, height, y_bin, y_count, BINS_Y
+            )
+        for x_step in range(x_steps):
+            if RATIO == EXACT:
+                x0, x1, x_counts, x0_weight, x1_weight, x_low, x_high = _share(
+                    x_first + x_step, x_start, x_extent, width, x_bin, x_count, BINS_X
+                )
+            else:
+                x0, x1, x_counts, x0_weight, x1_weight, x_low, x_high = _sample(
+                    x_first + x_step, x_start, x_extent, width, x_bin, x_count, BINS_X
+                )
+            reads = reads_map & _bins(y_counts & x_counts, CHANNELS_LAST)
+            for tap in tl.static_range(1 if RATIO == EXACT else 4):
+                y, y_weight, y_sign = (y0, y0_weight, 1) if tap < 2 else (y1, y1_weight, -1)
+                x, x_weight, x_sign = (x0, x0_weight, 1) if tap % 2 == 0 else (x1, x1_weight, -1)
+                at = of_channels + _bins(y.to(OFFSET) * row + x.to(OFFSET) * column, CHANNELS_LAST)
+                weight = _bins((y_weight * x_weight).to(SUM), CHANNELS_LAST)
+                if TASK == "maps" or TASK == "both":
+                    tl.atomic_add(map_gradient + at, weight * upstream, mask=reads, sem="relaxed")
+                if TASK != "maps":
+                    values = tl.load(source + at, mask=reads, other=0.0).to(SUM)
+                if TASK == "crop":
+                    sums += weight * values
+                elif TASK != "maps":
+                    sums += _bins((y_sign * y_low * x_weight).to(SUM), CHANNELS_LAST) * values
+                    y2_slopes += _bins((y_sign * y_high * x_weight).to(SUM), CHANNELS_LAST) * values
+                    x1_slopes += _bins((x_sign * x_low * y_weight).to(SUM), CHANNELS_LAST) * values
+                    x2_slopes += _bins((x_sign * x_high * y_weight).to(SUM), CHANNELS_LAST) * values
+    if TASK == "crop":
+        tl.store(crops + of_crop, tl.where(valid == 0, float("nan"), sums / samples), mask=in_tile)
+    if TASK == "boxes" or TASK == "both":
+        part = box_gradient + (block * rois + roi) * 4
+        upstream *= scale.to(SUM)
+        to_y1, to_y2 = tl.sum(tl.sum(sums * upstream, 1), 0), tl.sum(tl.sum(y2_slopes * upstream, 1), 0)
+        to_x1, to_x2 = tl.sum(tl.sum(x1_slopes * upstream, 1), 0), tl.sum(tl.sum(x2_slopes * upstream, 1), 0)
+        tl.store(part, to_x1 + to_x2 * x_fixed.to(SUM))
+        tl.store(part + 1, to_y1 + to_y2 * y_fixed.to(SUM))
+        tl.store(part + 2, to_x2 * (1 - x_fixed).to(SUM))
+        tl.store(part + 3, to_y2 * (1 - y_fixed).to(SUM))
+
+
+INTERPRETED = triton.knobs.runtime.interpret
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def offset_dtype(elements: int) -> tl.dtype:
+    """Return the dtype of offsets within a map of one image."""
+    return tl.int32 if elements < 2**31 else tl.int64

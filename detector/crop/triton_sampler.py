@@ -1,0 +1,225 @@
+"""The crop as an operator of ``torch.library`` that launches one Triton kernel, and one more for all gradients."""
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detector.crop.exact import crop_by_matrices, exact_bins
+from detector.crop.geometry import geometry_dtype
+from detector.crop.grid_sampler import crop_by_grid
+from detector.crop.rois import adaptive_samples, fixed_samples, place_rois
+
+EXACT = -1  # in place of a sampling ratio; 0 stands for adaptive counts
+BINS_PER_PROGRAM = 64
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products would move samples across the border
+CHANNELS_PER_PROGRAM = {"crop": 32, "maps": 16, "boxes": 16, "both": 16}  # a gradient keeps four sums
+
+
+def crop_by_triton(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    areas: Sequence[float] | None,
+    bins: tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Crop maps [N, C, H, W] of any floating dtype, NCHW or channels_last. Other layouts are copied.
+
+    Args:
+        maps: one per level.
+        boxes: [K, 4], in image pixels.
+        image: [K], index in the batch; any dtype.
+        areas: the least area of a box on each level but the first, in image pixels; ``None`` for one level.
+        bins, spatial_scales, sampling_ratio, aligned: see :func:`~detector.affine_crop`; ``EXACT``: the exact crop.
+
+    Returns:
+        [K, C, bins, bins] in the dtype of the first map. RoIs on no level are zero. RoIs with a bad image index or a
+        non-finite coordinate are NaN.
+    """
+    geometry = (areas or None, list(bins), list(spatial_scales), max(sampling_ratio, EXACT), aligned)
+    return _crop(list(maps), boxes, image.detach(), *geometry)
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Return why the kernels do not run on a device, or ``None``. A small crop is tried once, and compiled for it."""
+    try:
+        from detector.crop.triton_kernels import INTERPRETED
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"Triton needs a GPU, and the tensors are on {device}"
+    source, box = torch.zeros(1, 1, 2, 2, device=device), torch.ones(1, 4, device=device)
+    try:
+        _launch("crop", [source], box, box[:, 0] - 1, None, [1, 1], [1.0], 1, True, source.new_empty(1, 1, 1, 1))
+    except Exception as error:  # no C compiler, a folder that cannot be written, an old driver, ...
+        return f"Triton cannot compile ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+    return None
+
+
+@torch.library.custom_op("detector::affine_crop", mutates_args=())
+def _crop(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    areas: Sequence[float] | None,
+    bins: Sequence[int],
+    scales: Sequence[float],
+    ratio: int,
+    aligned: bool,
+) -> Tensor:
+    crops = _crop_shape(maps, boxes, image, areas, bins, scales, ratio, aligned)
+    _launch("crop", maps, boxes, image, areas, bins, scales, ratio, aligned, crops)
+    return crops
+
+
+@_crop.register_fake
+def _crop_shape(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, *_: Any) -> Tensor:
+    return maps[0].new_empty(boxes.shape[0], maps[0].shape[1], *bins)
+
+
+@torch.library.custom_op("detector::affine_crop_backward", mutates_args=())
+def _gradients(
+    upstream: Tensor,
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    areas: Sequence[float] | None,
+    bins: Sequence[int],
+    scales: Sequence[float],
+    ratio: int,
+    aligned: bool,
+    task: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of all maps in one flat tensor (empty if task is "boxes"), and those of boxes by program."""
+    of_maps, of_boxes = _gradient_shapes(upstream, maps, boxes, image, areas, bins, scales, ratio, aligned, task)
+    geometry = (areas, bins, scales, ratio, aligned)
+    _launch(task, maps, boxes, image, *geometry, upstream.contiguous(), of_maps.zero_(), of_boxes)
+    return of_maps, of_boxes
+
+
+@_gradients.register_fake
+def _gradient_shapes(
+    upstream: Tensor, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, *options: Any
+) -> tuple[Tensor, Tensor]:
+    dtype, task = geometry_dtype(*maps), options[-1]
+    programs = prod(_blocks(task, maps[0].shape[1], bins)[2:])
+    of_maps = maps[0].new_empty(sum(m.numel() for m in maps) if task != "boxes" else 0, dtype=dtype)
+    return of_maps, maps[0].new_empty(programs if task != "maps" else 0, boxes.shape[0], 4, dtype=dtype)
+
+
+def _blocks(task: str, channels: int, bins: Sequence[int]) -> tuple[int, int, int, int]:
+    """Return the bins and channels of a program, powers of two, and how many blocks of each there are."""
+    of_bins = min(BINS_PER_PROGRAM, 1 << (prod(bins) - 1).bit_length())
+    of_channels = min(CHANNELS_PER_PROGRAM[task], 1 << max(channels - 1, 0).bit_length())
+    return of_bins, of_channels, -(-prod(bins) // of_bins), -(-channels // of_channels)
+
+
+def _is_channels_last(maps: Sequence[Tensor]) -> bool:
+    return all(source.is_contiguous(memory_format=torch.channels_last) for source in maps)
+
+
+def _launch(
+    task: str,
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    areas: Sequence[float] | None,
+    bins: Sequence[int],
+    scales: Sequence[float],
+    ratio: int,
+    aligned: bool,
+    crops: Tensor,
+    *gradients: Tensor,
+) -> None:
+    """Run the kernel, which writes the crops, or the gradients given those of the crops."""
+    from detector.crop import triton_kernels as kernels
+
+    if not crops.numel():
+        return
+    rois, images, channels = boxes.shape[0], maps[0].shape[0], maps[0].shape[1]
+    channels_last = _is_channels_last(maps)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dtype = maps[0].dtype if len({m.dtype for m in maps}) == 1 else geometry_dtype(*maps)
+    maps = [source.to(dtype).contiguous(memory_format=layout) for source in maps]
+    boxes = boxes if boxes.stride(1) == 1 else boxes.contiguous()
+    block_bins, block_channels, *blocks = _blocks(task, channels, bins)
+    heights, widths = (tuple(float(source.shape[axis]) for source in maps) for axis in (2, 3))
+    with torch.cuda.device_of(crops):
+        kernels.crop_kernel[(rois * prod(blocks),)](
+            tuple(maps), heights, widths, boxes, image, crops, *(gradients or (crops, crops)),
+            rois, images, boxes.stride(0), image.stride(0),
+            TASK=task, C=channels, BINS_Y=bins[0], BINS_X=bins[1], SCALES=tuple(scales), AREAS=tuple(areas or ()),
+            RATIO=ratio, ALIGNED=aligned, CHANNELS_LAST=channels_last,
+            GEOMETRY=kernels.DTYPES[geometry_dtype(*maps, boxes)], SUM=kernels.DTYPES[geometry_dtype(*maps)],
+            OFFSET=kernels.offset_dtype(max(source[:1].numel() for source in maps)),
+            BLOCK_BINS=block_bins, BLOCK_C=block_channels, **LAUNCH_OPTIONS,
+        )  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    maps, boxes, image, *ctx.geometry = inputs
+    ctx.count = len(maps)
+    ctx.save_for_backward(*maps, boxes, image)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *maps, boxes, image = ctx.saved_tensors
+    needs_maps, needs_boxes = any(_flat(ctx.needs_input_grad[0])), ctx.needs_input_grad[1]
+    if torch.is_grad_enabled():  # with create_graph=True this gradient will be differentiated
+
+        def reference(*tensors: Tensor) -> Tensor:
+            return _differentiable(tensors[:-1], tensors[-1], image, *ctx.geometry)
+
+        *of_maps, of_boxes = torch.func.vjp(reference, *maps, boxes)[1](grad)
+        return of_maps, of_boxes, None, *[None] * len(ctx.geometry)
+    task = "both" if needs_maps and needs_boxes else "maps" if needs_maps else "boxes"
+    flat, parts = _gradients(grad, maps, boxes, image, *ctx.geometry, task)
+    of_boxes = (parts[0] if len(parts) == 1 else parts.sum(0)).to(boxes.dtype) if needs_boxes else None
+    return _of_maps(flat, maps) if needs_maps else [None] * len(maps), of_boxes, None, *[None] * len(ctx.geometry)
+
+
+_crop.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _flat(needed: Any) -> Sequence[bool]:
+    return needed if isinstance(needed, Sequence) else [needed]
+
+
+def _of_maps(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Split the flat gradient into the maps' shapes, dtypes and layouts."""
+    channels_last = _is_channels_last(maps)
+    dtypes = {source.dtype for source in maps}
+    flat = flat.to(*dtypes) if len(dtypes) == 1 else flat
+    gradients = []
+    for part, source in zip(flat.split([source.numel() for source in maps]), maps):
+        if channels_last:
+            part = part.view(source.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        gradients.append((part if channels_last else part.view(source.shape)).to(source.dtype))
+    return gradients
+
+
+def _differentiable(
+    maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, scales: Any, ratio: int, aligned: bool
+) -> Tensor:
+    """The same crop by operations that can be differentiated again."""
+
+    def level_of(corners: Tensor) -> Tensor:
+        sides = corners[:, 2:] - corners[:, :2]
+        area = sides[:, 0] * sides[:, 1]
+        return torch.where(area < 0, -1, torch.bucketize(area, area.new_tensor(areas), right=True))
+
+    wide = boxes.to(geometry_dtype(boxes))  # bfloat16 counts images to 256 only
+    rois5 = torch.cat([image[:, None].to(wide.dtype), wide], 1)
+    rois = place_rois(maps, rois5, level_of if areas else None, tuple(bins), scales, aligned)
+    working = [source.to(geometry_dtype(*maps)) for source in maps]
+    if ratio == EXACT:
+        return rois.finish(crop_by_matrices(working, exact_bins(rois)), maps[0].dtype)
+    samples = [fixed_samples(rois, ratio)] if ratio > 0 else adaptive_samples(rois)
+    return rois.finish(crop_by_grid(working, samples), maps[0].dtype)

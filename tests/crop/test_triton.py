@@ -1,0 +1,277 @@
+"""The Triton kernels: under Triton's interpreter, cross-compiled for GPUs that are not here, and what a call launches.
+
+The interpreter needs a process of its own, because it must be chosen before Triton is imported.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.crops import general_boxes, randn, with_index
+from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+import detector.crop.crop
+from detector import MultiScaleAffineCrop, affine_crop, exact_crop
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FOLDER = Path(__file__).parent
+NAMES, SIZE = list(STRIDES), (120, 150)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def run_interpreted(*selection):
+    """Run tests of this folder under the interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *selection]
+    # Not those of the process that runs this test.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        command, env=environment | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, cwd=FOLDER.parents[1]
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 10
+
+
+@compiled
+def test_under_the_interpreter():
+    run_interpreted(str(FOLDER / "test_triton.py"))
+
+
+@compiled
+@pytest.mark.slow
+def test_the_checks_of_all_crops_under_the_interpreter():
+    run_interpreted(str(FOLDER), "-k", "triton", "-m", "", "--ignore", str(Path(__file__)))
+
+
+# --- Under the interpreter -------------------------------------------------------------------------------------------
+
+
+def pool(ratio=2, sampler="triton", names=NAMES):
+    return MultiScaleAffineCrop(names, 3, ratio, **SMALL, sampler=sampler)
+
+
+@interpreted
+@both_layouts
+@pytest.mark.parametrize("ratio", [2, -1])
+def test_values_and_gradients_of_a_pyramid(layout, ratio):
+    features = {n: m.contiguous(memory_format=layout).requires_grad_() for n, m in pyramid(2, SIZE, 5).items()}
+    boxes = [boxes_of_side(LEVEL_SIDES[:4], 1).requires_grad_(), boxes_of_side(LEVEL_SIDES[:1]).requires_grad_()]
+    inputs, results = [*features.values(), *boxes], []
+    for sampler in ("triton", "gather"):
+        crops = pool(ratio, sampler)(features, boxes, [SIZE] * 2)
+        results.append([crops, *torch.autograd.grad(crops, inputs, randn(*crops.shape))])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+    stock = MultiScaleRoIAlign(NAMES, 3, ratio, **SMALL)(features, [b.detach() for b in boxes], [SIZE] * 2)
+    torch.testing.assert_close(results[0][0], stock, rtol=0, atol=1e-10)
+    for gradient, source in zip(results[0][1:], features.values()):
+        assert gradient.is_contiguous(memory_format=layout)
+        assert gradient.shape == source.shape
+
+
+@interpreted
+@pytest.mark.parametrize("frozen", ["boxes", "maps"])
+def test_only_the_needed_gradients(frozen):
+    source, boxes = randn(1, 4, 8, 9), general_boxes(3, (8, 9))
+    wanted = (boxes if frozen == "maps" else source).requires_grad_()
+    gradients = []
+    for sampler in ("triton", "gather"):
+        crops = affine_crop(source, [boxes], 2, 1.0, 2, sampler=sampler)
+        gradients.append(torch.autograd.grad(crops, wanted, randn(*crops.shape)))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
+@interpreted
+@pytest.mark.parametrize(("channels", "bins"), [(1, 3), (40, 3), (2, 9)], ids=str)
+def test_blocks_of_channels_and_bins(channels, bins):
+    """257 channels are 17 blocks of a gradient, and 9 x 9 bins are two blocks."""
+    source, boxes = randn(1, channels, 8, 9).requires_grad_(), general_boxes(1, (8, 9)).requires_grad_()
+    results = []
+    for sampler in ("triton", "gather"):
+        crops = affine_crop(source, [boxes], bins, 1.0, 1, sampler=sampler)
+        results.append([crops, *torch.autograd.grad(crops, [source, boxes], randn(*crops.shape))])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+
+
+@interpreted
+@pytest.mark.parametrize("ratio", [2, -1])
+def test_it_compiles_into_one_graph(ratio):
+    source, boxes = randn(2, 3, 8, 9).requires_grad_(), general_boxes(3, (8, 9)).requires_grad_()
+    compiled = torch.compile(affine_crop, fullgraph=True, backend="aot_eager")
+    results = []
+    for crop in (compiled, affine_crop):
+        crops = crop(source, [boxes[:1], boxes[1:]], (2, 3), 1.0, ratio, sampler="triton")
+        results.append([crops, *torch.autograd.grad(crops, [source, boxes], randn(*crops.shape))])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    exact = torch.compile(exact_crop, fullgraph=True, backend="aot_eager")(source, [boxes[:1]], 2, sampler="triton")
+    torch.testing.assert_close(exact, exact_crop(source, [boxes[:1]], 2), rtol=0, atol=1e-10)
+
+
+@interpreted
+@pytest.mark.parametrize("areas", [None, [30.0]])
+def test_the_operator_passes_opcheck(areas):
+    maps = [randn(2, 3, 8, 9).requires_grad_(), randn(2, 3, 4, 5).requires_grad_()][: 1 + bool(areas)]
+    boxes, image = general_boxes(2, (8, 9)).requires_grad_(), torch.tensor([1, 0])
+    arguments = (maps, boxes, image, areas, [2, 1], [1.0, 0.5][: len(maps)], 2, False)
+    torch.library.opcheck(torch.ops.detector.affine_crop.default, arguments)
+    upstream = randn(2, 3, 2, 1)
+    torch.library.opcheck(
+        torch.ops.detector.affine_crop_backward.default,
+        (upstream, [m.detach() for m in maps], boxes.detach(), *arguments[2:], "both"),
+    )
+
+
+@interpreted
+def test_invalid_rois_are_nan():
+    """On every device; other samplers raise errors on a CPU."""
+    boxes = general_boxes(5, (8, 9)).requires_grad_()
+    rois = with_index([0.0, 2.0, 0.5, float("nan"), -1.0], boxes)
+    source = randn(2, 3, 8, 9).requires_grad_()
+    crops = affine_crop(source, rois, 2, sampler="triton")
+    assert crops[1:].isnan().all()
+    expected = roi_align(source, rois[:1].detach(), 2)
+    torch.testing.assert_close(crops[:1], expected, rtol=0, atol=1e-10)
+    gradients = torch.autograd.grad(crops.sum(), [source, boxes])
+    torch.testing.assert_close(gradients[0], torch.autograd.grad(expected.sum(), source)[0], rtol=0, atol=1e-10)
+    assert not gradients[1][1:].any()
+    assert gradients[1][0].any()
+
+
+@interpreted
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """The zeros are never touched, so they take no memory."""
+    source = torch.zeros(3, 1, 30000, 30000, dtype=torch.bfloat16)
+    assert source.numel() > 2**31
+    source[2, 0, 20000:20002, 25000:25002] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    box = torch.tensor([[2.0, 25000, 20000, 25002, 20002]])
+    crops = affine_crop(source, box, 1, 1.0, 2, aligned=True, sampler="triton")
+    assert crops.item() == 2.5
+    crops = affine_crop(source.view(1, 1, 30000, 90000), box - torch.tensor([2.0, 0, 0, 0, 0]), 1, 1.0, 2, sampler="triton")
+    assert crops.item() == 0
+
+
+# --- Compiled for other machines -------------------------------------------------------------------------------------
+
+
+def compile_for(backend, architecture, task, channels_last, dtype="fp32", ratio=2, levels=4):
+    """Compile the kernel for a GPU that need not be here, with the arguments of an FPN of 256 channels."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from detector.crop.triton_kernels import crop_kernel
+    from detector.crop.triton_sampler import CHANNELS_PER_PROGRAM, LAUNCH_OPTIONS
+
+    pointer = f"*{dtype}"
+    types = {
+        **{"maps": (pointer,) * levels, "heights": ("fp32",) * levels, "widths": ("fp32",) * levels},
+        **{"boxes": "*fp32", "index": "*i64", "crops": pointer, "map_gradient": "*fp32", "box_gradient": "*fp32"},
+        **dict.fromkeys(["rois", "images", "box_stride", "index_stride"], "i32"),
+    }
+    constants = {
+        **{"TASK": task, "C": 256, "BINS_Y": 7, "BINS_X": 7, "SCALES": (0.25, 0.125, 0.0625, 0.03125)[:levels]},
+        **{"AREAS": (112.0**2, 224.0**2, 448.0**2)[: levels - 1], "RATIO": ratio, "ALIGNED": False},
+        **{"CHANNELS_LAST": channels_last, "GEOMETRY": tl.float32, "SUM": tl.float32, "OFFSET": tl.int32},
+        **{"BLOCK_BINS": 64, "BLOCK_C": CHANNELS_PER_PROGRAM[task]},
+    }
+    names = crop_kernel.arg_names
+    assert [*types, *constants] == names
+    aligned = [(names.index("maps"), level) for level in range(levels)]
+    aligned += [(names.index(name),) for name in types if str(types[name]).startswith("*")]
+    source = ASTSource(
+        crop_kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs=dict.fromkeys(aligned, [["tt.divisibility", 16]]),
+    )
+    warp = 64 if backend == "hip" else 32
+    return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=LAUNCH_OPTIONS).asm
+
+
+@compiled
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("task", ["crop", "both"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_channels_last_maps_are_read_and_written_in_vectors(task, dtype, architecture):
+    code = compile_for("cuda", architecture, task, True, dtype)["ptx"]
+    assert re.search(r"ld\.global\.v4\.b32", code)
+    if task == "both":
+        adds = re.findall(r"(?:atom|red)\.global\S*\.add\S*", code)
+        assert adds
+        # Earlier GPUs have no such instruction.
+        assert all(".v4.f32" in add for add in adds) == (architecture == 90)
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [("cuda", 80), ("cuda", 90), ("hip", "gfx942")], ids=str)
+@pytest.mark.parametrize("task", ["crop", "maps", "boxes", "both"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("ratio", [2, 0, -1])
+def test_every_variant_compiles(backend, task, channels_last, ratio):
+    assert compile_for(*backend, task, channels_last, ratio=ratio, levels=1 if ratio == -1 else 4)
+
+
+# --- What a call launches --------------------------------------------------------------------------------------------
+
+
+class Launches(TorchDispatchMode):
+    """The operators of a call that start a kernel on a GPU."""
+
+    FREE = {"view", "_unsafe_view", "expand", "permute", "slice", "select", "split", "split_with_sizes", "unsqueeze"}
+    FREE |= {"detach", "alias", "empty", "new_empty", "empty_like", "t", "transpose", "unbind", "as_strided"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@compiled
+@both_layouts
+@pytest.mark.parametrize("ratio", [2, -1])
+@pytest.mark.parametrize("names", [["1"], NAMES], ids=str)
+def test_one_launch_each_way_and_no_synchronisation(monkeypatch, names, ratio, layout):
+    """On tensors without values, as if on a GPU: reading one would raise, for adaptive counts too."""
+    monkeypatch.setattr(detector.crop.crop, "_why_no_triton", lambda device: None)
+    with FakeTensorMode():
+        maps = {n: torch.empty(2, 64, 128 // s, 160 // s, device="cuda") for n, s in STRIDES.items() if n in names}
+        maps = {n: m.contiguous(memory_format=layout).requires_grad_() for n, m in maps.items()}
+        boxes = [torch.empty(5, 4, device="cuda", requires_grad=True) for _ in range(2)]
+        with Launches() as forward:
+            crops = pool(ratio, names=names)(maps, boxes, [SIZE] * 2)
+        upstream = torch.ones_like(crops)
+        with Launches() as backward:
+            gradients = torch.autograd.grad(crops, [*maps.values(), *boxes], upstream)
+    assert forward.names == ["cat", "full_like", "full_like", "cat", "affine_crop"]
+    assert backward.names == ["affine_crop_backward", "sum"]
+    assert [g.stride() for g in gradients] == [t.stride() for t in (*maps.values(), *boxes)]
+
+
+@compiled
+def test_a_machine_without_a_gpu_warns_and_takes_another_sampler():
+    source, boxes = randn(1, 2, 8, 9), [general_boxes(2, (8, 9))]
+    if torch.cuda.is_available():
+        source, boxes = source.cuda(), [boxes[0].cuda()]
+        pytest.skip("has a GPU")
+    with pytest.warns(UserWarning, match="triton"):
+        crops = affine_crop(source, boxes, 2, 1.0, 2, sampler="triton")
+    assert torch.equal(crops, affine_crop(source, boxes, 2, 1.0, 2))
+    with pytest.warns(UserWarning, match="triton"):
+        crops = exact_crop(source, boxes, 2, sampler="triton")
+    assert torch.equal(crops, exact_crop(source, boxes, 2))
