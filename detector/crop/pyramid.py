@@ -88,6 +88,18 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         options = (self.sampling_ratio, self.aligned, self.sampler)
         return crop_levels(features, boxes, level_of, self.output_size, scales, *options)
 
+    def box_gradient(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], upstream: Tensor
+    ) -> list[Tensor]:
+        """Return the gradient at the boxes, [L, 4] per image, of a loss whose gradient at their crops is ``upstream``.
+
+        Features and boxes get no gradient. The other arguments are those of the call.
+        """
+        with torch.enable_grad():
+            leaves = [b.detach().requires_grad_() for b in boxes]
+            crops = self.forward({name: feature.detach() for name, feature in x.items()}, leaves, image_shapes)
+            return list(torch.autograd.grad(crops, leaves, upstream))
+
     def _level_of(self, scales: list[float | Tensor], corners: Tensor) -> Tensor:
         """Return each RoI's level: -1 for a negative area, as in torchvision, and 0 for boxes that are not finite."""
         ends = (scales[0], scales[-1])

@@ -1,6 +1,7 @@
 """Settings, scale and bound of the gradient from the RoI heads' losses to the proposals."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -66,11 +67,31 @@ class BoxGradient:
 
 
 def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
-    """Return ``tensor`` with its gradient multiplied by ``scale``. Finite values do not change by a bit."""
-    if scale == 1:
+    """Return ``tensor`` with its gradient multiplied by ``scale``."""
+    if scale == 0:
+        return tensor.detach()
+    if scale == 1 or not tensor.requires_grad:
         return tensor
-    constant = tensor.detach()
-    return constant if scale == 0 else constant + scale * (tensor - constant)
+    scaled = tensor.view_as(tensor)
+    scaled.register_hook(lambda gradient: scale * gradient)
+    return scaled
+
+
+def add_gradient(loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Return ``loss`` with further gradients at ``tensors``; its value stays, also where a gradient is infinite."""
+    return _AddedGradient.apply(loss, *gradients, *tensors)
+
+
+class _AddedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *gradients_and_tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients_and_tensors[: len(gradients_and_tensors) // 2])
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return upstream, *[None] * len(gradients), *(upstream * gradient for gradient in gradients)
 
 
 def bounded_copies(tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
