@@ -78,7 +78,7 @@ def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
 
 
 def add_gradient(loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return ``loss`` with further gradients at ``tensors``; its value stays, also where a gradient is infinite."""
+    """Return ``loss`` with ``gradients`` at ``tensors`` added to its own; its value stays, even for an infinite one."""
     return _AddedGradient.apply(loss, *gradients, *tensors)
 
 
@@ -92,6 +92,33 @@ class _AddedGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
         return upstream, *[None] * len(gradients), *(upstream * gradient for gradient in gradients)
+
+
+def attached_targets(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return torchvision's regression targets of boxes, both [K, 4], with their gradient to the boxes.
+
+    torchvision's encoder has a backward pass of four times as many steps. In an image without objects, where targets
+    are logarithms of 0, that makes NaN of gradients that are 0.
+    """
+    return _AttachedTargets.apply(targets.detach(), boxes, weights)
+
+
+class _AttachedTargets(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
+        attached = targets.view_as(targets)
+        ctx.weights = weights
+        ctx.save_for_backward(attached, boxes)
+        return attached
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        # The targets are weight * (true centre - centre) / size, and weight * log(true size / size).
+        targets, boxes = ctx.saved_tensors
+        weighted = torch.stack([w * g for w, g in zip(ctx.weights, gradient.unbind(1), strict=True)], dim=1)
+        size, half = boxes[:, 2:] - boxes[:, :2], weighted[:, :2] / 2
+        shrink = gradient[:, :2] * targets[:, :2] + weighted[:, 2:]  # minus the derivative by the log of the size
+        return None, torch.cat([shrink - half, -shrink - half], dim=1) / size.repeat(1, 2), None
 
 
 def bounded_copies(tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.rcnn.box_gradient import BoxGradient, LossName, add_gradient, scale_gradient
-from detector.rcnn.forward import Boxes, Features, Found, HeadOutput, Losses, Sizes, Targets
+from detector.rcnn.box_gradient import BoxGradient, LossName, add_gradient, attached_targets, scale_gradient
+from detector.rcnn.forward import Boxes, Features, Found, HeadOutput, Sizes, Targets
 from detector.rcnn.watch import BoxGradientWatch
 
 # torchvision's names of the losses, by the pool whose crops they are computed from.
@@ -21,9 +21,9 @@ LOSSES: dict[str, dict[LossName, str]] = {
 class AttachedRoIHeads(RoIHeads):
     """torchvision's RoI heads with the gradient that :class:`~detector.BoxGradient` describes.
 
-    The sampled proposals stay attached, and a hook drops the gradient of all but the positives. A pool crops at attached
-    boxes if all losses of its crops move proposals, and at constant ones if none does. If only one of the two losses of
-    the box head does, the pool crops at constant boxes, and the gradient of that loss at the boxes is computed apart.
+    The sampled proposals stay attached, and a hook drops the gradients of all but the positives. A pool crops at
+    attached boxes if all losses of its crops move proposals, and at constant boxes otherwise. If only one of the box
+    head's two losses does, its gradient at the crops is taken apart from the other's and carried on to the boxes.
     """
 
     mixin_order = 1
@@ -39,18 +39,19 @@ class AttachedRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes, targets)
         used = {"box": True, "mask": self.has_mask(), "keypoint": self.has_keypoint()}
         names = [name for name in LOSSES if used[name]]
-        calls = iter(names)  # the order of the calls; two names may share a pool
+        calls = iter(names)  # torchvision's order of the crops; two of them may share a pool
         moving = [name for loss, name in LOSSES["box"].items() if loss in self.box_gradient.losses]
         apart = moving if self.box_gradient.crop > 0 and len(moving) == 1 else []
         crops: list[Tensor] = []
 
         def attach(module: nn.Module, given: Any) -> Any:
-            name, (maps, boxes, sizes) = next(calls), given
-            scale = self.box_gradient.crop if LOSSES[name].keys() <= set(self.box_gradient.losses) else 0
-            attached = [scale_gradient(b, scale) for b in boxes]
-            if name != "box":  # torchvision crops the true masks and places the true keypoints at the boxes of this list
+            pool, (maps, boxes, sizes) = next(calls), given
+            scale = self.box_gradient.crop if LOSSES[pool].keys() <= set(self.box_gradient.losses) else 0
+            scaled = [scale_gradient(b, scale) for b in boxes]
+            if pool != "box":
+                # In place, as torchvision takes the targets of masks and keypoints at the boxes of this list.
                 boxes[:] = [b.detach() for b in boxes]
-            return maps, attached, sizes
+            return maps, scaled, sizes
 
         def record(module: nn.Module, given: Any, output: Tensor) -> Tensor:
             # Without a graph, all layers below are frozen.
@@ -63,7 +64,7 @@ class AttachedRoIHeads(RoIHeads):
         try:
             result, losses = super().forward(features, proposals, image_shapes, targets)
             for name in apart:
-                losses[name] = self._with_crop_path(losses[name], crops[0], features, image_shapes)
+                losses[name] = self._with_box_gradient(losses[name], crops[0], features, image_shapes)
         finally:
             self.__dict__.pop("_sampled", None)  # releases the graph of the step
             for handle in handles:
@@ -73,25 +74,30 @@ class AttachedRoIHeads(RoIHeads):
     def select_training_samples(self, proposals: Boxes, targets: Targets) -> tuple[list[Tensor], ...]:
         sampled, matched, labels, regression_targets = super().select_training_samples(proposals, targets)
         assert targets is not None  # checked by torchvision
+        if not any(boxes.requires_grad for boxes in sampled):
+            return sampled, matched, labels, regression_targets
         positive = [image_labels > 0 for image_labels in labels]
         for boxes, mask in zip(sampled, positive):
             if boxes.requires_grad:
-                # Not a product with the mask: for an image without objects, the targets are logarithms of 0, whose
-                # derivative is infinite.
                 boxes.register_hook(lambda gradient, mask=mask: torch.where(mask[:, None], gradient, 0))
         if self.box_gradient_watch is not None:
             for boxes, mask, target, match in zip(sampled, positive, targets, matched):
                 self.box_gradient_watch.watch_positives(boxes, mask, target["boxes"].to(boxes.dtype)[match[mask]])
         self._sampled = sampled, positive
-        return sampled, matched, labels, [scale_gradient(t, self.box_gradient.coder_scale) for t in regression_targets]
+        regression_targets = [t.detach() for t in regression_targets]
+        if (scale := self.box_gradient.coder_scale) > 0:
+            boxes = scale_gradient(torch.cat(sampled), scale)
+            attached = attached_targets(torch.cat(regression_targets), boxes, self.box_coder.weights)
+            regression_targets = list(attached.split([len(t) for t in regression_targets]))
+        return sampled, matched, labels, regression_targets
 
     def postprocess_detections(self, class_logits: Tensor, box_regression: Tensor, *boxes_and_sizes: Any) -> Found:
         # The box coder would cast the proposals to the deltas' dtype, bfloat16 under autocast.
         dtype = torch.promote_types(box_regression.dtype, torch.float32)
         return super().postprocess_detections(class_logits.to(dtype), box_regression.to(dtype), *boxes_and_sizes)
 
-    def _with_crop_path(self, loss: Tensor, crop: Tensor, features: Features, sizes: Sizes) -> Tensor:
-        """Return the loss with its gradient through the box pool's crops at the boxes of the sampled RoIs."""
+    def _with_box_gradient(self, loss: Tensor, crop: Tensor, features: Features, sizes: Sizes) -> Tensor:
+        """Return a loss of the box head with its gradient at the sampled RoIs, through their crops."""
         assert self._sampled is not None  # set by select_training_samples
         boxes, positive = self._sampled
         # A gradient scaler would act too late for gradients that underflow in float16 here.
@@ -106,9 +112,9 @@ class AttachedRoIHeads(RoIHeads):
 
 
 def reads_are_free(tensor: Tensor) -> bool:
-    """Return whether rows can be selected by a mask without a wait.
+    """Return whether the host can read a tensor's values, such as the number of positives, without a wait.
 
-    On a CPU the crops of the positives alone are cheaper than those of all RoIs. On a GPU the selection would
-    synchronise with the host, and without it the gradients of the others are 0 or dropped.
+    A CPU is faster with the positives alone. On a GPU their number is a synchronisation, which takes longer than the
+    gradients of all sampled RoIs.
     """
     return tensor.is_cpu

@@ -27,11 +27,7 @@ def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, tr
     count = max(len(target), 1)
     current = boxes
     box_losses, iou_losses = [], []
-    for iteration in range(refinement.config.train_iterations):
-        if iteration:
-            moved = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], sizes)
-            has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in moved]
-            current = [torch.where(*one) for one in zip(has_size, moved, [b.detach() for b in current])]
+    for remaining in reversed(range(refinement.config.train_iterations)):
         deltas, predicted_iou = refinement(features, [scale_gradient(b, settings.crop) for b in current], sizes)
         all_boxes = torch.cat(current)
         iou = paired_iou(all_boxes.detach(), target)
@@ -40,6 +36,11 @@ def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, tr
         errors = F.smooth_l1_loss(bounded[0], target_deltas, beta=BETA, reduction="none").sum(1)
         box_losses.append((errors * (iou >= MIN_TRAINING_IOU)).sum() / (4 * count))
         iou_losses.append(F.binary_cross_entropy_with_logits(predicted_iou, iou, reduction="sum") / count)
+        if remaining:
+            constant = [b.detach() for b in current]
+            moved = decode(bounded[1], current if settings.enabled else constant, sizes)
+            has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in moved]
+            current = [torch.where(*one) for one in zip(has_size, moved, constant)]
     return {"loss_refinement_box": torch.stack(box_losses).sum(), "loss_refinement_iou": torch.stack(iou_losses).sum()}
 
 

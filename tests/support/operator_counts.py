@@ -7,20 +7,22 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-# They allocate or describe memory, and start no kernel. So do views, which the schema of an operator tells.
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "promote_types"}
-# On a GPU they wait for it: their result has a size, or a value, that the host needs. "lift_fresh" is torch.tensor()
-# and torch.as_tensor() of Python numbers, a copy from pageable memory.
+# They allocate or describe memory. So do views, which the schema of an operator tells.
+NO_KERNEL = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"),
+    *("lift_fresh", "promote_types"),
+}
+# On a GPU the host waits for them, for the size or the value of their result. "lift_fresh" is torch.tensor() and
+# torch.as_tensor() of Python's numbers, a copy from pageable memory.
 SYNCHRONISES = {
     *("nonzero", "nonzero_numpy", "_local_scalar_dense", "masked_select", "equal", "allclose", "bincount", "histc"),
-    *("unique_dim", "_unique", "_unique2", "unique_consecutive", "nms", "lift_fresh", "linalg_inv_ex"),
+    *("unique_dim", "_unique", "_unique2", "unique_consecutive", "nms", "lift_fresh"),
 }
 READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.__array__}
 
 
 class OperatorCounts(TorchDispatchMode):
-    """Counts operators by name, forward and backward: in ``kernels`` those that start any, in ``syncs`` those that
-    synchronise with the host."""
+    """Counts operators by name: in ``kernels`` those that start one, in ``syncs`` those that wait for the device."""
 
     def __init__(self):
         super().__init__()
