@@ -97,8 +97,8 @@ class _AddedGradient(torch.autograd.Function):
 def attached_targets(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
     """Return torchvision's regression targets of boxes, both [K, 4], with their gradient to the boxes.
 
-    torchvision's encoder has a backward pass of four times as many steps. In an image without objects, where targets
-    are logarithms of 0, that makes NaN of gradients that are 0.
+    The backward pass of torchvision's encoder starts 47 kernels, this one 15. In an image without objects, where
+    targets are logarithms of 0, torchvision's makes NaN of gradients that are 0.
     """
     return _AttachedTargets.apply(targets.detach(), boxes, weights)
 
