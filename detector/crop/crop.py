@@ -34,7 +34,7 @@ from detector.crop.rois import (
     place_rois,
     split_rois,
 )
-from detector.crop.triton_sampler import EXACT, crop_by_triton, why_not
+from detector.crop.triton_sampler import EXACT, box_gradient_by_triton, crop_by_triton, why_not
 
 Sampler = Literal["auto", "grid_sample", "gather", "triton"]
 MIN_CHANNELS_TO_GATHER = 32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
@@ -128,6 +128,29 @@ def crop_levels(
         counts = rois.counts if sampling_ratio > 0 else None
         crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
     return rois.finish(crops, maps[0].dtype)
+
+
+def box_gradient(
+    maps: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    levels: Levels | None,
+    output_size: int | Sequence[int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    sampler: Sampler,
+    upstream: Tensor,
+) -> list[Tensor]:
+    """Return the gradient at boxes, [L, 4] per image, from that at their crops. Maps and boxes get no gradient."""
+    if sampler == "triton" and _runs_triton(maps, boxes):
+        image, corners, _ = split_rois(maps, boxes, spatial_scales)
+        geometry = (levels.least_areas() if levels else None, pair("output_size", output_size), spatial_scales)
+        gradient = box_gradient_by_triton(maps, corners, image, *geometry, max(sampling_ratio, 0), aligned, upstream)
+        return list(gradient.split([len(b) for b in boxes]))
+    with torch.enable_grad():
+        maps, leaves = [m.detach() for m in maps], [b.detach().requires_grad_() for b in boxes]
+        geometry = (levels, output_size, spatial_scales, sampling_ratio, aligned, sampler)
+        return list(torch.autograd.grad(crop_levels(maps, leaves, *geometry), leaves, upstream))
 
 
 def exact_crop(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
-from detector.crop.crop import Sampler, check_sampler, crop_levels
+from detector.crop.crop import Sampler, box_gradient, check_sampler, crop_levels
 from detector.crop.rois import Levels, pair
 
 
@@ -73,6 +73,23 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             boxes: one [L, 4] tensor per image.
             image_shapes: (height, width) of the resized, unpadded images; they give the strides of the levels.
         """
+        maps, geometry = self._maps_and_geometry(x, image_shapes)
+        return crop_levels(maps, boxes, *geometry)
+
+    def box_gradient(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], upstream: Tensor
+    ) -> list[Tensor]:
+        """Return the gradient at the boxes, [L, 4] per image, of a loss whose gradient at their crops is ``upstream``.
+
+        Features and boxes get no gradient. The other arguments are those of the call.
+        """
+        maps, geometry = self._maps_and_geometry(x, image_shapes)
+        return box_gradient(maps, boxes, *geometry, upstream)
+
+    def _maps_and_geometry(
+        self, x: dict[str, Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[list[Tensor], tuple[Any, ...]]:
+        """Return the arguments of :func:`.crop_levels` other than the boxes."""
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
             raise ValueError(f"x has none of the feature maps {self.featmap_names}, only {list(x)}")
@@ -80,15 +97,12 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             raise ValueError("image_shapes must have the size of at least one image, got none")
         largest = [max(sides) for sides in zip(*image_shapes)]
         scales = [_scale(feature.shape[-2:], largest, self.size_divisible) for feature in features]
-        options = (self.sampling_ratio, self.aligned, self.sampler)
-        return crop_levels(features, boxes, self._levels(scales), self.output_size, scales, *options)
-
-    def _levels(self, scales: list[Any]) -> Levels | None:
-        if len(scales) == 1:
-            return None
-        ends = (scales[0], scales[-1])
-        first, last = (-torch.log2(s).round() if isinstance(s, Tensor) else -int(log2(s)) for s in ends)
-        return Levels(first, last, self.canonical_scale, self.canonical_level)
+        levels = None
+        if len(scales) > 1:
+            ends: Any = (scales[0], scales[-1])
+            first, last = (-torch.log2(s).round() if isinstance(s, Tensor) else -int(log2(s)) for s in ends)
+            levels = Levels(first, last, self.canonical_scale, self.canonical_level)
+        return features, (levels, self.output_size, scales, self.sampling_ratio, self.aligned, self.sampler)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, aligned={self.aligned}, sampler={self.sampler})"

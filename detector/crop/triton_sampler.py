@@ -42,8 +42,26 @@ def crop_by_triton(
         [K, C, bins, bins] in the dtype of the first map. RoIs on no level are zero. RoIs with a bad image index or a
         non-finite coordinate are NaN.
     """
-    geometry = (areas or None, list(bins), list(spatial_scales), max(sampling_ratio, EXACT), aligned)
+    geometry = (areas or None, list(bins), list(spatial_scales), sampling_ratio, aligned)
     return _crop(list(maps), boxes, image.detach(), *geometry)
+
+
+@torch.no_grad()
+def box_gradient_by_triton(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    image: Tensor,
+    areas: Sequence[float] | None,
+    bins: tuple[int, int],
+    spatial_scales: Sequence[float],
+    sampling_ratio: int,
+    aligned: bool,
+    upstream: Tensor,
+) -> Tensor:
+    """Return the gradient at boxes [K, 4], given that at their crops. The crops are not computed for it."""
+    geometry = (areas or None, list(bins), list(spatial_scales), sampling_ratio, aligned)
+    _, parts = _gradients(upstream, list(maps), boxes, image, *geometry, "boxes")
+    return _of_boxes(parts, boxes)
 
 
 @cache
@@ -181,11 +199,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return of_maps, of_boxes, None, *[None] * len(ctx.geometry)
     task = "both" if needs_maps and needs_boxes else "maps" if needs_maps else "boxes"
     flat, parts = _gradients(grad, maps, boxes, image, *ctx.geometry, task)
-    of_boxes = (parts[0] if len(parts) == 1 else parts.sum(0)).to(boxes.dtype) if needs_boxes else None
+    of_boxes = _of_boxes(parts, boxes) if needs_boxes else None
     return _of_maps(flat, maps) if needs_maps else [None] * len(maps), of_boxes, None, *[None] * len(ctx.geometry)
 
 
 _crop.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _of_boxes(parts: Tensor, boxes: Tensor) -> Tensor:
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(boxes.dtype)
 
 
 def _flat(needed: Any) -> Sequence[bool]:

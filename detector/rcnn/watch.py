@@ -26,11 +26,13 @@ class BoxGradientWatch:
             others.register_hook(lambda g: gradients.update(others=g))
             deltas.register_hook(record)
 
-    def watch_positives(self, boxes: Tensor, truth: Tensor) -> None:
-        sides = (boxes[:, 2:] - boxes[:, :2]).detach().repeat(1, 2)
-        direction = (truth - boxes.detach()) / sides  # 0 for ground truth among the RoIs
+    def watch_positives(self, boxes: Tensor, positive: Tensor, truth: Tensor) -> None:
+        corners = boxes.detach()[positive]
+        sides = (corners[:, 2:] - corners[:, :2]).repeat(1, 2)
+        direction = (truth - corners) / sides  # 0 for ground truth among the RoIs
 
         def record(gradient: Tensor) -> None:
+            gradient = gradient[positive]
             rows = direction.any(1) & gradient.any(1)
             self._cosines.append(torch.cosine_similarity((-gradient * sides)[rows], direction[rows], dim=1, eps=0))
 

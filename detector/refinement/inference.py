@@ -1,6 +1,7 @@
 """Test-time refinement: refinement iterations, gradient ascent on the predicted IoU, and rescoring."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ def refine_detections(refinement: Refinement, features: Features, found: Found, 
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
-    counts = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in found[1]]
+    counts: Any = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in found[1]]
+    if not torch.jit.is_tracing():
+        counts = torch.stack(counts).tolist()  # one synchronization with the device for all images
     boxes, ious = iterate(refinement, features, [b[:count] for b, count in zip(found[0], counts)], image_sizes)
     if config.ascent_steps and not torch.jit.is_tracing() and any(map(len, boxes)):
         lengths = [len(b) for b in boxes]

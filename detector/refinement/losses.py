@@ -9,7 +9,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from detector.rcnn.box_gradient import bounded_copies, scale_gradient
 from detector.rcnn.forward import Boxes, Features, Losses, Sizes
-from detector.refinement.boxes import CODER, decode, move, paired_iou
+from detector.refinement.boxes import decode, encode, move, paired_iou
 from detector.refinement.head import Refinement
 
 BETA = 1 / 9  # of the smooth L1 loss, as in torchvision
@@ -27,18 +27,20 @@ def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, tr
     count = max(len(target), 1)
     current = boxes
     box_losses, iou_losses = [], []
-    for _ in range(refinement.config.train_iterations):
-        cropped = [scale_gradient(b, settings.crop) for b in current]
-        deltas, predicted_iou = refinement(features, cropped, sizes)
-        iou = paired_iou(torch.cat(current).detach(), target)
+    for remaining in reversed(range(refinement.config.train_iterations)):
+        deltas, predicted_iou = refinement(features, [scale_gradient(b, settings.crop) for b in current], sizes)
+        all_boxes = torch.cat(current)
+        iou = paired_iou(all_boxes.detach(), target)
         bounded = bounded_copies(deltas, settings.bound) if settings.enabled else (deltas, deltas.detach())
-        target_deltas = CODER.encode_single(target, scale_gradient(torch.cat(current), settings.coder_scale))
+        target_deltas = encode(target, scale_gradient(all_boxes, settings.coder_scale))
         errors = F.smooth_l1_loss(bounded[0], target_deltas, beta=BETA, reduction="none").sum(1)
         box_losses.append((errors * (iou >= MIN_TRAINING_IOU)).sum() / (4 * count))
         iou_losses.append(F.binary_cross_entropy_with_logits(predicted_iou, iou, reduction="sum") / count)
-        current = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], sizes)
-        has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in current]
-        current = [torch.where(*one) for one in zip(has_size, current, [b.detach() for b in cropped])]
+        if remaining:
+            constant = [b.detach() for b in current]
+            moved = decode(bounded[1], current if settings.enabled else constant, sizes)
+            has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in moved]
+            current = [torch.where(*one) for one in zip(has_size, moved, constant)]
     return {"loss_refinement_box": torch.stack(box_losses).sum(), "loss_refinement_iou": torch.stack(iou_losses).sum()}
 
 
@@ -50,16 +52,16 @@ def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -
         copies = true.repeat(BOXES_PER_OBJECT, 1)
         # Each copy has its own standard deviation, between 0 and the maximum.
         offsets = torch.randn_like(copies) * torch.rand_like(copies[:, :1]) * JITTER
-        jittered = clip_boxes_to_image(move(copies, offsets), size)
-        near = paired_iou(jittered, copies) >= MIN_TRAINING_IOU
-        jittered, copies = jittered[near], copies[near]
+        all_boxes, targets = clip_boxes_to_image(move(copies, offsets), size), copies
+        overlap = paired_iou(all_boxes, copies)
         if len(true) and len(own):
-            iou, match = box_iou(own.detach(), true).max(dim=1)
-            near = iou >= MIN_TRAINING_IOU
-            jittered, copies = torch.cat([jittered, own[near]]), torch.cat([copies, true[match[near]]])
-        sampled = torch.randperm(len(jittered), device=jittered.device)[:BOXES_PER_IMAGE]
-        boxes.append(jittered[sampled])
-        matched.append(copies[sampled])
+            own_overlap, match = box_iou(own.detach(), true).max(dim=1)
+            all_boxes, targets = torch.cat([all_boxes, own]), torch.cat([copies, true[match]])
+            overlap = torch.cat([overlap, own_overlap])
+        near = torch.where(overlap >= MIN_TRAINING_IOU)[0]  # the only synchronization with the device
+        sampled = near[torch.randperm(len(near), device=near.device)[:BOXES_PER_IMAGE]]
+        boxes.append(all_boxes[sampled])
+        matched.append(targets[sampled])
     return boxes, matched
 
 

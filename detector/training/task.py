@@ -112,7 +112,7 @@ class DetectionTask(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        self.image_ids = [int(target["image_id"]) for target in targets]
+        self.image_ids = torch.stack([target["image_id"] for target in targets]).tolist()  # one synchronisation
         losses = self.losses(images, targets)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
@@ -134,7 +134,7 @@ class DetectionTask(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        self.image_ids = [int(target["image_id"]) for target in targets]
+        self.image_ids = torch.stack([target["image_id"] for target in targets]).tolist()  # one synchronisation
         self._seed_sampling(0)  # the same in every epoch, so that losses can be compared
         detections, losses = detect_with_losses(self.model, images, targets)
         self.results += to_results(detections, self.image_ids, self.data.val_set.category_ids)

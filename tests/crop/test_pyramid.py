@@ -86,6 +86,23 @@ def test_gradients_through_every_level(sampler, ratio, names, sides):
 
 @both_samplers
 @pytest.mark.parametrize("names", [NAMES, ["1"]], ids=str)
+@pytest.mark.parametrize("counts", [(3, 0), (0, 2), (0, 0)], ids=str)
+def test_the_gradient_at_the_boxes_without_a_graph(sampler, names, counts):
+    features = {name: feature.requires_grad_() for name, feature in pyramid(2, SIZE).items()}
+    boxes = [random_boxes(count, count).requires_grad_() for count in counts]
+    pool = MultiScaleAffineCrop(names, 3, 2, **SMALL, sampler=sampler)
+    crops = pool(features, boxes, [SIZE, (100, 130)])
+    upstream = randn(*crops.shape)
+    with torch.no_grad():
+        gradients = pool.box_gradient(features, boxes, [SIZE, (100, 130)], upstream)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(crops, boxes, upstream), strict=True):
+        assert not gradient.requires_grad
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+        assert gradient.any() == bool(len(gradient))
+
+
+@both_samplers
+@pytest.mark.parametrize("names", [NAMES, ["1"]], ids=str)
 def test_degenerate_boxes(sampler, names):
     """Boxes of negative area are zero where there are several levels, as in torchvision."""
     features = pyramid(1, SIZE)

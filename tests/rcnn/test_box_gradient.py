@@ -20,6 +20,7 @@ from torchvision.ops import clip_boxes_to_image, poolers
 from torchvision.ops.roi_align import _roi_align
 
 from detector import BoxGradient, swap_crop_head
+from detector.rcnn.box_gradient import add_gradient
 
 SHAPES = [(SIZE, SIZE), (SIZE - 8, SIZE)]
 EVERY_LOSS = ("box", "classification", "mask", "keypoint")
@@ -258,7 +259,8 @@ def test_images_without_objects(empty):
     case = Case()
     for image in empty:
         case.targets[image] = {"boxes": torch.zeros(0, 4, dtype=torch.float64), "labels": torch.zeros(0).long()}
-    gradient = case.gradient(BoxGradient(losses=EVERY_LOSS), "loss_box_reg", "loss_classifier")
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way, which the hook at the boxes would hide
+        gradient = case.gradient(BoxGradient(losses=EVERY_LOSS), "loss_box_reg", "loss_classifier")
     assert gradient.isfinite().all()
     for image, part in enumerate(gradient.split([len(p) for p in case.proposals])):
         assert part.any() == (image not in empty)
@@ -281,6 +283,14 @@ def test_the_graph_does_not_outlive_the_step(case, fails):
     alive = step()
     gc.collect()
     assert alive() is None
+
+
+def test_a_gradient_that_overflows_leaves_the_loss_finite():
+    """A gradient scaler skips the step, while a loss that is not finite ends the training."""
+    boxes = torch.ones(2, 4, requires_grad=True)
+    loss = add_gradient(boxes.sum(), [boxes], [torch.tensor([[math.inf] * 4, [2.0] * 4])])
+    assert loss.item() == 8
+    assert torch.autograd.grad(3 * loss, boxes)[0].tolist() == [[math.inf] * 4, [9.0] * 4]
 
 
 def test_float16_crops_do_not_lose_small_gradients():
