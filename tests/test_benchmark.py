@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
-    benchmark.main([*TINY, "--layouts", "channels_last", "--folder", str(folder)])
+    options = ["--detectors", *benchmark.DETECTORS, "--detector_dtypes", "float32", "bfloat16", "--batches", "1", "2"]
+    benchmark.main([*TINY, *options, "--layouts", "channels_last", "--folder", str(folder)])
     return folder
 
 
@@ -36,11 +37,12 @@ def test_everything_is_measured(results):
     assert ("FPN", "float32", "channels_last", 12, 7, benchmark.DETERMINISTIC) in measured
     for entry in data["poolers"]:
         assert 0 < entry["forward"]["seconds"][0] < entry["forward_backward"]["seconds"][0]
-    assert len({(entry["task"], entry["layout"], entry["swapped"]) for entry in data["detector"]}) == 4
+    assert ("single level", "float32", "channels_last", 12, 7, "gather, exact") in measured
+    assert len({(entry["task"], *entry["case"].values(), entry["swapped"]) for entry in data["detector"]}) == 32
     assert all(entry["seconds"][0] > 0 for entry in data["detector"])
     text = (results / "benchmark.md").read_text()
     assert "| FPN, 7 x 7, bfloat16, channels_last | 12 | gather |" in text
-    assert "| training step | channels_last |" in text
+    assert "| maskrcnn_resnet50_fpn | training step | 2 | bfloat16, channels_last |" in text
 
 
 def test_results_are_rendered_again(results, tmp_path, capsys):
@@ -57,9 +59,9 @@ def test_a_ratio_is_taken_within_each_round():
 
 
 def test_targets_make_positives():
-    model = benchmark.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=64, max_size=96)
-    images = [torch.rand(3, 64, 96)]
-    target = benchmark._reachable_targets(model, images)
+    options = argparse.Namespace(size=[64, 96], device=torch.device("cpu"), sampler="auto")
+    case = benchmark.DetectorCase("fasterrcnn_resnet50_fpn", 1, "float32", "NCHW")
+    (target,) = benchmark._reachable_targets(benchmark.make_detector(case, options, False), [torch.rand(3, 64, 96)])
     assert (target["boxes"][:, 2:] <= torch.tensor([96, 64])).all()
     assert (target["boxes"][:, 2:] - target["boxes"][:, :2] > 16).any(1).all()
 
@@ -120,7 +122,7 @@ def test_a_pooler_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
         return forward(pooler, *arguments)
 
     monkeypatch.setattr(benchmark.MultiScaleAffineCrop, "forward", out_of_memory)
-    options = ["--no_detector", "--dtypes", "float32", "--sampling_ratio", "0", "--layouts", "NCHW"]
+    options = ["--detectors", "--dtypes", "float32", "--sampling_ratio", "0", "--layouts", "NCHW"]
     benchmark.main([*TINY, *options, "--folder", str(tmp_path)])
     data = json.loads((tmp_path / "benchmark.json").read_text())
     assert {entry["pooler"] for entry in data["poolers"] if "error" in entry} == {"grid_sample"}

@@ -1,6 +1,8 @@
 """Measure the time and memory of RoI poolers side by side, then of a whole detector with each.
 
 python tools/benchmark.py                                                everything, 15 minutes on 2 CPU cores
+python tools/benchmark.py --device cuda --repeats 20 --sampler triton \
+  --detectors fasterrcnn_resnet50_fpn maskrcnn_resnet50_fpn --batches 1 8 --detector_dtypes float32 bfloat16    on a GPU
 python tools/benchmark.py --render runs/benchmark/.../benchmark.json     write the tables again
 
 Each round runs every pooler once, in changing order, and ratios are taken within a round. All poolers but torchvision's
@@ -10,6 +12,7 @@ compute gradients of boxes. Forward is timed as in training, with the tensors fo
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import platform
@@ -22,22 +25,26 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
+from torchvision.models import detection
+from torchvision.models.detection import FasterRCNN
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 from tqdm import tqdm
 
-from detector import BoxGradient, MultiScaleAffineCrop, swap_crop_head
+from detector import BoxGradient, MultiScaleAffineCrop, exact_crop, swap_crop_head
+from detector.crop.crop import Sampler
+from detector.crop.triton_sampler import why_not
 
 STRIDES = (4, 8, 16, 32)
 REFERENCE = "torchvision"
 DETERMINISTIC = "gather, deterministic"
+DETECTORS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -113,12 +120,27 @@ def _neighbours(start: float, end: float, bins: int, sampling_ratio: int, size: 
     return torch.cat([low, low + 1]).clamp(max=size - 1).unique()
 
 
+class ExactPool(nn.Module):
+    """The exact crop, as a pooler of one level of stride 16."""
+
+    def __init__(self, bins: int, sampler: Any) -> None:
+        super().__init__()
+        self.bins, self.sampler = bins, sampler
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        (source,) = x.values()
+        return exact_crop(source, boxes, self.bins, 1 / 16, sampler=self.sampler)
+
+
 def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module]:
     names = [str(level) for level, stride in enumerate(STRIDES) if case.maps == "FPN" or stride == 16]
     arguments = (names, case.bins, options.sampling_ratio)
     poolers: dict[str, nn.Module] = {REFERENCE: MultiScaleRoIAlign(*arguments)}
-    poolers["grid_sample"] = MultiScaleAffineCrop(*arguments, sampler="grid_sample")
-    poolers["gather"] = MultiScaleAffineCrop(*arguments, sampler="gather")
+    samplers: list[Any] = ["gather", "triton"] if why_not(options.device) is None else ["gather"]
+    for sampler in ("grid_sample", *samplers):
+        poolers[sampler] = MultiScaleAffineCrop(*arguments, sampler=sampler)
+    if case.maps == "single level":
+        poolers |= {f"{sampler}, exact": ExactPool(case.bins, sampler) for sampler in samplers}
     if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", "channels_last"):
         poolers[DETERMINISTIC] = poolers["gather"]
     return poolers
@@ -219,56 +241,78 @@ def measure_poolers(cases: list[Case], options: argparse.Namespace, bandwidth: f
             yield result | {"peak_bytes": None if None in peaks else peaks}
 
 
-def measure_detector(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the times of training steps and inferences of a Faster R-CNN, stock and swapped, in each layout."""
+@dataclass(frozen=True)
+class DetectorCase:
+    """A detector of torchvision's with random weights, and what it gets."""
+
+    name: str
+    images: int
+    dtype: str  # bfloat16: under autocast, as bf16-mixed training
+    layout: str
+
+
+def make_detector(case: DetectorCase, options: argparse.Namespace, swapped: bool) -> FasterRCNN:
     torch.manual_seed(0)
-    images = [torch.rand(3, *options.size, device=options.device)]
     sizes = {"min_size": min(options.size), "max_size": max(options.size)}
-
-    def build() -> FasterRCNN:
-        torch.manual_seed(0)
-        return fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **sizes).to(options.device)
-
-    targets = [_reachable_targets(build(), images)]
-    models = {}
-    for layout in options.layouts:
-        models[layout, False] = build().to(memory_format=LAYOUTS[layout])
-        models[layout, True] = swap_crop_head(build().to(memory_format=LAYOUTS[layout]), BoxGradient.exact())
-    # With a step size of 0, so that every round has the same weights.
-    optimizers = {key: torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9) for key, model in models.items()}
-
-    def train(key: tuple[str, bool]) -> None:
-        torch.manual_seed(0)  # the sampling of RoIs
-        for module in models[key].train().modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        losses = models[key](images, [dict(target) for target in targets])
-        optimizers[key].zero_grad()
-        sum(losses.values()).backward()
-        optimizers[key].step()
-
-    def infer(key: tuple[str, bool]) -> None:
-        with torch.no_grad():
-            models[key].eval()(images)
-
-    for task, job in {"training step": train, "inference": infer}.items():
-        runs = {key: partial(seconds_of, partial(job, key), options.device) for key in models}
-        seconds, errors = rounds(runs, options.repeats, task)
-        if errors:
-            raise RuntimeError(next(iter(errors.values())))
-        for (layout, swapped), values in seconds.items():
-            yield {"task": task, "layout": layout, "swapped": swapped, "seconds": values}
+    model = getattr(detection, case.name)(weights=None, weights_backbone=None, **sizes)
+    model = model.to(options.device, memory_format=LAYOUTS[case.layout])
+    losses = BoxGradient(losses=("box", "mask")) if "mask" in case.name else BoxGradient()
+    return swap_crop_head(model, losses, sampler=options.sampler) if swapped else model
 
 
-def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> dict[str, Tensor]:
+def measure_detectors(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the times of training steps and inferences of detectors, stock and swapped."""
+    axes = (options.detectors, options.batches, options.detector_dtypes, options.layouts)
+    for case in (DetectorCase(*values) for values in itertools.product(*axes)):
+        models = {swapped: make_detector(case, options, swapped) for swapped in (False, True)}
+        images = [torch.rand(3, *options.size, device=options.device) for _ in range(case.images)]
+        targets = _reachable_targets(models[False], images)
+        optimizers = {swapped: torch.optim.SGD(model.parameters(), lr=0.0) for swapped, model in models.items()}
+        autocast = partial(torch.autocast, options.device.type, torch.bfloat16, case.dtype == "bfloat16")
+        for task, job in {"training step": train, "inference": infer}.items():
+            inputs = (images, targets, autocast)
+            runs = {swapped: partial(job, model, optimizers[swapped], *inputs) for swapped, model in models.items()}
+            timed = {swapped: partial(seconds_of, run, options.device) for swapped, run in runs.items()}
+            seconds, errors = rounds(timed, options.repeats, f"{task} of {case.name}")
+            if errors:
+                raise RuntimeError(next(iter(errors.values())))
+            for swapped, values in seconds.items():
+                entry = {"case": asdict(case), "task": task, "swapped": swapped, "seconds": values}
+                yield entry | {"peak_bytes": peak_memory(runs[swapped], options.device)}
+
+
+def train(model: FasterRCNN, optimizer: torch.optim.Optimizer, images: Any, targets: Any, autocast: Any) -> None:
+    torch.manual_seed(0)  # the sampling of RoIs
+    for module in model.train().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    with autocast():
+        losses = model(images, [dict(target) for target in targets])
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()  # of size 0, so that every round has the same weights
+
+
+def infer(model: FasterRCNN, optimizer: torch.optim.Optimizer, images: Any, targets: Any, autocast: Any) -> None:
+    with torch.no_grad(), autocast():
+        model.eval()(images)
+
+
+def _reachable_targets(model: FasterRCNN, images: list[Tensor]) -> list[dict[str, Tensor]]:
     """Return boxes near the model's own proposals, because at random weights others would have no positives."""
     with torch.no_grad():
         transformed, _ = model.eval().transform(images)
-        proposals = model.rpn(transformed, model.backbone(transformed.tensors))[0][0]
-    sides = proposals[:, 2:] - proposals[:, :2]
-    boxes = (proposals + 0.1 * F.pad(sides, (2, 0)))[sides.amin(dim=1) > 16][:20]
-    boxes = boxes.minimum(boxes.new_tensor(images[0].shape[:0:-1]).repeat(2))
-    return {"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)}
+        features = model.backbone(transformed.tensors)
+        proposals_of_images = model.rpn(transformed, features)[0]
+    targets = []
+    for image, proposals in zip(images, proposals_of_images):
+        sides = proposals[:, 2:] - proposals[:, :2]
+        boxes = (proposals + 0.1 * F.pad(sides, (2, 0)))[sides.amin(dim=1) > 16][:20]
+        boxes = boxes.minimum(boxes.new_tensor(image.shape[:0:-1]).repeat(2))
+        masks = torch.ones(len(boxes), *image.shape[1:], dtype=torch.uint8, device=boxes.device)
+        labels = torch.ones(len(boxes), dtype=torch.int64, device=boxes.device)
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+    return targets
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -318,13 +362,20 @@ def pooler_table(results: list[dict[str, Any]]) -> str:
 
 
 def detector_table(results: list[dict[str, Any]]) -> str:
-    """Return a row for each task and layout."""
-    rows = [["fasterrcnn_resnet50_fpn, one image", "layout", "stock", "swapped", "swapped / stock"]]
-    stock = {(r["task"], r["layout"]): r["seconds"] for r in results if not r["swapped"]}
-    for entry in (r for r in results if r["swapped"]):
-        reference, seconds = stock[entry["task"], entry["layout"]], entry["seconds"]
-        times = (spread(reference, 2, " s"), spread(seconds, 2, " s"))
-        rows.append([entry["task"], entry["layout"], *times, ratio(seconds, reference)])
+    """Return a row for each case and task."""
+    rows = [["detector", "task", "images", "dtype and layout", "stock", "swapped", "swapped / stock", "peak memory"]]
+    cases: dict[Any, dict[bool, Any]] = {(entry["task"], DetectorCase(**entry["case"])): {} for entry in results}
+    for entry in results:
+        cases[entry["task"], DetectorCase(**entry["case"])][entry["swapped"]] = entry
+    for (task, case), entries in cases.items():
+        if len(entries) < 2:  # interrupted
+            continue
+        stock, ours = entries[False], entries[True]
+        times = [spread(entry["seconds"], 3, " s") for entry in (stock, ours)]
+        peaks = [entry["peak_bytes"] for entry in (stock, ours)]
+        memory = f"{peaks[1] / max(peaks[0], 1):.2f}" if all(peaks) else "unknown"
+        row = [case.name, task, str(case.images), f"{case.dtype}, {case.layout}", *times]
+        rows.append([*row, ratio(ours["seconds"], stock["seconds"]), memory])
     return f"{_markdown(rows)}\n\nRandom weights, frozen batch norm. A training step is forward, backward and SGD."
 
 
@@ -342,7 +393,7 @@ def report(data: dict[str, Any]) -> str:
     ]
     if data["poolers"]:
         parts.append(pooler_table(data["poolers"]))
-    if any(result["swapped"] for result in data["detector"]):
+    if data["detector"]:
         parts.append(detector_table(data["detector"]))
     return "\n\n".join(parts)
 
@@ -375,7 +426,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rois", type=positive, nargs="+", default=[100, 1000, 4000], help="numbers of RoIs, of all images together")
     add("--size", type=positive, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"), help="size of the images")
-    add("--images", type=positive, default=2, help="images in the poolers' batch; the detector gets one")
+    add("--images", type=positive, default=2, help="images in the poolers' batch")
     add("--channels", type=positive, default=256, help="channels of the feature maps")
     add("--sampling_ratio", type=int, default=2, help="samples per bin and axis; 0 depends on the RoI's size")
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="dtypes of the features")
@@ -383,7 +434,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=positive, default=5, help="rounds, after one to warm up")
     add("--threads", type=positive, help="CPU threads; default: torch's choice")
     add("--device", default="cpu", help="cpu, cuda or cuda:1")
-    add("--no_detector", action="store_true", help="leave out training steps and inferences")
+    add("--detectors", nargs="*", choices=DETECTORS, default=list(DETECTORS[:1]), help="detectors; none: only poolers")
+    add("--batches", type=positive, nargs="+", default=[1], help="images in the detectors' batches")
+    add("--detector_dtypes", nargs="+", choices=DTYPES, default=["float32"], help="bfloat16 is under autocast")
+    add("--sampler", choices=get_args(Sampler), default="auto", help="of the swapped detectors")
     add("--folder", type=Path, help="folder of the results; default: runs/benchmark/ and the time")
     add("--render", type=Path, metavar="JSON", help="measure nothing; write the tables of these results beside them")
     options = parser.parse_args(arguments)
@@ -409,7 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
         for result in measure_poolers(cases, options, data["bandwidth"]):
             data["poolers"].append(result)
             write(data, options.folder)
-        for result in measure_detector(options) if not options.no_detector else ():
+        for result in measure_detectors(options):
             data["detector"].append(result)
             write(data, options.folder)
     finally:  # also what was measured before Ctrl-C, or before the memory was full

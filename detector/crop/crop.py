@@ -19,8 +19,8 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.exact import crop_exactly
+from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import (
@@ -30,6 +30,7 @@ from detector.crop.rois import (
     is_vmapped,
     is_wrapped,
     makes_graph,
+    makes_standard_graph,
     pair,
     place_rois,
     split_rois,
@@ -37,6 +38,9 @@ from detector.crop.rois import (
 from detector.crop.triton_sampler import EXACT, box_gradient_by_triton, crop_by_triton, why_not
 
 Sampler = Literal["auto", "grid_sample", "gather", "triton"]
+# Whether "auto" takes the Triton kernels on a GPU. Not before `pytest -m gpu`, tools/benchmark.py and a whole training
+# have run on one.
+AUTO_TAKES_TRITON = False
 MIN_CHANNELS_TO_GATHER = 32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
 
 
@@ -63,15 +67,17 @@ def affine_crop(
             avoids a synchronisation on a GPU. Coordinates are used in float32 or float64.
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per image pixel.
-        sampling_ratio: samples per bin and axis. 0 or less: ``ceil(box size / output_size)``, which cannot be compiled
-            into one graph, traced, or vmapped over boxes, and synchronises on a GPU.
+        sampling_ratio: samples per bin and axis. 0 or less: ``ceil(box size / output_size)``, which cannot be traced or
+            vmapped over boxes. But for ``"triton"``, it cannot be compiled into one graph, and synchronises on a GPU.
         aligned: shift samples by half a pixel, to pixel centres. torchvision's detectors use ``False``, which also
             widens boxes to at least one map pixel.
         sampler: how maps are read; values and gradients agree to rounding. ``"grid_sample"`` can be compiled and
             exported; its CUDA backward is not deterministic. ``"gather"`` is deterministic, copies maps that are not
-            channels_last, and runs outside compiled graphs. ``"auto"`` selects the gather from 32 channels on, unless a
-            CPU would copy more than two pixels per sample. It takes ``grid_sample`` when compiled, and the gather in
-            deterministic mode on a GPU.
+            channels_last, and runs outside compiled graphs. ``"triton"`` is one kernel for the values and one for all
+            gradients, on a GPU with Triton: it never synchronises, stays in compiled graphs, and adds up the gradient
+            of maps in no fixed order. Where it cannot run, in deterministic mode and under ``torch.func``, it is
+            ``"auto"``. ``"auto"`` selects the gather from 32 channels on, unless a CPU would copy more than two pixels
+            per sample. It takes ``grid_sample`` when compiled, and the gather in deterministic mode on a GPU.
 
     Returns:
         [K, C, output height, output width] in the dtype of ``input``. RoIs with a bad image index or a non-finite
@@ -108,11 +114,11 @@ def crop_levels(
     check_sampler(sampler)
     if sampling_ratio <= 0 and torch.jit.is_tracing():
         raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced; use one above 0")
-    if sampler == "triton" and _runs_triton(maps, boxes):
-        image, corners, _ = split_rois(maps, boxes, spatial_scales)
+    index, corners, counts = split_rois(maps, boxes, spatial_scales)
+    if _runs_triton(sampler, maps, corners):
         areas = levels.least_areas() if levels else None
-        return crop_by_triton(maps, corners, image, areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
-    rois = place_rois(maps, boxes, levels, bins, spatial_scales, aligned)
+        return crop_by_triton(maps, corners, index, areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
+    rois = place_rois(maps, index, corners, counts, levels, bins, spatial_scales, aligned)
     if rois.vmapped and sampling_ratio <= 0:
         raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be vmapped over boxes; use one above 0")
     samples = [fixed_samples(rois, sampling_ratio)] if sampling_ratio > 0 else adaptive_samples(rois)
@@ -133,24 +139,24 @@ def crop_levels(
 def box_gradient(
     maps: Sequence[Tensor],
     boxes: Sequence[Tensor],
+    upstream: Tensor,
     levels: Levels | None,
     output_size: int | Sequence[int],
     spatial_scales: Sequence[float],
     sampling_ratio: int,
     aligned: bool,
     sampler: Sampler,
-    upstream: Tensor,
 ) -> list[Tensor]:
     """Return the gradient at boxes, [L, 4] per image, from that at their crops. Maps and boxes get no gradient."""
-    if sampler == "triton" and _runs_triton(maps, boxes):
-        image, corners, _ = split_rois(maps, boxes, spatial_scales)
-        geometry = (levels.least_areas() if levels else None, pair("output_size", output_size), spatial_scales)
-        gradient = box_gradient_by_triton(maps, corners, image, *geometry, max(sampling_ratio, 0), aligned, upstream)
-        return list(gradient.split([len(b) for b in boxes]))
+    index, corners, _ = split_rois(maps, boxes, spatial_scales)
+    if _runs_triton(sampler, maps, corners):
+        areas, bins = levels.least_areas() if levels else None, pair("output_size", output_size)
+        geometry = (areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
+        return list(box_gradient_by_triton(maps, corners, index, *geometry, upstream).split([len(b) for b in boxes]))
     with torch.enable_grad():
         maps, leaves = [m.detach() for m in maps], [b.detach().requires_grad_() for b in boxes]
-        geometry = (levels, output_size, spatial_scales, sampling_ratio, aligned, sampler)
-        return list(torch.autograd.grad(crop_levels(maps, leaves, *geometry), leaves, upstream))
+        options = (output_size, spatial_scales, sampling_ratio, aligned)
+        return list(torch.autograd.grad(crop_levels(maps, leaves, levels, *options, sampler), leaves, upstream))
 
 
 def exact_crop(
@@ -167,8 +173,9 @@ def exact_crop(
     Boxes are (x1, y1, x2, y2) in image pixels. Arguments, result and errors are those of :func:`affine_crop`, which
     converges to this function as its ``sampling_ratio`` grows. The box gradient is continuous, also where a box puts a
     sample on a pixel centre. Every pixel of a bin is read, so large boxes take longer. Second derivatives and vmap over
-    maps multiply each RoI by its whole map, which is slow. The gather synchronises on a GPU, and raises a ValueError if
-    it is compiled. So does any call that is traced, or vmapped over boxes.
+    maps multiply each RoI by its whole map, which is slow. ``sampler="triton"`` can be compiled; the gather
+    synchronises on a GPU, and raises a ValueError if it is compiled. So does any call that is traced, or vmapped over
+    boxes.
 
     Example:
         >>> boxes = torch.tensor([[20.0, 30.0, 180.0, 150.0]], requires_grad=True)
@@ -178,12 +185,12 @@ def exact_crop(
     bins = pair("output_size", output_size)
     if check_sampler(sampler) == "grid_sample":
         raise ValueError(f"{sampler=}: exact_crop has no samples; use auto, gather or triton")
-    if sampler == "triton" and _runs_triton([input], boxes):
-        image, corners, _ = split_rois([input], boxes, [spatial_scale])
-        return crop_by_triton([input], corners, image, None, bins, [spatial_scale], EXACT, aligned)
+    index, corners, counts = split_rois([input], boxes, [spatial_scale])
+    if _runs_triton(sampler, [input], corners):
+        return crop_by_triton([input], corners, index, None, bins, [spatial_scale], EXACT, aligned)
     if makes_graph():
         raise ValueError("exact_crop cannot be compiled or traced; use affine_crop with a sampling_ratio above 0")
-    rois = place_rois([input], boxes, None, bins, [spatial_scale], aligned)
+    rois = place_rois([input], index, corners, counts, None, bins, [spatial_scale], aligned)
     if rois.vmapped:
         raise ValueError("exact_crop cannot be vmapped over boxes; use affine_crop with a sampling_ratio above 0")
     return rois.finish(crop_exactly(input, rois), input.dtype)
@@ -229,18 +236,23 @@ def check_sampler(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def _runs_triton(maps: Sequence[Tensor], boxes: Tensor | Sequence[Tensor]) -> bool:
-    """Return whether the kernels can compute a call. If they never can on its device, a warning says so once."""
-    if maps[0].is_meta or torch.jit.is_tracing() or torch.are_deterministic_algorithms_enabled():
+def _runs_triton(sampler: str, maps: Sequence[Tensor], corners: Tensor) -> bool:
+    """Return whether the kernels compute a call. If they are asked for and cannot run at all, a warning says why."""
+    if sampler != "triton" and not (sampler == "auto" and AUTO_TAKES_TRITON and maps[0].is_cuda):
         return False
-    if any(is_wrapped(tensor) for tensor in (*maps, *([boxes] if isinstance(boxes, Tensor) else boxes))):
-        return False  # inside torch.func or vmap
-    if reason := _why_no_triton(maps[0].device):
-        warnings.warn(f"sampler='triton' is not available, another one is used: {reason}", stacklevel=2)
+    if maps[0].is_meta or makes_standard_graph() or torch.are_deterministic_algorithms_enabled():
+        return False
+    if any(is_wrapped(tensor) for tensor in (*maps, corners)):
+        return False
+    reason = _why_no_triton(maps[0].device)
+    if reason and sampler == "triton":
+        warnings.warn(f"sampler='triton' is not available, another one is used: {reason}", stacklevel=4)
     return reason is None
 
 
-_why_no_triton = torch.compiler.assume_constant_result(why_not)
+@torch.compiler.assume_constant_result
+def _why_no_triton(device: torch.device) -> str | None:
+    return why_not(device)
 
 
 def _fastest_sampler(maps: Sequence[Tensor], samples: int) -> Sampler:

@@ -84,7 +84,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         Features and boxes get no gradient. The other arguments are those of the call.
         """
         maps, geometry = self._maps_and_geometry(x, image_shapes)
-        return box_gradient(maps, boxes, *geometry, upstream)
+        return box_gradient(maps, boxes, upstream, *geometry)
 
     def _maps_and_geometry(
         self, x: dict[str, Tensor], image_shapes: list[tuple[int, int]]

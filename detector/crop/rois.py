@@ -183,6 +183,11 @@ def makes_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def makes_standard_graph() -> bool:
+    """Return whether a graph is traced or exported, which should have PyTorch's own operators only."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def is_vmapped(tensor: Tensor) -> bool:
     """Return whether ``torch.vmap`` runs over this tensor itself, so that its values must not be read."""
     if torch.compiler.is_compiling():
@@ -233,14 +238,18 @@ def split_rois(
 
 def place_rois(
     maps: Sequence[Tensor],
-    boxes: Tensor | Sequence[Tensor],
+    index: Tensor,
+    corners: Tensor,
+    counts: list[int] | None,
     level_of: Callable[[Tensor], Tensor] | None,
     bins: tuple[int, int],
     spatial_scales: Sequence[float],
     aligned: bool,
 ) -> RoIs:
-    """Check the arguments of a crop and place its RoIs. ``level_of`` returns the level of corners, or -1 for none."""
-    index, corners, counts = split_rois(maps, boxes, spatial_scales)
+    """Place the RoIs of :func:`split_rois`, and check their values where that costs nothing.
+
+    ``level_of`` returns the level of corners, or -1 for none; ``None`` if there is one level.
+    """
     images = maps[0].shape[0]
     known = (index >= 0) & (index < images)  # false for NaN
     if index.is_floating_point():

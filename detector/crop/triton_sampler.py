@@ -216,14 +216,14 @@ def _flat(needed: Any) -> Sequence[bool]:
 
 def _of_maps(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
     """Split the flat gradient into the maps' shapes, dtypes and layouts."""
+    if all(source.dtype == maps[0].dtype for source in maps):
+        flat = flat.to(maps[0].dtype)  # one conversion for all
     channels_last = _is_channels_last(maps)
-    dtypes = {source.dtype for source in maps}
-    flat = flat.to(*dtypes) if len(dtypes) == 1 else flat
     gradients = []
     for part, source in zip(flat.split([source.numel() for source in maps]), maps):
         if channels_last:
             part = part.view(source.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-        gradients.append((part if channels_last else part.view(source.shape)).to(source.dtype))
+        gradients.append(part.view(source.shape).to(source.dtype))
     return gradients
 
 
@@ -237,9 +237,7 @@ def _differentiable(
         area = sides[:, 0] * sides[:, 1]
         return torch.where(area < 0, -1, torch.bucketize(area, area.new_tensor(areas), right=True))
 
-    wide = boxes.to(geometry_dtype(boxes))  # bfloat16 counts images to 256 only
-    rois5 = torch.cat([image[:, None].to(wide.dtype), wide], 1)
-    rois = place_rois(maps, rois5, level_of if areas else None, tuple(bins), scales, aligned)
+    rois = place_rois(maps, image, boxes, None, level_of if areas else None, (bins[0], bins[1]), scales, aligned)
     working = [source.to(geometry_dtype(*maps)) for source in maps]
     if ratio == EXACT:
         return rois.finish(crop_by_matrices(working, exact_bins(rois)), maps[0].dtype)

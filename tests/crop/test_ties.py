@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from support.crops import OPERATORS, both_samplers, randn
+from support.crops import both_samplers, for_sampler, randn
 
 from detector import affine_crop, exact_crop
 
@@ -90,19 +90,20 @@ def slope_bounds(bins, ratio, aligned, step=1e-6):
 @pytest.mark.parametrize("bins", [1, 2])
 def test_gradients_on_ties_are_those_of_a_side(operator, bins, create_graph, aligned):
     ratio = EXACT if operator.ratio == 100 else operator.ratio
-    boxes = torch.from_numpy(tied_boxes())
-    least, greatest = slope_bounds(bins, ratio, aligned)
+    boxes, (least, greatest) = torch.from_numpy(tied_boxes()), slope_bounds(bins, ratio, aligned)
     if ratio == -1 and aligned:  # an empty box has no samples, and is 0
         boxes, least, greatest = boxes[:-1], least[:-1], greatest[:-1]
+    boxes, least, greatest = (for_sampler(operator.sampler, rows, every=6) for rows in (boxes, least, greatest))
     assert_between(operator(MAP, [boxes.requires_grad_()], bins, 1.0, aligned), boxes, least, greatest, create_graph)
 
 
 @both_samplers
 @both_alignments
 def test_gradients_on_ties_of_a_single_sample(sampler, aligned):
-    boxes = torch.from_numpy(tied_boxes()).requires_grad_()
-    crops = affine_crop(MAP, [boxes], 2, 1.0, 1, aligned, sampler=sampler)
-    assert_between(crops, boxes, *slope_bounds(2, 1, aligned), False)
+    rows = (torch.from_numpy(tied_boxes()), *slope_bounds(2, 1, aligned))
+    boxes, least, greatest = (for_sampler(sampler, one, every=6) for one in rows)
+    crops = affine_crop(MAP, [boxes.requires_grad_()], 2, 1.0, 1, aligned, sampler=sampler)
+    assert_between(crops, boxes, least, greatest, False)
 
 
 def assert_between(crops, boxes, least, greatest, create_graph):

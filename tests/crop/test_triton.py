@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.crops import general_boxes, randn, with_index
+from support.crops import INTERPRETED, general_boxes, randn, with_index
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +21,6 @@ import detector.crop.crop
 from detector import MultiScaleAffineCrop, affine_crop, exact_crop
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FOLDER = Path(__file__).parent
 NAMES, SIZE = list(STRIDES), (120, 150)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter")
@@ -155,7 +154,9 @@ def test_more_than_two_to_the_31_elements():
     box = torch.tensor([[2.0, 25000, 20000, 25002, 20002]])
     crops = affine_crop(source, box, 1, 1.0, 2, aligned=True, sampler="triton")
     assert crops.item() == 2.5
-    crops = affine_crop(source.view(1, 1, 30000, 90000), box - torch.tensor([2.0, 0, 0, 0, 0]), 1, 1.0, 2, sampler="triton")
+    crops = affine_crop(
+        source.view(1, 1, 30000, 90000), box - torch.tensor([2.0, 0, 0, 0, 0]), 1, 1.0, 2, sampler="triton"
+    )
     assert crops.item() == 0
 
 
@@ -192,7 +193,7 @@ def compile_for(backend, architecture, task, channels_last, dtype="fp32", ratio=
         crop_kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
-        attrs=dict.fromkeys(aligned, [["tt.divisibility", 16]]),
+        attrs={argument: [["tt.divisibility", 16]] for argument in aligned},
     )
     warp = 64 if backend == "hip" else 32
     return triton.compile(source, target=GPUTarget(backend, architecture, warp), options=LAUNCH_OPTIONS).asm
@@ -228,16 +229,16 @@ def test_every_variant_compiles(backend, task, channels_last, ratio):
 class Launches(TorchDispatchMode):
     """The operators of a call that start a kernel on a GPU."""
 
-    FREE = {"view", "_unsafe_view", "expand", "permute", "slice", "select", "split", "split_with_sizes", "unsqueeze"}
-    FREE |= {"detach", "alias", "empty", "new_empty", "empty_like", "t", "transpose", "unbind", "as_strided"}
+    free = ("view", "_unsafe_view", "expand", "permute", "slice", "select", "split", "split_with_sizes", "unsqueeze")
+    free += ("detach", "alias", "empty", "new_empty", "empty_like", "t", "transpose", "unbind", "as_strided")
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split("::")[1]
-        if name not in self.FREE:
+        space, name = func._schema.name.split("::")
+        if space != "prim" and name not in self.free:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 

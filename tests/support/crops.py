@@ -12,6 +12,7 @@ from torchvision.ops import roi_align
 
 from detector import affine_crop, exact_crop
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # N(0, 1) maps of some 10 to 100 pixels. A normalised float32 coordinate is off by up to 1e-4 pixels.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 5e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # torchvision's RoIAlign in Python, not compiled: differentiable in the boxes. It ignores the border rule.
@@ -39,7 +40,7 @@ class Operator:
 
 
 # The Triton kernels run where there is a GPU or Triton's interpreter; see test_triton.
-HAS_TRITON = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+HAS_TRITON = INTERPRETED or torch.cuda.is_available()
 SAMPLERS = ("grid_sample", "gather", "triton") if HAS_TRITON else ("grid_sample", "gather")
 both_samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 OPERATORS = {
@@ -54,7 +55,7 @@ if HAS_TRITON:
 
 def for_sampler(sampler, boxes, every):
     """All boxes, or one of ``every`` for Triton's interpreter, which takes some 20 ms a box."""
-    return boxes[::every] if sampler == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else boxes
+    return boxes[::every] if sampler == "triton" and INTERPRETED else boxes
 
 
 def randn(*shape, dtype=torch.float64, seed=0):
