@@ -98,7 +98,10 @@ def test_packages_of_others():
     ("imported", "heavy"),
     [
         ("detector.tools.training_cli, detector.tools.browse", ["torch", "lightning"]),
-        ("detector.crop, detector.rcnn, detector.refinement", ["lightning", "jsonargparse", "pycocotools", "timm", "detector.crop.triton_kernels"]),
+        (
+            "detector.crop, detector.rcnn, detector.refinement",
+            ["lightning", "jsonargparse", "pycocotools", "timm", "detector.crop.triton_kernels"],
+        ),
         ("detector.tools.source, detector.evaluation, detector.pretrained.onnx_export", ["lightning"]),
     ],
 )

@@ -13,12 +13,21 @@ import pytest
 import torch
 from support.crops import INTERPRETED, general_boxes, randn, with_index
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
+from support.tiny_models import tiny_rcnn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 import detector.crop.crop
-from detector import MultiScaleAffineCrop, affine_crop, exact_crop
+from detector import (
+    BoxGradient,
+    MultiScaleAffineCrop,
+    RefinementConfig,
+    add_refinement,
+    affine_crop,
+    exact_crop,
+    swap_crop_head,
+)
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
@@ -145,19 +154,40 @@ def test_invalid_rois_are_nan():
 
 
 @interpreted
+@pytest.mark.parametrize("losses", [("box",), ("box", "classification", "mask")], ids=str)
+def test_a_training_step_and_an_inference(losses):
+    """Of a Mask R-CNN with a refinement; its losses, gradients and detections are those of the gather."""
+    few = {"box_batch_size_per_image": 6, "rpn_post_nms_top_n_train": 8, "rpn_post_nms_top_n_test": 3}
+    images = [torch.rand(3, 64, 64)]
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 50]]), "labels": torch.tensor([1])}
+    target["masks"] = torch.ones(1, 64, 64, dtype=torch.uint8)
+    results = []
+    for sampler in ("gather", "triton"):
+        model = add_refinement(tiny_rcnn("mask", **few), RefinementConfig(boxes_per_image=3, ascent_steps=1))
+        swap_crop_head(model, BoxGradient(losses=losses), sampler=sampler)
+        torch.manual_seed(0)
+        found = model.train()(images, [dict(target)])
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(sum(found.values()), parameters, allow_unused=True)
+        with torch.inference_mode():
+            detections = model.eval()(images)[0]
+        results.append([*found.values(), *detections.values(), *(g for g in gradients if g is not None)])
+    assert len(results[0]) > 20
+    for expected, ours in zip(*results, strict=True):
+        assert (ours - expected).abs().max() <= 1e-4 * max(expected.abs().max(), 1e-3)
+
+
+@interpreted
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements():
-    """The zeros are never touched, so they take no memory."""
-    source = torch.zeros(3, 1, 30000, 30000, dtype=torch.bfloat16)
-    assert source.numel() > 2**31
-    source[2, 0, 20000:20002, 25000:25002] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    box = torch.tensor([[2.0, 25000, 20000, 25002, 20002]])
-    crops = affine_crop(source, box, 1, 1.0, 2, aligned=True, sampler="triton")
-    assert crops.item() == 2.5
-    crops = affine_crop(
-        source.view(1, 1, 30000, 90000), box - torch.tensor([2.0, 0, 0, 0, 0]), 1, 1.0, 2, sampler="triton"
-    )
-    assert crops.item() == 0
+@pytest.mark.parametrize("shape", [(3, 1, 30000, 30000), (1, 1, 30000, 90000)], ids=str)
+def test_more_than_two_to_the_31_elements(shape):
+    """In all images or in one. The zeros are never touched, so they take no memory."""
+    source = torch.zeros(shape, dtype=torch.bfloat16)
+    image, _, y, x = (side - 10 if side > 10 else side - 1 for side in shape)
+    source[image, 0, y : y + 2, x : x + 2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert (image * shape[2] + y) * shape[3] + x > 2**31
+    box = torch.tensor([[image, x, y, x + 2, y + 2]], dtype=torch.float32)
+    assert affine_crop(source, box, 1, 1.0, 2, aligned=True, sampler="triton").item() == 2.5
 
 
 # --- Compiled for other machines -------------------------------------------------------------------------------------
