@@ -285,10 +285,12 @@ def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tenso
         raise ValueError(f"boxes has {len(boxes)} images, but input has a batch of {images}")
     # len() would be baked into a traced graph.
     counts = [image_boxes.shape[0] for image_boxes in boxes] + [0] * (images - len(boxes))
-    corners = torch.cat(list(boxes)) if boxes else input.new_zeros(0, 4, dtype=geometry_dtype(input))
+    corners = list(boxes) or [input.new_zeros(0, 4, dtype=geometry_dtype(input))]
     # int64, because bfloat16 boxes count exactly to 256 only.
-    of_image = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(boxes)]
-    return torch.cat(of_image or [corners.new_zeros(0, dtype=torch.int64)]), corners, counts
+    index = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(corners)]
+    if len(corners) == 1:  # joining would copy
+        return index[0], corners[0], counts
+    return torch.cat(index), torch.cat(corners), counts
 
 
 def _check_boxes(name: str, boxes: Tensor, input: Tensor, columns: int, shape: str) -> None:

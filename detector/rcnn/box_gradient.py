@@ -94,33 +94,6 @@ class _AddedGradient(torch.autograd.Function):
         return upstream, *[None] * len(gradients), *(upstream * gradient for gradient in gradients)
 
 
-def attached_targets(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
-    """Return torchvision's regression targets of boxes, both [K, 4], with their gradient to the boxes.
-
-    The backward pass of torchvision's encoder starts 47 kernels, this one 15. In an image without objects, where
-    targets are logarithms of 0, torchvision's makes NaN of gradients that are 0.
-    """
-    return _AttachedTargets.apply(targets.detach(), boxes, weights)
-
-
-class _AttachedTargets(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
-        attached = targets.view_as(targets)
-        ctx.weights = weights
-        ctx.save_for_backward(attached, boxes)
-        return attached
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        # The targets are weight * (true centre - centre) / size, and weight * log(true size / size).
-        targets, boxes = ctx.saved_tensors
-        weighted = torch.stack([w * g for w, g in zip(ctx.weights, gradient.unbind(1), strict=True)], dim=1)
-        size, half = boxes[:, 2:] - boxes[:, :2], weighted[:, :2] / 2
-        shrink = gradient[:, :2] * targets[:, :2] + weighted[:, 2:]  # minus the derivative by the log of the size
-        return None, torch.cat([shrink - half, -shrink - half], dim=1) / size.repeat(1, 2), None
-
-
 def bounded_copies(tensor: Tensor, bound: float | None) -> tuple[Tensor, Tensor]:
     """Return two copies of ``tensor`` [N, D], the gradient through the second bounded by that through the first.
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.rcnn.box_gradient import BoxGradient, LossName, add_gradient, attached_targets, scale_gradient
+from detector.rcnn.box_coding import attached_targets
+from detector.rcnn.box_gradient import BoxGradient, LossName, add_gradient, scale_gradient
 from detector.rcnn.forward import Boxes, Features, Found, HeadOutput, Sizes, Targets
 from detector.rcnn.watch import BoxGradientWatch
 

@@ -4,6 +4,7 @@ import torch
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
 
+from detector.rcnn.box_coding import attached_boxes
 from detector.rcnn.box_gradient import BoxGradient, bounded_copies
 from detector.rcnn.forward import Boxes, Features, Losses, Targets
 from detector.rcnn.watch import BoxGradientWatch
@@ -37,7 +38,10 @@ class AttachedRPN(RegionProposalNetwork):
             own, others = bounded_copies(deltas, self.box_gradient.bound)
             if self.box_gradient_watch is not None:
                 self.box_gradient_watch.watch_deltas(deltas, own, others)
-        proposals = self.box_coder.decode(others, anchors).view(len(anchors), -1, 4)
+        proposals = self.box_coder.decode(others.detach(), anchors).view(-1, 4)
+        if others.requires_grad and self.box_gradient.enabled:
+            proposals = attached_boxes(proposals, others, torch.cat(anchors), self.box_coder.weights)
+        proposals = proposals.view(len(anchors), -1, 4)
         boxes, _ = self.filter_proposals(proposals, objectness, images.image_sizes, anchors_per_level)
         if not self.training:
             return boxes, {}

@@ -144,7 +144,7 @@ def test_values_equal_roi_align(name, size, aligned, device, dtype):
     operator, generator = OPERATORS[name], torch.Generator().manual_seed(0)
     for scale in (1.0, 0.5, 0.3, 2.0):
         boxes = boxes_of_every_kind(size, operator.ratio, aligned, generator) / scale
-        boxes = for_sampler(operator.sampler, boxes, every=11)
+        boxes = for_sampler(operator.sampler, boxes, every=23)
         if dtype == torch.float32:  # which cannot tell a border on which samples of huge boxes lie
             boxes = boxes[boxes.abs().amax(1) * scale < 300]
         counts = [len(boxes) // 2, 0, len(boxes) - len(boxes) // 2]
@@ -213,10 +213,10 @@ def test_gradcheck(operator, aligned):
     corners = general_boxes(2, (6, 8), seed=2)
     if operator.ratio == 100:  # the exact crop has no kinks on integer boxes
         corners[0] = torch.tensor([2.0, 2, 6, 4])
-    corners.requires_grad_()
+    corners = for_sampler(operator.sampler, corners, every=2).requires_grad_()
 
     def crop(features, corners):
-        return operator(features, with_index([1, 0], corners), (2, 1), 0.5, aligned)
+        return operator(features, with_index([1, 0][: len(corners)], corners), (2, 1), 0.5, aligned)
 
     assert torch.autograd.gradcheck(crop, (features, corners))
 
@@ -254,7 +254,7 @@ def test_box_gradients_equal_finite_differences_across_the_border(operator, alig
     crops = operator(features, [boxes], (3, 4), 0.3, aligned)
     upstream = randn(*crops.shape, seed=5)
     (gradient,) = torch.autograd.grad(crops, boxes, upstream)
-    reference = operator if operator.ratio == 100 else operator.reference
+    reference = OPERATORS["exact"] if operator.ratio == 100 else operator.reference
     expected = slopes(lambda moved: reference(features, [moved], (3, 4), 0.3, aligned), boxes.detach(), upstream)
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-6)
     assert expected.abs().mean() > 0.05
@@ -295,7 +295,7 @@ def test_every_integer_box_of_a_small_map(sampler, ratio, aligned, device):
     sides = torch.combinations(torch.arange(-3.0, 8).double(), with_replacement=True)
     pairs = torch.cartesian_prod(torch.arange(len(sides)), torch.arange(len(sides)))
     (x1, x2), (y1, y2) = sides[pairs[:, 0]].unbind(1), sides[pairs[:, 1]].unbind(1)
-    boxes = for_sampler(sampler, torch.stack([x1, y1, x2, y2], 1), every=67).to(device)
+    boxes = for_sampler(sampler, torch.stack([x1, y1, x2, y2], 1), every=131).to(device)
     for output_size in [(2, 3), (7, 7)]:
         result = affine_crop(features, [boxes], output_size, 1.0, ratio, aligned, sampler=sampler)
         expected = roi_align(features, [boxes], output_size, 1.0, ratio, aligned)

@@ -81,16 +81,16 @@ def test_an_inference_costs_nothing_more(kind, number):
 
 # Kernels of a step beyond the stock model's: of the batch, and of each image.
 NOTHING = (0, 0)
-POSITIVES = (0, 1)  # forward: which RoIs are positives
-TARGETS = (2, 1)  # forward: the above, and the encoded targets of all images in one tensor
-BOX_HEAD = (10, 1)  # forward: the above, and the head's backward pass from the box loss to the crops
+POSITIVES = (1, 1)  # forward: the anchors of all images in one tensor, and which RoIs are positives
+TARGETS = (3, 1)  # forward: the above, and the encoded targets of all images in one tensor
+BOX_HEAD = (11, 1)  # forward: the above, and the head's backward pass from the box loss to the crops
 # Backward: the decoding of deltas, the choice of the top k, and for each image clipping, NMS and sampling.
-PROPOSALS = (35, 23)
-BOUND = (42, 23)  # and the bound
-CODER = (61, 23)  # and the encoding of the targets
-CROP_AND_CODER = (60, 25)  # and the sum of the two paths
-APART = (61, 25)  # and, of a loss alone, the gradient at the boxes times that at the loss
-EVERY_POOL = (61, 27)  # and the choice of the positives for masks or keypoints
+PROPOSALS = (16, 23)
+BOUND = (23, 23)  # and the bound
+CODER = (42, 23)  # and the encoding of the targets
+CROP_AND_CODER = (42, 24)  # and the sum of the two paths
+APART = (42, 25)  # and, of a loss alone, the gradient at the boxes times that at the loss
+EVERY_POOL = (42, 27)  # and the choice of the positives for masks or keypoints
 BOX_AND_CLASSES = ("box", "classification")
 
 
