@@ -152,7 +152,8 @@ def box_gradient(
     if _runs_triton(sampler, maps, corners):
         areas, bins = levels.least_areas() if levels else None, pair("output_size", output_size)
         geometry = (areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
-        return list(box_gradient_by_triton(maps, corners, index, *geometry, upstream).split([len(b) for b in boxes]))
+        gradient = box_gradient_by_triton(maps, corners, index, *geometry, upstream=upstream)
+        return list(gradient.split([len(b) for b in boxes]))
     with torch.enable_grad():
         maps, leaves = [m.detach() for m in maps], [b.detach().requires_grad_() for b in boxes]
         options = (output_size, spatial_scales, sampling_ratio, aligned)

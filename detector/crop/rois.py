@@ -103,11 +103,10 @@ class Levels:
         level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
         return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
 
-    def least_areas(self) -> list[float]:
-        """Return the area, in image pixels, from which on a box is on each level but the first."""
-        levels = range(self.first + 1, self.last + 1)
-        # 1e-6 is LevelMapper's eps.
-        return [(self.canonical_scale * 2.0 ** (n - self.canonical_level - 1e-6)) ** 2 for n in levels]
+    def least_areas(self) -> list[float] | None:
+        """Return the least area, in image pixels, of boxes on each level but the first; ``None`` for one level."""
+        exponents = [level - self.canonical_level - 1e-6 for level in range(self.first + 1, self.last + 1)]
+        return [(self.canonical_scale * 2.0**e) ** 2 for e in exponents] or None  # 1e-6 is LevelMapper's eps
 
 
 @dataclass(frozen=True)

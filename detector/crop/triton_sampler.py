@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from detector.crop.exact import crop_by_matrices, exact_bins
 from detector.crop.geometry import geometry_dtype
@@ -19,70 +20,18 @@ LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products w
 CHANNELS_PER_PROGRAM = {"crop": 32, "maps": 16, "boxes": 16, "both": 16}  # a gradient keeps four sums
 
 
-def crop_by_triton(
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    areas: Sequence[float] | None,
-    bins: tuple[int, int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-) -> Tensor:
-    """Crop maps [N, C, H, W] of any floating dtype, NCHW or channels_last. Other layouts are copied.
+class Geometry(NamedTuple):
+    """How RoIs are placed on maps."""
 
-    Args:
-        maps: one per level.
-        boxes: [K, 4], in image pixels.
-        image: [K], index in the batch; any dtype.
-        areas: the least area of a box on each level but the first, in image pixels; ``None`` for one level.
-        bins, spatial_scales, sampling_ratio, aligned: see :func:`~detector.affine_crop`; ``EXACT``: the exact crop.
-
-    Returns:
-        [K, C, bins, bins] in the dtype of the first map. RoIs on no level are zero. RoIs with a bad image index or a
-        non-finite coordinate are NaN.
-    """
-    geometry = (areas or None, list(bins), list(spatial_scales), sampling_ratio, aligned)
-    return _crop(list(maps), boxes, image.detach(), *geometry)
-
-
-@torch.no_grad()
-def box_gradient_by_triton(
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    areas: Sequence[float] | None,
-    bins: tuple[int, int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    upstream: Tensor,
-) -> Tensor:
-    """Return the gradient at boxes [K, 4], given that at their crops. The crops are not computed for it."""
-    geometry = (areas or None, list(bins), list(spatial_scales), sampling_ratio, aligned)
-    _, parts = _gradients(upstream, list(maps), boxes, image, *geometry, "boxes")
-    return _of_boxes(parts, boxes)
-
-
-@cache
-def why_not(device: torch.device) -> str | None:
-    """Return why the kernels do not run on a device, or ``None``. A small crop is tried once, and compiled for it."""
-    try:
-        from detector.crop.triton_kernels import INTERPRETED
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    if device.type != "cuda" and not INTERPRETED:
-        return f"Triton needs a GPU, and the tensors are on {device}"
-    source, box = torch.zeros(1, 1, 2, 2, device=device), torch.ones(1, 4, device=device)
-    try:
-        _launch("crop", [source], box, box[:, 0] - 1, None, [1, 1], [1.0], 1, True, source.new_empty(1, 1, 1, 1))
-    except Exception as error:  # no C compiler, a folder that cannot be written, an old driver, ...
-        return f"Triton cannot compile ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
-    return None
+    areas: Sequence[float] | None  # least area of a box on each level but the first, in image pixels; None: one level
+    bins: Sequence[int]
+    scales: Sequence[float]  # map pixels per image pixel, of each level
+    ratio: int  # samples per bin and axis; 0: adaptive counts; EXACT
+    aligned: bool
 
 
 @torch.library.custom_op("detector::affine_crop", mutates_args=())
-def _crop(
+def crop_by_triton(
     maps: Sequence[Tensor],
     boxes: Tensor,
     image: Tensor,
@@ -92,13 +41,53 @@ def _crop(
     ratio: int,
     aligned: bool,
 ) -> Tensor:
-    crops = _crop_shape(maps, boxes, image, areas, bins, scales, ratio, aligned)
-    _launch("crop", maps, boxes, image, areas, bins, scales, ratio, aligned, crops)
+    """Crop boxes [K, 4], in image pixels, out of the images [K] of maps [N, C, H, W]. See :class:`Geometry`.
+
+    Maps have any floating dtype. Layouts other than NCHW and channels_last are copied.
+
+    Returns:
+        [K, C, bins, bins] in the dtype of the first map. RoIs on no level are zero. RoIs with a bad image index or a
+        non-finite coordinate are NaN.
+    """
+    crops = _empty_crops(maps, boxes, image, areas, bins)
+    _launch("crop", maps, boxes, image, Geometry(areas, bins, scales, ratio, aligned), crops)
     return crops
 
 
-@_crop.register_fake
-def _crop_shape(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, *_: Any) -> Tensor:
+def box_gradient_by_triton(
+    maps: Sequence[Tensor], boxes: Tensor, image: Tensor, *geometry: Any, upstream: Tensor
+) -> Tensor:
+    """Return the gradient at boxes [K, 4], given that at their crops. The crops are not computed for it."""
+    with torch.no_grad():
+        _, parts = _gradients(upstream, maps, boxes, image, *geometry, "boxes")
+        return _of_boxes(parts, boxes)
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """Return why the kernel does not run on a device, or ``None``. A small crop is tried once, and compiled for it."""
+    try:
+        from detector.crop.triton_kernels import INTERPRETED
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"Triton needs a GPU, and the tensors are on {device}"
+    try:
+        with _disable_current_modes():  # a mode with tensors that have no values would fail, and be remembered
+            source, box = torch.zeros(1, 1, 2, 2, device=device), torch.zeros(1, 4, device=device)
+            geometry = Geometry(None, [1, 1], [1.0], 1, True)
+            for task in ("crop", "both"):
+                _launch(
+                    task, [source], box, box[:, 0], geometry, source[..., :1, :1].clone(), source.clone(), box[None]
+                )
+    except Exception as error:  # no C compiler, a folder that cannot be written, an old driver, ...
+        message = f"{error}".strip().partition("\n")[0]
+        return f"Triton failed with {type(error).__name__}: {message}"
+    return None
+
+
+@crop_by_triton.register_fake
+def _empty_crops(maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, *_: Any) -> Tensor:
     return maps[0].new_empty(boxes.shape[0], maps[0].shape[1], *bins)
 
 
@@ -116,14 +105,14 @@ def _gradients(
     task: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of all maps in one flat tensor (empty if task is "boxes"), and those of boxes by program."""
-    of_maps, of_boxes = _gradient_shapes(upstream, maps, boxes, image, areas, bins, scales, ratio, aligned, task)
-    geometry = (areas, bins, scales, ratio, aligned)
-    _launch(task, maps, boxes, image, *geometry, upstream.contiguous(), of_maps.zero_(), of_boxes)
+    geometry = Geometry(areas, bins, scales, ratio, aligned)
+    of_maps, of_boxes = _empty_gradients(upstream, maps, boxes, image, *geometry, task)
+    _launch(task, maps, boxes, image, geometry, upstream.contiguous(), of_maps.zero_(), of_boxes)
     return of_maps, of_boxes
 
 
 @_gradients.register_fake
-def _gradient_shapes(
+def _empty_gradients(
     upstream: Tensor, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, *options: Any
 ) -> tuple[Tensor, Tensor]:
     dtype, task = geometry_dtype(*maps), options[-1]
@@ -148,15 +137,11 @@ def _launch(
     maps: Sequence[Tensor],
     boxes: Tensor,
     image: Tensor,
-    areas: Sequence[float] | None,
-    bins: Sequence[int],
-    scales: Sequence[float],
-    ratio: int,
-    aligned: bool,
+    geometry: Geometry,
     crops: Tensor,
     *gradients: Tensor,
 ) -> None:
-    """Run the kernel, which writes the crops, or the gradients given those of the crops."""
+    """Run the kernel, which writes the crops, or the gradients of maps and boxes given those of the crops."""
     from detector.crop import triton_kernels as kernels
 
     if not crops.numel():
@@ -167,14 +152,15 @@ def _launch(
     dtype = maps[0].dtype if len({m.dtype for m in maps}) == 1 else geometry_dtype(*maps)
     maps = [source.to(dtype).contiguous(memory_format=layout) for source in maps]
     boxes = boxes if boxes.stride(1) == 1 else boxes.contiguous()
-    block_bins, block_channels, *blocks = _blocks(task, channels, bins)
+    block_bins, block_channels, *blocks = _blocks(task, channels, geometry.bins)
     heights, widths = (tuple(float(source.shape[axis]) for source in maps) for axis in (2, 3))
     with torch.cuda.device_of(crops):
         kernels.crop_kernel[(rois * prod(blocks),)](
             tuple(maps), heights, widths, boxes, image, crops, *(gradients or (crops, crops)),
             rois, images, boxes.stride(0), image.stride(0),
-            TASK=task, C=channels, BINS_Y=bins[0], BINS_X=bins[1], SCALES=tuple(scales), AREAS=tuple(areas or ()),
-            RATIO=ratio, ALIGNED=aligned, CHANNELS_LAST=channels_last,
+            TASK=task, C=channels, BINS_Y=geometry.bins[0], BINS_X=geometry.bins[1], SCALES=tuple(geometry.scales),
+            AREAS=tuple(geometry.areas or ()), RATIO=geometry.ratio, ALIGNED=geometry.aligned,
+            CHANNELS_LAST=channels_last,
             GEOMETRY=kernels.DTYPES[geometry_dtype(*maps, boxes)], SUM=kernels.DTYPES[geometry_dtype(*maps)],
             OFFSET=kernels.offset_dtype(max(source[:1].numel() for source in maps)),
             BLOCK_BINS=block_bins, BLOCK_C=block_channels, **LAUNCH_OPTIONS,
@@ -183,7 +169,6 @@ def _launch(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     maps, boxes, image, *ctx.geometry = inputs
-    ctx.count = len(maps)
     ctx.save_for_backward(*maps, boxes, image)
 
 
@@ -203,7 +188,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _of_maps(flat, maps) if needs_maps else [None] * len(maps), of_boxes, None, *[None] * len(ctx.geometry)
 
 
-_crop.register_autograd(_backward, setup_context=_setup_context)
+crop_by_triton.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _of_boxes(parts: Tensor, boxes: Tensor) -> Tensor:

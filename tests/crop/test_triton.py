@@ -29,6 +29,7 @@ from detector import (
     exact_crop,
     swap_crop_head,
 )
+from detector.crop.triton_sampler import why_not
 
 pytest.importorskip("triton")
 FOLDER = Path(__file__).parent
@@ -272,12 +273,25 @@ def test_a_backward_is_one_launch():
     assert set(of_boxes.names[:-2]) == {"cat", "full_like"}
 
 
+@interpreted
+def test_the_kernel_is_tried_on_real_tensors():
+    """A result that was found on tensors without values would be remembered."""
+    with FakeTensorMode():
+        assert why_not.__wrapped__(torch.device("cpu")) is None
+
+
 @compiled
-def test_a_machine_without_a_gpu_warns_and_takes_another_sampler():
+def test_why_the_kernel_cannot_run(monkeypatch):
+    kernels = pytest.importorskip("detector.crop.triton_kernels")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # so that the kernel is tried, which fails on a CPU
+    assert "Triton failed" in why_not.__wrapped__(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "detector.crop.triton_kernels", None)
+    assert "cannot be imported" in why_not.__wrapped__(torch.device("cpu"))
+
+
+@compiled
+def test_tensors_on_a_cpu_warn_and_another_sampler_is_taken():
     source, boxes = randn(1, 2, 8, 9), [general_boxes(2, (8, 9))]
-    if torch.cuda.is_available():
-        source, boxes = source.cuda(), [boxes[0].cuda()]
-        pytest.skip("has a GPU")
     with pytest.warns(UserWarning, match="triton"):
         crops = affine_crop(source, boxes, 2, 1.0, 2, sampler="triton")
     assert torch.equal(crops, affine_crop(source, boxes, 2, 1.0, 2))
