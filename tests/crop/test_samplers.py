@@ -428,13 +428,22 @@ def test_auto_on_a_gpu_depends_on_the_channels_and_the_deterministic_mode(taken,
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize(("sampler", "names"), [("grid_sample", ["1"]), ("gather", ["1"]), ("gather", NAMES)])
+@pytest.mark.parametrize(
+    ("sampler", "names", "ratio"),
+    [
+        ("grid_sample", ["1"], 2),
+        ("gather", ["1"], 2),
+        ("gather", NAMES, 2),
+        ("triton", NAMES, 2),
+        ("triton", NAMES, -1),
+    ],
+)
 @both_layouts
-def test_fixed_counts_do_not_synchronise(layout, sampler, names):
+def test_a_call_does_not_synchronise(layout, sampler, names, ratio):
     features = {name: levels(8, 2)[name].detach().contiguous(memory_format=layout) for name in names}
     features = {name: source.cuda().requires_grad_() for name, source in features.items()}
     boxes = [boxes_of_side(LEVEL_SIDES, seed).cuda().requires_grad_() for seed in range(2)]
-    upstream, crop = randn(16, 8, 3, 3).cuda(), pool(2, sampler)
+    upstream, crop = randn(16, 8, 3, 3).cuda(), pool(ratio, sampler)
     for mode in ("default", "error"):  # the first call warms up
         torch.cuda.set_sync_debug_mode(mode)
         try:

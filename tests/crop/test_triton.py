@@ -258,6 +258,19 @@ def test_a_forward_is_one_launch_and_reads_no_value(monkeypatch, images, names, 
     assert sorted(forward.names) == ["affine_crop", *["cat"] * (images > 1) * 2, *["full_like"] * images]
 
 
+@compiled
+@pytest.mark.parametrize("takes", [False, True])
+def test_auto_takes_it_on_a_gpu_if_it_is_turned_on(monkeypatch, takes):
+    monkeypatch.setattr(detector.crop.crop, "_why_no_triton", lambda device: None)
+    monkeypatch.setattr(detector.crop.crop, "AUTO_TAKES_TRITON", takes)
+    with FakeTensorMode(), Launches() as on_gpu:
+        affine_crop(torch.empty(1, 3, 8, 9, device="cuda"), [torch.empty(2, 4, device="cuda")], 2, 1.0, 2)
+    assert ("affine_crop" in on_gpu.names) == takes
+    with Launches() as on_cpu:
+        affine_crop(randn(1, 3, 8, 9), [general_boxes(2, (8, 9))], 2, 1.0, 2)
+    assert "affine_crop" not in on_cpu.names
+
+
 @interpreted
 def test_a_backward_is_one_launch():
     features = {name: m.requires_grad_() for name, m in pyramid(2, SIZE, 20).items()}
