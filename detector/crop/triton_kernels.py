@@ -1,10 +1,7 @@
-"""The crop as two Triton kernels: values in one launch, gradients of all maps and boxes in another.
+"""The crop as a Triton kernel, launched once for the values, and once more for the gradients of all maps and boxes.
 
-The rules are those of :mod:`detector.crop.rois`. A program computes one RoI's bins (a block of them) in a block of
-channels.
-
-The kernels know no layout but NCHW and channels_last, both dense. Geometry is in float32, or in float64 if maps or
-boxes are.
+The rules are those of :mod:`detector.crop.rois` and :mod:`detector.crop.exact`. Maps are NCHW or channels_last, both
+dense. Geometry is in float32, or in float64 if maps or boxes are.
 """
 
 import torch
@@ -28,7 +25,7 @@ def _is_finite(a):
 
 @triton.jit
 def _axis(low, high, scale, ALIGNED: tl.constexpr):
-    """Return the start and extent of a box along one axis in map pixels, its part that is fixed, and if it is finite.
+    """Return the start and extent of a box along one axis in map pixels, its fixed part, and if it is finite (0 or 1).
 
     If not ALIGNED, boxes are widened to a pixel. The high end of a widened box (1) moves with its low end, and of a box
     of just a pixel half of it does, as in torch.maximum.
@@ -71,36 +68,38 @@ def _steps(start, extent, size, bin, BINS: tl.constexpr, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _sample(number, start, extent, size, bin, count, BINS: tl.constexpr):
-    """Place a sample of each bin along one axis.
+def _taps(number, start, extent, size, bin, count, BINS: tl.constexpr, RATIO: tl.constexpr):
+    """Return what sample or pixel ``number`` of each bin reads along one axis.
 
-    Returns: the pixels below and above it, whether it counts, their weights, and the slopes of the first weight by the
-    low and the high end of the RoI. Those of the second are the negatives.
+    Returns: a pixel and the next one (of samples only), whether they count, their weights, and the slopes of the first
+    weight by the low and the high end of the RoI. Those of the second weight are the negatives.
     """
-    middle = number + 0.5
-    divisor = tl.maximum(count, 1.0) + tl.zeros_like(middle)
-    bin_size = _divide(extent, tl.full([], BINS, start.dtype))
-    # In roi_align's order of operations: samples of integer boxes lie exactly on the border.
-    position = start + bin * bin_size + _divide(middle * bin_size, divisor)
-    counts = (position >= -1) & (position <= size) & (number < count)
-    slope = tl.where((position > 0) & (position < size - 1), -1.0, 0.0)  # flat beyond the outer pixels' centres
-    at = (bin + middle / divisor) / BINS  # 0 at the low end of the RoI, 1 at its high end
-    position = tl.minimum(tl.maximum(position, 0.0), size - 1)
-    below = tl.floor(position)
-    above = tl.minimum(below + 1, size - 1)
-    return below, above, counts, 1 - (position - below), position - below, slope * (1 - at), slope * at
-
-
-@triton.jit
-def _share(pixel, start, extent, size, bin, last, BINS: tl.constexpr):
-    """Return for a pixel of each exact bin what :func:`_sample` does for a sample. There is no second pixel."""
-    one, other, one_at, other_at = _edges(start, extent, bin, BINS)
-    one_integral, one_hat = _integral(one, pixel, size - 1)
-    other_integral, other_hat = _integral(other, pixel, size - 1)
-    weight = (other_integral - one_integral) / (other - one)
-    one_slope, other_slope = (weight - one_hat) / (other - one), (other_hat - weight) / (other - one)
-    low_slope = one_slope * (1 - one_at) + other_slope * (1 - other_at)
-    return pixel, pixel, pixel <= last, weight, weight, low_slope, one_slope * one_at + other_slope * other_at
+    if RATIO == EXACT:
+        one, other, one_at, other_at = _edges(start, extent, bin, BINS)
+        one_integral, one_hat = _integral(one, number, size - 1)
+        other_integral, other_hat = _integral(other, number, size - 1)
+        pixel, next_pixel, counts = number, number, number <= count
+        weight = (other_integral - one_integral) / (other - one)
+        next_weight = weight
+        one_slope, other_slope = (weight - one_hat) / (other - one), (other_hat - weight) / (other - one)
+        low_slope = one_slope * (1 - one_at) + other_slope * (1 - other_at)
+        high_slope = one_slope * one_at + other_slope * other_at
+    else:
+        middle = number + 0.5
+        divisor = tl.maximum(count, 1.0) + tl.zeros_like(middle)
+        bin_size = _divide(extent, tl.full([], BINS, start.dtype))
+        # In roi_align's order of operations: samples of integer boxes lie exactly on the border.
+        position = start + bin * bin_size + _divide(middle * bin_size, divisor)
+        counts = (position >= -1) & (position <= size) & (number < count)
+        slope = tl.where((position > 0) & (position < size - 1), -1.0, 0.0)  # flat beyond the outer pixels' centres
+        at = (bin + middle / divisor) / BINS  # 0 at the low end of the RoI, 1 at its high end
+        position = tl.minimum(tl.maximum(position, 0.0), size - 1)
+        pixel = tl.floor(position)
+        next_pixel = tl.minimum(pixel + 1, size - 1)
+        next_weight = position - pixel
+        weight = 1 - next_weight
+        low_slope, high_slope = slope * (1 - at), slope * at
+    return pixel, next_pixel, counts, weight, next_weight, low_slope, high_slope
 
 
 @triton.jit
@@ -150,6 +149,14 @@ def _find_map(heights, widths, x1, y1, x2, y2, SCALES: tl.constexpr, AREAS: tl.c
 
 
 @triton.jit
+def _image(index, images):
+    """Return the image of an RoI, and whether it is one of the batch, as 0 or 1."""
+    given = tl.load(index)
+    image = tl.where((given >= 0) & (given < images), given, 0).to(tl.int64)  # 0 for NaN
+    return image, tl.where(image.to(given.dtype) == given, 1, 0)
+
+
+@triton.jit
 def _bins(vector, CHANNELS_LAST: tl.constexpr):
     """Return one value per bin as the bins of a tile: [bins, channels] if channels_last, otherwise [channels, bins]."""
     return tl.expand_dims(vector, 1 if CHANNELS_LAST else 0)
@@ -158,6 +165,14 @@ def _bins(vector, CHANNELS_LAST: tl.constexpr):
 @triton.jit
 def _channels(vector, CHANNELS_LAST: tl.constexpr):
     return tl.expand_dims(vector, 0 if CHANNELS_LAST else 1)
+
+
+@triton.jit
+def _store_slopes(part, low, high, fixed):
+    """Write the sums of two tiles, by the low and the high end of a box; a part of the high end moves with the low."""
+    low, high = tl.sum(tl.sum(low, 1), 0), tl.sum(tl.sum(high, 1), 0)
+    tl.store(part, low + high * fixed)
+    tl.store(part + 2, high * (1 - fixed))
 
 
 # Sizes are floats, because Triton compiles anew for each pattern of ones and multiples of 16 in a tuple of integers.
@@ -186,9 +201,8 @@ def crop_kernel(
     level, height, width, scale = _find_map(heights, widths, left, top, right, bottom, SCALES, AREAS, GEOMETRY)
     y_start, y_extent, y_fixed, y_finite = _axis(top, bottom, scale, ALIGNED)
     x_start, x_extent, x_fixed, x_finite = _axis(left, right, scale, ALIGNED)
-    given = tl.load(index + roi * index_stride)
-    image = tl.where((given >= 0) & (given < images), given, 0).to(tl.int64)  # 0 for NaN
-    valid = tl.where(image.to(given.dtype) == given, 1, 0) * y_finite * x_finite
+    image, known = _image(index + roi * index_stride, images)
+    valid = known * y_finite * x_finite
     source = maps[0]
     start_of_map = tl.full([], 0, tl.int64)
     for number in tl.static_range(1, len(SCALES)):
@@ -222,23 +236,13 @@ def crop_kernel(
         upstream = tl.load(crops + of_crop, mask=reads_map, other=0.0).to(SUM) / samples
     of_channels = _channels(c.to(OFFSET) * channel, CHANNELS_LAST)
     for y_step in range(y_steps):
-        if RATIO == EXACT:
-            y0, y1, y_counts, y0_weight, y1_weight, y_low, y_high = _share(
-                y_first + y_step, y_start, y_extent, height, y_bin, y_count, BINS_Y
-            )
-        else:
-            y0, y1, y_counts, y0_weight, y1_weight, y_low, y_high = _sample(
-                y_first + y_step, y_start, y_extent, height, y_bin, y_count, BINS_Y
-            )
+        y0, y1, y_counts, y0_weight, y1_weight, y_low, y_high = _taps(
+            y_first + y_step, y_start, y_extent, height, y_bin, y_count, BINS_Y, RATIO
+        )
         for x_step in range(x_steps):
-            if RATIO == EXACT:
-                x0, x1, x_counts, x0_weight, x1_weight, x_low, x_high = _share(
-                    x_first + x_step, x_start, x_extent, width, x_bin, x_count, BINS_X
-                )
-            else:
-                x0, x1, x_counts, x0_weight, x1_weight, x_low, x_high = _sample(
-                    x_first + x_step, x_start, x_extent, width, x_bin, x_count, BINS_X
-                )
+            x0, x1, x_counts, x0_weight, x1_weight, x_low, x_high = _taps(
+                x_first + x_step, x_start, x_extent, width, x_bin, x_count, BINS_X, RATIO
+            )
             reads = reads_map & _bins(y_counts & x_counts, CHANNELS_LAST)
             for tap in tl.static_range(1 if RATIO == EXACT else 4):
                 y, y_weight, y_sign = (y0, y0_weight, 1) if tap < 2 else (y1, y1_weight, -1)
@@ -261,12 +265,8 @@ def crop_kernel(
     if TASK == "boxes" or TASK == "both":
         part = box_gradient + (block * rois + roi) * 4
         upstream *= scale.to(SUM)
-        to_y1, to_y2 = tl.sum(tl.sum(sums * upstream, 1), 0), tl.sum(tl.sum(y2_slopes * upstream, 1), 0)
-        to_x1, to_x2 = tl.sum(tl.sum(x1_slopes * upstream, 1), 0), tl.sum(tl.sum(x2_slopes * upstream, 1), 0)
-        tl.store(part, to_x1 + to_x2 * x_fixed.to(SUM))
-        tl.store(part + 1, to_y1 + to_y2 * y_fixed.to(SUM))
-        tl.store(part + 2, to_x2 * (1 - x_fixed).to(SUM))
-        tl.store(part + 3, to_y2 * (1 - y_fixed).to(SUM))
+        _store_slopes(part, x1_slopes * upstream, x2_slopes * upstream, x_fixed.to(SUM))
+        _store_slopes(part + 1, sums * upstream, y2_slopes * upstream, y_fixed.to(SUM))
 
 
 INTERPRETED = triton.knobs.runtime.interpret
