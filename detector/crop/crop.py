@@ -12,6 +12,7 @@ boxes. ``roi_align`` uses it only for deterministic runs on a GPU. The crops her
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from typing import Literal, get_args
 
@@ -19,7 +20,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from detector.crop.exact import crop_exactly
+from detector.crop.exact import EXACT, crop_exactly
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
@@ -35,7 +36,7 @@ from detector.crop.rois import (
     place_rois,
     split_rois,
 )
-from detector.crop.triton_sampler import EXACT, box_gradient_by_triton, crop_by_triton, why_not
+from detector.crop.triton_sampler import box_gradient_by_triton, crop_by_triton, why_not
 
 Sampler = Literal["auto", "grid_sample", "gather", "triton"]
 # Whether "auto" takes the Triton kernels on a GPU. Not before `pytest -m gpu`, tools/benchmark.py and a whole training
@@ -115,7 +116,7 @@ def crop_levels(
     if sampling_ratio <= 0 and torch.jit.is_tracing():
         raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced; use one above 0")
     index, corners, counts = split_rois(maps, boxes, spatial_scales)
-    if _runs_triton(sampler, maps, corners):
+    if runs_triton(sampler, [*maps, corners]):
         areas = levels.least_areas() if levels else None
         return crop_by_triton(maps, corners, index, areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
     rois = place_rois(maps, index, corners, counts, levels, bins, spatial_scales, aligned)
@@ -149,7 +150,7 @@ def box_gradient(
 ) -> list[Tensor]:
     """Return the gradient at boxes, [L, 4] per image, from that at their crops. Maps and boxes get no gradient."""
     index, corners, _ = split_rois(maps, boxes, spatial_scales)
-    if _runs_triton(sampler, maps, corners):
+    if runs_triton(sampler, [*maps, corners]):
         areas, bins = levels.least_areas() if levels else None, pair("output_size", output_size)
         geometry = (areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
         gradient = box_gradient_by_triton(maps, corners, index, *geometry, upstream=upstream)
@@ -187,7 +188,7 @@ def exact_crop(
     if check_sampler(sampler) == "grid_sample":
         raise ValueError(f"{sampler=}: exact_crop has no samples; use auto, gather or triton")
     index, corners, counts = split_rois([input], boxes, [spatial_scale])
-    if _runs_triton(sampler, [input], corners):
+    if runs_triton(sampler, [input, corners]):
         return crop_by_triton([input], corners, index, None, bins, [spatial_scale], EXACT, aligned)
     if makes_graph():
         raise ValueError("exact_crop cannot be compiled or traced; use affine_crop with a sampling_ratio above 0")
@@ -237,23 +238,26 @@ def check_sampler(sampler: Sampler) -> Sampler:
     return sampler
 
 
-def _runs_triton(sampler: str, maps: Sequence[Tensor], corners: Tensor) -> bool:
-    """Return whether the kernels compute a call. If they are asked for and cannot run at all, a warning says why."""
-    if sampler != "triton" and not (sampler == "auto" and AUTO_TAKES_TRITON and maps[0].is_cuda):
+def runs_triton(sampler: str, tensors: Sequence[Tensor]) -> bool:
+    """Return whether the Triton kernel computes a call with these maps and boxes."""
+    if sampler != "triton" and not (sampler == "auto" and AUTO_TAKES_TRITON and tensors[0].is_cuda):
         return False
-    if maps[0].is_meta or makes_standard_graph() or torch.are_deterministic_algorithms_enabled():
+    if tensors[0].is_meta or makes_standard_graph() or torch.are_deterministic_algorithms_enabled():
         return False
-    if any(is_wrapped(tensor) for tensor in (*maps, corners)):
-        return False
-    reason = _why_no_triton(maps[0].device)
-    if reason and sampler == "triton":
-        warnings.warn(f"sampler='triton' is not available, another one is used: {reason}", stacklevel=4)
-    return reason is None
+    return not any(is_wrapped(tensor) for tensor in tensors) and _has_triton(tensors[0].device)
 
 
 @torch.compiler.assume_constant_result
-def _why_no_triton(device: torch.device) -> str | None:
-    return why_not(device)
+def _has_triton(device: torch.device) -> bool:
+    reason = why_not(device)
+    if reason:
+        _warn_once(f"sampler='triton' is not available, and another one is used: {reason}")
+    return not reason
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _fastest_sampler(maps: Sequence[Tensor], samples: int) -> Sampler:

@@ -15,6 +15,7 @@ from detector.crop.gather_sampler import Taps, crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.rois import Axis, RoIs, Samples, group_by_size, is_vmapped
 
+EXACT = -1  # in place of a sampling ratio
 MIN_BIN = 0.01  # pixels; smaller bins (empty sides, with aligned=True) are widened to this around their middle
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
 
-from detector.crop.crop import Sampler, box_gradient, check_sampler, crop_levels
+from detector.crop.crop import Sampler, box_gradient, check_sampler, crop_levels, runs_triton
 from detector.crop.rois import Levels, pair
 
 
@@ -85,6 +85,10 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         """
         maps, geometry = self._maps_and_geometry(x, image_shapes)
         return box_gradient(maps, boxes, upstream, *geometry)
+
+    def needs_no_forward(self, x: dict[str, Tensor]) -> bool:
+        """Return whether :meth:`box_gradient` takes no crops, so that RoIs without a gradient cost next to nothing."""
+        return runs_triton(self.sampler, list(x.values()))
 
     def _maps_and_geometry(
         self, x: dict[str, Tensor], image_shapes: list[tuple[int, int]]

@@ -103,10 +103,10 @@ class Levels:
         level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
         return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
 
-    def least_areas(self) -> list[float] | None:
-        """Return the least area, in image pixels, of boxes on each level but the first; ``None`` for one level."""
+    def least_areas(self) -> list[float]:
+        """Return the least area, in image pixels, of boxes on each level but the first. Infinite: there is none."""
         exponents = [level - self.canonical_level - 1e-6 for level in range(self.first + 1, self.last + 1)]
-        return [(self.canonical_scale * 2.0**e) ** 2 for e in exponents] or None  # 1e-6 is LevelMapper's eps
+        return [(self.canonical_scale * 2.0**e) ** 2 for e in exponents] or [inf]  # 1e-6 is LevelMapper's eps
 
 
 @dataclass(frozen=True)

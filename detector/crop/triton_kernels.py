@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-EXACT: tl.constexpr = tl.constexpr(-1)  # in place of a sampling ratio; 0 stands for adaptive counts
-MIN_BIN: tl.constexpr = tl.constexpr(0.01)  # pixels; see detector.crop.exact
+from detector.crop import exact
+
+EXACT: tl.constexpr = tl.constexpr(exact.EXACT)
+MIN_BIN: tl.constexpr = tl.constexpr(exact.MIN_BIN)
 
 
 @triton.jit
@@ -152,8 +154,11 @@ def _find_map(heights, widths, x1, y1, x2, y2, SCALES: tl.constexpr, AREAS: tl.c
 def _image(index, images):
     """Return the image of an RoI, and whether it is one of the batch, as 0 or 1."""
     given = tl.load(index)
-    image = tl.where((given >= 0) & (given < images), given, 0).to(tl.int64)  # 0 for NaN
-    return image, tl.where(image.to(given.dtype) == given, 1, 0)
+    if given.dtype.is_floating():
+        given = given.to(tl.float32)  # in bfloat16 256 images would be 257
+    inside = tl.where((given >= 0) & (given < images), 1, 0)  # 0 for NaN
+    image = tl.where(inside > 0, given, 0).to(tl.int64)
+    return image, tl.where(image.to(given.dtype) == given, inside, 0)
 
 
 @triton.jit

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from detector.crop.exact import crop_by_matrices, exact_bins
+from detector.crop.exact import EXACT, crop_by_matrices, exact_bins
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import adaptive_samples, fixed_samples, place_rois
 
-EXACT = -1  # in place of a sampling ratio; 0 stands for adaptive counts
 BINS_PER_PROGRAM = 64
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products would move samples across the border
 CHANNELS_PER_PROGRAM = {"crop": 32, "maps": 16, "boxes": 16, "both": 16}  # a gradient keeps four sums
@@ -65,7 +64,10 @@ def box_gradient_by_triton(
 
 @cache
 def why_not(device: torch.device) -> str | None:
-    """Return why the kernel does not run on a device, or ``None``. A small crop is tried once, and compiled for it."""
+    """Return why the kernel does not run on a device, or ``None``. A small crop is tried once, and compiled for it.
+
+    A device that is out of memory raises an error, as that may pass.
+    """
     try:
         from detector.crop.triton_kernels import INTERPRETED
     except ImportError as error:
@@ -80,6 +82,8 @@ def why_not(device: torch.device) -> str | None:
                 _launch(
                     task, [source], box, box[:, 0], geometry, source[..., :1, :1].clone(), source.clone(), box[None]
                 )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no C compiler, a folder that cannot be written, an old driver, ...
         message = f"{error}".strip().partition("\n")[0]
         return f"Triton failed with {type(error).__name__}: {message}"

@@ -104,18 +104,10 @@ class AttachedRoIHeads(RoIHeads):
         # A gradient scaler would act too late for gradients that underflow in float16 here.
         scale = 1024.0 if crop.dtype == torch.float16 else 1.0
         (upstream,) = torch.autograd.grad(loss, crop, loss.new_full((), scale), retain_graph=True)
-        if reads_are_free(crop):
-            boxes, upstream = [b[mask] for b, mask in zip(boxes, positive)], upstream[torch.cat(positive)]
         pool: Any = self.box_roi_pool
+        # Selecting the positives spares their crops. On a GPU it waits for the device, so not where no crop is spared.
+        if not pool.needs_no_forward(features):
+            boxes, upstream = [b[mask] for b, mask in zip(boxes, positive)], upstream[torch.cat(positive)]
         gradient = pool.box_gradient(features, [b.detach() for b in boxes], sizes, upstream)
         factor = self.box_gradient.crop / scale
         return add_gradient(loss, boxes, [g if factor == 1 else factor * g for g in gradient])
-
-
-def reads_are_free(tensor: Tensor) -> bool:
-    """Return whether the host can read a tensor's values, such as the number of positives, without a wait.
-
-    A CPU is faster with the positives alone. On a GPU their number is a synchronisation, which takes longer than the
-    gradients of all sampled RoIs.
-    """
-    return tensor.is_cpu

@@ -106,13 +106,18 @@ class DetectionTask(lightning.LightningModule):
         if self.trainer.is_global_zero and (advice := anchor_advice(*self.data.train_set.shapes(), self.detector)):
             rank_zero_info(f"{self.data.train_split}: {advice}")
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch, except the images' ids: each step reads them, and would wait for the step before it."""
+        images, targets = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return images, [moved | {"image_id": given["image_id"]} for moved, given in zip(targets, batch[1])]
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # For dropout and the like; the sampling of anchors and RoIs has its own seeds.
         torch.manual_seed(seed_of(self.data.seed, self.global_rank, self.current_epoch, batch_idx))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
-        self.image_ids = torch.stack([target["image_id"] for target in targets]).tolist()  # one synchronisation
+        self.image_ids = [int(target["image_id"]) for target in targets]
         losses = self.losses(images, targets)
         total = torch.stack(list(losses.values())).sum()
         if not torch.isfinite(total):
@@ -134,7 +139,7 @@ class DetectionTask(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        self.image_ids = torch.stack([target["image_id"] for target in targets]).tolist()  # one synchronisation
+        self.image_ids = [int(target["image_id"]) for target in targets]
         self._seed_sampling(0)  # the same in every epoch, so that losses can be compared
         detections, losses = detect_with_losses(self.model, images, targets)
         self.results += to_results(detections, self.image_ids, self.data.val_set.category_ids)

@@ -208,12 +208,12 @@ def test_pixels_outside_every_box_are_not_read(operator):
 
 
 @both_alignments
-def test_gradcheck(operator, aligned):
-    features = randn(2, 1, 3, 4).requires_grad_()
+def test_gradcheck(operator, aligned, device):
+    features = randn(2, 1, 3, 4).to(device).requires_grad_()
     corners = general_boxes(2, (6, 8), seed=2)
     if operator.ratio == 100:  # the exact crop has no kinks on integer boxes
         corners[0] = torch.tensor([2.0, 2, 6, 4])
-    corners = for_sampler(operator.sampler, corners, every=2).requires_grad_()
+    corners = for_sampler(operator.sampler, corners, every=2).to(device).requires_grad_()
 
     def crop(features, corners):
         return operator(features, with_index([1, 0][: len(corners)], corners), (2, 1), 0.5, aligned)
@@ -248,11 +248,11 @@ def test_box_gradients_equal_those_of_torchvisions_python_roi_align(name, aligne
 
 
 @both_alignments
-def test_box_gradients_equal_finite_differences_across_the_border(operator, aligned):
-    features, boxes = torch.rand(1, 3, 11, 14).double(), general_boxes(24, (11, 14), seed=4) / 0.3
-    boxes.requires_grad_()
+def test_box_gradients_equal_finite_differences_across_the_border(operator, aligned, device):
+    features, boxes = torch.rand(1, 3, 11, 14).double().to(device), general_boxes(24, (11, 14), seed=4) / 0.3
+    boxes = boxes.to(device).requires_grad_()
     crops = operator(features, [boxes], (3, 4), 0.3, aligned)
-    upstream = randn(*crops.shape, seed=5)
+    upstream = randn(*crops.shape, seed=5).to(device)
     (gradient,) = torch.autograd.grad(crops, boxes, upstream)
     reference = OPERATORS["exact"] if operator.ratio == 100 else operator.reference
     expected = slopes(lambda moved: reference(features, [moved], (3, 4), 0.3, aligned), boxes.detach(), upstream)

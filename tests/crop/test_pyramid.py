@@ -28,10 +28,11 @@ def random_boxes(count, seed):
 @pytest.mark.parametrize("ratio", [-1, 0, 1, 2])
 @pytest.mark.parametrize("names", [NAMES, ["0", "1"], ["1", "2", "3"], ["2"]], ids=str)
 @pytest.mark.parametrize("canonical", [{}, SMALL, {"canonical_scale": 100, "canonical_level": 3}], ids=str)
-def test_values_equal_multi_scale_roi_align(sampler, canonical, names, ratio):
+def test_values_equal_multi_scale_roi_align(sampler, canonical, names, ratio, device):
     for seed, sizes in enumerate([[(120, 150), (33, 300), (210, 7)], [(1, 1)], [(299, 40), (40, 299)]]):
         features = pyramid(len(sizes), tuple(max(side) for side in zip(*sizes, strict=True)))
-        boxes = [random_boxes(count, seed + count) for count in (5, 0, 3)[: len(sizes)]]
+        features = {name: f.to(device) for name, f in features.items()}
+        boxes = [random_boxes(count, seed + count).to(device) for count in (5, 0, 3)[: len(sizes)]]
         ours, theirs = both(names, [(2, 4), 3, (3, 2)][seed], ratio, **canonical, sampler=sampler)
         result, expected = ours(features, boxes, sizes), theirs(features, boxes, sizes)
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
@@ -63,18 +64,19 @@ def test_dtypes(sampler, ratio, dtypes, channels, device):
 @pytest.mark.parametrize("names", [NAMES, ["1"]], ids=str)
 @both_ratios
 @pytest.mark.parametrize("sides", [LEVEL_SIDES, [80], []], ids=str)
-def test_gradients_through_every_level(sampler, ratio, names, sides):
+def test_gradients_through_every_level(sampler, ratio, names, sides, device):
     """To the maps as torchvision's, to the boxes by finite differences of it; also levels and images without RoIs."""
-    features = {name: f.requires_grad_() for name, f in pyramid(3, SIZE).items() if name in names}
+    features = {name: f.to(device).requires_grad_() for name, f in pyramid(3, SIZE).items() if name in names}
     ours, theirs = both(names, (3, 2), ratio, **SMALL, sampler=sampler)
-    boxes, none = boxes_of_side(sides, 3).reshape(-1, 4).requires_grad_(), torch.zeros(0, 4, dtype=torch.float64)
+    boxes = boxes_of_side(sides, 3).reshape(-1, 4).to(device).requires_grad_()
+    none = torch.zeros(0, 4, dtype=torch.float64, device=device)
 
     def crop(pool, boxes):
         return pool(features, [none, boxes, none], [SIZE, (110, 90), SIZE])
 
     result, expected = crop(ours, boxes), crop(theirs, boxes)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
-    upstream = randn(*result.shape)
+    upstream = randn(*result.shape).to(device)
     *gradients, box_gradient = torch.autograd.grad(result, [*features.values(), boxes], upstream)
     if sides:
         wanted = torch.autograd.grad(expected, list(features.values()), upstream)

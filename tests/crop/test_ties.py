@@ -88,13 +88,14 @@ def slope_bounds(bins, ratio, aligned, step=1e-6):
 @both_alignments
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("bins", [1, 2])
-def test_gradients_on_ties_are_those_of_a_side(operator, bins, create_graph, aligned):
+def test_gradients_on_ties_are_those_of_a_side(operator, bins, create_graph, aligned, device):
     ratio = EXACT if operator.ratio == 100 else operator.ratio
     boxes, (least, greatest) = torch.from_numpy(tied_boxes()), slope_bounds(bins, ratio, aligned)
     if ratio == -1 and aligned:  # an empty box has no samples, and is 0
         boxes, least, greatest = boxes[:-1], least[:-1], greatest[:-1]
     boxes, least, greatest = (for_sampler(operator.sampler, rows, every=6) for rows in (boxes, least, greatest))
-    assert_between(operator(MAP, [boxes.requires_grad_()], bins, 1.0, aligned), boxes, least, greatest, create_graph)
+    boxes = boxes.to(device).requires_grad_()
+    assert_between(operator(MAP.to(device), [boxes], bins, 1.0, aligned), boxes, least, greatest, create_graph)
 
 
 @both_samplers
@@ -109,7 +110,7 @@ def test_gradients_on_ties_of_a_single_sample(sampler, aligned):
 def assert_between(crops, boxes, least, greatest, create_graph):
     keep = {"create_graph": create_graph, "retain_graph": True}
     gradient = torch.stack([torch.autograd.grad(b, boxes, **keep)[0] for b in crops.flatten(1).sum(0)], 1)
-    gradient = gradient.detach().view_as(least)
+    gradient = gradient.detach().cpu().view_as(least)
     assert (gradient - gradient.clamp(least, greatest)).abs().max() < 1e-5
     smooth = greatest - least < 1e-6
     assert smooth.double().mean() > 0.4  # where the gradient must be one number

@@ -7,12 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from support.crops import INTERPRETED, general_boxes, randn, with_index
-from support.cross_compile import compile_for
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
 from support.tiny_models import tiny_rcnn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,14 +29,29 @@ from detector import (
     exact_crop,
     swap_crop_head,
 )
-from detector.crop.triton_sampler import why_not
+from detector.crop.triton_sampler import Geometry, _launch, why_not
 
 pytest.importorskip("triton")
+
+from support.cross_compile import compile_for
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from detector.crop import triton_kernels
+
 FOLDER = Path(__file__).parent
 NAMES, SIZE = list(STRIDES), (120, 150)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter")
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def runs_the_kernel(test):
+    """Mark a test for the process of test_under_the_interpreter, or for a GPU."""
+    if INTERPRETED:
+        return test
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE.type == "cpu", reason="needs CUDA, or Triton's interpreter")(test))
 
 
 def run_interpreted(*selection):
@@ -62,89 +77,152 @@ def test_the_checks_of_all_crops_under_the_interpreter():
     run_interpreted(str(FOLDER), "-k", "triton", "-m", "", "--ignore", str(Path(__file__)))
 
 
-# --- Under the interpreter -------------------------------------------------------------------------------------------
+# --- Under the interpreter, or on a GPU ------------------------------------------------------------------------------
 
 
 def pool(ratio=2, sampler="triton", names=NAMES):
     return MultiScaleAffineCrop(names, 3, ratio, **SMALL, sampler=sampler)
 
 
-@interpreted
+def on_device(tensor):
+    """The tensor on the device of this file, as a leaf that requires a gradient."""
+    return tensor.detach().to(DEVICE).requires_grad_()
+
+
+def assert_equals_the_gather(crop, inputs):
+    """Values and gradients of a crop with either sampler; and that the kernel was launched for ours."""
+    results = []
+    for sampler in ("triton", "gather"):
+        with Launches() as launches:
+            crops = crop(sampler)
+            results.append([crops, *torch.autograd.grad(crops, inputs, randn(*crops.shape).to(crops))])
+        assert ("affine_crop" in launches.names) == (sampler == "triton")
+        assert ("affine_crop_backward" in launches.names) == (sampler == "triton")
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+    return results[0]
+
+
+@runs_the_kernel
 @both_layouts
 @pytest.mark.parametrize("ratio", [2, -1])
 def test_values_and_gradients_of_a_pyramid(layout, ratio):
-    features = {n: m.contiguous(memory_format=layout).requires_grad_() for n, m in pyramid(2, SIZE, 5).items()}
-    boxes = [boxes_of_side(LEVEL_SIDES[:4], 1).requires_grad_(), boxes_of_side(LEVEL_SIDES[:1]).requires_grad_()]
-    inputs, results = [*features.values(), *boxes], []
-    for sampler in ("triton", "gather"):
-        crops = pool(ratio, sampler)(features, boxes, [SIZE] * 2)
-        results.append([crops, *torch.autograd.grad(crops, inputs, randn(*crops.shape))])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
-    stock = MultiScaleRoIAlign(NAMES, 3, ratio, **SMALL)(features, [b.detach() for b in boxes], [SIZE] * 2)
-    torch.testing.assert_close(results[0][0], stock, rtol=0, atol=1e-10)
-    for gradient, source in zip(results[0][1:], features.values()):
+    maps = {n: on_device(m.contiguous(memory_format=layout)) for n, m in pyramid(2, SIZE, 5).items()}
+    boxes = [on_device(boxes_of_side(LEVEL_SIDES[:4], 1)), on_device(boxes_of_side(LEVEL_SIDES[:1]))]
+    inputs = [*maps.values(), *boxes]
+    crops, *gradients = assert_equals_the_gather(lambda s: pool(ratio, s)(maps, boxes, [SIZE] * 2), inputs)
+    stock = MultiScaleRoIAlign(NAMES, 3, ratio, **SMALL)(maps, [b.detach() for b in boxes], [SIZE] * 2)
+    torch.testing.assert_close(crops, stock, rtol=0, atol=1e-10)
+    for gradient, source in zip(gradients, maps.values()):
         assert gradient.is_contiguous(memory_format=layout)
         assert gradient.shape == source.shape
 
 
-@interpreted
+@runs_the_kernel
+@pytest.mark.parametrize("strides", [{"0": 4, "2": 16}, {"0": 8, "1": 8}], ids=str)
+def test_boxes_on_no_level(strides):
+    """Larger ones than the levels have, where one is left out, and those of negative area."""
+    maps = {name: on_device(m) for name, m in pyramid(1, SIZE, strides=strides).items()}
+    boxes = boxes_of_side([20, 300, 20])
+    boxes[2] = boxes[2, [2, 1, 0, 3]]
+    boxes = on_device(boxes)
+
+    def crop(sampler):
+        return pool(2, sampler, list(strides))(maps, [boxes], [SIZE])
+
+    crops, *_ = assert_equals_the_gather(crop, [*maps.values(), boxes])
+    assert crops[0].any()
+    assert not crops[2].any()
+    assert crops[1].any() == (len(set(strides.values())) == 1)
+
+
+@runs_the_kernel
 @pytest.mark.parametrize("frozen", ["boxes", "maps"])
 def test_only_the_needed_gradients(frozen):
-    source, boxes = randn(1, 4, 8, 9), general_boxes(3, (8, 9))
+    source, boxes = randn(1, 4, 8, 9).to(DEVICE), general_boxes(3, (8, 9)).to(DEVICE)
     wanted = (boxes if frozen == "maps" else source).requires_grad_()
-    gradients = []
-    for sampler in ("triton", "gather"):
-        crops = affine_crop(source, [boxes], 2, 1.0, 2, sampler=sampler)
-        gradients.append(torch.autograd.grad(crops, wanted, randn(*crops.shape)))
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+    assert_equals_the_gather(lambda s: affine_crop(source, [boxes], 2, 1.0, 2, sampler=s), [wanted])
 
 
-@interpreted
-@pytest.mark.parametrize(("channels", "bins"), [(1, 3), (40, 3), (2, 9)], ids=str)
+@runs_the_kernel
+@pytest.mark.parametrize(("channels", "bins"), [(1, 3), (257, 1), (2, 9)], ids=str)
 def test_blocks_of_channels_and_bins(channels, bins):
     """257 channels are 17 blocks of a gradient, and 9 x 9 bins are two blocks."""
-    source, boxes = randn(1, channels, 8, 9).requires_grad_(), general_boxes(1, (8, 9)).requires_grad_()
-    results = []
-    for sampler in ("triton", "gather"):
-        crops = affine_crop(source, [boxes], bins, 1.0, 1, sampler=sampler)
-        results.append([crops, *torch.autograd.grad(crops, [source, boxes], randn(*crops.shape))])
-    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+    source, boxes = on_device(randn(1, channels, 8, 9)), on_device(general_boxes(1, (8, 9)))
+    assert_equals_the_gather(lambda s: affine_crop(source, [boxes], bins, 1.0, 1, sampler=s), [source, boxes])
 
 
-@interpreted
+@runs_the_kernel
+def test_tensors_that_are_not_dense():
+    source, columns = on_device(randn(1, 3, 16, 18)), on_device(general_boxes(2, (8, 9)).T.contiguous())
+
+    def crop(sampler):
+        crops = affine_crop(source[:, :, ::2, 1::2], [columns.T], 2, 1.0, 2, sampler=sampler)
+        return crops.transpose(2, 3)  # so that the upstream gradient is not dense
+
+    assert_equals_the_gather(crop, [source, columns])
+
+
+@runs_the_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_boxes_of_half_precision_with_the_index_of_their_image(dtype):
+    maps = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 4, 4).to(DEVICE)
+    rois = with_index([1.0, 2.0, 0.0, 3.0, 4.0], torch.tensor([[1.0, 1, 3, 3]]).repeat(5, 1)).to(DEVICE, dtype)
+    crops = affine_crop(maps, rois, 1, 1.0, 1, sampler="triton").flatten()
+    assert crops[:4].tolist() == [1, 2, 0, 3]
+    assert crops[4].isnan()
+
+
+@runs_the_kernel
+def test_no_images():
+    source, rois = on_device(torch.zeros(0, 3, 8, 9)), on_device(torch.tensor([[0.0, 1, 1, 5, 6]]))
+    crops = affine_crop(source, rois, 2, 1.0, 2, sampler="triton")
+    assert crops.isnan().all()
+    assert not torch.autograd.grad(crops.sum(), rois)[0].any()
+
+
+@runs_the_kernel
+def test_deterministic_mode_takes_the_gather(request):
+    request.getfixturevalue("deterministic")
+    with Launches() as launches:
+        affine_crop(randn(1, 3, 8, 9).to(DEVICE), [general_boxes(1, (8, 9)).to(DEVICE)], 2, sampler="triton")
+    assert "affine_crop" not in launches.names
+
+
+@runs_the_kernel
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("ratio", [2, -1])
 def test_it_compiles_into_one_graph(ratio):
-    source, boxes = randn(2, 3, 8, 9).requires_grad_(), general_boxes(3, (8, 9)).requires_grad_()
+    source, boxes = on_device(randn(2, 3, 8, 9)), on_device(general_boxes(3, (8, 9)))
     compiled = torch.compile(affine_crop, fullgraph=True, backend="aot_eager")
     results = []
     for crop in (compiled, affine_crop):
         crops = crop(source, [boxes[:1], boxes[1:]], (2, 3), 1.0, ratio, sampler="triton")
-        results.append([crops, *torch.autograd.grad(crops, [source, boxes], randn(*crops.shape))])
+        results.append([crops, *torch.autograd.grad(crops, [source, boxes], randn(*crops.shape).to(DEVICE))])
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
     exact = torch.compile(exact_crop, fullgraph=True, backend="aot_eager")(source, [boxes[:1]], 2, sampler="triton")
-    torch.testing.assert_close(exact, exact_crop(source, [boxes[:1]], 2), rtol=0, atol=1e-10)
+    torch.testing.assert_close(exact, exact_crop(source, [boxes[:1]], 2, sampler="gather"), rtol=0, atol=1e-10)
 
 
-@interpreted
+@runs_the_kernel
 @pytest.mark.parametrize("areas", [None, [30.0]])
 def test_the_operator_passes_opcheck(areas):
-    maps = [randn(2, 3, 8, 9).requires_grad_(), randn(2, 3, 4, 5).requires_grad_()][: 1 + bool(areas)]
-    boxes, image = general_boxes(2, (8, 9)).requires_grad_(), torch.tensor([1, 0])
+    maps = [on_device(randn(2, 3, 8, 9)), on_device(randn(2, 3, 4, 5))][: 1 + bool(areas)]
+    boxes, image = on_device(general_boxes(2, (8, 9))), torch.tensor([1, 0], device=DEVICE)
     arguments = (maps, boxes, image, areas, [2, 1], [1.0, 0.5][: len(maps)], 2, False)
     torch.library.opcheck(torch.ops.detector.affine_crop.default, arguments)
-    upstream = randn(2, 3, 2, 1)
+    upstream = randn(2, 3, 2, 1).to(DEVICE)
     torch.library.opcheck(
         torch.ops.detector.affine_crop_backward.default,
         (upstream, [m.detach() for m in maps], boxes.detach(), *arguments[2:], "both"),
     )
 
 
-@interpreted
+@runs_the_kernel
 def test_invalid_rois_are_nan():
     """On every device; other samplers raise errors on a CPU."""
-    boxes = general_boxes(5, (8, 9)).requires_grad_()
+    boxes = on_device(general_boxes(5, (8, 9)))
     rois = with_index([0.0, 2.0, 0.5, float("nan"), -1.0], boxes)
-    source = randn(2, 3, 8, 9).requires_grad_()
+    source = on_device(randn(2, 3, 8, 9))
     crops = affine_crop(source, rois, 2, sampler="triton")
     assert crops[1:].isnan().all()
     expected = roi_align(source, rois[:1].detach(), 2)
@@ -155,40 +233,50 @@ def test_invalid_rois_are_nan():
     assert gradients[1][0].any()
 
 
-@interpreted
+@runs_the_kernel
 @pytest.mark.parametrize("losses", [("box",), ("box", "classification", "mask")], ids=str)
 def test_a_training_step_and_an_inference(losses):
     """Of a Mask R-CNN with a refinement; its losses, gradients and detections are those of the gather."""
     few = {"box_batch_size_per_image": 6, "rpn_post_nms_top_n_train": 8, "rpn_post_nms_top_n_test": 3}
-    images = [torch.rand(3, 64, 64)]
+    images = [torch.rand(3, 64, 64).to(DEVICE)]
     target = {"boxes": torch.tensor([[10.0, 10, 40, 50]]), "labels": torch.tensor([1])}
-    target["masks"] = torch.ones(1, 64, 64, dtype=torch.uint8)
+    target = {name: tensor.to(DEVICE) for name, tensor in target.items()}
+    target["masks"] = torch.ones(1, 64, 64, dtype=torch.uint8, device=DEVICE)
     results = []
     for sampler in ("gather", "triton"):
-        model = add_refinement(tiny_rcnn("mask", **few), RefinementConfig(boxes_per_image=3, ascent_steps=1))
+        model = add_refinement(tiny_rcnn("mask", **few), RefinementConfig(boxes_per_image=3, ascent_steps=1)).to(DEVICE)
         swap_crop_head(model, BoxGradient(losses=losses), sampler=sampler)
         torch.manual_seed(0)
-        found = model.train()(images, [dict(target)])
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(sum(found.values()), parameters, allow_unused=True)
-        with torch.inference_mode():
+        with Launches() as training:
+            found = model.train()(images, [dict(target)])
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(sum(found.values()), parameters, allow_unused=True)
+        with torch.inference_mode(), Launches() as inference:
             detections = model.eval()(images)[0]
         results.append([*found.values(), *detections.values(), *(g for g in gradients if g is not None)])
+    # The pools of boxes and masks, and the iterations of the refinement, each backward too. The gradient of the box
+    # loss alone is one more.
+    config = model.roi_heads.refinement.config
+    assert training.names.count("affine_crop") == 2 + config.train_iterations
+    assert training.names.count("affine_crop_backward") == 2 + config.train_iterations + (losses == ("box",))
+    # Both pools, the start and the iterations of the refinement, and the ascent.
+    assert inference.names.count("affine_crop") > 3 + config.iterations
+    assert inference.names.count("affine_crop_backward") > 0
     assert len(results[0]) > 20
     for expected, ours in zip(*results, strict=True):
         assert (ours - expected).abs().max() <= 1e-4 * max(expected.abs().max(), 1e-3)
 
 
-@interpreted
+@runs_the_kernel
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 1, 30000, 30000), (1, 1, 30000, 90000)], ids=str)
 def test_more_than_two_to_the_31_elements(shape):
-    """In all images or in one. The zeros are never touched, so they take no memory."""
-    source = torch.zeros(shape, dtype=torch.bfloat16)
+    """In all images or in one. On a CPU the zeros are never touched, so they take no memory."""
+    source = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE)
     image, _, y, x = (side - 10 if side > 10 else side - 1 for side in shape)
     source[image, 0, y : y + 2, x : x + 2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert (image * shape[2] + y) * shape[3] + x > 2**31
-    box = torch.tensor([[image, x, y, x + 2, y + 2]], dtype=torch.float32)
+    box = torch.tensor([[image, x, y, x + 2, y + 2]], dtype=torch.float32, device=DEVICE)
     assert affine_crop(source, box, 1, 1.0, 2, aligned=True, sampler="triton").item() == 2.5
 
 
@@ -202,6 +290,9 @@ def test_more_than_two_to_the_31_elements(shape):
 def test_channels_last_maps_are_read_and_written_in_vectors(task, dtype, architecture):
     code = compile_for("cuda", architecture, task, True, dtype)["ptx"]
     assert re.search(r"ld\.global\.v4\.b32", code)
+    # Products fused into sums, or divisions that round otherwise, would move samples across the border.
+    assert "fma.rn" not in code
+    assert "div.rn" in code
     if task == "both":
         adds = re.findall(r"(?:atom|red)\.global\S*\.add\S*", code)
         assert adds
@@ -219,6 +310,41 @@ def test_every_variant_compiles(backend, task, channels_last, ratio):
     assert compile_for(*backend, task, channels_last, ratio=ratio, levels=1 if ratio == -1 else 4)
 
 
+@compiled
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"C": 1, "BINS_Y": 1, "BINS_X": 1, "BLOCK_BINS": 1, "BLOCK_C": 1},
+        {"C": 257, "BINS_Y": 14, "BINS_X": 14},
+        {"GEOMETRY": "float64", "SUM": "float64"},
+        {"OFFSET": "int64"},
+    ],
+    ids=str,
+)
+def test_other_sizes_and_dtypes_compile(sizes):
+    assert compile_for("cuda", 90, "both", True, "fp64" if "SUM" in sizes else "fp32", **sizes)
+
+
+@compiled
+def test_sizes_and_numbers_need_no_new_compilation():
+    """Triton compiles anew for integers that are 1 or multiples of 16, unless it is told not to."""
+
+    def key(sizes, rois, images):
+        tensor = torch.empty(64)
+        pointers = [tensor, torch.empty(16, dtype=torch.int64), *[tensor] * 3]
+        constants = {parameter.name: 1 for parameter in triton_kernels.crop_kernel.params if parameter.is_constexpr}
+        return bind((tensor, tensor), sizes, sizes, *pointers, rois, images, 4, 1, **constants)[1]
+
+    arguments = (
+        triton_kernels.crop_kernel.signature,
+        triton_kernels.crop_kernel.params,
+        make_backend(GPUTarget("cuda", 90, 32)),
+    )
+    bind = create_function_from_signature(*arguments)
+    first = key((200.0, 100.0), 1000, 2)
+    assert first == key((16.0, 1.0), 1000, 2) == key((200.0, 100.0), 1, 2) == key((200.0, 100.0), 16, 1)
+
+
 # --- What a call launches --------------------------------------------------------------------------------------------
 
 
@@ -226,7 +352,18 @@ class Launches(TorchDispatchMode):
     """The operators of a call that start a kernel on a GPU."""
 
     free = ("view", "_unsafe_view", "expand", "permute", "slice", "select", "split", "split_with_sizes", "unsqueeze")
-    free += ("detach", "alias", "empty", "new_empty", "empty_like", "t", "transpose", "unbind", "as_strided")
+    free += (
+        "detach",
+        "alias",
+        "empty",
+        "new_empty",
+        "empty_like",
+        "t",
+        "transpose",
+        "unbind",
+        "as_strided",
+        "promote_types",
+    )
 
     def __init__(self):
         super().__init__()
@@ -234,7 +371,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, name = func._schema.name.split("::")
-        if space != "prim" and name not in self.free:
+        if space in ("aten", "detector") and name not in self.free:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -246,7 +383,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("images", [1, 2])
 def test_a_forward_is_one_launch_and_reads_no_value(monkeypatch, images, names, ratio, layout):
     """On tensors without values, as if on a GPU: reading one would raise, for adaptive counts too."""
-    monkeypatch.setattr(detector.crop.crop, "_why_no_triton", lambda device: None)
+    monkeypatch.setattr(detector.crop.crop, "_has_triton", lambda device: True)
     with FakeTensorMode():
         strides = {name: STRIDES[name] for name in names}
         maps = {n: torch.empty(images, 64, 128 // s, 160 // s, device="cuda") for n, s in strides.items()}
@@ -261,7 +398,7 @@ def test_a_forward_is_one_launch_and_reads_no_value(monkeypatch, images, names, 
 @compiled
 @pytest.mark.parametrize("takes", [False, True])
 def test_auto_takes_it_on_a_gpu_if_it_is_turned_on(monkeypatch, takes):
-    monkeypatch.setattr(detector.crop.crop, "_why_no_triton", lambda device: None)
+    monkeypatch.setattr(detector.crop.crop, "_has_triton", lambda device: True)
     monkeypatch.setattr(detector.crop.crop, "AUTO_TAKES_TRITON", takes)
     with FakeTensorMode(), Launches() as on_gpu:
         affine_crop(torch.empty(1, 3, 8, 9, device="cuda"), [torch.empty(2, 4, device="cuda")], 2, 1.0, 2)
@@ -271,7 +408,7 @@ def test_auto_takes_it_on_a_gpu_if_it_is_turned_on(monkeypatch, takes):
     assert "affine_crop" not in on_cpu.names
 
 
-@interpreted
+@runs_the_kernel
 def test_a_backward_is_one_launch():
     features = {name: m.requires_grad_() for name, m in pyramid(2, SIZE, 20).items()}
     boxes = [boxes_of_side(LEVEL_SIDES[:1], seed).requires_grad_() for seed in range(2)]
@@ -286,28 +423,65 @@ def test_a_backward_is_one_launch():
     assert set(of_boxes.names[:-2]) == {"cat", "full_like"}
 
 
-@interpreted
+@compiled
+@both_layouts
+@pytest.mark.parametrize("task", ["crop", "both"])
+def test_the_operator_copies_nothing(monkeypatch, task, layout):
+    """No map, box or gradient that is dense."""
+    maps = [randn(2, 3, side, side).float().contiguous(memory_format=layout) for side in (8, 4)]
+    boxes, image, geometry = (
+        general_boxes(2, (8, 8)).float(),
+        torch.tensor([0, 1]),
+        Geometry([9.0], [2, 2], [1, 0.5], 2, True),
+    )
+    crops, gradients = torch.zeros(2, 3, 2, 2), (torch.zeros(480), torch.zeros(1, 2, 4))
+    given = []
+    stub = {(2,): lambda *arguments, **constants: given.append(arguments)}
+    monkeypatch.setattr(triton_kernels, "crop_kernel", stub)
+    with Launches() as launches:
+        _launch(task, maps, boxes, image, geometry, crops, *(gradients if task == "both" else ()))
+    assert launches.names == []
+    assert all(ours is theirs for ours, theirs in zip(given[0][0], maps, strict=True))
+
+
+@runs_the_kernel
 def test_the_kernel_is_tried_on_real_tensors():
     """A result that was found on tensors without values would be remembered."""
     with FakeTensorMode():
-        assert why_not.__wrapped__(torch.device("cpu")) is None
+        assert why_not.__wrapped__(DEVICE) is None
+
+
+@runs_the_kernel
+def test_no_memory_for_the_trial_is_an_error(monkeypatch):
+    """It may pass, so it must not be remembered."""
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "zeros", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        why_not.__wrapped__(DEVICE)
 
 
 @compiled
 def test_why_the_kernel_cannot_run(monkeypatch):
-    kernels = pytest.importorskip("detector.crop.triton_kernels")
-    monkeypatch.setattr(kernels, "INTERPRETED", True)  # so that the kernel is tried, which fails on a CPU
+    monkeypatch.setattr(triton_kernels, "INTERPRETED", True)  # so that the kernel is tried, which fails on a CPU
     assert "Triton failed" in why_not.__wrapped__(torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "detector.crop.triton_kernels", None)
     assert "cannot be imported" in why_not.__wrapped__(torch.device("cpu"))
 
 
 @compiled
-def test_tensors_on_a_cpu_warn_and_another_sampler_is_taken():
+@pytest.mark.usefixtures("fresh_compiler")
+def test_tensors_on_a_cpu_take_another_sampler_with_one_warning():
     source, boxes = randn(1, 2, 8, 9), [general_boxes(2, (8, 9))]
-    with pytest.warns(UserWarning, match="triton"):
-        crops = affine_crop(source, boxes, 2, 1.0, 2, sampler="triton")
-    assert torch.equal(crops, affine_crop(source, boxes, 2, 1.0, 2))
-    with pytest.warns(UserWarning, match="triton"):
-        crops = exact_crop(source, boxes, 2, sampler="triton")
-    assert torch.equal(crops, exact_crop(source, boxes, 2))
+    expected = affine_crop(source, boxes, 2, 1.0, 2)
+    detector.crop.crop._warn_once.cache_clear()
+    compiled_crop = torch.compile(affine_crop, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for crop in (affine_crop, compiled_crop):
+            crops = crop(source, boxes, 2, 1.0, 2, sampler="triton")
+            torch.testing.assert_close(crops, expected, rtol=0, atol=1e-12)
+        assert torch.equal(exact_crop(source, boxes, 2, sampler="triton"), exact_crop(source, boxes, 2))
+    assert len([w for w in warned if "triton" in str(w.message)]) == 1

@@ -10,8 +10,7 @@ from support.refined_models import refined
 from support.tiny_models import batch, copies, tiny_rcnn
 from torchvision.ops import MultiScaleRoIAlign
 
-from detector import BoxGradient, swap_crop_head
-from detector.rcnn import roi_heads
+from detector import BoxGradient, MultiScaleAffineCrop, swap_crop_head
 
 EVERY_LOSS = ("box", "classification", "mask", "keypoint")
 
@@ -43,8 +42,8 @@ def free_box_gradient(pool, features, boxes, image_shapes, upstream):
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(roi_heads, "reads_are_free", lambda tensor: False)
+def as_with_the_triton_kernel(monkeypatch):
+    monkeypatch.setattr(MultiScaleAffineCrop, "needs_no_forward", lambda pool, features: True)
 
 
 def counted(model, images, targets=None):
@@ -119,7 +118,7 @@ def test_a_training_step_waits_no_more_often(kind, settings, forward, backward, 
 
 
 def test_a_selection_by_a_mask_would_be_seen(monkeypatch):
-    monkeypatch.setattr(roi_heads, "reads_are_free", lambda tensor: True)
+    monkeypatch.setattr(MultiScaleAffineCrop, "needs_no_forward", lambda pool, features: False)
     _, syncs = beyond((tiny_rcnn(), swap_crop_head(tiny_rcnn())), 2, training=True)
     assert syncs.keys() == {"index", "index_put"}
 

@@ -81,7 +81,7 @@ def slopes(crop, boxes, upstream, step=1e-6):
     """Gradient at boxes [K, 4] by central differences of a crop whose result k depends on box k alone."""
     sides = []
     for side in range(4):
-        moved = torch.zeros(4, dtype=boxes.dtype)
+        moved = torch.zeros(4, dtype=boxes.dtype, device=boxes.device)
         moved[side] = step
         sides.append(((crop(boxes + moved) - crop(boxes - moved)) * upstream).sum((1, 2, 3)) / (2 * step))
     return torch.stack(sides, 1)

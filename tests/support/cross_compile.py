@@ -9,12 +9,16 @@ from detector.crop.triton_kernels import crop_kernel
 from detector.crop.triton_sampler import CHANNELS_PER_PROGRAM, LAUNCH_OPTIONS
 
 
-def compile_for(backend, architecture, task, channels_last, dtype="fp32", ratio=2, levels=4):
-    """Compile the kernel for a GPU that need not be here, with the arguments of an FPN of 256 channels."""
+def compile_for(backend, architecture, task, channels_last, dtype="fp32", ratio=2, levels=4, **others):
+    """Compile the kernel for a GPU that need not be here, with the arguments of an FPN of 256 channels.
+
+    ``others`` are further constants; dtypes by their names.
+    """
     pointer = f"*{dtype}"
+    of_sums = "*fp64" if dtype == "fp64" else "*fp32"
     types = {
         **{"maps": (pointer,) * levels, "heights": ("fp32",) * levels, "widths": ("fp32",) * levels},
-        **{"boxes": "*fp32", "index": "*i64", "crops": pointer, "map_gradient": "*fp32", "box_gradient": "*fp32"},
+        **{"boxes": "*fp32", "index": "*i64", "crops": pointer, "map_gradient": of_sums, "box_gradient": of_sums},
         **dict.fromkeys(["rois", "images", "box_stride", "index_stride"], "i32"),
     }
     constants = {
@@ -23,6 +27,7 @@ def compile_for(backend, architecture, task, channels_last, dtype="fp32", ratio=
         **{"CHANNELS_LAST": channels_last, "GEOMETRY": tl.float32, "SUM": tl.float32, "OFFSET": tl.int32},
         **{"BLOCK_BINS": 64, "BLOCK_C": CHANNELS_PER_PROGRAM[task]},
     }
+    constants |= {name: getattr(tl, value) if isinstance(value, str) else value for name, value in others.items()}
     names = crop_kernel.arg_names
     assert [*types, *constants] == names
     aligned = [(names.index("maps"), level) for level in range(levels)]

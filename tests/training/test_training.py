@@ -200,6 +200,17 @@ def test_a_run_without_a_step_is_refused(digits, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_ids_of_images_stay_on_the_host():
+    """Each step reads them. On a GPU that would wait for the step before it."""
+    target = {"boxes": torch.zeros(1, 4), "image_id": torch.tensor(7)}
+    images, (moved,) = DetectionTask().transfer_batch_to_device(
+        ([torch.rand(3, 8, 8)], [target]), torch.device("meta"), 0
+    )
+    assert images[0].is_meta
+    assert moved["boxes"].is_meta
+    assert int(moved["image_id"]) == 7
+
+
 def test_other_files_are_refused_as_checkpoints(trained, digits, tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": {}}, path)
