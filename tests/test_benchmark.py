@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny_models import tiny_rcnn
 from torchvision.ops import roi_align
+
+from detector import swap_crop_head
 
 spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).parents[1] / "tools" / "benchmark.py")
 benchmark = importlib.util.module_from_spec(spec)
@@ -18,11 +21,18 @@ TINY = ["--rois", "4", "12", "--size", "64", "96", "--channels", "4", "--repeats
 pytestmark = pytest.mark.slow
 
 
+def tiny_detector(case, options, swapped):
+    model = tiny_rcnn("mask" if "mask" in case.name else "box")
+    return swap_crop_head(model) if swapped else model
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     options = ["--detectors", *benchmark.DETECTORS, "--detector_dtypes", "float32", "bfloat16", "--batches", "1", "2"]
-    benchmark.main([*TINY, *options, "--layouts", "channels_last", "--folder", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "make_detector", tiny_detector)
+        benchmark.main([*TINY, *options, "--layouts", "channels_last", "--folder", str(folder)])
     return folder
 
 
@@ -56,6 +66,17 @@ def test_results_are_rendered_again(results, tmp_path, capsys):
 def test_a_ratio_is_taken_within_each_round():
     # A machine that is ten times slower in the second round: 2, 2 and 3 times the reference.
     assert benchmark.ratio([2.0, 20.0, 3.0], [1.0, 10.0, 1.0]) == "2.00 (2.00-3.00)"
+
+
+def test_the_detectors_that_are_compared():
+    options = argparse.Namespace(size=[64, 96], device=torch.device("cpu"), sampler="gather")
+    case = benchmark.DetectorCase("maskrcnn_resnet50_fpn", 1, "float32", "channels_last")
+    stock, swapped = (benchmark.make_detector(case, options, swapped) for swapped in (False, True))
+    assert type(stock.roi_heads.mask_roi_pool) is benchmark.MultiScaleRoIAlign
+    assert swapped.roi_heads.mask_roi_pool.sampler == "gather"
+    assert swapped.roi_heads.box_gradient.losses == ("box", "mask")
+    for ours, theirs in zip(swapped.parameters(), stock.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_targets_make_positives():

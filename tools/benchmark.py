@@ -1,6 +1,6 @@
 """Measure the time and memory of RoI poolers side by side, then of a whole detector with each.
 
-python tools/benchmark.py                                                everything, 15 minutes on 2 CPU cores
+python tools/benchmark.py                                                everything, 19 minutes on 2 CPU cores
 python tools/benchmark.py --device cuda --repeats 20 --sampler triton \
   --detectors fasterrcnn_resnet50_fpn maskrcnn_resnet50_fpn --batches 1 8 --detector_dtypes float32 bfloat16    on a GPU
 python tools/benchmark.py --render runs/benchmark/.../benchmark.json     write the tables again
