@@ -173,6 +173,11 @@ class CocoDataModule(lightning.LightningDataModule):
         options = {"persistent_workers": self.workers > 0, "pin_memory": torch.cuda.is_available()}
         return make_loader(data.as_bytes(), batches, workers=self.workers, **options)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch, except the images' ids: each step reads them, and would wait for the step before it."""
+        images, targets = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return images, [moved | {"image_id": given["image_id"]} for moved, given in zip(targets, batch[1])]
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         images, targets = [as_float(image) for image in batch[0]], batch[1]
         if self.trainer is not None:  # Lightning's conversion runs before the transfer, on bytes

@@ -106,11 +106,6 @@ class DetectionTask(lightning.LightningModule):
         if self.trainer.is_global_zero and (advice := anchor_advice(*self.data.train_set.shapes(), self.detector)):
             rank_zero_info(f"{self.data.train_split}: {advice}")
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Move a batch, except the images' ids: each step reads them, and would wait for the step before it."""
-        images, targets = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return images, [moved | {"image_id": given["image_id"]} for moved, given in zip(targets, batch[1])]
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # For dropout and the like; the sampling of anchors and RoIs has its own seeds.
         torch.manual_seed(seed_of(self.data.seed, self.global_rank, self.current_epoch, batch_idx))

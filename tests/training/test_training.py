@@ -203,7 +203,7 @@ def test_a_run_without_a_step_is_refused(digits, tmp_path):
 def test_the_ids_of_images_stay_on_the_host():
     """Each step reads them. On a GPU that would wait for the step before it."""
     target = {"boxes": torch.zeros(1, 4), "image_id": torch.tensor(7)}
-    images, (moved,) = DetectionTask().transfer_batch_to_device(
+    images, (moved,) = CocoDataModule("folder").transfer_batch_to_device(
         ([torch.rand(3, 8, 8)], [target]), torch.device("meta"), 0
     )
     assert images[0].is_meta
