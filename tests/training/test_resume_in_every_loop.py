@@ -49,6 +49,9 @@ class Data(CocoDataModule):
     def setup(self, stage=None):
         self.train_set, self.val_set = Indices(IMAGES), Indices(3)
 
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch
+
     def on_after_batch_transfer(self, batch, dataloader_idx):
         return batch
 
