@@ -39,7 +39,7 @@ from detector.crop.rois import (
 from detector.crop.triton_sampler import box_gradient_by_triton, crop_by_triton, why_not
 
 Sampler = Literal["auto", "grid_sample", "gather", "triton"]
-# Whether "auto" takes the Triton kernels on a GPU. Not before `pytest -m gpu`, tools/benchmark.py and a whole training
+# Whether "auto" takes the Triton kernel on a GPU. Not before `pytest -m gpu`, tools/benchmark.py and a whole training
 # have run on one.
 AUTO_TAKES_TRITON = False
 MIN_CHANNELS_TO_GATHER = 32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
@@ -69,7 +69,7 @@ def affine_crop(
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per image pixel.
         sampling_ratio: samples per bin and axis. 0 or less: ``ceil(box size / output_size)``, which cannot be traced or
-            vmapped over boxes. But for ``"triton"``, it cannot be compiled into one graph, and synchronises on a GPU.
+            vmapped over boxes. Except with ``"triton"``, it synchronises on a GPU and does not compile into one graph.
         aligned: shift samples by half a pixel, to pixel centres. torchvision's detectors use ``False``, which also
             widens boxes to at least one map pixel.
         sampler: how maps are read; values and gradients agree to rounding. ``"grid_sample"`` can be compiled and

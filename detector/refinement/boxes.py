@@ -1,17 +1,15 @@
 """Box operations of the refinement. Boxes are (x1, y1, x2, y2) in pixels of the resized image."""
 
-import math
-
 import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
+from detector.rcnn.box_coding import MAX_LOG_SCALE
 from detector.rcnn.forward import Boxes, Sizes
 
 # Deltas of nearly correct boxes are small, so the weights are twice the detector's own. Cascade R-CNN (Cai and
 # Vasconcelos, 2018, section 4.1) does the same.
 CENTRE_WEIGHT, SIZE_WEIGHT = 20.0, 10.0
-MAX_LOG_SCALE = math.log(1000 / 16)  # as in torchvision
 
 
 def encode(boxes: Tensor, others: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernels: under Triton's interpreter, cross-compiled for GPUs that are not here, and what a call launches.
+"""The Triton kernel: under Triton's interpreter, cross-compiled for GPUs that are not here, and what a call launches.
 
 The interpreter needs a process of its own, because it must be chosen before Triton is imported.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from support.crops import INTERPRETED, general_boxes, randn, with_index
+from support.operator_counts import OperatorCounts
 from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
 from support.tiny_models import tiny_rcnn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 import detector.crop.crop
@@ -93,11 +93,11 @@ def assert_equals_the_gather(crop, inputs):
     """Values and gradients of a crop with either sampler; and that the kernel was launched for ours."""
     results = []
     for sampler in ("triton", "gather"):
-        with Launches() as launches:
+        with OperatorCounts() as launches:
             crops = crop(sampler)
             results.append([crops, *torch.autograd.grad(crops, inputs, randn(*crops.shape).to(crops))])
-        assert ("affine_crop" in launches.names) == (sampler == "triton")
-        assert ("affine_crop_backward" in launches.names) == (sampler == "triton")
+        assert ("affine_crop" in launches.kernels) == (sampler == "triton")
+        assert ("affine_crop_backward" in launches.kernels) == (sampler == "triton")
     torch.testing.assert_close(*results, rtol=0, atol=1e-10)
     return results[0]
 
@@ -183,9 +183,9 @@ def test_no_images():
 @runs_the_kernel
 def test_deterministic_mode_takes_the_gather(request):
     request.getfixturevalue("deterministic")
-    with Launches() as launches:
+    with OperatorCounts() as launches:
         affine_crop(randn(1, 3, 8, 9).to(DEVICE), [general_boxes(1, (8, 9)).to(DEVICE)], 2, sampler="triton")
-    assert "affine_crop" not in launches.names
+    assert "affine_crop" not in launches.kernels
 
 
 @runs_the_kernel
@@ -247,21 +247,21 @@ def test_a_training_step_and_an_inference(losses):
         model = add_refinement(tiny_rcnn("mask", **few), RefinementConfig(boxes_per_image=3, ascent_steps=1)).to(DEVICE)
         swap_crop_head(model, BoxGradient(losses=losses), sampler=sampler)
         torch.manual_seed(0)
-        with Launches() as training:
+        with OperatorCounts() as training:
             found = model.train()(images, [dict(target)])
             parameters = [p for p in model.parameters() if p.requires_grad]
             gradients = torch.autograd.grad(sum(found.values()), parameters, allow_unused=True)
-        with torch.inference_mode(), Launches() as inference:
+        with torch.inference_mode(), OperatorCounts() as inference:
             detections = model.eval()(images)[0]
         results.append([*found.values(), *detections.values(), *(g for g in gradients if g is not None)])
     # The pools of boxes and masks, and the iterations of the refinement, each backward too. The gradient of the box
     # loss alone is one more.
     config = model.roi_heads.refinement.config
-    assert training.names.count("affine_crop") == 2 + config.train_iterations
-    assert training.names.count("affine_crop_backward") == 2 + config.train_iterations + (losses == ("box",))
+    assert training.kernels["affine_crop"] == 2 + config.train_iterations
+    assert training.kernels["affine_crop_backward"] == 2 + config.train_iterations + (losses == ("box",))
     # Both pools, the start and the iterations of the refinement, and the ascent.
-    assert inference.names.count("affine_crop") > 3 + config.iterations
-    assert inference.names.count("affine_crop_backward") > 0
+    assert inference.kernels["affine_crop"] > 3 + config.iterations
+    assert inference.kernels["affine_crop_backward"] > 0
     assert len(results[0]) > 20
     for expected, ours in zip(*results, strict=True):
         assert (ours - expected).abs().max() <= 1e-4 * max(expected.abs().max(), 1e-3)
@@ -348,34 +348,6 @@ def test_sizes_and_numbers_need_no_new_compilation():
 # --- What a call launches --------------------------------------------------------------------------------------------
 
 
-class Launches(TorchDispatchMode):
-    """The operators of a call that start a kernel on a GPU."""
-
-    free = ("view", "_unsafe_view", "expand", "permute", "slice", "select", "split", "split_with_sizes", "unsqueeze")
-    free += (
-        "detach",
-        "alias",
-        "empty",
-        "new_empty",
-        "empty_like",
-        "t",
-        "transpose",
-        "unbind",
-        "as_strided",
-        "promote_types",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        space, name = func._schema.name.split("::")
-        if space in ("aten", "detector") and name not in self.free:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @compiled
 @both_layouts
 @pytest.mark.parametrize("ratio", [2, -1])
@@ -389,10 +361,12 @@ def test_a_forward_is_one_launch_and_reads_no_value(monkeypatch, images, names, 
         maps = {n: torch.empty(images, 64, 128 // s, 160 // s, device="cuda") for n, s in strides.items()}
         maps = {n: m.contiguous(memory_format=layout).requires_grad_() for n, m in maps.items()}
         boxes = [torch.empty(5, 4, device="cuda", requires_grad=True) for _ in range(images)]
-        with Launches() as forward:
+        with OperatorCounts() as forward:
             pool(ratio, names=names)(maps, boxes, [SIZE] * images)
     # The indices of images, and both tensors joined. torchvision starts more for that alone.
-    assert sorted(forward.names) == ["affine_crop", *["cat"] * (images > 1) * 2, *["full_like"] * images]
+    joined = {"cat": 2} if images > 1 else {}
+    assert forward.kernels == {"affine_crop": 1, "full_like": images, **joined}
+    assert not forward.syncs
 
 
 @compiled
@@ -400,27 +374,29 @@ def test_a_forward_is_one_launch_and_reads_no_value(monkeypatch, images, names, 
 def test_auto_takes_it_on_a_gpu_if_it_is_turned_on(monkeypatch, takes):
     monkeypatch.setattr(detector.crop.crop, "_has_triton", lambda device: True)
     monkeypatch.setattr(detector.crop.crop, "AUTO_TAKES_TRITON", takes)
-    with FakeTensorMode(), Launches() as on_gpu:
+    with FakeTensorMode(), OperatorCounts() as on_gpu:
         affine_crop(torch.empty(1, 3, 8, 9, device="cuda"), [torch.empty(2, 4, device="cuda")], 2, 1.0, 2)
-    assert ("affine_crop" in on_gpu.names) == takes
-    with Launches() as on_cpu:
+    assert ("affine_crop" in on_gpu.kernels) == takes
+    with OperatorCounts() as on_cpu:
         affine_crop(randn(1, 3, 8, 9), [general_boxes(2, (8, 9))], 2, 1.0, 2)
-    assert "affine_crop" not in on_cpu.names
+    assert "affine_crop" not in on_cpu.kernels
 
 
 @runs_the_kernel
 def test_a_backward_is_one_launch():
-    features = {name: m.requires_grad_() for name, m in pyramid(2, SIZE, 20).items()}
-    boxes = [boxes_of_side(LEVEL_SIDES[:1], seed).requires_grad_() for seed in range(2)]
+    features = {name: on_device(m) for name, m in pyramid(2, SIZE, 20).items()}
+    boxes = [on_device(boxes_of_side(LEVEL_SIDES[:1], seed)) for seed in range(2)]
     crops = pool()(features, boxes, [SIZE] * 2)
     upstream = torch.ones_like(crops)
-    with Launches() as backward:
+    with OperatorCounts() as backward:
         torch.autograd.grad(crops, [*features.values(), *boxes], upstream)
-    assert backward.names == ["affine_crop_backward", "sum"]  # of the boxes' gradient over two blocks of channels
-    with Launches() as of_boxes:
+    assert backward.kernels == {
+        "affine_crop_backward": 1,
+        "sum": 1,
+    }  # of the boxes' gradient over two blocks of channels
+    with OperatorCounts() as of_boxes:
         pool().box_gradient(features, boxes, [SIZE] * 2, upstream)
-    assert of_boxes.names[-2:] == ["affine_crop_backward", "sum"]
-    assert set(of_boxes.names[:-2]) == {"cat", "full_like"}
+    assert of_boxes.kernels == {"cat": 2, "full_like": 2, "affine_crop_backward": 1, "sum": 1}
 
 
 @compiled
@@ -438,9 +414,9 @@ def test_the_operator_copies_nothing(monkeypatch, task, layout):
     given = []
     stub = {(2,): lambda *arguments, **constants: given.append(arguments)}
     monkeypatch.setattr(triton_kernels, "crop_kernel", stub)
-    with Launches() as launches:
+    with OperatorCounts() as launches:
         _launch(task, maps, boxes, image, geometry, crops, *(gradients if task == "both" else ()))
-    assert launches.names == []
+    assert not launches.kernels
     assert all(ours is theirs for ours, theirs in zip(given[0][0], maps, strict=True))
 
 

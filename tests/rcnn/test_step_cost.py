@@ -1,4 +1,4 @@
-"""What a training step and an inference cost a GPU beyond the stock model's, besides the crops themselves."""
+"""Kernels and synchronisations of a training step and an inference beyond the stock model's, without the crops."""
 
 from collections import Counter
 from functools import partial

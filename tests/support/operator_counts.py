@@ -42,7 +42,7 @@ class OperatorCounts(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         if name in SYNCHRONISES or _selects_by_mask(name, args) or _repeats(name, kwargs) or _moves(name, args, kwargs):
             self.syncs[name] += 1
-        if not func.is_view and name not in NO_KERNEL:
+        if not func.is_view and name not in NO_KERNEL and func.namespace != "prim":
             self.kernels[name] += 1
         return func(*args, **kwargs)
 
