@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from detector.crop import (
         AffineCrop,
         MultiScaleAffineCrop,
+        PrRoIPool2D,
+        RoIAlignRotated,
         affine_crop,
         boxes_to_theta,
         denormalize_boxes,
-        exact_crop,
         normalize_boxes,
+        prroi_pool2d,
+        roi_align_rotated,
     )
     from detector.pretrained import load_detector
     from detector.rcnn import BoxGradient, restore_roi_align, swap_crop_head, watch_box_gradient
@@ -36,17 +39,20 @@ __all__ = [
     "AffineCrop",
     "BoxGradient",
     "MultiScaleAffineCrop",
+    "PrRoIPool2D",
     "RefinementConfig",
+    "RoIAlignRotated",
     "add_refinement",
     "affine_crop",
     "boxes_to_theta",
     "denormalize_boxes",
-    "exact_crop",
     "load_detector",
     "normalize_boxes",
+    "prroi_pool2d",
     "refinement_losses",
     "remove_refinement",
     "restore_roi_align",
+    "roi_align_rotated",
     "swap_crop_head",
     "watch_box_gradient",
 ]

@@ -1,13 +1,7 @@
 """The affine crop: RoIAlign's call and values, with gradients to the boxes.
 
-torchvision also has ``torchvision.ops.roi_align._roi_align``, a private RoIAlign in Python whose gradients reach the
-boxes. ``roi_align`` uses it only for deterministic runs on a GPU. The crops here add to it:
-
-* speed and memory: ``_roi_align`` stores four neighbours per sample (with adaptive counts, as many samples per bin as
-  the map has pixels), and the gather stores only bins;
-* ``roi_align``'s border rules: ``_roi_align`` reads edge pixels for samples that count as zero, and drops adaptive
-  samples in excess of the map's height or width;
-* export to ONNX, ``torch.vmap`` over boxes, several levels in one call, and float32 geometry for half precision maps.
+torchvision's private ``torchvision.ops.roi_align._roi_align`` has box gradients too. It is slow, stores four neighbours
+per sample, and differs from ``roi_align`` beyond the border.
 """
 
 import warnings
@@ -20,20 +14,18 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from detector.crop.exact import EXACT, crop_exactly
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import (
     Levels,
-    adaptive_samples,
-    fixed_samples,
+    finish,
     is_vmapped,
     is_wrapped,
-    makes_graph,
     makes_standard_graph,
     pair,
     place_rois,
+    place_samples,
     split_rois,
 )
 from detector.crop.triton_sampler import box_gradient_by_triton, crop_by_triton, why_not
@@ -60,7 +52,7 @@ def affine_crop(
 
     Boxes are (x1, y1, x2, y2) in image pixels, x to the right and y down. Pixel ``i`` covers ``[i, i + 1]`` with
     ``aligned=True``. Arguments, defaults and values are those of ``torchvision.ops.roi_align``, which gives boxes no
-    gradient. The top of this module compares it with ``torchvision.ops.roi_align._roi_align``, which does.
+    gradient.
 
     Args:
         input: [N, C, H, W], any floating dtype.
@@ -113,16 +105,12 @@ def crop_levels(
     """:func:`affine_crop` from maps of several sizes; RoIs on no level are zero. See :func:`.place_rois`."""
     bins = pair("output_size", output_size)
     check_sampler(sampler)
-    if sampling_ratio <= 0 and torch.jit.is_tracing():
-        raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced; use one above 0")
     index, corners, counts = split_rois(maps, boxes, spatial_scales)
     if runs_triton(sampler, [*maps, corners]):
         areas = levels.least_areas() if levels else None
         return crop_by_triton(maps, corners, index, areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
     rois = place_rois(maps, index, corners, counts, levels, bins, spatial_scales, aligned)
-    if rois.vmapped and sampling_ratio <= 0:
-        raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be vmapped over boxes; use one above 0")
-    samples = [fixed_samples(rois, sampling_ratio)] if sampling_ratio > 0 else adaptive_samples(rois)
+    samples = place_samples(rois, sampling_ratio)
     if torch.jit.is_tracing() or rois.vmapped or any(is_vmapped(source) for source in maps):
         sampler = "grid_sample"  # PyTorch can trace and vmap it
     elif maps[0].is_meta:
@@ -134,7 +122,7 @@ def crop_levels(
     else:
         counts = rois.counts if sampling_ratio > 0 else None
         crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
-    return rois.finish(crops, maps[0].dtype)
+    return finish(crops, rois.valid, maps[0].dtype)
 
 
 def box_gradient(
@@ -161,43 +149,6 @@ def box_gradient(
         return list(torch.autograd.grad(crop_levels(maps, leaves, levels, *options, sampler), leaves, upstream))
 
 
-def exact_crop(
-    input: Tensor,
-    boxes: Tensor | Sequence[Tensor],
-    output_size: int | Sequence[int],
-    spatial_scale: float = 1.0,
-    aligned: bool = False,
-    *,
-    sampler: Literal["auto", "gather", "triton"] = "auto",
-) -> Tensor:
-    """Crop boxes out of maps; each bin is the mean of the bilinear surface over the bin.
-
-    Boxes are (x1, y1, x2, y2) in image pixels. Arguments, result and errors are those of :func:`affine_crop`, which
-    converges to this function as its ``sampling_ratio`` grows. The box gradient is continuous, also where a box puts a
-    sample on a pixel centre. Every pixel of a bin is read, so large boxes take longer. Second derivatives and vmap over
-    maps multiply each RoI by its whole map, which is slow. ``sampler="triton"`` can be compiled; the gather
-    synchronises on a GPU, and raises a ValueError if it is compiled. So does any call that is traced, or vmapped over
-    boxes.
-
-    Example:
-        >>> boxes = torch.tensor([[20.0, 30.0, 180.0, 150.0]], requires_grad=True)
-        >>> exact_crop(torch.rand(1, 3, 240, 320), [boxes], 7, aligned=True).shape
-        torch.Size([1, 3, 7, 7])
-    """
-    bins = pair("output_size", output_size)
-    if check_sampler(sampler) == "grid_sample":
-        raise ValueError(f"{sampler=}: exact_crop has no samples; use auto, gather or triton")
-    index, corners, counts = split_rois([input], boxes, [spatial_scale])
-    if runs_triton(sampler, [input, corners]):
-        return crop_by_triton([input], corners, index, None, bins, [spatial_scale], EXACT, aligned)
-    if makes_graph():
-        raise ValueError("exact_crop cannot be compiled or traced; use affine_crop with a sampling_ratio above 0")
-    rois = place_rois([input], index, corners, counts, None, bins, [spatial_scale], aligned)
-    if rois.vmapped:
-        raise ValueError("exact_crop cannot be vmapped over boxes; use affine_crop with a sampling_ratio above 0")
-    return rois.finish(crop_exactly(input, rois), input.dtype)
-
-
 class AffineCrop(nn.Module):
     """Crop boxes (x1, y1, x2, y2), in image pixels, out of a map: :func:`affine_crop` as a module.
 
@@ -218,9 +169,7 @@ class AffineCrop(nn.Module):
     ) -> None:
         super().__init__()
         self.output_size = pair("output_size", output_size)
-        self.spatial_scale = spatial_scale
-        self.sampling_ratio = sampling_ratio
-        self.aligned = aligned
+        self.spatial_scale, self.sampling_ratio, self.aligned = spatial_scale, sampling_ratio, aligned
         self.sampler = check_sampler(sampler)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:

@@ -54,7 +54,8 @@ def _average_masked(source: Tensor, group: Samples, level: int) -> Tensor:
     """Sample each image at all RoIs; those of another image or level read nothing and add zero. [M, C, bins, bins]"""
     images = torch.arange(source.shape[0], device=source.device)[:, None]
     own = (group.image == images) & (group.level == level)  # [N, M]
-    x = torch.where(own[..., None, None], group.x, OUTSIDE)
+    own = own.reshape(*own.shape, *[1] * (group.x.dim() - 1))
+    x = torch.where(own, group.x, OUTSIDE)
     return _average_batched(source, group.y.expand(len(source), *group.y.shape), x, group.divisor).sum(dim=0)
 
 
@@ -86,10 +87,12 @@ def _average(source: Tensor, group: Samples, counts: list[int] | None) -> Tensor
 
 
 def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tensor:
-    """Sample each image at ``y`` [N, M, bins, rows] and ``x``; return sums over ``divisor``, [N, M, C, bins, bins]."""
+    """Sample each image at the positions of :class:`.Samples`, y and x [N, M, ...]. [N, M, C, bins, bins], sums."""
     images, rois = y.shape[:2]
+    if y.dim() == 4:
+        y, x = y[..., None, None], x[:, :, None, None]
     # Constants in ONNX too: onnxruntime cannot infer a computed size where there are no RoIs.
-    bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:], *x.shape[2:]))
+    bins_y, rows, bins_x, columns = (int(n) for n in (*y.shape[2:4], *x.shape[4:]))
     channels = source.shape[1]
     if channels == 0:  # which grid_sample refuses; adding sums of the inputs to no element keeps the graph
         return source.new_zeros(images, rois, 0, bins_y, bins_x) + (source.sum() + y.sum() + x.sum())
@@ -102,16 +105,16 @@ def _average_batched(source: Tensor, y: Tensor, x: Tensor, divisor: int) -> Tens
         # A huge RoI is sliced along its rows of samples, so that even one RoI stays within the limit.
         fit = max(MAX_SAMPLED_ELEMENTS // max(row * rois, 1), 1)
         if rows > fit:
-            slices = [_average_batched(source, y_slice, x, divisor) for y_slice in y.split(fit, dim=3)]
-            return torch.stack(slices).sum(dim=0)
-    y = y.to(source.dtype).reshape(images, rois, bins_y * rows)
-    x = x.to(source.dtype).reshape(images, rois, bins_x * columns)
-    shape = (images, rois, bins_y * rows, bins_x * columns)
+            x = x.expand(-1, -1, -1, rows, -1, -1)
+            slices = zip(y.split(fit, dim=3), x.split(fit, dim=3))
+            return torch.stack([_average_batched(source, *part, divisor) for part in slices]).sum(dim=0)
     # The grids of an image's RoIs are stacked along the height of one grid, because each further grid would copy the
     # map.
-    grid = torch.stack([x[:, :, None, :].expand(shape), y[..., None].expand(shape)], dim=-1)
+    shape = (images, rois, bins_y, rows, bins_x, columns)
+    grid = torch.stack([x.to(source.dtype).expand(shape), y.to(source.dtype).expand(shape)], dim=-1)
+    grid = grid.reshape(images, rois * bins_y * rows, bins_x * columns, 2)
     sampled = F.grid_sample(
-        source, grid.flatten(1, 2), mode="bilinear", padding_mode="zeros", align_corners=False
+        source, grid, mode="bilinear", padding_mode="zeros", align_corners=False
     )  # [N, C, M * bins * rows, bins * columns]
     if makes_graph():  # pooling rejects empty tensors, also in onnxruntime, and emptiness is unknown here
         windows = sampled.reshape(images, channels, rois, bins_y, rows, bins_x, columns)

@@ -38,6 +38,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Names:
+    """What an operator calls its maps, its RoIs, and the columns of an RoI, for error messages."""
+
+    maps: str = "input"
+    rois: str = "boxes"
+    columns: str = "x1, y1, x2, y2"
+
+
+@dataclass(frozen=True)
 class Axis(Rows):
     """One axis (x or y) of K RoIs. Start and extent decide what is outside the map; scale and shift place samples."""
 
@@ -52,39 +61,81 @@ class Axis(Rows):
         """Return the samples per bin at ``sampling_ratio <= 0``, [K]: ceil(extent / bins), 0 for an empty side."""
         return (self.extent / self.bins).ceil().clamp(min=0)
 
-    def windows(self) -> tuple[Tensor, Tensor]:
-        """Return each bin's first sample that may be on the map, [K, bins], and their maximum, [K]; int64."""
-        # Limits the cost of huge RoIs, with two samples of slack.
-        extent, size, counts = (values.double()[:, None] for values in (self.extent, self.size, self.adaptive_counts()))
+    def windows(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each bin's first sample that may be between two places [K], [K, bins], and their maximum, [K]; int64.
+
+        This limits the cost of huge RoIs, with two samples of slack.
+        """
+        given = (self.extent, self.adaptive_counts(), low, high)
+        extent, counts, low, high = (values.double()[:, None] for values in given)
         bin_size = extent / self.bins
         bin_start = self.start.double()[:, None] + torch.arange(self.bins, device=extent.device) * bin_size
         step = bin_size / counts.clamp(min=1)  # [K, 1], pixels between samples
         zero = torch.zeros_like(counts)
-        first = (((-1 - bin_start) / step - 0.5).floor() - 2).nan_to_num().clamp(zero, counts)
-        last = (((size - bin_start) / step - 0.5).ceil() + 3).nan_to_num().clamp(zero, counts)
+        first = (((low - bin_start) / step - 0.5).floor() - 2).nan_to_num().clamp(zero, counts)
+        last = (((high - bin_start) / step - 0.5).ceil() + 3).nan_to_num().clamp(zero, counts)
         return first.long(), (last - first).amax(dim=1).long()
 
-    def positions(self, index: Tensor, counts: Tensor | int) -> Tensor:
-        """Return normalised positions [K, bins, n] of the samples at ``index``; OUTSIDE if they count as 0."""
+    def places(self, index: Tensor, counts: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the places of samples in map pixels and in the crop frame (-1..1), and if they count, [K, bins, n]."""
         dtype = self.start.dtype
         bins = torch.arange(self.bins, dtype=dtype, device=self.start.device)[:, None]  # [bins, 1]
         limit = counts[:, None, None] if isinstance(counts, Tensor) else counts
         count = limit.clamp(min=1) if isinstance(limit, Tensor) else limit
-        size = self.size[:, None, None]
         middle = index.to(dtype) + 0.5
         bin_size = (self.extent / self.bins)[:, None, None]
         # In roi_align's order of operations: samples of integer boxes lie exactly on the border.
-        pixel = self.start[:, None, None] + bins * bin_size + middle * bin_size / count  # [K, bins, n]
-        on_map = (pixel >= -1) & (pixel <= size) & (index < limit)
+        pixel = self.start[:, None, None] + bins * bin_size + middle * bin_size / count
+        return pixel, (bins + middle / count) * (2 / self.bins) - 1, (index < limit).expand_as(pixel)
 
-        unit = (bins + middle / count) * (2 / self.bins) - 1  # the sample in the crop frame, -1..1
+    def positions(self, index: Tensor, counts: Tensor | int) -> Tensor:
+        """Return normalised positions [K, bins, n] of the samples at ``index``; OUTSIDE if they count as 0."""
+        pixel, unit, counted = self.places(index, counts)
+        size = self.size[:, None, None]
+        on_map = (pixel >= -1) & (pixel <= size) & counted
         # A row of affine_grid written out: autocast would run its matrix product in bfloat16.
-        position = self.scale[:, None, None] * unit + self.shift[:, None, None]
-        # The centre of the edge pixel minus a rounding error. On or beyond the centre, zero padding would give the
-        # slope from the pixel down to 0 where the surface is flat.
-        edge = (1 - 1 / size) * (1 - 4 * torch.finfo(dtype).eps)
-        position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
-        return torch.where(on_map, position, OUTSIDE)
+        return on_border(self.scale[:, None, None] * unit + self.shift[:, None, None], on_map, size)
+
+
+@dataclass(frozen=True)
+class Turn(Rows):
+    """What rotated RoIs have besides their axes, which start at the centre and lie along the unrotated sides. [K]"""
+
+    y_skew: Tensor  # theta's entries off the diagonal
+    x_skew: Tensor
+    y_centre: Tensor  # map pixels, without gradient, as the angle
+    x_centre: Tensor
+    angle: Tensor  # radians, counter-clockwise as seen
+    reach: Tensor  # map pixels from the centre to the farthest corner of what counts as the map
+
+    def positions(
+        self, y_axis: Axis, x_axis: Axis, places: Sequence[tuple[Tensor, Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return normalised y and x of samples, [K, bins y, n y, bins x, n x], from :meth:`Axis.places` of both."""
+        y, v, y_counted = (rows[..., None, None] for rows in places[0])
+        x, u, x_counted = (columns[..., None, None, :, :] for columns in places[1])
+
+        def wide(values: Tensor) -> Tensor:
+            return values.reshape(-1, 1, 1, 1, 1)
+
+        cos, sin = wide(self.angle.cos()), wide(self.angle.sin())
+        height, width = wide(y_axis.size), wide(x_axis.size)
+        # In detectron2's order of operations.
+        y_pixel = y * cos - x * sin + wide(self.y_centre)
+        x_pixel = y * sin + x * cos + wide(self.x_centre)
+        on_map = (y_pixel >= -1) & (y_pixel <= height) & (x_pixel >= -1) & (x_pixel <= width) & y_counted & x_counted
+        y = wide(y_axis.scale) * v + wide(self.y_skew) * u + wide(y_axis.shift)
+        x = wide(x_axis.scale) * u + wide(self.x_skew) * v + wide(x_axis.shift)
+        return on_border(y, on_map, height), on_border(x, on_map, width)
+
+
+def on_border(position: Tensor, on_map: Tensor, size: Tensor) -> Tensor:
+    """Clamp normalised positions of samples to the centres of the edge pixels; OUTSIDE if they are not on the map."""
+    # The centre minus a rounding error. On or beyond the centre, zero padding would give the slope from the pixel down
+    # to 0 where the surface is flat.
+    edge = (1 - 1 / size) * (1 - 4 * torch.finfo(position.dtype).eps)
+    position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
+    return torch.where(on_map, position, OUTSIDE)
 
 
 @dataclass(frozen=True)
@@ -120,12 +171,20 @@ class RoIs(Rows):
     counts: list[int] | None  # RoIs per image, if known without reading values; the RoIs are then in image order
     valid: Tensor | None  # [K]; None: all are, as values were checked
     vmapped: bool  # torch.vmap runs over the boxes
+    turn: Turn | None = None  # of rotated RoIs
 
-    def finish(self, crops: Tensor, dtype: torch.dtype) -> Tensor:
-        """Set the crops [K, C, bins, bins] of invalid RoIs to NaN and convert to ``dtype``."""
-        if self.valid is not None:
-            crops = torch.where(self.valid[:, None, None, None], crops, torch.nan)
-        return crops.to(dtype)
+    def positions(self, indices: Sequence[Tensor], counts: Sequence[Tensor | int]) -> Any:
+        """Return normalised y and x of the samples at two indices, as :class:`Samples` has them."""
+        axes = list(zip((self.y, self.x), indices, counts))
+        if self.turn is None:
+            return [axis.positions(index, count) for axis, index, count in axes]
+        return self.turn.positions(self.y, self.x, [axis.places(index, count) for axis, index, count in axes])
+
+    def windows(self) -> list[tuple[Tensor, Tensor]]:
+        """Return :meth:`Axis.windows` of samples that may be on the map, of both axes."""
+        if self.turn is None:
+            return [axis.windows(torch.full_like(axis.size, -1), axis.size) for axis in (self.y, self.x)]
+        return [axis.windows(-self.turn.reach, self.turn.reach) for axis in (self.y, self.x)]
 
 
 @dataclass(frozen=True)
@@ -135,8 +194,9 @@ class Samples(Rows):
     rois: Tensor | None  # [M] int64, which RoIs these are; None: all, in order
     level: Tensor  # [M] int64, index of the RoI's map; -1: none
     image: Tensor  # [M] int64, index in the batch
-    y: Tensor  # [M, bins, n], normalised positions of the rows of samples, differentiable
-    x: Tensor  # [M, bins, n], and of the columns
+    # Normalised, differentiable: of the rows and columns of samples, or (rotated) of each sample in both.
+    y: Tensor  # [M, bins, n] or [M, bins y, n y, bins x, n x]
+    x: Tensor
     height: Tensor  # [M], pixels of the RoI's map
     width: Tensor  # [M]
     count: Tensor | int  # samples per bin, on the map or not, at least 1; [M] or one for all
@@ -146,26 +206,27 @@ class Samples(Rows):
         return 1 if isinstance(self.count, Tensor) else self.count
 
 
-def fixed_samples(rois: RoIs, sampling_ratio: int) -> Samples:
-    """Place ``sampling_ratio`` samples per bin and axis for every RoI."""
-    index = torch.arange(sampling_ratio, device=rois.level.device)
-    y, x = (axis.positions(index, sampling_ratio) for axis in (rois.y, rois.x))
-    return Samples(None, rois.level, rois.image, y, x, rois.y.size, rois.x.size, sampling_ratio**2)
+def place_samples(rois: RoIs, sampling_ratio: int) -> list[Samples]:
+    """Place ``sampling_ratio`` samples per bin and axis, or, at 0 or less, as many as the RoI's size asks for.
 
-
-def adaptive_samples(rois: RoIs) -> list[Samples]:
-    """Place samples by the RoI's size, in groups of RoIs with similar numbers. Synchronises on a GPU."""
-    if rois.level.is_meta or not rois.level.numel():  # without RoIs, an empty result that stays in the graph
-        return [fixed_samples(rois, 1)]
-    largest = torch.stack([axis.windows()[1] for axis in (rois.y, rois.x)], dim=1)
+    The latter are in groups of RoIs with similar numbers, and synchronise on a GPU.
+    """
+    if sampling_ratio <= 0 and (rois.vmapped or torch.jit.is_tracing()):
+        raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced or vmapped; use one above 0")
+    # Without RoIs, an empty result that stays in the graph.
+    if sampling_ratio > 0 or rois.level.is_meta or not rois.level.numel():
+        ratio = max(sampling_ratio, 1)
+        index = torch.arange(ratio, device=rois.level.device)
+        y, x = rois.positions((index, index), (ratio, ratio))
+        return [Samples(None, rois.level, rois.image, y, x, rois.y.size, rois.x.size, ratio**2)]
+    largest = torch.stack([most for _, most in rois.windows()], dim=1)
     samples = []
     for group, shape in group_by_size(largest):
         part = rois.select(group)
-        y, x = (
-            axis.positions(axis.windows()[0][..., None] + torch.arange(n, device=group.device), axis.adaptive_counts())
-            for axis, n in zip((part.y, part.x), shape)
-        )
-        count = (part.y.adaptive_counts() * part.x.adaptive_counts()).clamp(min=1)
+        counts = [part.y.adaptive_counts(), part.x.adaptive_counts()]
+        indices = [f[..., None] + torch.arange(n, device=group.device) for (f, _), n in zip(part.windows(), shape)]
+        y, x = part.positions(indices, counts)
+        count = counts[0].mul(counts[1]).clamp(min=1)
         samples.append(Samples(group, part.level, part.image, y, x, part.y.size, part.x.size, count))
     return samples
 
@@ -216,23 +277,90 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def split_rois(
-    maps: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], spatial_scales: Sequence[float]
+    maps: Sequence[Tensor],
+    rois: Tensor | Sequence[Tensor],
+    spatial_scales: Sequence[float],
+    names: Names = Names(),
 ) -> tuple[Tensor, Tensor, list[int] | None]:
-    """Check the types and shapes of a crop's arguments, but no values on a device.
+    """Check the types and shapes of an operator's arguments, but no values on a device.
 
     Returns:
-        The image indices [K], the corners [K, 4], and the number of RoIs per image if it is known.
+        The image indices [K], the boxes [K, columns], and the number of RoIs per image if it is known.
     """
     for source, spatial_scale in zip(maps, spatial_scales):
-        check_floating("input", source)
+        check_floating(names.maps, source)
         if source.dim() != 4 or source.shape[2] < 1 or source.shape[3] < 1:
-            raise ValueError(f"input must be [N, C, H, W], H and W at least 1, got {list(source.shape)}")
+            raise ValueError(f"{names.maps} must be [N, C, H, W], H and W at least 1, got {list(source.shape)}")
         if not 0 < spatial_scale < inf:
             raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
         if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
             given = [(list(m.shape), str(m.device)) for m in maps]
             raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
-    return _split_boxes(maps[0], boxes)
+    images, name, columns = maps[0].shape[0], names.rois, names.columns.count(",") + 1
+    indexed, plain = f"[K, {columns + 1}] (image index, {names.columns})", f"[L, {columns}] ({names.columns})"
+    if isinstance(rois, Tensor):
+        _check_shape(name, rois, maps[0], columns + 1, indexed)
+        return rois[:, 0].detach(), rois[:, 1:], [rois.shape[0]] if images == 1 else None
+    if not isinstance(rois, Sequence) or isinstance(rois, str):
+        raise TypeError(f"{name} must be a {indexed} tensor or a sequence of {plain}, got {type(rois).__name__}")
+    for i, image_boxes in enumerate(rois):
+        _check_shape(f"{name}[{i}]", image_boxes, maps[0], columns, plain)
+    if len(rois) > images:
+        raise ValueError(f"{name} has {len(rois)} images, but {names.maps} has a batch of {images}")
+    # len() would be baked into a traced graph.
+    counts = [image_boxes.shape[0] for image_boxes in rois] + [0] * (images - len(rois))
+    boxes = list(rois) or [maps[0].new_zeros(0, columns, dtype=geometry_dtype(maps[0]))]
+    # int64, because bfloat16 boxes count exactly to 256 only.
+    index = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(boxes)]
+    if len(boxes) == 1:  # joining would copy
+        return index[0], boxes[0], counts
+    return torch.cat(index), torch.cat(boxes), counts
+
+
+def _check_shape(name: str, boxes: Tensor, input: Tensor, columns: int, shape: str) -> None:
+    check_floating(name, boxes)
+    if boxes.dim() != 2 or boxes.shape[1] != columns:
+        raise ValueError(f"{name} must have shape {shape}, got {list(boxes.shape)}")
+    if boxes.device != input.device:
+        raise TypeError(f"{name} and the maps must be on one device, got {boxes.device} and {input.device}")
+
+
+def check_values(
+    source: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    finite: Tensor,
+    scales: Tensor,
+    names: Names = Names(),
+) -> tuple[Tensor, Tensor | None]:
+    """Check the values of RoIs where that costs nothing.
+
+    Returns:
+        Each RoI's image, [K] int64, and which RoIs are valid, [K]. ``None``: all are, as values were checked.
+    """
+    images = source.shape[0]
+    known = (index >= 0) & (index < images)  # false for NaN
+    if index.is_floating_point():
+        known = known & (index == index.floor())
+    image = torch.where(known, index, 0).long()
+    # On a GPU a check would synchronise. Values do not exist while a graph is made.
+    if boxes.device.type != "cpu" or makes_graph() or is_vmapped(boxes):
+        return image, known & finite
+    if not known.all():
+        row = int((~known).nonzero()[0])
+        raise ValueError(f"{names.rois}[{row}] has image index {index[row].item()}, but the batch has {images} images")
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        place = f"(RoI {row}, spatial_scale {scales[row].item():.6g})"
+        raise ValueError(f"{names.rois} must be finite in map pixels, got {boxes[row].tolist()} {place}")
+    return image, None
+
+
+def finish(crops: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Set the crops [K, C, bins, bins] of invalid RoIs to NaN and convert to ``dtype``."""
+    if valid is not None:
+        crops = torch.where(valid[:, None, None, None], crops, torch.nan)
+    return crops.to(dtype)
 
 
 def place_rois(
@@ -249,55 +377,11 @@ def place_rois(
 
     ``level_of`` returns the level of corners, or -1 for none; ``None`` if there is one level.
     """
-    images = maps[0].shape[0]
-    known = (index >= 0) & (index < images)  # false for NaN
-    if index.is_floating_point():
-        known = known & (index == index.floor())
-    image = torch.where(known, index, 0).long()
-    level = torch.zeros_like(image) if level_of is None else level_of(corners.detach())
+    level = torch.zeros_like(index, dtype=torch.int64) if level_of is None else level_of(corners.detach())
     scales = _of_level(level, spatial_scales, corners.to(geometry_dtype(*maps, corners)))
     y, x, finite = _axes(corners.to(scales.dtype), level, scales, maps, bins, aligned)
-    vmapped = is_vmapped(corners)
-    # On a GPU a check would synchronise. Values do not exist while a graph is made.
-    if corners.device.type != "cpu" or makes_graph() or vmapped:
-        return RoIs(y, x, level, image, counts, known & finite, vmapped)
-    if not known.all():
-        row = int((~known).nonzero()[0])
-        raise ValueError(f"boxes[{row}] has image index {index[row].item()}, but input has a batch of {images}")
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        place = f"(RoI {row}, spatial_scale {spatial_scales[max(int(level[row]), 0)]})"
-        raise ValueError(f"boxes must be finite in map pixels, got {corners[row].tolist()} {place}")
-    return RoIs(y, x, level, image, counts, None, vmapped)
-
-
-def _split_boxes(input: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int] | None]:
-    images = input.shape[0]
-    if isinstance(boxes, Tensor):
-        _check_boxes("boxes", boxes, input, 5, "[K, 5] (image index, x1, y1, x2, y2)")
-        return boxes[:, 0].detach(), boxes[:, 1:], [boxes.shape[0]] if images == 1 else None
-    if not isinstance(boxes, Sequence) or isinstance(boxes, str):
-        raise TypeError(f"boxes must be a [K, 5] tensor or a sequence of [L, 4] tensors, got {type(boxes).__name__}")
-    for i, image_boxes in enumerate(boxes):
-        _check_boxes(f"boxes[{i}]", image_boxes, input, 4, "[L, 4] (x1, y1, x2, y2)")
-    if len(boxes) > images:
-        raise ValueError(f"boxes has {len(boxes)} images, but input has a batch of {images}")
-    # len() would be baked into a traced graph.
-    counts = [image_boxes.shape[0] for image_boxes in boxes] + [0] * (images - len(boxes))
-    corners = list(boxes) or [input.new_zeros(0, 4, dtype=geometry_dtype(input))]
-    # int64, because bfloat16 boxes count exactly to 256 only.
-    index = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(corners)]
-    if len(corners) == 1:  # joining would copy
-        return index[0], corners[0], counts
-    return torch.cat(index), torch.cat(corners), counts
-
-
-def _check_boxes(name: str, boxes: Tensor, input: Tensor, columns: int, shape: str) -> None:
-    check_floating(name, boxes)
-    if boxes.dim() != 2 or boxes.shape[1] != columns:
-        raise ValueError(f"{name} must have shape {shape}, got {list(boxes.shape)}")
-    if boxes.device != input.device:
-        raise TypeError(f"{name} and input must be on one device, got {boxes.device} and {input.device}")
+    image, valid = check_values(maps[0], index, corners, finite, scales)
+    return RoIs(y, x, level, image, counts, valid, is_vmapped(corners))
 
 
 def _axes(

@@ -1,6 +1,6 @@
 """The crop as a Triton kernel, launched once for the values, and once more for the gradients of all maps and boxes.
 
-The rules are those of :mod:`detector.crop.rois` and :mod:`detector.crop.exact`. Maps are NCHW or channels_last, both
+The rules are those of :mod:`detector.crop.rois` and :mod:`detector.crop.precise`. Maps are NCHW or channels_last, both
 dense. Geometry is in float32, or in float64 if maps or boxes are.
 """
 
@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from detector.crop import exact
+from detector.crop import precise
 
-EXACT: tl.constexpr = tl.constexpr(exact.EXACT)
-MIN_BIN: tl.constexpr = tl.constexpr(exact.MIN_BIN)
+PRECISE: tl.constexpr = tl.constexpr(precise.PRECISE)
+MIN_BIN: tl.constexpr = tl.constexpr(precise.MIN_BIN[torch.float32])
+MIN_BIN_64: tl.constexpr = tl.constexpr(precise.MIN_BIN[torch.float64])
 
 
 @triton.jit
@@ -26,20 +27,20 @@ def _is_finite(a):
 
 
 @triton.jit
-def _axis(low, high, scale, ALIGNED: tl.constexpr):
-    """Return the start and extent of a box along one axis in map pixels, its fixed part, and if it is finite (0 or 1).
+def _axis(low, high, scale, ALIGNED: tl.constexpr, RATIO: tl.constexpr):
+    """Return a box's start and extent along one axis in map pixels, its fixed part, and if it is finite (0 or 1).
 
-    If not ALIGNED, boxes are widened to a pixel. The high end of a widened box (1) moves with its low end, and of a box
-    of just a pixel half of it does, as in torch.maximum.
+    If not ALIGNED, and with samples, boxes are widened to a pixel. The high end of a widened box (1) moves with its low
+    end, and of a box of just a pixel half of it does, as in torch.maximum.
     """
     start, end = low * scale, high * scale
-    if ALIGNED:
+    if ALIGNED and RATIO != PRECISE:
         start, end = start - 0.5, end - 0.5
     extent = end - start
     finite = _is_finite(start) * _is_finite(end) * _is_finite(extent)
     start, extent = tl.where(finite > 0, start, 0.0), tl.where(finite > 0, extent, 1.0)
     fixed = tl.zeros_like(extent)
-    if not ALIGNED:
+    if not ALIGNED and RATIO != PRECISE:
         fixed = tl.where(extent < 1, 1.0, tl.where(extent == 1, 0.5, 0.0)).to(extent.dtype)
         extent = tl.maximum(extent, 1.0)
     return start, extent, fixed, finite
@@ -47,16 +48,16 @@ def _axis(low, high, scale, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _steps(start, extent, size, bin, BINS: tl.constexpr, RATIO: tl.constexpr):
-    """Return along one axis: samples per bin (or each exact bin's last pixel), each bin's first, and the most of a bin.
+    """Return for one axis: samples per bin (or each precise bin's last pixel), each bin's first, and the most of a bin.
 
     Only samples that may be on the map are counted, with two to spare, so that huge boxes take no longer.
     """
     if RATIO > 0:
         count, first, steps = tl.full([], RATIO, start.dtype), tl.zeros_like(bin), RATIO
-    elif RATIO == EXACT:
-        one, other, _, _ = _edges(start, extent, bin, BINS)
-        first = tl.floor(tl.minimum(tl.maximum(tl.minimum(one, other), 0.0), size - 1))
-        count = tl.ceil(tl.minimum(tl.maximum(tl.maximum(one, other), 0.0), size - 1))
+    elif RATIO == PRECISE:
+        low, high, _, _ = _edges(start, extent, bin, BINS)
+        first = tl.minimum(tl.maximum(tl.floor(low), 0.0), size - 1)
+        count = tl.minimum(tl.maximum(tl.ceil(high), 0.0), size - 1)
         steps = tl.max(count - first, axis=0).to(tl.int32) + 1
     else:
         bin_size = _divide(extent, tl.full([], BINS, start.dtype))
@@ -76,16 +77,17 @@ def _taps(number, start, extent, size, bin, count, BINS: tl.constexpr, RATIO: tl
     Returns: a pixel and the next one (of samples only), whether they count, their weights, and the slopes of the first
     weight by the low and the high end of the RoI. Those of the second weight are the negatives.
     """
-    if RATIO == EXACT:
-        one, other, one_at, other_at = _edges(start, extent, bin, BINS)
-        one_integral, one_hat = _integral(one, number, size - 1)
-        other_integral, other_hat = _integral(other, number, size - 1)
+    if RATIO == PRECISE:
+        low, high, low_at, high_at = _edges(start, extent, bin, BINS)
+        low_integral, low_hat = _integral(low - number)
+        high_integral, high_hat = _integral(high - number)
+        per_pixel = tl.where(extent > 0, 1 / tl.where(extent > 0, high - low, 1.0), 0.0)
         pixel, next_pixel, counts = number, number, number <= count
-        weight = (other_integral - one_integral) / (other - one)
+        weight = (high_integral - low_integral) * per_pixel
         next_weight = weight
-        one_slope, other_slope = (weight - one_hat) / (other - one), (other_hat - weight) / (other - one)
-        low_slope = one_slope * (1 - one_at) + other_slope * (1 - other_at)
-        high_slope = one_slope * one_at + other_slope * other_at
+        of_low, of_high = (weight - low_hat) * per_pixel, (high_hat - weight) * per_pixel
+        low_slope = of_low * (1 - low_at) + of_high * (1 - high_at)
+        high_slope = of_low * low_at + of_high * high_at
     else:
         middle = number + 0.5
         divisor = tl.maximum(count, 1.0) + tl.zeros_like(middle)
@@ -108,27 +110,18 @@ def _taps(number, start, extent, size, bin, count, BINS: tl.constexpr, RATIO: tl
 def _edges(start, extent, bin, BINS: tl.constexpr):
     """Return the two edges of bins in map pixels, and where on the RoI they are, from 0 to 1."""
     bin_size = extent / BINS
-    one, other = start + bin * bin_size, start + (bin + 1) * bin_size
-    middle = start + (bin + 0.5) * bin_size
-    half = tl.where(bin_size < 0, -0.5 * MIN_BIN, 0.5 * MIN_BIN)
-    narrow = tl.abs(bin_size) < MIN_BIN  # widened around the middle
-    one, other = tl.where(narrow, middle - half, one), tl.where(narrow, middle + half, other)
-    return one, other, (bin + tl.where(narrow, 0.5, 0.0)) / BINS, (bin + tl.where(narrow, 0.5, 1.0)) / BINS
+    least = MIN_BIN_64 if start.dtype == tl.float64 else MIN_BIN
+    narrow = bin_size < least  # widened around the middle
+    middle, half = start + (bin + 0.5) * bin_size, tl.maximum(bin_size, least) / 2
+    low_at, high_at = (bin + tl.where(narrow, 0.5, 0.0)) / BINS, (bin + tl.where(narrow, 0.5, 1.0)) / BINS
+    return middle - half, middle + half, low_at, high_at
 
 
 @triton.jit
-def _integral(to, pixel, last):
-    """Return the integral of a pixel's hat from -1 to a position, and the hat there. See detector.crop.exact."""
-    before = tl.minimum(tl.maximum(to, -1.0), 0.0) + 0.5
-    after = tl.minimum(tl.maximum(to, last), last + 1) - last
-    inside = tl.minimum(tl.maximum(to, 0.0), last) - pixel
-    at = tl.minimum(tl.maximum(inside, -1.0), 1.0)
-    integral = tl.where(at < 0, (1 + at) * (1 + at) / 2, 1 - (1 - at) * (1 - at) / 2)
-    integral += tl.where(pixel == 0, before, 0.0) + tl.where(pixel == last, after, 0.0)
-    hat = tl.where((to >= 0) & (to < last) & (inside >= -1) & (inside < 1), 1 - tl.abs(at), 0.0)
-    hat += tl.where((pixel == 0) & (to >= -1) & (to < 0), 1.0, 0.0)
-    hat += tl.where((pixel == last) & (to >= last) & (to < last + 1), 1.0, 0.0)
-    return integral, hat
+def _integral(to):
+    """Return the integral of a hat around 0 from -1 to a position, and the hat there."""
+    at = tl.minimum(tl.maximum(to, -1.0), 1.0)
+    return tl.where(at < 0, (1 + at) * (1 + at) / 2, 1 - (1 - at) * (1 - at) / 2), 1 - tl.abs(at)
 
 
 @triton.jit
@@ -204,8 +197,8 @@ def crop_kernel(
     left, top = tl.load(box).to(GEOMETRY), tl.load(box + 1).to(GEOMETRY)
     right, bottom = tl.load(box + 2).to(GEOMETRY), tl.load(box + 3).to(GEOMETRY)
     level, height, width, scale = _find_map(heights, widths, left, top, right, bottom, SCALES, AREAS, GEOMETRY)
-    y_start, y_extent, y_fixed, y_finite = _axis(top, bottom, scale, ALIGNED)
-    x_start, x_extent, x_fixed, x_finite = _axis(left, right, scale, ALIGNED)
+    y_start, y_extent, y_fixed, y_finite = _axis(top, bottom, scale, ALIGNED, RATIO)
+    x_start, x_extent, x_fixed, x_finite = _axis(left, right, scale, ALIGNED, RATIO)
     image, known = _image(index + roi * index_stride, images)
     valid = known * y_finite * x_finite
     source = maps[0]
@@ -235,7 +228,7 @@ def crop_kernel(
     upstream, samples = sums, tl.full([], 1, SUM)
     y_count, y_first, y_steps = _steps(y_start, y_extent, height, y_bin, BINS_Y, RATIO)
     x_count, x_first, x_steps = _steps(x_start, x_extent, width, x_bin, BINS_X, RATIO)
-    if RATIO != EXACT:
+    if RATIO != PRECISE:
         samples = tl.maximum(y_count * x_count, 1.0).to(SUM)
     if TASK != "crop":
         upstream = tl.load(crops + of_crop, mask=reads_map, other=0.0).to(SUM) / samples
@@ -249,7 +242,7 @@ def crop_kernel(
                 x_first + x_step, x_start, x_extent, width, x_bin, x_count, BINS_X, RATIO
             )
             reads = reads_map & _bins(y_counts & x_counts, CHANNELS_LAST)
-            for tap in tl.static_range(1 if RATIO == EXACT else 4):
+            for tap in tl.static_range(1 if RATIO == PRECISE else 4):
                 y, y_weight, y_sign = (y0, y0_weight, 1) if tap < 2 else (y1, y1_weight, -1)
                 x, x_weight, x_sign = (x0, x0_weight, 1) if tap % 2 == 0 else (x1, x1_weight, -1)
                 at = of_channels + _bins(y.to(OFFSET) * row + x.to(OFFSET) * column, CHANNELS_LAST)

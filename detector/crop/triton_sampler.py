@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from detector.crop.exact import EXACT, crop_by_matrices, exact_bins
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.rois import adaptive_samples, fixed_samples, place_rois
+from detector.crop.precise import PRECISE, pool_by_products, precise_bins
+from detector.crop.rois import finish, place_rois, place_samples
 
 BINS_PER_PROGRAM = 64
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products would move samples across the border
@@ -25,7 +25,7 @@ class Geometry(NamedTuple):
     areas: Sequence[float] | None  # least area of a box on each level but the first, in image pixels; None: one level
     bins: Sequence[int]
     scales: Sequence[float]  # map pixels per image pixel, of each level
-    ratio: int  # samples per bin and axis; 0: adaptive counts; EXACT
+    ratio: int  # samples per bin and axis; 0: adaptive counts; PRECISE: no samples, see detector.crop.precise
     aligned: bool
 
 
@@ -220,6 +220,12 @@ def _differentiable(
     maps: Sequence[Tensor], boxes: Tensor, image: Tensor, areas: Any, bins: Any, scales: Any, ratio: int, aligned: bool
 ) -> Tensor:
     """The same crop by operations that can be differentiated again."""
+    working = [source.to(geometry_dtype(*maps)) for source in maps]
+    if ratio == PRECISE:
+        edges = boxes.to(geometry_dtype(*maps, boxes)) * scales[0]
+        valid = (image >= 0) & (image < len(maps[0])) & torch.isfinite(edges).all(dim=1)
+        edges = torch.where(valid[:, None], edges, 0)
+        return finish(pool_by_products(working, [precise_bins(working[0], image, edges, bins)]), valid, maps[0].dtype)
 
     def level_of(corners: Tensor) -> Tensor:
         sides = corners[:, 2:] - corners[:, :2]
@@ -227,8 +233,4 @@ def _differentiable(
         return torch.where(area < 0, -1, torch.bucketize(area, area.new_tensor(areas), right=True))
 
     rois = place_rois(maps, image, boxes, None, level_of if areas else None, (bins[0], bins[1]), scales, aligned)
-    working = [source.to(geometry_dtype(*maps)) for source in maps]
-    if ratio == EXACT:
-        return rois.finish(crop_by_matrices(working, exact_bins(rois)), maps[0].dtype)
-    samples = [fixed_samples(rois, ratio)] if ratio > 0 else adaptive_samples(rois)
-    return rois.finish(crop_by_grid(working, samples), maps[0].dtype)
+    return finish(crop_by_grid(working, place_samples(rois, ratio)), rois.valid, maps[0].dtype)

@@ -1,0 +1,108 @@
+"""Precise RoI Pooling, by the name and arguments of its authors' CUDA extension. Nothing is compiled."""
+
+from math import prod
+from typing import Literal, get_args
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from detector.crop.crop import runs_triton
+from detector.crop.geometry import geometry_dtype
+from detector.crop.precise import PRECISE, pool_by_gather, pool_by_products, precise_bins
+from detector.crop.rois import Names, check_values, finish, is_vmapped, makes_graph, pair, split_rois
+from detector.crop.triton_sampler import crop_by_triton
+
+PoolMethod = Literal["auto", "products", "gather", "triton"]
+NAMES = Names("features", "rois")
+# Multiplications of pixels and rows of bins up to which the products are faster than the gather.
+MAX_PRODUCTS = 2**28
+
+
+@torch.fx.wrap  # a leaf in torch.fx traces, like roi_align
+def prroi_pool2d(
+    features: Tensor,
+    rois: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float = 1.0,
+    *,
+    method: PoolMethod = "auto",
+) -> Tensor:
+    """Average feature maps over the bins of RoIs in closed form, with gradients to the maps and the RoIs.
+
+    RoIs are (x1, y1, x2, y2) in image pixels, x to the right and y down. Pixel ``i`` of a map has its **centre** at
+    coordinate ``i`` (in ``affine_crop(aligned=True)`` and COCO's boxes it is at ``i + 0.5``). Beyond the border the
+    bilinear surface falls to zero within a pixel. The mean over a bin is exact, so the box gradient is continuous.
+
+    Values, border and gradients are those of ``PreciseRoIPooling``'s ``prroi_pool2d`` (Jiang et al., "Acquisition of
+    Localization Confidence for Accurate Object Detection", 2018, equations 4 to 7), as used by IoU-Net and pytracking.
+
+    Args:
+        features: [N, C, H, W], any floating dtype.
+        rois: [K, 5], the image's index and the box; or one [L, 4] tensor per image. Coordinates are used in float32 or
+            float64. Boxes may be of any size; an empty or inverted box gives 0.
+        pooled_height: rows of bins.
+        pooled_width: columns of bins.
+        spatial_scale: pixels of ``features`` per image pixel.
+        method: how bins are computed; values and gradients agree to rounding. ``"products"`` multiplies the maps by
+            two matrices per RoI; it can be compiled, exported and vmapped. ``"gather"`` reads only the pixels of a bin.
+            ``"triton"`` is one kernel each way, on a GPU with Triton, and ``"auto"`` where that cannot run. ``"auto"``
+            takes the products for few RoIs and small maps and in graphs, otherwise the gather.
+
+    Returns:
+        [K, C, pooled_height, pooled_width] in the dtype of ``features``. RoIs with a bad image index or a non-finite
+        coordinate are NaN where a check would synchronise or is impossible: on a GPU, in graphs, vmapped over boxes.
+
+    Raises:
+        TypeError: ``features`` or ``rois`` has the wrong type, dtype or device.
+        ValueError: a shape or value is invalid.
+
+    Example:
+        >>> rois = torch.tensor([[0, 20.0, 30.0, 180.0, 150.0]], requires_grad=True)
+        >>> pooled = prroi_pool2d(torch.rand(1, 64, 18, 18), rois, 5, 5, 1 / 16)
+        >>> pooled.sum().backward()
+        >>> pooled.shape, rois.grad.shape
+        (torch.Size([1, 64, 5, 5]), torch.Size([1, 5]))
+    """
+    bins = pair("pooled_height and pooled_width", (pooled_height, pooled_width))
+    if method not in get_args(PoolMethod):
+        raise ValueError(f"method must be one of {', '.join(get_args(PoolMethod))}, got {method!r}")
+    index, corners, _ = split_rois([features], rois, [spatial_scale], NAMES)
+    if runs_triton(method, [features, corners]):
+        return crop_by_triton([features], corners, index, None, bins, [spatial_scale], PRECISE, True)
+    corners = corners.to(geometry_dtype(features, corners))
+    scales = torch.full_like(corners[:, 0], spatial_scale)
+    edges = corners * scales[:, None]
+    finite = torch.isfinite(edges.detach()).all(dim=1)
+    image, valid = check_values(features, index, corners, finite, scales, NAMES)
+    samples = precise_bins(features, image, torch.where(finite[:, None], edges, 0), bins)
+    wants_products = makes_graph() or is_vmapped(features) or is_vmapped(corners)
+    if method in ("auto", "triton"):
+        wants_products |= bins[0] * corners.shape[0] * prod(features.shape) <= MAX_PRODUCTS
+    if method == "products" or wants_products:
+        pooled = pool_by_products([features.to(geometry_dtype(features))], [samples])
+    else:
+        pooled = pool_by_gather(features, samples)
+    return finish(pooled, valid, features.dtype)
+
+
+class PrRoIPool2D(nn.Module):
+    """Precise RoI Pooling: :func:`prroi_pool2d` as a module. It replaces ``prroi_pool.PrRoIPool2D``.
+
+    Example:
+        >>> pool = PrRoIPool2D(5, 5, spatial_scale=1 / 16)
+        >>> pool(torch.rand(1, 64, 18, 18), torch.tensor([[0, 20.0, 30.0, 180.0, 150.0]])).shape
+        torch.Size([1, 64, 5, 5])
+    """
+
+    def __init__(self, pooled_height: int, pooled_width: int, spatial_scale: float) -> None:
+        super().__init__()
+        self.pooled_height, self.pooled_width = pair("pooled_height and pooled_width", (pooled_height, pooled_width))
+        self.spatial_scale = float(spatial_scale)
+
+    def forward(self, features: Tensor, rois: Tensor) -> Tensor:
+        return prroi_pool2d(features, rois, self.pooled_height, self.pooled_width, self.spatial_scale)
+
+    def extra_repr(self) -> str:
+        return f"{self.pooled_height}, {self.pooled_width}, spatial_scale={self.spatial_scale}"
