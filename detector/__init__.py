@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from detector.crop import (
         AffineCrop,
-        MultiScaleAffineCrop,
         PrRoIPool2D,
         RoIAlignRotated,
         affine_crop,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
         roi_align_rotated,
     )
     from detector.pretrained import load_detector
-    from detector.rcnn import BoxGradient, restore_roi_align, swap_crop_head, watch_box_gradient
+    from detector.rcnn import BoxGradient, MultiScaleAffineCrop, restore_roi_align, swap_crop_head, watch_box_gradient
     from detector.refinement import RefinementConfig, add_refinement, refinement_losses, remove_refinement
 
 __all__ = [

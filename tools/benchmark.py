@@ -33,11 +33,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import detection
 from torchvision.models.detection import FasterRCNN
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.ops.poolers import LevelMapper
 from tqdm import tqdm
 
-from detector import BoxGradient, MultiScaleAffineCrop, exact_crop, swap_crop_head
+from detector import BoxGradient, MultiScaleAffineCrop, prroi_pool2d, roi_align_rotated, swap_crop_head
 from detector.crop.crop import Sampler
 from detector.crop.triton_sampler import why_not
 
@@ -46,6 +46,7 @@ REFERENCE = "torchvision"
 DETERMINISTIC = "gather, deterministic"
 DETECTORS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+TRACKERS = {"36 x 36 pixels": 36, "18 x 18 pixels": 18}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -53,7 +54,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Case:
     """Maps and RoIs for the poolers."""
 
-    maps: str  # "FPN": strides 4 to 32; "single level": stride 16
+    maps: str  # "FPN": strides 4 to 32; "single level": stride 16; a key of TRACKERS: one map of stride 16
     dtype: str
     layout: str
     rois: int  # in all images together
@@ -67,7 +68,8 @@ def make_cases(rois: list[int], dtypes: list[str], layouts: list[str]) -> list[C
     cases = [Case("FPN", dtype, layout, count, 7) for dtype in dtypes for layout in layouts for count in rois]
     # The pool of Mask and Keypoint R-CNN, with as many RoIs as there are positives in a batch of two images.
     cases += [Case("FPN", dtypes[0], layout, min(256, max(rois)), 14) for layout in layouts]
-    return cases + [Case("single level", dtypes[0], layout, count, 7) for layout in layouts for count in rois[:2]]
+    cases += [Case("single level", dtypes[0], layout, count, 7) for layout in layouts for count in rois[:2]]
+    return cases + [Case(maps, dtypes[0], "NCHW", 10, 5) for maps in TRACKERS]
 
 
 class Inputs:
@@ -75,22 +77,26 @@ class Inputs:
 
     def __init__(self, case: Case, options: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)
-        height, width = (-(-side // 32) * 32 for side in options.size)  # padded, as torchvision's transform does
+        size, images = tuple(options.size), options.images
+        if case.maps in TRACKERS:
+            size, images = (16 * TRACKERS[case.maps],) * 2, 1
+        multiple = 16 if case.maps in TRACKERS else 32  # to which torchvision's transform pads
+        height, width = (-(-side // multiple) * multiple for side in size)
         self.features = {}
         for level, stride in enumerate(STRIDES):
             if case.maps == "FPN" or stride == 16:
-                shape = (options.images, options.channels, height // stride, width // stride)
+                shape = (images, options.channels, height // stride, width // stride)
                 values = torch.randn(shape, generator=generator).to(options.device, DTYPES[case.dtype])
                 self.features[str(level)] = values.contiguous(memory_format=LAYOUTS[case.layout])
-        frame = torch.tensor([options.size[1], options.size[0]], dtype=torch.float32)
+        frame = torch.tensor([size[1], size[0]], dtype=torch.float32)
         self.boxes = []
-        for image in range(options.images):
-            count = case.rois // options.images + (image < case.rois % options.images)
+        for image in range(images):
+            count = case.rois // images + (image < case.rois % images)
             sides = 16 * 2 ** (5 * torch.rand(count, 2, generator=generator))
             middle = frame * torch.rand(count, 2, generator=generator)
             corners = torch.cat([middle - sides / 2, middle + sides / 2], dim=1)
             self.boxes.append(corners.clamp(min=0).minimum(frame.repeat(2)).to(options.device))
-        self.image_shapes = [tuple(options.size)] * options.images
+        self.image_shapes = [size] * images
         crops = (case.rois, options.channels, case.bins, case.bins)
         self.upstream = torch.randn(crops, generator=generator).to(options.device, DTYPES[case.dtype])
 
@@ -120,16 +126,25 @@ def _neighbours(start: float, end: float, bins: int, sampling_ratio: int, size: 
     return torch.cat([low, low + 1]).clamp(max=size - 1).unique()
 
 
-class ExactPool(nn.Module):
-    """The exact crop, as a pooler of one level of stride 16."""
+class SingleLevel(nn.Module):
+    """An operator as a pooler of one level of stride 16. It gets the map and the boxes."""
 
-    def __init__(self, bins: int, sampler: Any) -> None:
+    def __init__(self, crop: Callable[[Tensor, list[Tensor]], Tensor]) -> None:
         super().__init__()
-        self.bins, self.sampler = bins, sampler
+        self.crop = crop
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         (source,) = x.values()
-        return exact_crop(source, boxes, self.bins, 1 / 16, sampler=self.sampler)
+        return self.crop(source, boxes)
+
+
+def _prroi_pool(source: Tensor, boxes: list[Tensor], bins: int, method: Any) -> Tensor:
+    return prroi_pool2d(source, boxes, bins, bins, 1 / 16, method=method)
+
+
+def turned(boxes: list[Tensor]) -> list[Tensor]:
+    """Boxes of the same centres and sides, turned by 30 degrees."""
+    return [torch.cat([box_convert(b, "xyxy", "cxcywh"), torch.full_like(b[:, :1], 30)], dim=1) for b in boxes]
 
 
 def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module]:
@@ -139,8 +154,12 @@ def make_poolers(case: Case, options: argparse.Namespace) -> dict[str, nn.Module
     samplers: list[Any] = ["gather", "triton"] if why_not(options.device) is None else ["gather"]
     for sampler in ("grid_sample", *samplers):
         poolers[sampler] = MultiScaleAffineCrop(*arguments, sampler=sampler)
-    if case.maps == "single level":
-        poolers |= {f"{sampler}, exact": ExactPool(case.bins, sampler) for sampler in samplers}
+    if case.maps != "FPN":
+        geometry = (case.bins, 1 / 16, options.sampling_ratio)
+        for method in ["auto", *samplers[1:]]:
+            name = "prroi_pool2d" if method == "auto" else f"prroi_pool2d, {method}"
+            poolers[name] = SingleLevel(partial(_prroi_pool, bins=case.bins, method=method))
+        poolers["roi_align_rotated"] = SingleLevel(lambda x, b: roi_align_rotated(x, turned(b), *geometry))
     if (case.maps, case.bins, case.dtype, case.layout) == ("FPN", 7, "float32", "channels_last"):
         poolers[DETERMINISTIC] = poolers["gather"]
     return poolers

@@ -1,8 +1,4 @@
-"""The affine crop: RoIAlign's call and values, with gradients to the boxes.
-
-torchvision's private ``torchvision.ops.roi_align._roi_align`` has box gradients too. It is slow, stores four neighbours
-per sample, and differs from ``roi_align`` beyond the border.
-"""
+"""The affine crop: RoIAlign's call and values, with gradients to the boxes."""
 
 import warnings
 from collections.abc import Sequence
@@ -14,20 +10,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from detector.crop.arguments import finish, pair, split_rois
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.rois import (
-    Levels,
-    finish,
-    is_vmapped,
-    is_wrapped,
-    makes_standard_graph,
-    pair,
-    place_rois,
-    place_samples,
-    split_rois,
-)
+from detector.crop.rois import Geometry, place_rois, place_samples
+from detector.crop.transforms import is_vmapped, is_wrapped, makes_standard_graph
 from detector.crop.triton_sampler import box_gradient_by_triton, crop_by_triton, why_not
 
 Sampler = Literal["auto", "grid_sample", "gather", "triton"]
@@ -50,9 +38,10 @@ def affine_crop(
 ) -> Tensor:
     """Crop boxes out of feature maps or images, with gradients to the maps and the boxes.
 
-    Boxes are (x1, y1, x2, y2) in image pixels, x to the right and y down. Pixel ``i`` covers ``[i, i + 1]`` with
-    ``aligned=True``. Arguments, defaults and values are those of ``torchvision.ops.roi_align``, which gives boxes no
-    gradient.
+    Boxes are (x1, y1, x2, y2) in image pixels, x to the right and y down. With ``aligned=True`` pixel ``i`` covers
+    ``[i, i + 1]`` and has its centre at ``i + 0.5``. Samples more than a pixel outside the map count as 0, others are
+    clamped to the centres of the edge pixels. Arguments, defaults and values are those of
+    ``torchvision.ops.roi_align`` (He et al., "Mask R-CNN", 2017, section 3), which gives boxes no gradient.
 
     Args:
         input: [N, C, H, W], any floating dtype.
@@ -89,64 +78,45 @@ def affine_crop(
         >>> crop.shape, boxes.grad.shape
         (torch.Size([1, 3, 7, 7]), torch.Size([1, 4]))
     """
-    return crop_levels([input], boxes, None, output_size, [spatial_scale], sampling_ratio, aligned, sampler)
+    geometry = Geometry(pair("output_size", output_size), [spatial_scale], sampling_ratio, aligned)
+    return crop_levels([input], boxes, geometry, sampler)
 
 
 def crop_levels(
-    maps: Sequence[Tensor],
-    boxes: Tensor | Sequence[Tensor],
-    levels: Levels | None,
-    output_size: int | Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    sampler: Sampler,
+    maps: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], geometry: Geometry, sampler: Sampler
 ) -> Tensor:
-    """:func:`affine_crop` from maps of several sizes; RoIs on no level are zero. See :func:`.place_rois`."""
-    bins = pair("output_size", output_size)
+    """:func:`affine_crop` from maps of several sizes; RoIs on no level are zero."""
     check_sampler(sampler)
-    index, corners, counts = split_rois(maps, boxes, spatial_scales)
+    index, corners, counts = split_rois(maps, boxes, geometry.scales)
     if runs_triton(sampler, [*maps, corners]):
-        areas = levels.least_areas() if levels else None
-        return crop_by_triton(maps, corners, index, areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
-    rois = place_rois(maps, index, corners, counts, levels, bins, spatial_scales, aligned)
-    samples = place_samples(rois, sampling_ratio)
+        return crop_by_triton(maps, corners, index, *geometry.flat())
+    rois = place_rois(maps, index, corners, counts, geometry)
+    samples = place_samples(rois, geometry.ratio)
     if torch.jit.is_tracing() or rois.vmapped or any(is_vmapped(source) for source in maps):
         sampler = "grid_sample"  # PyTorch can trace and vmap it
     elif maps[0].is_meta:
         sampler = "gather"  # it needs no values
     elif sampler in ("auto", "triton"):
-        sampler = _fastest_sampler(maps, rois.image.shape[0] * prod(bins) * max(sampling_ratio, 1) ** 2)
+        sampler = _fastest_sampler(maps, rois.image.shape[0] * prod(geometry.bins) * max(geometry.ratio, 1) ** 2)
     if sampler == "gather":
         crops = crop_by_gather(maps, samples)
     else:
-        counts = rois.counts if sampling_ratio > 0 else None
+        counts = rois.counts if geometry.ratio > 0 else None
         crops = crop_by_grid([source.to(geometry_dtype(*maps)) for source in maps], samples, counts)
     return finish(crops, rois.valid, maps[0].dtype)
 
 
 def box_gradient(
-    maps: Sequence[Tensor],
-    boxes: Sequence[Tensor],
-    upstream: Tensor,
-    levels: Levels | None,
-    output_size: int | Sequence[int],
-    spatial_scales: Sequence[float],
-    sampling_ratio: int,
-    aligned: bool,
-    sampler: Sampler,
+    maps: Sequence[Tensor], boxes: Sequence[Tensor], upstream: Tensor, geometry: Geometry, sampler: Sampler
 ) -> list[Tensor]:
     """Return the gradient at boxes, [L, 4] per image, from that at their crops. Maps and boxes get no gradient."""
-    index, corners, _ = split_rois(maps, boxes, spatial_scales)
+    index, corners, _ = split_rois(maps, boxes, geometry.scales)
     if runs_triton(sampler, [*maps, corners]):
-        areas, bins = levels.least_areas() if levels else None, pair("output_size", output_size)
-        geometry = (areas, bins, spatial_scales, max(sampling_ratio, 0), aligned)
-        gradient = box_gradient_by_triton(maps, corners, index, *geometry, upstream=upstream)
+        gradient = box_gradient_by_triton(maps, corners, index, *geometry.flat(), upstream=upstream)
         return list(gradient.split([len(b) for b in boxes]))
     with torch.enable_grad():
         maps, leaves = [m.detach() for m in maps], [b.detach().requires_grad_() for b in boxes]
-        options = (output_size, spatial_scales, sampling_ratio, aligned)
-        return list(torch.autograd.grad(crop_levels(maps, leaves, levels, *options, sampler), leaves, upstream))
+        return list(torch.autograd.grad(crop_levels(maps, leaves, geometry, sampler), leaves, upstream))
 
 
 class AffineCrop(nn.Module):

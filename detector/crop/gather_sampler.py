@@ -91,6 +91,8 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     """Inputs: the number of maps, the samples and functions, the maps, and y and x of each group of samples."""
 
+    generate_vmap_rule = True  # which PyTorch asks for when a vmap runs over other tensors
+
     @staticmethod
     def forward(count: int, samples: list[Samples], taps_of: Any, reference: Any, *tensors: Tensor) -> Tensor:
         maps = tensors[:count]
@@ -148,11 +150,6 @@ class _Gather(torch.autograd.Function):
         if boxes_need_it:
             gradients[count:] = torch.autograd.grad(weights, positions, weight_grads)
         return None, None, None, None, *gradients
-
-    @staticmethod
-    def vmap(*args: Any) -> tuple[Tensor, int]:
-        """Never called; PyTorch requires it when a vmap runs over other tensors."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

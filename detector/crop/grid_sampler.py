@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from detector.crop.rois import OUTSIDE, Samples, is_vmapped, makes_graph
+from detector.crop.rois import OUTSIDE, Samples
+from detector.crop.transforms import is_vmapped, makes_graph
 
 MAX_SAMPLED_ELEMENTS = 2**26  # per call of grid_sample (float32: 256 MiB); larger crops are computed in chunks
 

@@ -1,7 +1,6 @@
-"""The mean of the bilinear surface over each bin, in closed form (Precise RoI Pooling).
+"""The mean of the bilinear surface over each bin, in closed form (Precise RoI Pooling; see :func:`.prroi_pool2d`).
 
-Jiang et al., "Acquisition of Localization Confidence for Accurate Object Detection", 2018, equations 4 to 6. The mean
-is a sum over pixels. The weight of a pixel is the integral of its hat function over the bin, divided by the bin's
+It is a sum over pixels. The weight of a pixel is the integral of its hat function over the bin, divided by the bin's
 length; a hat rises from 0 to 1 within a pixel and falls to 0 within the next, beyond the border of the map as well.
 """
 
@@ -24,11 +23,7 @@ MIN_BIN = {dtype: cbrt(torch.finfo(dtype).eps) for dtype in (torch.float32, torc
 def precise_bins(source: Tensor, image: Tensor, edges: Tensor, bins: Sequence[int]) -> Samples:
     """Return the bins of RoIs as samples whose positions are the two edges of each bin.
 
-    Args:
-        source: the map, [N, C, H, W].
-        image: [K], index in the batch.
-        edges: [K, 4] (x1, y1, x2, y2) in map pixels; 0 is the centre of the first pixel.
-        bins: rows and columns of bins.
+    The RoIs' ``edges`` are [K, 4] (x1, y1, x2, y2) in map pixels; 0 is the centre of the first pixel.
     """
     x1, y1, x2, y2 = edges.unbind(1)
     y, x = _bin_edges(y1, y2, bins[0]), _bin_edges(x1, x2, bins[1])

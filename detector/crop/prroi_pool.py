@@ -1,5 +1,6 @@
 """Precise RoI Pooling, by the name and arguments of its authors' CUDA extension. Nothing is compiled."""
 
+from collections.abc import Sequence
 from math import prod
 from typing import Literal, get_args
 
@@ -7,22 +8,23 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from detector.crop.arguments import Names, check_values, finish, pair, split_rois
 from detector.crop.crop import runs_triton
 from detector.crop.geometry import geometry_dtype
 from detector.crop.precise import PRECISE, pool_by_gather, pool_by_products, precise_bins
-from detector.crop.rois import Names, check_values, finish, is_vmapped, makes_graph, pair, split_rois
+from detector.crop.transforms import is_vmapped, makes_graph
 from detector.crop.triton_sampler import crop_by_triton
 
 PoolMethod = Literal["auto", "products", "gather", "triton"]
 NAMES = Names("features", "rois")
-# Multiplications of pixels and rows of bins up to which the products are faster than the gather.
-MAX_PRODUCTS = 2**28
+# Multiplications up to which the products are faster than the gather.
+MAX_PRODUCTS = 2**25
 
 
 @torch.fx.wrap  # a leaf in torch.fx traces, like roi_align
 def prroi_pool2d(
     features: Tensor,
-    rois: Tensor,
+    rois: Tensor | Sequence[Tensor],
     pooled_height: int,
     pooled_width: int,
     spatial_scale: float = 1.0,
@@ -32,23 +34,21 @@ def prroi_pool2d(
     """Average feature maps over the bins of RoIs in closed form, with gradients to the maps and the RoIs.
 
     RoIs are (x1, y1, x2, y2) in image pixels, x to the right and y down. Pixel ``i`` of a map has its **centre** at
-    coordinate ``i`` (in ``affine_crop(aligned=True)`` and COCO's boxes it is at ``i + 0.5``). Beyond the border the
-    bilinear surface falls to zero within a pixel. The mean over a bin is exact, so the box gradient is continuous.
-
-    Values, border and gradients are those of ``PreciseRoIPooling``'s ``prroi_pool2d`` (Jiang et al., "Acquisition of
-    Localization Confidence for Accurate Object Detection", 2018, equations 4 to 7), as used by IoU-Net and pytracking.
+    coordinate ``i``, not at ``i + 0.5`` as in ``affine_crop(aligned=True)``. Beyond the border the bilinear surface
+    falls to zero within a pixel. Means are exact, so the box gradient is continuous. Arguments, values and gradients
+    are those of ``PreciseRoIPooling`` (Jiang et al., "Acquisition of Localization Confidence for Accurate Object
+    Detection", 2018, equations 4 to 7), as in IoU-Net and pytracking.
 
     Args:
         features: [N, C, H, W], any floating dtype.
         rois: [K, 5], the image's index and the box; or one [L, 4] tensor per image. Coordinates are used in float32 or
-            float64. Boxes may be of any size; an empty or inverted box gives 0.
-        pooled_height: rows of bins.
-        pooled_width: columns of bins.
+            float64. An empty or inverted box gives 0.
+        pooled_height, pooled_width: rows and columns of bins.
         spatial_scale: pixels of ``features`` per image pixel.
-        method: how bins are computed; values and gradients agree to rounding. ``"products"`` multiplies the maps by
-            two matrices per RoI; it can be compiled, exported and vmapped. ``"gather"`` reads only the pixels of a bin.
-            ``"triton"`` is one kernel each way, on a GPU with Triton, and ``"auto"`` where that cannot run. ``"auto"``
-            takes the products for few RoIs and small maps and in graphs, otherwise the gather.
+        method: how means are computed; values and gradients agree to rounding. ``"products"`` multiplies whole maps
+            by matrices, and can be compiled, exported and vmapped; a pixel that is not finite spreads to all RoIs.
+            ``"gather"`` reads only the pixels of a bin. ``"triton"`` is one kernel each way, on a GPU with Triton, and
+            ``"auto"`` where that cannot run. ``"auto"`` takes the products for small maps and in graphs.
 
     Returns:
         [K, C, pooled_height, pooled_width] in the dtype of ``features``. RoIs with a bad image index or a non-finite
@@ -101,7 +101,7 @@ class PrRoIPool2D(nn.Module):
         self.pooled_height, self.pooled_width = pair("pooled_height and pooled_width", (pooled_height, pooled_width))
         self.spatial_scale = float(spatial_scale)
 
-    def forward(self, features: Tensor, rois: Tensor) -> Tensor:
+    def forward(self, features: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
         return prroi_pool2d(features, rois, self.pooled_height, self.pooled_width, self.spatial_scale)
 
     def extra_repr(self) -> str:

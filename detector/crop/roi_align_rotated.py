@@ -6,20 +6,11 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from detector.crop.arguments import Names, check_values, finish, pair, split_rois
 from detector.crop.geometry import boxes_in_frame, boxes_to_theta, geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.rois import (
-    Axis,
-    Names,
-    RoIs,
-    Turn,
-    check_values,
-    finish,
-    is_vmapped,
-    pair,
-    place_samples,
-    split_rois,
-)
+from detector.crop.rois import Axis, RoIs, Turn, place_samples
+from detector.crop.transforms import is_vmapped
 
 NAMES = Names("input", "rois", "centre x, centre y, width, height, angle")
 
@@ -37,17 +28,15 @@ def roi_align_rotated(
     """Crop rotated boxes out of feature maps, with gradients to the maps and to all five numbers of a box.
 
     A box is (centre x, centre y, width, height, angle), in image pixels and **degrees**, x to the right and y down. It
-    turns around its centre, counter-clockwise as seen for positive angles. Pixel ``i`` covers ``[i, i + 1]``. Samples
-    more than a pixel outside the map count as 0, others are clamped to the centres of the edge pixels.
-
-    Values are those of detectron2's ``ROIAlignRotated``, and of mmcv's ``roi_align_rotated``, whose angles are in
-    radians: convert them with ``rad2deg()``. torchvision's ``CXCYWHR`` boxes are the same boxes: pass one [L, 5] tensor
-    per image. At angle 0 the crop is that of ``affine_crop(aligned=True)``.
+    turns around its centre, counter-clockwise as seen for positive angles. Pixels and border are those of
+    :func:`~detector.affine_crop`, which is the crop at angle 0. Values are those of detectron2's ``ROIAlignRotated``,
+    and of mmcv's ``roi_align_rotated``, whose angles are in radians: convert them with ``rad2deg()``. torchvision's
+    ``CXCYWHR`` boxes are the same boxes. theta is that of :func:`~detector.boxes_to_theta`. (Ma et al.,
+    "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018.)
 
     Args:
         input: [N, C, H, W], any floating dtype.
-        rois: [K, 6], the image's index and the box; or one [L, 5] tensor per image. Coordinates are used in float32 or
-            float64.
+        rois: [K, 6], the image's index and the box; or one [L, 5] tensor per image. Used in float32 or float64.
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per image pixel.
         sampling_ratio: samples per bin and axis. 0 or less: ``ceil(side / bins)`` of each box, so that an empty box is
@@ -57,15 +46,11 @@ def roi_align_rotated(
 
     Returns:
         [K, C, output height, output width] in the dtype of ``input``. RoIs with a bad image index, a negative side or a
-        non-finite number are NaN where a check would synchronise or is impossible: on a GPU, in graphs, vmapped over
-        boxes.
+        non-finite number are NaN where a check would synchronise or is impossible: on a GPU, in graphs, vmapped.
 
     Raises:
         TypeError: ``input`` or ``rois`` has the wrong type, dtype or device.
         ValueError: a shape or value is invalid, a side is negative, or adaptive counts are traced or vmapped.
-
-    Sources: Ma et al., "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018; He et al., "Mask R-CNN",
-    2017, section 3. theta is that of :func:`~detector.boxes_to_theta`.
 
     Example:
         >>> rois = torch.tensor([[0, 100.0, 90.0, 120.0, 40.0, 30.0]], requires_grad=True)

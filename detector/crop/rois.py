@@ -1,24 +1,19 @@
-"""RoIs: checks, their place on the maps, and sample positions, one axis at a time.
+"""RoIs: their place on the maps, and sample positions, one axis at a time.
 
-The rules are those of ``torchvision.ops.roi_align`` (He et al., "Mask R-CNN", 2017, section 3, and the C++ kernel):
-
-* a bin is cut into equal parts, with one sample in the middle of each;
-* a sample more than one pixel outside the map (position < -1 or > size) counts as zero;
-* any other sample is clamped to [0, size - 1], the centres of the first and last pixel.
+A bin is cut into equal parts, with one sample in the middle of each. The border rules are those of the C++ kernel of
+``torchvision.ops.roi_align``; see :func:`.affine_crop`.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torchvision.ops.boxes import box_area
-from torchvision.ops.poolers import LevelMapper
 
-from detector.crop.geometry import boxes_in_frame, boxes_to_theta, check_floating, geometry_dtype
+from detector.crop.arguments import check_values
+from detector.crop.geometry import boxes_in_frame, boxes_to_theta, geometry_dtype
+from detector.crop.transforms import is_vmapped
 
 # Normalised position of samples that count as zero, more than a pixel outside any map: grid_sample then reads nothing.
 OUTSIDE = 3.0
@@ -38,15 +33,6 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Names:
-    """What an operator calls its maps, its RoIs, and the columns of an RoI, for error messages."""
-
-    maps: str = "input"
-    rois: str = "boxes"
-    columns: str = "x1, y1, x2, y2"
-
-
-@dataclass(frozen=True)
 class Axis(Rows):
     """One axis (x or y) of K RoIs. Start and extent decide what is outside the map; scale and shift place samples."""
 
@@ -62,10 +48,8 @@ class Axis(Rows):
         return (self.extent / self.bins).ceil().clamp(min=0)
 
     def windows(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each bin's first sample that may be between two places [K], [K, bins], and their maximum, [K]; int64.
-
-        This limits the cost of huge RoIs, with two samples of slack.
-        """
+        """Return each bin's first sample that may be between two places, [K, bins], and their maximum, [K]; int64."""
+        # Limits the cost of huge RoIs, with two samples of slack.
         given = (self.extent, self.adaptive_counts(), low, high)
         extent, counts, low, high = (values.double()[:, None] for values in given)
         bin_size = extent / self.bins
@@ -112,21 +96,20 @@ class Turn(Rows):
         self, y_axis: Axis, x_axis: Axis, places: Sequence[tuple[Tensor, Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Return normalised y and x of samples, [K, bins y, n y, bins x, n x], from :meth:`Axis.places` of both."""
-        y, v, y_counted = (rows[..., None, None] for rows in places[0])
-        x, u, x_counted = (columns[..., None, None, :, :] for columns in places[1])
-
-        def wide(values: Tensor) -> Tensor:
-            return values.reshape(-1, 1, 1, 1, 1)
-
-        cos, sin = wide(self.angle.cos()), wide(self.angle.sin())
-        height, width = wide(y_axis.size), wide(x_axis.size)
+        y, v, y_counted = (values[..., None, None] for values in places[0])
+        x, u, x_counted = (values[..., None, None, :, :] for values in places[1])
+        turn, rows, columns = self.map(_wide), y_axis.map(_wide), x_axis.map(_wide)
+        cos, sin, height, width = turn.angle.cos(), turn.angle.sin(), rows.size, columns.size
         # In detectron2's order of operations.
-        y_pixel = y * cos - x * sin + wide(self.y_centre)
-        x_pixel = y * sin + x * cos + wide(self.x_centre)
+        y_pixel, x_pixel = y * cos - x * sin + turn.y_centre, y * sin + x * cos + turn.x_centre
         on_map = (y_pixel >= -1) & (y_pixel <= height) & (x_pixel >= -1) & (x_pixel <= width) & y_counted & x_counted
-        y = wide(y_axis.scale) * v + wide(self.y_skew) * u + wide(y_axis.shift)
-        x = wide(x_axis.scale) * u + wide(self.x_skew) * v + wide(x_axis.shift)
+        y = rows.scale * v + turn.y_skew * u + rows.shift
+        x = columns.scale * u + turn.x_skew * v + columns.shift
         return on_border(y, on_map, height), on_border(x, on_map, width)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1, 1)
 
 
 def on_border(position: Tensor, on_map: Tensor, size: Tensor) -> Tensor:
@@ -139,25 +122,19 @@ def on_border(position: Tensor, on_map: Tensor, size: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Levels:
-    """The levels of a pyramid (Lin et al., "Feature Pyramid Networks", 2017, equation 1). They carry no gradient."""
+class Geometry:
+    """How boxes are placed on maps of one or several sizes, and sampled."""
 
-    first: Any  # the logarithm of the stride of the first level; a tensor while ONNX is traced
-    last: Any
-    canonical_scale: int  # box size, in image pixels, of canonical_level
-    canonical_level: int
+    bins: tuple[int, int]
+    scales: Sequence[Any]  # map pixels per image pixel, of each level
+    ratio: int  # samples per bin and axis; 0 or less: by the size of the box
+    aligned: bool
+    levels: Any = None  # a function from corners [K, 4] to levels [K], -1 for none; None: there is one level
 
-    def __call__(self, corners: Tensor) -> Tensor:
-        """Return each RoI's level: -1 for a negative area, as in torchvision, and 0 for boxes that are not finite."""
-        corners = corners.to(geometry_dtype(corners))
-        mapper = LevelMapper(self.first, self.last, self.canonical_scale, self.canonical_level)
-        level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
-        return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
-
-    def least_areas(self) -> list[float]:
-        """Return the least area, in image pixels, of boxes on each level but the first. Infinite: there is none."""
-        exponents = [level - self.canonical_level - 1e-6 for level in range(self.first + 1, self.last + 1)]
-        return [(self.canonical_scale * 2.0**e) ** 2 for e in exponents] or [inf]  # 1e-6 is LevelMapper's eps
+    def flat(self) -> tuple[Sequence[float] | None, Sequence[int], Sequence[float], int, bool]:
+        """Return the arguments of :func:`.crop_by_triton` after the boxes."""
+        areas = self.levels.least_areas() if self.levels else None
+        return areas, self.bins, self.scales, max(self.ratio, 0), self.aligned
 
 
 @dataclass(frozen=True)
@@ -207,10 +184,7 @@ class Samples(Rows):
 
 
 def place_samples(rois: RoIs, sampling_ratio: int) -> list[Samples]:
-    """Place ``sampling_ratio`` samples per bin and axis, or, at 0 or less, as many as the RoI's size asks for.
-
-    The latter are in groups of RoIs with similar numbers, and synchronise on a GPU.
-    """
+    """Place samples, at 0 or less as many as the RoI's size asks for, in groups of RoIs with similar numbers."""
     if sampling_ratio <= 0 and (rois.vmapped or torch.jit.is_tracing()):
         raise ValueError(f"{sampling_ratio=}: a sample count per box cannot be traced or vmapped; use one above 0")
     # Without RoIs, an empty result that stays in the graph.
@@ -238,157 +212,17 @@ def group_by_size(sizes: Tensor) -> list[tuple[Tensor, list[int]]]:
     return [(torch.where(group_of == number)[0], group) for number, group in enumerate(groups.tolist())]
 
 
-def makes_graph() -> bool:
-    """Return whether a graph is being compiled or traced (for ONNX too), so that values must not be read."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def makes_standard_graph() -> bool:
-    """Return whether a graph is traced or exported, which should have PyTorch's own operators only."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
-
-
-def is_vmapped(tensor: Tensor) -> bool:
-    """Return whether ``torch.vmap`` runs over this tensor itself, so that its values must not be read."""
-    if torch.compiler.is_compiling():
-        return False
-    # PyTorch has no public function for this; torch.cond and tensor printing use these.
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)  # a wrapper of grad, perhaps around one of vmap
-    return False
-
-
-def is_wrapped(tensor: Any) -> bool:
-    """Return whether a tensor is wrapped by ``torch.func`` or ``torch.vmap``."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """Return one or two integers (Python's or numpy's) as a pair, each at least 1."""
-    try:
-        first, second = (operator.index(n) for n in (value if isinstance(value, Sequence) else (value, value)))
-    except (TypeError, ValueError):  # not integers, or not two
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
-    if min(first, second) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}")
-    return first, second
-
-
-def split_rois(
-    maps: Sequence[Tensor],
-    rois: Tensor | Sequence[Tensor],
-    spatial_scales: Sequence[float],
-    names: Names = Names(),
-) -> tuple[Tensor, Tensor, list[int] | None]:
-    """Check the types and shapes of an operator's arguments, but no values on a device.
-
-    Returns:
-        The image indices [K], the boxes [K, columns], and the number of RoIs per image if it is known.
-    """
-    for source, spatial_scale in zip(maps, spatial_scales):
-        check_floating(names.maps, source)
-        if source.dim() != 4 or source.shape[2] < 1 or source.shape[3] < 1:
-            raise ValueError(f"{names.maps} must be [N, C, H, W], H and W at least 1, got {list(source.shape)}")
-        if not 0 < spatial_scale < inf:
-            raise ValueError(f"spatial_scale must be positive and finite, got {spatial_scale}")
-        if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
-            given = [(list(m.shape), str(m.device)) for m in maps]
-            raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
-    images, name, columns = maps[0].shape[0], names.rois, names.columns.count(",") + 1
-    indexed, plain = f"[K, {columns + 1}] (image index, {names.columns})", f"[L, {columns}] ({names.columns})"
-    if isinstance(rois, Tensor):
-        _check_shape(name, rois, maps[0], columns + 1, indexed)
-        return rois[:, 0].detach(), rois[:, 1:], [rois.shape[0]] if images == 1 else None
-    if not isinstance(rois, Sequence) or isinstance(rois, str):
-        raise TypeError(f"{name} must be a {indexed} tensor or a sequence of {plain}, got {type(rois).__name__}")
-    for i, image_boxes in enumerate(rois):
-        _check_shape(f"{name}[{i}]", image_boxes, maps[0], columns, plain)
-    if len(rois) > images:
-        raise ValueError(f"{name} has {len(rois)} images, but {names.maps} has a batch of {images}")
-    # len() would be baked into a traced graph.
-    counts = [image_boxes.shape[0] for image_boxes in rois] + [0] * (images - len(rois))
-    boxes = list(rois) or [maps[0].new_zeros(0, columns, dtype=geometry_dtype(maps[0]))]
-    # int64, because bfloat16 boxes count exactly to 256 only.
-    index = [torch.full_like(image_boxes[:, 0], i, dtype=torch.int64) for i, image_boxes in enumerate(boxes)]
-    if len(boxes) == 1:  # joining would copy
-        return index[0], boxes[0], counts
-    return torch.cat(index), torch.cat(boxes), counts
-
-
-def _check_shape(name: str, boxes: Tensor, input: Tensor, columns: int, shape: str) -> None:
-    check_floating(name, boxes)
-    if boxes.dim() != 2 or boxes.shape[1] != columns:
-        raise ValueError(f"{name} must have shape {shape}, got {list(boxes.shape)}")
-    if boxes.device != input.device:
-        raise TypeError(f"{name} and the maps must be on one device, got {boxes.device} and {input.device}")
-
-
-def check_values(
-    source: Tensor,
-    index: Tensor,
-    boxes: Tensor,
-    finite: Tensor,
-    scales: Tensor,
-    names: Names = Names(),
-) -> tuple[Tensor, Tensor | None]:
-    """Check the values of RoIs where that costs nothing.
-
-    Returns:
-        Each RoI's image, [K] int64, and which RoIs are valid, [K]. ``None``: all are, as values were checked.
-    """
-    images = source.shape[0]
-    known = (index >= 0) & (index < images)  # false for NaN
-    if index.is_floating_point():
-        known = known & (index == index.floor())
-    image = torch.where(known, index, 0).long()
-    # On a GPU a check would synchronise. Values do not exist while a graph is made.
-    if boxes.device.type != "cpu" or makes_graph() or is_vmapped(boxes):
-        return image, known & finite
-    if not known.all():
-        row = int((~known).nonzero()[0])
-        raise ValueError(f"{names.rois}[{row}] has image index {index[row].item()}, but the batch has {images} images")
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        place = f"(RoI {row}, spatial_scale {scales[row].item():.6g})"
-        raise ValueError(f"{names.rois} must be finite in map pixels, got {boxes[row].tolist()} {place}")
-    return image, None
-
-
-def finish(crops: Tensor, valid: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Set the crops [K, C, bins, bins] of invalid RoIs to NaN and convert to ``dtype``."""
-    if valid is not None:
-        crops = torch.where(valid[:, None, None, None], crops, torch.nan)
-    return crops.to(dtype)
-
-
 def place_rois(
-    maps: Sequence[Tensor],
-    index: Tensor,
-    corners: Tensor,
-    counts: list[int] | None,
-    level_of: Callable[[Tensor], Tensor] | None,
-    bins: tuple[int, int],
-    spatial_scales: Sequence[float],
-    aligned: bool,
+    maps: Sequence[Tensor], index: Tensor, corners: Tensor, counts: list[int] | None, geometry: Geometry
 ) -> RoIs:
-    """Place the RoIs of :func:`split_rois`, and check their values where that costs nothing.
-
-    ``level_of`` returns the level of corners, or -1 for none; ``None`` if there is one level.
-    """
-    level = torch.zeros_like(index, dtype=torch.int64) if level_of is None else level_of(corners.detach())
-    scales = _of_level(level, spatial_scales, corners.to(geometry_dtype(*maps, corners)))
-    y, x, finite = _axes(corners.to(scales.dtype), level, scales, maps, bins, aligned)
-    image, valid = check_values(maps[0], index, corners, finite, scales)
-    return RoIs(y, x, level, image, counts, valid, is_vmapped(corners))
-
-
-def _axes(
-    corners: Tensor, level: Tensor, scale: Tensor, maps: Sequence[Tensor], bins: tuple[int, int], aligned: bool
-) -> tuple[Axis, Axis, Tensor]:
-    """Return the y and x axes of RoIs, and which RoIs are finite in map pixels, [K]; the others are placed at 0."""
-    height, width = (_of_level(level, [source.shape[axis] for source in maps], corners) for axis in (2, 3))
+    """Place the RoIs of :func:`.split_rois`, and check their values where that costs nothing."""
+    levels, aligned = geometry.levels, geometry.aligned
+    level = levels(corners.detach()) if levels else torch.zeros_like(index, dtype=torch.int64)
+    given, corners = corners, corners.to(geometry_dtype(*maps, corners))
+    scale, height, width = (
+        _of_level(level, values, corners)
+        for values in (geometry.scales, [m.shape[2] for m in maps], [m.shape[3] for m in maps])
+    )
     pixels = corners.detach() * scale[:, None] - (0.5 if aligned else 0.0)
     start, end = pixels.split(2, dim=1)
     extent = end - start
@@ -400,13 +234,14 @@ def _axes(
     # Nothing may be computed from NaN: NaN times zero is NaN, in gradients too.
     theta = torch.where(finite[:, None, None], theta, 0.0)
     start, extent = torch.where(finite[:, None], start, 0.0), torch.where(finite[:, None], extent, 1.0)
-    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], height, bins[0])
-    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], width, bins[1])
-    return y, x, finite
+    y = Axis(start[:, 1], extent[:, 1], theta[:, 1, 1], theta[:, 1, 2], height, geometry.bins[0])
+    x = Axis(start[:, 0], extent[:, 0], theta[:, 0, 0], theta[:, 0, 2], width, geometry.bins[1])
+    image, valid = check_values(maps[0], index, given, finite, scale)
+    return RoIs(y, x, level, image, counts, valid, is_vmapped(given))
 
 
 def _of_level(level: Tensor, values: Sequence[float], like: Tensor) -> Tensor:
-    """Return the value of each RoI's level, [K], without copying a tensor to a GPU, which would synchronise."""
+    """Return the value of each RoI's level, [K]. Copying the values to a GPU would synchronise."""
     chosen = like.new_full(level.shape, values[0])
     for number, value in enumerate(values[1:], 1):
         chosen = torch.where(level == number, value, chosen)

@@ -268,9 +268,4 @@ def crop_kernel(
 
 
 INTERPRETED = triton.knobs.runtime.interpret
-DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def offset_dtype(elements: int) -> tl.dtype:
-    """Return the dtype of offsets within a map of one image."""
-    return tl.int32 if elements < 2**31 else tl.int64
+DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.int32: tl.int32, torch.int64: tl.int64}

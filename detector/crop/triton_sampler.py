@@ -8,19 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
+from detector.crop.arguments import finish
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.precise import PRECISE, pool_by_products, precise_bins
-from detector.crop.rois import finish, place_rois, place_samples
+from detector.crop.rois import Geometry, place_rois, place_samples
 
 BINS_PER_PROGRAM = 64
 LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fused products would move samples across the border
 CHANNELS_PER_PROGRAM = {"crop": 32, "maps": 16, "boxes": 16, "both": 16}  # a gradient keeps four sums
 
 
-class Geometry(NamedTuple):
-    """How RoIs are placed on maps."""
+class Flat(NamedTuple):
+    """:meth:`.Geometry.flat`: arguments that ``torch.library`` takes."""
 
     areas: Sequence[float] | None  # least area of a box on each level but the first, in image pixels; None: one level
     bins: Sequence[int]
@@ -40,7 +42,7 @@ def crop_by_triton(
     ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """Crop boxes [K, 4], in image pixels, out of the images [K] of maps [N, C, H, W]. See :class:`Geometry`.
+    """Crop boxes [K, 4], in image pixels, out of the images [K] of maps [N, C, H, W]. See :class:`Flat`.
 
     Maps have any floating dtype. Layouts other than NCHW and channels_last are copied.
 
@@ -49,7 +51,7 @@ def crop_by_triton(
         non-finite coordinate are NaN.
     """
     crops = _empty_crops(maps, boxes, image, areas, bins)
-    _launch("crop", maps, boxes, image, Geometry(areas, bins, scales, ratio, aligned), crops)
+    _launch("crop", maps, boxes, image, Flat(areas, bins, scales, ratio, aligned), crops)
     return crops
 
 
@@ -64,10 +66,7 @@ def box_gradient_by_triton(
 
 @cache
 def why_not(device: torch.device) -> str | None:
-    """Return why the kernel does not run on a device, or ``None``. A small crop is tried once, and compiled for it.
-
-    A device that is out of memory raises an error, as that may pass.
-    """
+    """Return why the kernel does not run on a device, or ``None``. A small crop is tried once, and compiled for it."""
     try:
         from detector.crop.triton_kernels import INTERPRETED
     except ImportError as error:
@@ -77,12 +76,12 @@ def why_not(device: torch.device) -> str | None:
     try:
         with _disable_current_modes():  # a mode with tensors that have no values would fail, and be remembered
             source, box = torch.zeros(1, 1, 2, 2, device=device), torch.zeros(1, 4, device=device)
-            geometry = Geometry(None, [1, 1], [1.0], 1, True)
+            geometry = Flat(None, [1, 1], [1.0], 1, True)
             for task in ("crop", "both"):
                 _launch(
                     task, [source], box, box[:, 0], geometry, source[..., :1, :1].clone(), source.clone(), box[None]
                 )
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # which may pass
         raise
     except Exception as error:  # no C compiler, a folder that cannot be written, an old driver, ...
         message = f"{error}".strip().partition("\n")[0]
@@ -109,7 +108,7 @@ def _gradients(
     task: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of all maps in one flat tensor (empty if task is "boxes"), and those of boxes by program."""
-    geometry = Geometry(areas, bins, scales, ratio, aligned)
+    geometry = Flat(areas, bins, scales, ratio, aligned)
     of_maps, of_boxes = _empty_gradients(upstream, maps, boxes, image, *geometry, task)
     _launch(task, maps, boxes, image, geometry, upstream.contiguous(), of_maps.zero_(), of_boxes)
     return of_maps, of_boxes
@@ -137,13 +136,7 @@ def _is_channels_last(maps: Sequence[Tensor]) -> bool:
 
 
 def _launch(
-    task: str,
-    maps: Sequence[Tensor],
-    boxes: Tensor,
-    image: Tensor,
-    geometry: Geometry,
-    crops: Tensor,
-    *gradients: Tensor,
+    task: str, maps: Sequence[Tensor], boxes: Tensor, image: Tensor, geometry: Flat, crops: Tensor, *gradients: Tensor
 ) -> None:
     """Run the kernel, which writes the crops, or the gradients of maps and boxes given those of the crops."""
     from detector.crop import triton_kernels as kernels
@@ -166,7 +159,7 @@ def _launch(
             AREAS=tuple(geometry.areas or ()), RATIO=geometry.ratio, ALIGNED=geometry.aligned,
             CHANNELS_LAST=channels_last,
             GEOMETRY=kernels.DTYPES[geometry_dtype(*maps, boxes)], SUM=kernels.DTYPES[geometry_dtype(*maps)],
-            OFFSET=kernels.offset_dtype(max(source[:1].numel() for source in maps)),
+            OFFSET=kernels.DTYPES[torch.int32 if max(m[:1].numel() for m in maps) < 2**31 else torch.int64],
             BLOCK_BINS=block_bins, BLOCK_C=block_channels, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
@@ -178,7 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *maps, boxes, image = ctx.saved_tensors
-    needs_maps, needs_boxes = any(_flat(ctx.needs_input_grad[0])), ctx.needs_input_grad[1]
+    needs_maps, needs_boxes = any(tree_leaves(ctx.needs_input_grad[0])), ctx.needs_input_grad[1]
     if torch.is_grad_enabled():  # with create_graph=True this gradient will be differentiated
 
         def reference(*tensors: Tensor) -> Tensor:
@@ -197,10 +190,6 @@ crop_by_triton.register_autograd(_backward, setup_context=_setup_context)
 
 def _of_boxes(parts: Tensor, boxes: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else parts.sum(0)).to(boxes.dtype)
-
-
-def _flat(needed: Any) -> Sequence[bool]:
-    return needed if isinstance(needed, Sequence) else [needed]
 
 
 def _of_maps(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -232,5 +221,6 @@ def _differentiable(
         area = sides[:, 0] * sides[:, 1]
         return torch.where(area < 0, -1, torch.bucketize(area, area.new_tensor(areas), right=True))
 
-    rois = place_rois(maps, image, boxes, None, level_of if areas else None, (bins[0], bins[1]), scales, aligned)
+    geometry = Geometry((bins[0], bins[1]), scales, ratio, aligned, level_of if areas else None)
+    rois = place_rois(maps, image, boxes, None, geometry)
     return finish(crop_by_grid(working, place_samples(rois, ratio)), rois.valid, maps[0].dtype)

@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.data.folder import DataFolder
 from detector.data.images import Orientation
 from detector.data.keypoints import KeypointLayout
@@ -29,6 +28,7 @@ from detector.pretrained.hub import CARD, CONFIG, WEIGHTS, upload
 from detector.pretrained.image_tensors import ImageLike, batches_of_one_size, image_tensor
 from detector.pretrained.model_card import is_generated, model_card
 from detector.pretrained.onnx_export import export_onnx
+from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.rcnn.swap import restore_roi_align, swap_crop_head
 from detector.refinement.attach import refinement_of
 from detector.refinement.head import Refinement

@@ -26,11 +26,11 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.errors import UserError
 from detector.files import write_atomically
 from detector.models.resizing import DetectorTransform
 from detector.models.rle_detections import annotation_types_of
+from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.refinement.attach import refinement_of
 from detector.text import short
 

@@ -9,8 +9,8 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 
 from detector.crop.crop import Sampler, check_sampler
-from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.rcnn.box_gradient import BoxGradient
+from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.rcnn.rpn import AttachedRPN
 

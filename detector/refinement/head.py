@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.rcnn.forward import Boxes, Features, Sizes
+from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.refinement.config import RefinementConfig
 
 SCORE_THRESHOLD = 0.05

@@ -15,7 +15,7 @@ from torch.export import Dim
 from torchvision.models.detection import keypointrcnn_resnet50_fpn, maskrcnn_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.ops import MultiScaleRoIAlign
 
-import detector.crop.rois
+import detector.rcnn.pooler
 from detector import MultiScaleAffineCrop, swap_crop_head
 from detector.pretrained.onnx_export import ExportError, _detect, _same, compare_speed, export_onnx
 from detector.refinement import add_refinement
@@ -159,12 +159,12 @@ def test_levels_without_rois(export, monkeypatch, canonical_scale, used, batch):
     run = export(model, batch_size=batch)
     levels = []
 
-    class Spy(detector.crop.rois.LevelMapper):
+    class Spy(detector.rcnn.pooler.LevelMapper):
         def __call__(self, boxlists):
             levels.append(super().__call__(boxlists))
             return levels[-1]
 
-    monkeypatch.setattr(detector.crop.rois, "LevelMapper", Spy)
+    monkeypatch.setattr(detector.rcnn.pooler, "LevelMapper", Spy)
     assert min(assert_detects_alike(run, model, noise(60, 50, batch=batch))) > 5
     assert torch.cat(levels).unique().tolist() == used
 

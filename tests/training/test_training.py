@@ -23,7 +23,6 @@ from support.tiny_training import REPOSITORY, TINY, changed_copy, last_checkpoin
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detector import training
-from detector.crop.pyramid import MultiScaleAffineCrop
 from detector.data.batches import TrainingBatches
 from detector.data.folder import find_root
 from detector.errors import DataError, ModelError
@@ -32,6 +31,7 @@ from detector.models.config import DetectorConfig
 from detector.models.published import batch_norm_eps
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint
 from detector.rcnn.box_gradient import BoxGradient
+from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.run_folders import newest_folder, unused_folder
 from detector.tools.browse import main as browse
 from detector.tools.training_cli import main as train

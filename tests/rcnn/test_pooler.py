@@ -5,7 +5,7 @@ from support.pyramids import LEVEL_SIDES, SMALL, STRIDES, boxes_of_side, pyramid
 from torch import nn
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-import detector.crop.pyramid
+import detector.rcnn.pooler
 from detector import MultiScaleAffineCrop
 
 NAMES, SIZE = list(STRIDES), (120, 150)
@@ -187,7 +187,7 @@ def test_jit_trace_takes_boxes_on_other_levels():
 def scales_of(monkeypatch):
     """The scales that a pooler takes for sizes of maps and images."""
     taken = []
-    monkeypatch.setattr(detector.crop.pyramid, "crop_levels", lambda *arguments: taken.append(arguments[4]))
+    monkeypatch.setattr(detector.rcnn.pooler, "crop_levels", lambda *arguments: taken.append(arguments[2].scales))
 
     def scales(maps, *sizes, **settings):
         pool = MultiScaleAffineCrop([str(i) for i in range(len(maps))], 3, 2, **settings)

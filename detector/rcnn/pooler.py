@@ -1,15 +1,20 @@
 """RoI pooling over a feature pyramid, with box gradients through every level."""
 
 from collections.abc import Sequence
-from math import log2
+from dataclasses import dataclass
+from math import inf, log2
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.boxes import box_area
+from torchvision.ops.poolers import LevelMapper
 
+from detector.crop.arguments import pair
 from detector.crop.crop import Sampler, box_gradient, check_sampler, crop_levels, runs_triton
-from detector.crop.rois import Levels, pair
+from detector.crop.geometry import geometry_dtype
+from detector.crop.rois import Geometry
 
 
 class MultiScaleAffineCrop(MultiScaleRoIAlign):
@@ -74,7 +79,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             image_shapes: (height, width) of the resized, unpadded images; they give the strides of the levels.
         """
         maps, geometry = self._maps_and_geometry(x, image_shapes)
-        return crop_levels(maps, boxes, *geometry)
+        return crop_levels(maps, boxes, geometry, self.sampler)
 
     def box_gradient(
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], upstream: Tensor
@@ -84,7 +89,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         Features and boxes get no gradient. The other arguments are those of the call.
         """
         maps, geometry = self._maps_and_geometry(x, image_shapes)
-        return box_gradient(maps, boxes, upstream, *geometry)
+        return box_gradient(maps, boxes, upstream, geometry, self.sampler)
 
     def needs_no_forward(self, x: dict[str, Tensor]) -> bool:
         """Return whether :meth:`box_gradient` takes no crops, so that RoIs without a gradient cost next to nothing."""
@@ -92,8 +97,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
 
     def _maps_and_geometry(
         self, x: dict[str, Tensor], image_shapes: list[tuple[int, int]]
-    ) -> tuple[list[Tensor], tuple[Any, ...]]:
-        """Return the arguments of :func:`.crop_levels` other than the boxes."""
+    ) -> tuple[list[Tensor], Geometry]:
         features = [feature for name, feature in x.items() if name in self.featmap_names]
         if not features:
             raise ValueError(f"x has none of the feature maps {self.featmap_names}, only {list(x)}")
@@ -106,10 +110,34 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
             ends: Any = (scales[0], scales[-1])
             first, last = (-torch.log2(s).round() if isinstance(s, Tensor) else -int(log2(s)) for s in ends)
             levels = Levels(first, last, self.canonical_scale, self.canonical_level)
-        return features, (levels, self.output_size, scales, self.sampling_ratio, self.aligned, self.sampler)
+        return features, Geometry(
+            pair("output_size", self.output_size), scales, self.sampling_ratio, self.aligned, levels
+        )
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, aligned={self.aligned}, sampler={self.sampler})"
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a pyramid (Lin et al., "Feature Pyramid Networks", 2017, equation 1). They carry no gradient."""
+
+    first: Any  # the logarithm of the stride of the first level; a tensor while ONNX is traced
+    last: Any
+    canonical_scale: int  # box size, in image pixels, of canonical_level
+    canonical_level: int
+
+    def __call__(self, corners: Tensor) -> Tensor:
+        """Return each RoI's level: -1 for a negative area, as in torchvision, and 0 for boxes that are not finite."""
+        corners = corners.to(geometry_dtype(corners))
+        mapper = LevelMapper(self.first, self.last, self.canonical_scale, self.canonical_level)
+        level = torch.where(box_area(corners) < 0, -1, mapper([corners.nan_to_num()]))
+        return torch.where(torch.isfinite(corners).all(dim=1), level, 0)
+
+    def least_areas(self) -> list[float]:
+        """Return the least area, in image pixels, of boxes on each level but the first. Infinite: there is none."""
+        exponents = [level - self.canonical_level - 1e-6 for level in range(self.first + 1, self.last + 1)]
+        return [(self.canonical_scale * 2.0**e) ** 2 for e in exponents] or [inf]  # 1e-6 is LevelMapper's eps
 
 
 def _scale(map_size: Sequence[int], image_size: Sequence[int], size_divisible: int | None) -> Any:
