@@ -1,4 +1,4 @@
-"""Differentiable crops of boxes out of feature maps. Needs only torch and torchvision.ops."""
+"""Differentiable crops of boxes out of feature maps. Needs only torch."""
 
 from detector.crop.crop import AffineCrop, affine_crop
 from detector.crop.geometry import boxes_to_theta, denormalize_boxes, normalize_boxes

@@ -100,8 +100,7 @@ def boxes_to_theta(boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor
     """
     check_floating("boxes", boxes)
     if boxes.dim() != 2 or boxes.shape[1] != (4 if size is None else 5):
-        shape = "[K, 4]" if size is None else "[K, 5], as size is given,"
-        raise ValueError(f"boxes must have shape {shape} got {list(boxes.shape)}")
+        raise ValueError(f"boxes must be [K, 4], or rotated [K, 5] with size; got {list(boxes.shape)} and {size=}")
     columns = boxes.to(geometry_dtype(boxes)).unbind(1)
     zero = torch.zeros_like(columns[0])
     if size is None:

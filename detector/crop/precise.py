@@ -50,10 +50,10 @@ def pool_by_products(maps: Sequence[Tensor], groups: Sequence[Samples]) -> Tenso
     """
     (source,) = maps
     images, channels, height, width = source.shape
-    table = source.permute(0, 2, 1, 3).reshape(images * height, channels * width)
+    table = source.permute(0, 2, 3, 1).reshape(images * height, width * channels)
     crops = []
     for group in groups:
-        rois, bins_y, bins_x = group.image.shape[0], group.y.shape[1], group.x.shape[1]
+        rois, bins_y = group.y.shape[:2]
         rows, columns = (
             _weights(edges, torch.arange(pixels, dtype=edges.dtype, device=edges.device)).to(source.dtype)
             for edges, pixels in ((group.y, height), (group.x, width))
@@ -61,9 +61,8 @@ def pool_by_products(maps: Sequence[Tensor], groups: Sequence[Samples]) -> Tenso
         own = group.image[:, None] == torch.arange(images, device=group.image.device)
         rows = (rows[:, :, None] * own[:, None, :, None].to(rows.dtype)).reshape(rois * bins_y, images * height)
         with torch.autocast(source.device.type, enabled=False):
-            part = (rows @ table).reshape(rois, bins_y * channels, width)
-            part = part @ columns.transpose(1, 2)
-        crops.append(part.reshape(rois, bins_y, channels, bins_x).transpose(1, 2))
+            part = (rows @ table).reshape(rois, bins_y, width, channels)
+            crops.append((columns[:, None] @ part).permute(0, 3, 1, 2))  # from [M, bins y, bins x, C]
     rois_of = [group.rois for group in groups if group.rois is not None]
     return torch.cat(crops)[torch.cat(rois_of).argsort()] if rois_of else crops[0].contiguous()
 

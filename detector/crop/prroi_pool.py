@@ -74,7 +74,7 @@ def prroi_pool2d(
     corners = corners.to(geometry_dtype(features, corners))
     scales = torch.full_like(corners[:, 0], spatial_scale)
     edges = corners * scales[:, None]
-    finite = torch.isfinite(edges.detach()).all(dim=1)
+    finite = torch.isfinite(torch.cat([edges, edges[:, 2:] - edges[:, :2]], 1).detach()).all(dim=1)
     image, valid = check_values(features, index, corners, finite, scales, NAMES)
     samples = precise_bins(features, image, torch.where(finite[:, None], edges, 0), bins)
     wants_products = makes_graph() or is_vmapped(features) or is_vmapped(corners)
