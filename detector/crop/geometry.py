@@ -3,10 +3,13 @@
 The normalised frame is that of ``grid_sample`` with ``align_corners=False``, from -1 to 1 between a map's outer edges.
 """
 
+from math import pi
 from typing import Any
 
 import torch
 from torch import Tensor
+
+RADIANS = pi / 180  # of a degree; ONNX has no deg2rad
 
 
 def geometry_dtype(*tensors: Tensor) -> torch.dtype:
@@ -108,7 +111,7 @@ def boxes_to_theta(boxes: Tensor, size: tuple[int, int] | None = None) -> Tensor
         theta = [(x2 - x1) / 2, zero, (x2 + x1) / 2, zero, (y2 - y1) / 2, (y2 + y1) / 2]
     else:
         x, y, width, height, angle = columns
-        cos, sin, aspect = angle.deg2rad().cos(), angle.deg2rad().sin(), size[1] / size[0]
+        cos, sin, aspect = (angle * RADIANS).cos(), (angle * RADIANS).sin(), size[1] / size[0]
         theta = [width / 2 * cos, height / 2 * sin / aspect, x, -width / 2 * sin * aspect, height / 2 * cos, y]
     return torch.stack(theta, dim=1).view(-1, 2, 3)
 

@@ -5,6 +5,7 @@ length; a hat rises from 0 to 1 within a pixel and falls to 0 within the next, b
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import cbrt
 
@@ -60,7 +61,8 @@ def pool_by_products(maps: Sequence[Tensor], groups: Sequence[Samples]) -> Tenso
         )
         own = group.image[:, None] == torch.arange(images, device=group.image.device)
         rows = (rows[:, :, None] * own[:, None, :, None].to(rows.dtype)).reshape(rois * bins_y, images * height)
-        with torch.autocast(source.device.type, enabled=False):
+        device = source.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             part = (rows @ table).reshape(rois, bins_y, width, channels)
             crops.append((columns[:, None] @ part).permute(0, 3, 1, 2))  # from [M, bins y, bins x, C]
     rois_of = [group.rois for group in groups if group.rois is not None]

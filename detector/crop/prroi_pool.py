@@ -77,10 +77,11 @@ def prroi_pool2d(
     finite = torch.isfinite(torch.cat([edges, edges[:, 2:] - edges[:, :2]], 1).detach()).all(dim=1)
     image, valid = check_values(features, index, corners, finite, scales, NAMES)
     samples = precise_bins(features, image, torch.where(finite[:, None], edges, 0), bins)
-    wants_products = makes_graph() or is_vmapped(features) or is_vmapped(corners)
-    if method in ("auto", "triton"):
-        wants_products |= bins[0] * corners.shape[0] * prod(features.shape) <= MAX_PRODUCTS
-    if method == "products" or wants_products:
+    if makes_graph() or is_vmapped(features) or is_vmapped(corners):
+        method = "products"
+    elif method in ("auto", "triton"):
+        method = "products" if bins[0] * corners.shape[0] * prod(features.shape) <= MAX_PRODUCTS else "gather"
+    if method == "products":
         pooled = pool_by_products([features.to(geometry_dtype(features))], [samples])
     else:
         pooled = pool_by_gather(features, samples)

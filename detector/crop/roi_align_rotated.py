@@ -7,7 +7,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from detector.crop.arguments import Names, check_values, finish, pair, split_rois
-from detector.crop.geometry import boxes_in_frame, boxes_to_theta, geometry_dtype
+from detector.crop.geometry import RADIANS, boxes_in_frame, boxes_to_theta, geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import Axis, RoIs, Turn, place_samples
 from detector.crop.transforms import is_vmapped
@@ -122,8 +122,8 @@ def _place(
     x, y = (centre * scale - offset for centre in boxes.detach()[:, :2].unbind(1))
     width, height = (side * scale for side in boxes.detach()[:, 2:4].unbind(1))
     map_height, map_width = (torch.full_like(x, pixels) for pixels in size)
-    reach = torch.hypot(torch.maximum(x + 1, map_width - x), torch.maximum(y + 1, map_height - y))
-    turn = Turn(theta[:, 1, 0], theta[:, 0, 1], y, x, boxes.detach()[:, 4].deg2rad(), reach)
+    reach = torch.maximum(x + 1, map_width - x) + torch.maximum(y + 1, map_height - y)
+    turn = Turn(theta[:, 1, 0], theta[:, 0, 1], y, x, boxes.detach()[:, 4] * RADIANS, reach)
     y_axis = Axis(-height / 2, height, theta[:, 1, 1], theta[:, 1, 2], map_height, bins[0])
     x_axis = Axis(-width / 2, width, theta[:, 0, 0], theta[:, 0, 2], map_width, bins[1])
     return y_axis, x_axis, turn

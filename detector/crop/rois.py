@@ -90,7 +90,7 @@ class Turn(Rows):
     y_centre: Tensor  # map pixels, without gradient, as the angle
     x_centre: Tensor
     angle: Tensor  # radians, counter-clockwise as seen
-    reach: Tensor  # map pixels from the centre to the farthest corner of what counts as the map
+    reach: Tensor  # map pixels, at least from the centre to the farthest corner of what counts as the map
 
     def positions(
         self, y_axis: Axis, x_axis: Axis, places: Sequence[tuple[Tensor, Tensor, Tensor]]
