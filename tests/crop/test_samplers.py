@@ -17,7 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 import detector.crop.crop
 import detector.crop.gather_sampler
 import detector.crop.grid_sampler
-from detector import AffineCrop, MultiScaleAffineCrop, affine_crop, exact_crop, swap_crop_head
+from detector import AffineCrop, MultiScaleAffineCrop, affine_crop, swap_crop_head
 
 NAMES = list(STRIDES)
 SIZE = (120, 150)  # of the image of a pyramid
@@ -451,10 +451,3 @@ def test_a_call_does_not_synchronise(layout, sampler, names, ratio):
             torch.autograd.grad(result, [*features.values(), *boxes], upstream)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def test_exact_crops_are_taken_in_groups_of_similar_size(bags):
-    boxes = torch.tensor([[1.0, 1, 4, 4], [0, 0, 30, 30], [2, 2, 5, 5], [1, 1, 29, 29.0]])
-    exact_crop(torch.rand(1, 3, 32, 32), [boxes], 2)
-    assert len(bags) == 2
-    assert bags[0]["rows"].shape[1] < bags[1]["rows"].shape[1] / 9

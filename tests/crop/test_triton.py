@@ -26,7 +26,7 @@ from detector import (
     RefinementConfig,
     add_refinement,
     affine_crop,
-    exact_crop,
+    prroi_pool2d,
     swap_crop_head,
 )
 from detector.crop.triton_sampler import Geometry, _launch, why_not
@@ -199,8 +199,18 @@ def test_it_compiles_into_one_graph(ratio):
         crops = crop(source, [boxes[:1], boxes[1:]], (2, 3), 1.0, ratio, sampler="triton")
         results.append([crops, *torch.autograd.grad(crops, [source, boxes], randn(*crops.shape).to(DEVICE))])
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
-    exact = torch.compile(exact_crop, fullgraph=True, backend="aot_eager")(source, [boxes[:1]], 2, sampler="triton")
-    torch.testing.assert_close(exact, exact_crop(source, [boxes[:1]], 2, sampler="gather"), rtol=0, atol=1e-10)
+
+
+@runs_the_kernel
+@pytest.mark.usefixtures("fresh_compiler")
+def test_prroi_pool_is_the_kernel_in_compiled_graphs_too():
+    source, boxes = on_device(randn(2, 3, 8, 9)), on_device(general_boxes(3, (8, 9)))
+    rois = [boxes[:1], boxes[1:]]
+    expected = assert_equals_the_gather(lambda m: prroi_pool2d(source, rois, 2, 3, 0.9, method=m), [source, boxes])
+    compiled = torch.compile(prroi_pool2d, fullgraph=True, backend="aot_eager")
+    pooled = compiled(source, rois, 2, 3, 0.9, method="triton")
+    gradients = torch.autograd.grad(pooled, [source, boxes], randn(*pooled.shape).to(DEVICE))
+    torch.testing.assert_close([pooled, *gradients], expected, rtol=0, atol=1e-10)
 
 
 @runs_the_kernel
@@ -459,5 +469,5 @@ def test_tensors_on_a_cpu_take_another_sampler_with_one_warning():
         for crop in (affine_crop, compiled_crop):
             crops = crop(source, boxes, 2, 1.0, 2, sampler="triton")
             torch.testing.assert_close(crops, expected, rtol=0, atol=1e-12)
-        assert torch.equal(exact_crop(source, boxes, 2, sampler="triton"), exact_crop(source, boxes, 2))
+        assert torch.equal(prroi_pool2d(source, boxes, 2, 2, method="triton"), prroi_pool2d(source, boxes, 2, 2))
     assert len([w for w in warned if "triton" in str(w.message)]) == 1
