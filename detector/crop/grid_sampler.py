@@ -25,7 +25,7 @@ def crop_by_grid(maps: Sequence[Tensor], samples: Sequence[Samples], counts: lis
 def _crop_group(maps: Sequence[Tensor], group: Samples, counts: list[int] | None) -> Tensor:
     if torch.jit.is_tracing():
         crops = _average_selected(maps, group)
-    elif (torch.compiler.is_compiling() or is_vmapped(group.y)) and (counts is None or len(maps) > 1):
+    elif (makes_graph() or group.y.is_meta or is_vmapped(group.y)) and (counts is None or len(maps) > 1):
         of_levels = [_average_masked(source, group, level) for level, source in enumerate(maps)]
         crops = torch.stack(of_levels).sum(dim=0)
     elif len(maps) == 1:

@@ -71,8 +71,6 @@ def roi_align_rotated(
         raise ValueError(f"rois[{row}] must have a width and a height of at least 0, got {boxes[row].tolist()}")
     valid = None if valid is None else valid & upright
     boxes = torch.where((finite & upright)[:, None], boxes, 0)
-    if not aligned:
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:4].clamp(min=1 / spatial_scale), boxes[:, 4:]], 1)
     y, x, turn = _place(boxes, (input.shape[2], input.shape[3]), bins, spatial_scale, aligned, clockwise)
     placed = RoIs(y, x, torch.zeros_like(image), image, counts, valid, is_vmapped(boxes), turn)
     samples = place_samples(placed, sampling_ratio)
@@ -115,15 +113,17 @@ def _place(
     boxes: Tensor, size: tuple[int, int], bins: tuple[int, int], scale: float, aligned: bool, clockwise: bool
 ) -> tuple[Axis, Axis, Turn]:
     """Place boxes [K, 5] of image pixels on a map of a size (height, width)."""
-    if clockwise:
-        boxes = torch.cat([boxes[:, :4], -boxes[:, 4:]], 1)
-    theta = boxes_to_theta(boxes_in_frame(boxes, *size, scale, aligned), size)
-    offset = 0.5 if aligned else 0.0
-    x, y = (centre * scale - offset for centre in boxes.detach()[:, :2].unbind(1))
-    width, height = (side * scale for side in boxes.detach()[:, 2:4].unbind(1))
+    centre, sides, angle = boxes.split((2, 2, 1), dim=1)
+    angle = -angle if clockwise else angle
+    least = 0.0 if aligned else 1.0  # map pixels
+    theta = boxes_to_theta(
+        boxes_in_frame(torch.cat([centre, sides.clamp(min=least / scale), angle], 1), *size, scale, aligned), size
+    )
+    x, y = (centre.detach() * scale - (0.5 if aligned else 0.0)).unbind(1)
+    width, height = (sides.detach() * scale).clamp(min=least).unbind(1)
     map_height, map_width = (torch.full_like(x, pixels) for pixels in size)
     reach = torch.maximum(x + 1, map_width - x) + torch.maximum(y + 1, map_height - y)
-    turn = Turn(theta[:, 1, 0], theta[:, 0, 1], y, x, boxes.detach()[:, 4] * RADIANS, reach)
+    turn = Turn(theta[:, 1, 0], theta[:, 0, 1], y, x, angle.detach()[:, 0] * RADIANS, reach)
     y_axis = Axis(-height / 2, height, theta[:, 1, 1], theta[:, 1, 2], map_height, bins[0])
     x_axis = Axis(-width / 2, width, theta[:, 0, 0], theta[:, 0, 2], map_width, bins[1])
     return y_axis, x_axis, turn

@@ -1,47 +1,8 @@
 import pytest
-import torch
-from support.crops import INTERPRETED, OPERATORS
-
-if INTERPRETED:
-    from support import fast_interpreter  # noqa: F401
-
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
-def device(request):
-    return torch.device(request.param)
-
-
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def dtype(request):
-    return request.param
+from support.crop_fixtures import deterministic, device, dtype, fresh_compiler, where_the_triton_kernel_runs  # noqa: F401
+from support.crops import OPERATORS
 
 
 @pytest.fixture(params=OPERATORS.values(), ids=list(OPERATORS))
 def operator(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def where_the_triton_kernel_runs(request):
-    """On a CPU it needs Triton's interpreter; without it another sampler would be tested."""
-    values = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
-    takes_triton = any("triton" in str(getattr(value, "sampler", value)) for value in values)
-    if takes_triton and "cuda" not in values and not INTERPRETED and "gpu" not in request.keywords:
-        pytest.skip("on a CPU Triton needs its interpreter; see test_triton")
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def deterministic():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # also fills uninitialised memory with NaN
-    yield
-    torch.use_deterministic_algorithms(before)

@@ -136,7 +136,7 @@ def test_theta_takes_a_matrix_of_boxes():
 def test_theta_needs_the_size_for_rotated_boxes_only():
     with pytest.raises(ValueError, match=r"boxes .*\[K, 4\].* got \[2, 5\]"):
         boxes_to_theta(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"boxes .*\[K, 5\], as size is given,? got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"boxes .*\[K, 5\] with size.* got \[2, 4\]"):
         boxes_to_theta(torch.zeros(2, 4), (17, 23))
 
 

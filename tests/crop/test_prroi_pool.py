@@ -221,11 +221,10 @@ def test_huge_boxes(method):
 
 
 @both_methods
-def test_a_side_beyond_the_numbers_is_an_error(method, request):
+def test_a_side_beyond_the_numbers_is_an_error(method):
     """Both ends are finite in float32, their distance is not. The kernel has no errors, only NaN."""
     if method == "triton":
         pytest.skip("see test_invalid_rois_are_nan_on_a_gpu")
-    request.applymarker(pytest.mark.xfail(reason="BUG: products give 0, the gather an error about NaN", strict=True))
     with pytest.raises(ValueError, match="rois must be finite"):
         prroi_pool2d(MAP.float(), torch.tensor([[0, -3e38, 1, 3e38, 4]]), 2, 2, method=method)
 

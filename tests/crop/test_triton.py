@@ -29,7 +29,7 @@ from detector import (
     prroi_pool2d,
     swap_crop_head,
 )
-from detector.crop.triton_sampler import Geometry, _launch, why_not
+from detector.crop.triton_sampler import Flat, _launch, why_not
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,8 @@ def test_under_the_interpreter():
 @compiled
 @pytest.mark.slow
 def test_the_checks_of_all_crops_under_the_interpreter():
-    run_interpreted(str(FOLDER), "-k", "triton", "-m", "", "--ignore", str(Path(__file__)))
+    pooler = FOLDER.parent / "rcnn" / "test_pooler.py"
+    run_interpreted(str(FOLDER), str(pooler), "-k", "triton", "-m", "", "--ignore", str(Path(__file__)))
 
 
 # --- Under the interpreter, or on a GPU ------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def test_the_operator_copies_nothing(monkeypatch, task, layout):
     boxes, image, geometry = (
         general_boxes(2, (8, 8)).float(),
         torch.tensor([0, 1]),
-        Geometry([9.0], [2, 2], [1, 0.5], 2, True),
+        Flat([9.0], [2, 2], [1, 0.5], 2, True),
     )
     crops, gradients = torch.zeros(2, 3, 2, 2), (torch.zeros(480), torch.zeros(1, 2, 4))
     given = []
