@@ -17,8 +17,7 @@ from detector.crop.triton_sampler import crop_by_triton
 
 PoolMethod = Literal["auto", "products", "gather", "triton"]
 NAMES = Names("features", "rois")
-# Multiplications up to which the products are faster than the gather.
-MAX_PRODUCTS = 2**25
+MAX_PRODUCTS = 2**25  # multiplications; beyond them the gather is faster
 
 
 @torch.fx.wrap  # a leaf in torch.fx traces, like roi_align
@@ -47,7 +46,7 @@ def prroi_pool2d(
         spatial_scale: pixels of ``features`` per image pixel.
         method: how means are computed; values and gradients agree to rounding. ``"products"`` multiplies whole maps
             by matrices, and can be compiled, exported and vmapped; a pixel that is not finite spreads to all RoIs.
-            ``"gather"`` reads only the pixels of a bin. ``"triton"`` is one kernel each way, on a GPU with Triton, and
+            ``"gather"`` reads only the pixels of a bin, and synchronises on a GPU. ``"triton"`` is one kernel each way, on a GPU with Triton, and
             ``"auto"`` where that cannot run. ``"auto"`` takes the products for small maps and in graphs.
 
     Returns:
@@ -79,6 +78,8 @@ def prroi_pool2d(
     samples = precise_bins(features, image, torch.where(finite[:, None], edges, 0), bins)
     if makes_graph() or is_vmapped(features) or is_vmapped(corners):
         method = "products"
+    elif features.is_meta:
+        method = "gather"  # it needs no values
     elif method in ("auto", "triton"):
         method = "products" if bins[0] * corners.shape[0] * prod(features.shape) <= MAX_PRODUCTS else "gather"
     if method == "products":

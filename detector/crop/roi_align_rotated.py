@@ -36,7 +36,8 @@ def roi_align_rotated(
 
     Args:
         input: [N, C, H, W], any floating dtype.
-        rois: [K, 6], the image's index and the box; or one [L, 5] tensor per image. Used in float32 or float64.
+        rois: [K, 6], the image's index and the box; or one [L, 5] tensor per image, which avoids a synchronisation on a
+            GPU. Used in float32 or float64.
         output_size: height and width of the crop in bins, or one number for both.
         spatial_scale: pixels of ``input`` per image pixel.
         sampling_ratio: samples per bin and axis. 0 or less: ``ceil(side / bins)`` of each box, so that an empty box is
