@@ -4,6 +4,7 @@ import doctest
 import io
 import math
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from support.crops import (
     slopes,
     with_index,
 )
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torchvision.ops import RoIAlign, roi_align
 
 import detector
@@ -123,6 +125,26 @@ def test_meta_device(operator, form):
     assert crops.is_meta
     assert crops.shape == (3, 40, 2, 3)
     assert [g.shape for g in torch.autograd.grad(crops.sum(), [maps, boxes])] == [maps.shape, boxes.shape]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "reads"),
+    [
+        ("precise products", "list", False),
+        ("precise products", "tensor", False),
+        ("precise gather", "list", True),
+        ("rotated2", "list", False),
+        ("rotated2", "tensor", True),
+        ("rotated-1", "list", True),
+    ],
+)
+def test_values_that_a_forward_reads_on_a_gpu(name, form, reads):
+    """None, or some: on tensors without values, as if on a GPU. affine_crop is in test_samplers."""
+    with FakeTensorMode():
+        maps, boxes = torch.empty(2, 64, 20, 30, device="cuda"), torch.empty(5, 4, device="cuda")
+        given = list(boxes.split([2, 3])) if form == "list" else torch.cat([boxes[:, :1], boxes], 1)
+        with pytest.raises(DynamicOutputShapeException) if reads else nullcontext():
+            assert OPERATORS[name](maps, given).shape == (5, 64, 2, 3)
 
 
 def test_boxes_of_another_dtype(operator):
@@ -418,7 +440,8 @@ def test_compiles_into_one_graph(operator, form, backend):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_auto_compiles_where_it_would_take_the_gather():
+def test_auto_compiles_where_it_would_take_the_gather(monkeypatch):
+    monkeypatch.setattr(sys.modules[prroi_pool2d.__module__], "MAX_PRODUCTS", 0)
     maps, boxes = randn(2, 64, 8, 9), [general_boxes(5, (8, 9))] * 2
     for crop, arguments in ((affine_crop, (7, 1.0, 2)), (prroi_pool2d, (7, 7))):
         compiled = torch.compile(crop, fullgraph=True, backend="aot_eager")
@@ -624,7 +647,7 @@ def test_the_module_equals_the_function(ratio):
 @pytest.mark.parametrize("size", [np.int64(3), (np.int32(3), 3), torch.Size([3, 3]), [3, np.uint8(3)]])
 def test_sizes_are_integers_of_any_kind(size):
     module = AffineCrop(size)
-    assert module.output_size == (3, 3)
+    assert module.output_size == RoIAlignRotated(size, 1.0).output_size == (3, 3)
     assert module(MAP, [ONE]).shape == MultiScaleAffineCrop(["0"], size, 2)({"0": MAP}, [ONE], [(8, 8)]).shape
 
 
