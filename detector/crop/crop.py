@@ -19,9 +19,7 @@ from detector.crop.transforms import is_vmapped, is_wrapped, makes_standard_grap
 from detector.crop.triton_sampler import box_gradient_by_triton, crop_by_triton, why_not
 
 Sampler = Literal["auto", "grid_sample", "gather", "triton"]
-# Whether "auto" takes the Triton kernel on a GPU. Not before `pytest -m gpu`, tools/benchmark.py and a whole training
-# have run on one.
-AUTO_TAKES_TRITON = False
+AUTO_TAKES_TRITON = False  # on a GPU; not before `pytest -m gpu`, tools/benchmark.py and a training have run on one
 MIN_CHANNELS_TO_GATHER = 32  # with fewer, grid_sample is faster: finding a table row takes longer than reading it
 
 

@@ -46,16 +46,15 @@ def prroi_pool2d(
         spatial_scale: pixels of ``features`` per image pixel.
         method: how means are computed; values and gradients agree to rounding. ``"products"`` multiplies whole maps
             by matrices, and can be compiled, exported and vmapped; a pixel that is not finite spreads to all RoIs.
-            ``"gather"`` reads only the pixels of a bin, and synchronises on a GPU. ``"triton"`` is one kernel each way, on a GPU with Triton, and
-            ``"auto"`` where that cannot run. ``"auto"`` takes the products for small maps and in graphs.
+            ``"gather"`` reads only the pixels of a bin, and synchronises on a GPU. ``"triton"`` is one kernel each way,
+            on a GPU with Triton, otherwise ``"auto"``, which takes the products for small maps and in graphs.
 
     Returns:
         [K, C, pooled_height, pooled_width] in the dtype of ``features``. RoIs with a bad image index or a non-finite
         coordinate are NaN where a check would synchronise or is impossible: on a GPU, in graphs, vmapped over boxes.
 
     Raises:
-        TypeError: ``features`` or ``rois`` has the wrong type, dtype or device.
-        ValueError: a shape or value is invalid.
+        TypeError, ValueError: an argument has the wrong type, dtype or device, or an invalid shape or value.
 
     Example:
         >>> rois = torch.tensor([[0, 20.0, 30.0, 180.0, 150.0]], requires_grad=True)

@@ -123,7 +123,7 @@ def on_border(position: Tensor, on_map: Tensor, size: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How boxes are placed on maps of one or several sizes, and sampled."""
+    """How boxes are placed on maps, and sampled."""
 
     bins: tuple[int, int]
     scales: Sequence[Any]  # map pixels per image pixel, of each level

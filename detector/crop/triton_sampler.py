@@ -22,7 +22,7 @@ CHANNELS_PER_PROGRAM = {"crop": 32, "maps": 16, "boxes": 16, "both": 16}  # a gr
 
 
 class Flat(NamedTuple):
-    """:meth:`.Geometry.flat`: arguments that ``torch.library`` takes."""
+    """What :meth:`.Geometry.flat` returns, of types that ``torch.library`` takes."""
 
     areas: Sequence[float] | None  # least area of a box on each level but the first, in image pixels; None: one level
     bins: Sequence[int]
@@ -44,7 +44,7 @@ def crop_by_triton(
 ) -> Tensor:
     """Crop boxes [K, 4], in image pixels, out of the images [K] of maps [N, C, H, W]. See :class:`Flat`.
 
-    Maps have any floating dtype. Layouts other than NCHW and channels_last are copied.
+    Layouts of maps other than NCHW and channels_last are copied.
 
     Returns:
         [K, C, bins, bins] in the dtype of the first map. RoIs on no level are zero. RoIs with a bad image index or a
