@@ -4,6 +4,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,14 @@ class Names:
 
     maps: str = "input"
     rois: str = "boxes"
-    columns: str = "x1, y1, x2, y2"
+    columns: tuple[str, ...] = ("x1", "y1", "x2", "y2")
+
+
+def check_choice(name: str, value: Any, choices: Any) -> Any:
+    """Return a value that is one of a ``Literal``'s."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+    return value
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -49,8 +57,8 @@ def split_rois(
         if source.shape[:2] != maps[0].shape[:2] or source.device != maps[0].device:
             given = [(list(m.shape), str(m.device)) for m in maps]
             raise ValueError(f"maps must have the same N and C and be on one device, got {given}")
-    images, name, columns = maps[0].shape[0], names.rois, names.columns.count(",") + 1
-    indexed, plain = f"[K, {columns + 1}] (image index, {names.columns})", f"[L, {columns}] ({names.columns})"
+    images, name, columns, text = maps[0].shape[0], names.rois, len(names.columns), ", ".join(names.columns)
+    indexed, plain = f"[K, {columns + 1}] (image index, {text})", f"[L, {columns}] ({text})"
     if isinstance(rois, Tensor):
         _check_shape(name, rois, maps[0], columns + 1, indexed)
         return rois[:, 0].detach(), rois[:, 1:], [rois.shape[0]] if images == 1 else None

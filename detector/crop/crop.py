@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from detector.crop.arguments import finish, pair, split_rois
+from detector.crop.arguments import check_choice, finish, pair, split_rois
 from detector.crop.gather_sampler import crop_by_gather
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
@@ -62,12 +62,11 @@ def affine_crop(
     Returns:
         [K, C, output height, output width] in the dtype of ``input``. RoIs with a bad image index or a non-finite
         coordinate are NaN where a check would synchronise or is impossible: on a GPU, in graphs, vmapped over boxes.
+        Second derivatives and ``torch.func``'s reverse mode work; forward mode does not, as in ``grid_sample``.
 
     Raises:
         TypeError: ``input`` or ``boxes`` has the wrong type, dtype or device.
         ValueError: a shape or value is invalid, or adaptive counts are traced or vmapped over boxes.
-
-    Second derivatives and ``torch.func``'s reverse mode work. Forward mode does not, as in ``grid_sample``.
 
     Example:
         >>> boxes = torch.tensor([[20.5, 30.5, 180.0, 150.0]], requires_grad=True)
@@ -84,7 +83,7 @@ def crop_levels(
     maps: Sequence[Tensor], boxes: Tensor | Sequence[Tensor], geometry: Geometry, sampler: Sampler
 ) -> Tensor:
     """:func:`affine_crop` from maps of several sizes; RoIs on no level are zero."""
-    check_sampler(sampler)
+    check_choice("sampler", sampler, Sampler)
     index, corners, counts = split_rois(maps, boxes, geometry.scales)
     if runs_triton(sampler, [*maps, corners]):
         return crop_by_triton(maps, corners, index, *geometry.flat())
@@ -138,7 +137,7 @@ class AffineCrop(nn.Module):
         super().__init__()
         self.output_size = pair("output_size", output_size)
         self.spatial_scale, self.sampling_ratio, self.aligned = spatial_scale, sampling_ratio, aligned
-        self.sampler = check_sampler(sampler)
+        self.sampler = check_choice("sampler", sampler, Sampler)
 
     def forward(self, input: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
         geometry = (self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
@@ -147,12 +146,6 @@ class AffineCrop(nn.Module):
     def extra_repr(self) -> str:
         names = ("output_size", "spatial_scale", "sampling_ratio", "aligned", "sampler")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
-
-def check_sampler(sampler: Sampler) -> Sampler:
-    if sampler not in get_args(Sampler):
-        raise ValueError(f"sampler must be one of {', '.join(get_args(Sampler))}, got {sampler!r}")
-    return sampler
 
 
 def runs_triton(sampler: str, tensors: Sequence[Tensor]) -> bool:
@@ -168,7 +161,7 @@ def runs_triton(sampler: str, tensors: Sequence[Tensor]) -> bool:
 def _has_triton(device: torch.device) -> bool:
     reason = why_not(device)
     if reason:
-        _warn_once(f"sampler='triton' is not available, and another one is used: {reason}")
+        _warn_once(f"'triton' is not available, and another way is taken: {reason}")
     return not reason
 
 

@@ -119,17 +119,18 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count, samples, taps_of, reference = ctx.settings
+        saved = ctx.saved_tensors  # once, as activation checkpointing asks
 
         def crop(*tensors: Tensor) -> Tensor:
             dtype = geometry_dtype(*tensors[:count])
             return reference([m.to(dtype) for m in tensors[:count]], _with_positions(samples, tensors[count:]))
 
         if torch.is_grad_enabled():  # with create_graph=True this gradient will be differentiated
-            return None, None, None, None, *torch.func.vjp(crop, *ctx.saved_tensors)[1](grad)
+            return None, None, None, None, *torch.func.vjp(crop, *saved)[1](grad)
         grad = grad.permute(0, 2, 3, 1)  # [K, bins, bins, C]
-        maps, need_grad = ctx.saved_tensors[:count], ctx.needs_input_grad[4:]
+        maps, need_grad = saved[:count], ctx.needs_input_grad[4:]
         boxes_need_it = any(need_grad[count:])
-        positions = [position.detach().requires_grad_(boxes_need_it) for position in ctx.saved_tensors[count:]]
+        positions = [position.detach().requires_grad_(boxes_need_it) for position in saved[count:]]
         with torch.set_grad_enabled(boxes_need_it):
             tables = _tables(maps, _with_positions(samples, positions), taps_of)
         gradients: list[Tensor | None] = [None] * len(need_grad)

@@ -12,34 +12,39 @@ from math import cbrt
 import torch
 from torch import Tensor
 
+from detector.crop.arguments import Names, check_values
 from detector.crop.gather_sampler import Taps, crop_by_gather
+from detector.crop.geometry import geometry_dtype
 from detector.crop.rois import Samples, group_by_size
 
+NAMES = Names("features", "rois")
 PRECISE = -1  # in place of a sampling ratio
 # Pixels; smaller bins are widened to this around their middle. A gradient divides by the length of a bin, and this
 # balances its rounding error with the error of the wider bin.
 MIN_BIN = {dtype: cbrt(torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)}
 
 
-def precise_bins(source: Tensor, image: Tensor, edges: Tensor, bins: Sequence[int]) -> Samples:
-    """Return the bins of RoIs as samples whose positions are the two edges of each bin.
-
-    The RoIs' ``edges`` are [K, 4] (x1, y1, x2, y2) in map pixels; 0 is the centre of the first pixel.
-    """
-    x1, y1, x2, y2 = edges.unbind(1)
+def place_bins(
+    source: Tensor, index: Tensor, corners: Tensor, bins: Sequence[int], spatial_scale: float
+) -> tuple[Samples, Tensor | None]:
+    """Return the edges of bins in map pixels, as :class:`.Samples`, and the valid RoIs of :func:`.check_values`."""
+    corners = corners.to(geometry_dtype(source, corners))
+    scales = torch.full_like(corners[:, 0], spatial_scale)
+    edges = corners * scales[:, None]
+    finite = torch.isfinite(torch.cat([edges, edges[:, 2:] - edges[:, :2]], 1).detach()).all(dim=1)
+    image, valid = check_values(source, index, corners, finite, scales, NAMES)
+    x1, y1, x2, y2 = torch.where(finite[:, None], edges, 0).unbind(1)
     y, x = _bin_edges(y1, y2, bins[0]), _bin_edges(x1, x2, bins[1])
     height, width = (torch.full_like(x1, size) for size in source.shape[2:])
-    return Samples(None, torch.zeros_like(image), image, y, x, height, width, 1)
+    return Samples(None, torch.zeros_like(image), image, y, x, height, width, 1), valid
 
 
 def pool_by_gather(source: Tensor, samples: Samples) -> Tensor:
     """Return the means over bins, [K, C, bins, bins], from the pixels that each bin overlaps. Reads values."""
     groups = [samples]
     if not samples.y.is_meta and samples.y.numel():
-        runs = [
-            (_last(edges, size) - _first(edges, size) + 1).amax(1)
-            for edges, size in ((samples.y, samples.height), (samples.x, samples.width))
-        ]
+        axes = (samples.y, samples.height), (samples.x, samples.width)
+        runs = [_run(*axis).diff(dim=0)[0].amax(1) + 1 for axis in axes]
         groups = [replace(samples.select(rois), rois=rois) for rois, _ in group_by_size(torch.stack(runs, 1))]
     return crop_by_gather([source], groups, _taps, pool_by_products)
 
@@ -78,18 +83,15 @@ def _bin_edges(start: Tensor, end: Tensor, bins: int) -> Tensor:
     return torch.stack([middle - half, middle + half], dim=2)
 
 
-def _first(edges: Tensor, size: Tensor) -> Tensor:
-    """Return the first pixel that each bin reads, [M, bins]."""
-    return torch.minimum(edges[..., 0].detach().floor().clamp(min=0), size[:, None] - 1)
-
-
-def _last(edges: Tensor, size: Tensor) -> Tensor:
-    return torch.minimum(edges[..., 1].detach().ceil().clamp(min=0), size[:, None] - 1)
+def _run(edges: Tensor, size: Tensor) -> Tensor:
+    """Return the first and the last pixel that each bin reads, [2, M, bins]."""
+    start, end = edges.detach().unbind(2)
+    return torch.minimum(torch.stack([start.floor(), end.ceil()]).clamp(min=0), size[:, None] - 1)
 
 
 def _taps(edges: Tensor, size: Tensor) -> Taps:
     """Return the run of pixels that each bin overlaps."""
-    first, last = _first(edges, size)[..., None], _last(edges, size)[..., None]
+    first, last = _run(edges, size)[..., None]
     longest = 2 if edges.is_meta or not edges.numel() else int((last - first).max()) + 1
     numbers = first + torch.arange(longest, dtype=edges.dtype, device=edges.device)
     return Taps(torch.minimum(numbers, last), _weights(edges, numbers).masked_fill(numbers > last, 0))

@@ -2,21 +2,20 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 
-from detector.crop.arguments import Names, check_values, finish, pair, split_rois
+from detector.crop.arguments import check_choice, finish, pair, split_rois
 from detector.crop.crop import runs_triton
 from detector.crop.geometry import geometry_dtype
-from detector.crop.precise import PRECISE, pool_by_gather, pool_by_products, precise_bins
+from detector.crop.precise import NAMES, PRECISE, place_bins, pool_by_gather, pool_by_products
 from detector.crop.transforms import is_vmapped, makes_graph
 from detector.crop.triton_sampler import crop_by_triton
 
 PoolMethod = Literal["auto", "products", "gather", "triton"]
-NAMES = Names("features", "rois")
 MAX_PRODUCTS = 2**25  # multiplications; beyond them the gather is faster
 
 
@@ -36,18 +35,19 @@ def prroi_pool2d(
     coordinate ``i``, not at ``i + 0.5`` as in ``affine_crop(aligned=True)``. Beyond the border the bilinear surface
     falls to zero within a pixel. Means are exact, so the box gradient is continuous. Arguments, values and gradients
     are those of ``PreciseRoIPooling`` (Jiang et al., "Acquisition of Localization Confidence for Accurate Object
-    Detection", 2018, equations 4 to 7), as in IoU-Net and pytracking.
+    Detection", 2018, section 3.3), as in IoU-Net and pytracking. Second derivatives work.
 
     Args:
         features: [N, C, H, W], any floating dtype.
         rois: [K, 5], the image's index and the box; or one [L, 4] tensor per image. Coordinates are used in float32 or
-            float64. An empty or inverted box gives 0.
+            float64. An empty or inverted box gives 0. Bins below 0.005 map pixels (float64: 6e-6) are widened to that.
         pooled_height, pooled_width: rows and columns of bins.
         spatial_scale: pixels of ``features`` per image pixel.
         method: how means are computed; values and gradients agree to rounding. ``"products"`` multiplies whole maps
             by matrices, and can be compiled, exported and vmapped; a pixel that is not finite spreads to all RoIs.
-            ``"gather"`` reads only the pixels of a bin, and synchronises on a GPU. ``"triton"`` is one kernel each way,
-            on a GPU with Triton, otherwise ``"auto"``, which takes the products for small maps and in graphs.
+            ``"gather"`` reads only a bin's pixels, and synchronises on a GPU. ``"triton"`` is one kernel each way, on a
+            GPU with Triton, elsewhere ``"auto"``: the products in graphs and for a few RoIs of one small map, otherwise
+            the gather.
 
     Returns:
         [K, C, pooled_height, pooled_width] in the dtype of ``features``. RoIs with a bad image index or a non-finite
@@ -64,23 +64,19 @@ def prroi_pool2d(
         (torch.Size([1, 64, 5, 5]), torch.Size([1, 5]))
     """
     bins = pair("pooled_height and pooled_width", (pooled_height, pooled_width))
-    if method not in get_args(PoolMethod):
-        raise ValueError(f"method must be one of {', '.join(get_args(PoolMethod))}, got {method!r}")
+    check_choice("method", method, PoolMethod)
     index, corners, _ = split_rois([features], rois, [spatial_scale], NAMES)
     if runs_triton(method, [features, corners]):
         return crop_by_triton([features], corners, index, None, bins, [spatial_scale], PRECISE, True)
-    corners = corners.to(geometry_dtype(features, corners))
-    scales = torch.full_like(corners[:, 0], spatial_scale)
-    edges = corners * scales[:, None]
-    finite = torch.isfinite(torch.cat([edges, edges[:, 2:] - edges[:, :2]], 1).detach()).all(dim=1)
-    image, valid = check_values(features, index, corners, finite, scales, NAMES)
-    samples = precise_bins(features, image, torch.where(finite[:, None], edges, 0), bins)
+    samples, valid = place_bins(features, index, corners, bins, spatial_scale)
     if makes_graph() or is_vmapped(features) or is_vmapped(corners):
         method = "products"
     elif features.is_meta:
         method = "gather"  # it needs no values
     elif method in ("auto", "triton"):
-        method = "products" if bins[0] * corners.shape[0] * prod(features.shape) <= MAX_PRODUCTS else "gather"
+        # Products multiply each RoI by all images, and autocast would round their factors in a backward.
+        few = len(features) == 1 and bins[0] * corners.shape[0] * prod(features.shape) <= MAX_PRODUCTS
+        method = "products" if few and not torch.is_autocast_enabled(features.device.type) else "gather"
     if method == "products":
         pooled = pool_by_products([features.to(geometry_dtype(features))], [samples])
     else:
@@ -97,13 +93,17 @@ class PrRoIPool2D(nn.Module):
         torch.Size([1, 64, 5, 5])
     """
 
-    def __init__(self, pooled_height: int, pooled_width: int, spatial_scale: float) -> None:
+    def __init__(
+        self, pooled_height: int, pooled_width: int, spatial_scale: float, *, method: PoolMethod = "auto"
+    ) -> None:
         super().__init__()
         self.pooled_height, self.pooled_width = pair("pooled_height and pooled_width", (pooled_height, pooled_width))
-        self.spatial_scale = float(spatial_scale)
+        self.spatial_scale, self.method = spatial_scale, check_choice("method", method, PoolMethod)
 
     def forward(self, features: Tensor, rois: Tensor | Sequence[Tensor]) -> Tensor:
-        return prroi_pool2d(features, rois, self.pooled_height, self.pooled_width, self.spatial_scale)
+        bins = (self.pooled_height, self.pooled_width)
+        return prroi_pool2d(features, rois, *bins, self.spatial_scale, method=self.method)
 
     def extra_repr(self) -> str:
-        return f"{self.pooled_height}, {self.pooled_width}, spatial_scale={self.spatial_scale}"
+        names = ("pooled_height", "pooled_width", "spatial_scale", "method")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

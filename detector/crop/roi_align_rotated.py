@@ -12,7 +12,7 @@ from detector.crop.grid_sampler import crop_by_grid
 from detector.crop.rois import Axis, RoIs, Turn, place_samples
 from detector.crop.transforms import is_vmapped
 
-NAMES = Names("input", "rois", "centre x, centre y, width, height, angle")
+NAMES = Names("input", "rois", ("centre x", "centre y", "width", "height", "angle"))
 
 
 @torch.fx.wrap  # a leaf in torch.fx traces, like roi_align
@@ -28,11 +28,12 @@ def roi_align_rotated(
     """Crop rotated boxes out of feature maps, with gradients to the maps and to all five numbers of a box.
 
     A box is (centre x, centre y, width, height, angle), in image pixels and **degrees**, x to the right and y down. It
-    turns around its centre, counter-clockwise as seen for positive angles. Pixels and border are those of
-    :func:`~detector.affine_crop`, which is the crop at angle 0. Values are those of detectron2's ``ROIAlignRotated``,
-    and of mmcv's ``roi_align_rotated``, whose angles are in radians: convert them with ``rad2deg()``. torchvision's
-    ``CXCYWHR`` boxes are the same boxes. theta is that of :func:`~detector.boxes_to_theta`. (Ma et al.,
-    "Arbitrary-Oriented Scene Text Detection via Rotation Proposals", 2018.)
+    turns around its centre, counter-clockwise as seen for positive angles. Pixel ``i`` covers ``[i, i + 1]`` and has
+    its centre at ``i + 0.5``. Samples more than a pixel outside the map count as 0, others are clamped to the centres
+    of the edge pixels. Values are those of detectron2's ``ROIAlignRotated``, at angle 0 ``affine_crop(aligned=True)``,
+    and of mmcv with its angles in radians converted: ``torch.cat([rois[:, :5], rois[:, 5:].rad2deg()], 1)``.
+    torchvision's ``CXCYWHR`` boxes are the same. theta is that of :func:`~detector.boxes_to_theta`. Second derivatives
+    work; on a GPU the backward is not deterministic.
 
     Args:
         input: [N, C, H, W], any floating dtype.
@@ -123,7 +124,7 @@ def _place(
     x, y = (centre.detach() * scale - (0.5 if aligned else 0.0)).unbind(1)
     width, height = (sides.detach() * scale).clamp(min=least).unbind(1)
     map_height, map_width = (torch.full_like(x, pixels) for pixels in size)
-    reach = torch.maximum(x + 1, map_width - x) + torch.maximum(y + 1, map_height - y)
+    reach = (torch.maximum(x + 1, map_width - x) ** 2 + torch.maximum(y + 1, map_height - y) ** 2).sqrt()
     turn = Turn(theta[:, 1, 0], theta[:, 0, 1], y, x, angle.detach()[:, 0] * RADIANS, reach)
     y_axis = Axis(-height / 2, height, theta[:, 1, 1], theta[:, 1, 2], map_height, bins[0])
     x_axis = Axis(-width / 2, width, theta[:, 0, 0], theta[:, 0, 2], map_width, bins[1])

@@ -83,7 +83,7 @@ class Axis(Rows):
 
 @dataclass(frozen=True)
 class Turn(Rows):
-    """What rotated RoIs have besides their axes, which start at the centre and lie along the unrotated sides. [K]"""
+    """What rotated RoIs have besides their axes, which are along the unrotated sides, with 0 at the centre. [K]"""
 
     y_skew: Tensor  # theta's entries off the diagonal
     x_skew: Tensor
@@ -102,9 +102,9 @@ class Turn(Rows):
         cos, sin, height, width = turn.angle.cos(), turn.angle.sin(), rows.size, columns.size
         # In detectron2's order of operations.
         y_pixel, x_pixel = y * cos - x * sin + turn.y_centre, y * sin + x * cos + turn.x_centre
-        on_map = (y_pixel >= -1) & (y_pixel <= height) & (x_pixel >= -1) & (x_pixel <= width) & y_counted & x_counted
-        y = rows.scale * v + turn.y_skew * u + rows.shift
-        x = columns.scale * u + turn.x_skew * v + columns.shift
+        on_map = (y_pixel >= -1) & (y_pixel <= height) & (x_pixel >= -1) & (x_pixel <= width) & (y_counted & x_counted)
+        y = (rows.scale * v + rows.shift) + turn.y_skew * u
+        x = (columns.scale * u + columns.shift) + turn.x_skew * v
         return on_border(y, on_map, height), on_border(x, on_map, width)
 
 
@@ -117,8 +117,7 @@ def on_border(position: Tensor, on_map: Tensor, size: Tensor) -> Tensor:
     # The centre minus a rounding error. On or beyond the centre, zero padding would give the slope from the pixel down
     # to 0 where the surface is flat.
     edge = (1 - 1 / size) * (1 - 4 * torch.finfo(position.dtype).eps)
-    position = torch.where(position.abs() < edge, position, position.detach().clamp(-edge, edge))
-    return torch.where(on_map, position, OUTSIDE)
+    return torch.where(on_map, position.clamp(-edge, edge), OUTSIDE)
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class Samples(Rows):
     rois: Tensor | None  # [M] int64, which RoIs these are; None: all, in order
     level: Tensor  # [M] int64, index of the RoI's map; -1: none
     image: Tensor  # [M] int64, index in the batch
-    # Normalised, differentiable: of the rows and columns of samples, or (rotated) of each sample in both.
+    # Differentiable. Normalised, of the rows and columns of samples, or (rotated) of each sample; or edges of bins.
     y: Tensor  # [M, bins, n] or [M, bins y, n y, bins x, n x]
     x: Tensor
     height: Tensor  # [M], pixels of the RoI's map

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from detector.crop.arguments import finish
 from detector.crop.geometry import geometry_dtype
 from detector.crop.grid_sampler import crop_by_grid
-from detector.crop.precise import PRECISE, pool_by_products, precise_bins
+from detector.crop.precise import PRECISE, place_bins, pool_by_products
 from detector.crop.rois import Geometry, place_rois, place_samples
 
 BINS_PER_PROGRAM = 64
@@ -43,8 +43,6 @@ def crop_by_triton(
     aligned: bool,
 ) -> Tensor:
     """Crop boxes [K, 4], in image pixels, out of the images [K] of maps [N, C, H, W]. See :class:`Flat`.
-
-    Layouts of maps other than NCHW and channels_last are copied.
 
     Returns:
         [K, C, bins, bins] in the dtype of the first map. RoIs on no level are zero. RoIs with a bad image index or a
@@ -211,10 +209,8 @@ def _differentiable(
     """The same crop by operations that can be differentiated again."""
     working = [source.to(geometry_dtype(*maps)) for source in maps]
     if ratio == PRECISE:
-        edges = boxes.to(geometry_dtype(*maps, boxes)) * scales[0]
-        valid = (image >= 0) & (image < len(maps[0])) & torch.isfinite(edges).all(dim=1)
-        edges = torch.where(valid[:, None], edges, 0)
-        return finish(pool_by_products(working, [precise_bins(working[0], image, edges, bins)]), valid, maps[0].dtype)
+        samples, valid = place_bins(working[0], image, boxes, bins, scales[0])
+        return finish(pool_by_products(working, [samples]), valid, maps[0].dtype)
 
     def level_of(corners: Tensor) -> Tensor:
         sides = corners[:, 2:] - corners[:, :2]

@@ -11,8 +11,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.boxes import box_area
 from torchvision.ops.poolers import LevelMapper
 
-from detector.crop.arguments import pair
-from detector.crop.crop import Sampler, box_gradient, check_sampler, crop_levels, runs_triton
+from detector.crop.arguments import check_choice, pair
+from detector.crop.crop import Sampler, box_gradient, crop_levels, runs_triton
 from detector.crop.geometry import geometry_dtype
 from detector.crop.rois import Geometry
 
@@ -66,7 +66,7 @@ class MultiScaleAffineCrop(MultiScaleRoIAlign):
         if size_divisible is not None and size_divisible < 1:
             raise ValueError(f"size_divisible must be at least 1, got {size_divisible}")
         self.aligned = aligned
-        self.sampler = check_sampler(sampler)
+        self.sampler = check_choice("sampler", sampler, Sampler)
         self.size_divisible = size_divisible
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:

@@ -8,7 +8,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 
-from detector.crop.crop import Sampler, check_sampler
+from detector.crop.arguments import check_choice
+from detector.crop.crop import Sampler
 from detector.rcnn.box_gradient import BoxGradient
 from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.rcnn.roi_heads import AttachedRoIHeads
@@ -42,7 +43,7 @@ def swap_crop_head(model: Model, box_gradient: BoxGradient = BoxGradient(), *, s
     if not isinstance(box_gradient, BoxGradient):
         raise TypeError(f"box_gradient must be a BoxGradient, got {box_gradient!r}")
     if sampler is not None:
-        check_sampler(sampler)
+        check_choice("sampler", sampler, Sampler)
     rpn, heads, pools = parts_of(model)
     refuse_own_forward(rpn, heads, *pools)
     for pool in pools:

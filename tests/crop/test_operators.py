@@ -24,6 +24,7 @@ from support.crops import (
     with_index,
 )
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import RoIAlign, roi_align
 
 import detector
@@ -155,6 +156,10 @@ def test_boxes_of_another_dtype(operator):
     half, rest = operator.own(boxes)[0].bfloat16(), ((2, 3), 1.0, False)
     wide = operator.crop(features.float(), [half.float()], *rest)
     assert torch.equal(operator.crop(features.float(), [half], *rest), wide)
+    single = operator.own(boxes)[0].float()  # computed in float64, as the maps are
+    result = operator.crop(features, [single], *rest)
+    assert result.dtype == torch.float64
+    assert torch.equal(result, operator.crop(features, [single.double()], *rest))
     # bfloat16 counts to 256 only.
     maps = torch.arange(300.0).view(300, 1, 1, 1).expand(300, 1, 4, 4)
     many = [torch.tensor([[1.0, 1.0, 3.0, 3.0]], dtype=torch.bfloat16)] * 300
@@ -336,6 +341,15 @@ def test_hessians_by_reverse_mode(operator):
     torch.testing.assert_close(torch.autograd.functional.hessian(loss, box)[0, :, 0], hessian)
 
 
+def test_activation_checkpoints(operator):
+    features, boxes = randn(2, 2, 9, 10).requires_grad_(), [general_boxes(2, (9, 10), seed=i) for i in range(2)]
+    boxes = [b.requires_grad_() for b in boxes]
+    expected = torch.autograd.grad(operator(features, boxes).square().sum(), [features, *boxes])
+    crops = checkpoint(lambda *tensors: operator(tensors[0], tensors[1:]), features, *boxes, use_reentrant=False)
+    gradients = torch.autograd.grad(crops.square().sum(), [features, *boxes])
+    torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-10)
+
+
 # --- Border ----------------------------------------------------------------------------------------------------------
 
 
@@ -495,13 +509,13 @@ def test_work_that_depends_on_the_box_is_not_traced(operator):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @one_of_each
-@pytest.mark.parametrize("images", [1, 2])
-def test_onnx_export(operator, images):
+@pytest.mark.parametrize(("images", "opset"), [(1, 16), (1, 18), (2, 18)])
+def test_onnx_export(operator, images, opset):
     """With ONNX's own operators; the graph takes other numbers of boxes, and other sizes of maps."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     file, example = io.BytesIO(), inputs_of(operator, images, 5, (15, 20))
     axes = {"maps": {2: "height", 3: "width"}, "rois": {0: "count"}}
-    names = {"input_names": list(axes), "dynamic_axes": axes, "opset_version": 18}
+    names = {"input_names": list(axes), "dynamic_axes": axes, "opset_version": opset}
     torch.onnx.export(Module(operator), example, file, dynamo=False, **names)
     assert {node.domain for node in onnx.load_from_string(file.getvalue()).graph.node} <= {"", "ai.onnx"}
     session = runtime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])

@@ -206,6 +206,15 @@ def test_tiny_boxes(method, side, dtype):
 
 
 @both_methods
+@pytest.mark.parametrize(("dtype", "side", "atol"), [(torch.float64, 1e-4, 1e-9), (torch.float32, 6e-3, 1e-4)])
+def test_bins_are_widened_only_where_gradients_would_be_rounded(method, dtype, side, atol):
+    """Across a pixel's centre, where the mean over a wider bin differs."""
+    boxes = torch.tensor([[3.0, 2.0, 3 + side, 2 + side], [3 - side / 2, 2, 3 + side / 2, 2 + side]], dtype=dtype)
+    pooled = prroi_pool2d(MAP.to(dtype), [boxes], 1, 1, method=method).double()
+    torch.testing.assert_close(pooled, precise_reference(MAP, [boxes.double()], 1), rtol=0, atol=atol)
+
+
+@both_methods
 def test_huge_boxes(method):
     """A million pixels wide: the map's sum over the area, and gradients that fit."""
     boxes = torch.tensor([[-5e5, -5e5, 5e5, 5e5], [-5e5, 1.3, 5e5, 4.2], [2.2, 1.3, 1e6, 1e6]]).double()
@@ -266,19 +275,38 @@ def test_methods_agree_to_rounding():
 
 
 def test_auto_takes_the_gather_for_more_multiplications_than_a_limit(bags, monkeypatch):
-    maps, rois = several_images()
-    expected = prroi_pool2d(maps, rois, 2, 3, 0.9)
+    boxes = [general_boxes(5, SIZE)]
+    expected = prroi_pool2d(MAP, boxes, 2, 3, 0.9)
     assert not bags
     module = sys.modules[prroi_pool2d.__module__]
-    monkeypatch.setattr(module, "MAX_PRODUCTS", 2 * len(rois) * maps.numel() - 1)
-    torch.testing.assert_close(prroi_pool2d(maps, rois, 2, 3, 0.9), expected, rtol=0, atol=1e-12)
+    monkeypatch.setattr(module, "MAX_PRODUCTS", 2 * 5 * MAP.numel() - 1)
+    torch.testing.assert_close(prroi_pool2d(MAP, boxes, 2, 3, 0.9), expected, rtol=0, atol=1e-12)
     assert bags
     bags.clear()
-    prroi_pool2d(maps, rois, 2, 3, 0.9, method="products")
-    prroi_pool2d(maps, rois[:-1], 2, 3, 0.9)
+    prroi_pool2d(MAP, boxes, 2, 3, 0.9, method="products")
+    prroi_pool2d(MAP, [boxes[0][:-1]], 2, 3, 0.9)
     assert not bags
-    prroi_pool2d(maps, rois[:-1], 2, 3, 0.9, method="gather")
+    prroi_pool2d(MAP, [boxes[0][:-1]], 2, 3, 0.9, method="gather")
     assert bags
+
+
+def test_auto_keeps_images_apart():
+    """In products, a pixel that is not finite spreads to the RoIs of all images."""
+    maps, rois = several_images()
+    expected = prroi_pool2d(maps, rois, 2, 3, 0.9)
+    maps = maps.detach().clone()
+    maps[1] = torch.nan
+    kept = rois[:, 0] != 1
+    torch.testing.assert_close(prroi_pool2d(maps, rois, 2, 3, 0.9)[kept], expected[kept], rtol=0, atol=1e-12)
+
+
+def test_auto_is_precise_in_a_backward_under_autocast():
+    maps, rois = torch.rand(1, 16, *SIZE, requires_grad=True), with_index([0] * 5, general_boxes(5, SIZE).float())
+    rois.requires_grad_()
+    expected = torch.autograd.grad(prroi_pool2d(maps, rois, 3, 3).square().sum(), [maps, rois])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradients = torch.autograd.grad(prroi_pool2d(maps, rois, 3, 3).square().sum(), [maps, rois])
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gather_takes_rois_in_groups_of_similar_size(bags):
@@ -290,10 +318,11 @@ def test_the_gather_takes_rois_in_groups_of_similar_size(bags):
 
 def test_the_module_equals_the_function():
     maps, rois = several_images()
-    module = PrRoIPool2D(2, 3, 0.5)
-    assert torch.equal(module(maps, rois), prroi_pool2d(maps, rois, 2, 3, 0.5))
-    assert repr(module) == "PrRoIPool2D(2, 3, spatial_scale=0.5)"
-    assert not module.state_dict()
+    for method in ("auto", "products", "gather"):
+        module = PrRoIPool2D(2, 3, 0.5, method=method)
+        assert torch.equal(module(maps, rois), prroi_pool2d(maps, rois, 2, 3, 0.5, method=method))
+        assert repr(module) == f"PrRoIPool2D(pooled_height=2, pooled_width=3, spatial_scale=0.5, method={method})"
+        assert not module.state_dict()
 
 
 @pytest.mark.parametrize(("sizes", "error"), [((0, 2), ValueError), ((2, -1), ValueError), ((2.0, 2), TypeError)])
@@ -303,3 +332,5 @@ def test_invalid_sizes_and_methods(sizes, error):
             call()
     with pytest.raises(ValueError, match=r"method must be one of auto, products, gather, triton, got 'matrices'"):
         prroi_pool2d(MAP, [], 2, 2, method="matrices")
+    with pytest.raises(ValueError, match="method must be one of"):
+        PrRoIPool2D(2, 2, 1.0, method="matrices")

@@ -297,6 +297,28 @@ def test_sides_below_a_pixel_are_widened_if_not_aligned(ratio, scale, dtype):
     assert gradient[:, :2].all()
 
 
+@both_ratios
+@pytest.mark.parametrize("turns", range(4))
+def test_samples_exactly_on_the_border_count(ratio, turns):
+    """At -1 and at the map's size, along either axis, on a map of ones. Just beyond they count as 0."""
+    source = torch.ones(1, 1, 5, 9, dtype=torch.float64)
+    # The sample of a bin of one pixel lies at its centre minus half a pixel.
+    ends = [(-0.5, 2.5), (9.5, 2.5), (4.5, -0.5), (4.5, 5.5)]
+    boxes = torch.tensor([[x, y, 1, 1, 90 * turns] for x, y in ends], dtype=torch.float64)
+    assert (roi_align_rotated(source, [boxes], 1, 1.0, min(ratio, 1)) == 1).all()
+    boxes[:, :2] += torch.tensor([[-1, 0], [1, 0], [0, -1], [0, 1]]) * 1e-9
+    assert not roi_align_rotated(source, [boxes], 1, 1.0, min(ratio, 1)).any()
+
+
+@pytest.mark.parametrize("angle", [45, 90, 130])
+@pytest.mark.parametrize("size", [(40, 3), (3, 40)])
+def test_no_sample_of_a_large_box_on_a_long_map_is_left_out(size, angle):
+    source = torch.rand(1, 1, *size, dtype=torch.float64)
+    box = torch.tensor([[size[1] / 2, size[0] / 2, 90, 80, angle]], dtype=torch.float64)
+    found = roi_align_rotated(source, [box], 3, 1.0, 0)
+    torch.testing.assert_close(found, rotated_reference(source, [box], 3, 1.0, 0), rtol=0, atol=1e-10)
+
+
 # --- Module ----------------------------------------------------------------------------------------------------------
 
 
