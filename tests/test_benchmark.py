@@ -47,7 +47,9 @@ def test_everything_is_measured(results):
     assert ("FPN", "float32", "channels_last", 12, 7, benchmark.DETERMINISTIC) in measured
     for entry in data["poolers"]:
         assert 0 < entry["forward"]["seconds"][0] < entry["forward_backward"]["seconds"][0]
-    assert ("single level", "float32", "channels_last", 12, 7, "gather, exact") in measured
+    for maps, layout, rois, bins in [("single level", "channels_last", 12, 7), ("36 x 36 pixels", "NCHW", 10, 5)]:
+        for pooler in ("prroi_pool2d", "roi_align_rotated"):
+            assert (maps, "float32", layout, rois, bins, pooler) in measured
     assert len({(entry["task"], *entry["case"].values(), entry["swapped"]) for entry in data["detector"]}) == 32
     assert all(entry["seconds"][0] > 0 for entry in data["detector"])
     text = (results / "benchmark.md").read_text()
