@@ -2,7 +2,7 @@
 
 These names need only torch and torchvision, except ``load_detector``. Each package uses only those above it:
 
-* ``crop``: crops feature maps at boxes, with RoIAlign's values and gradients to the boxes;
+* ``crop``: three operators that crop boxes out of feature maps, with gradients to the boxes;
 * ``rcnn``: swaps the crop into torchvision's R-CNNs, and lets the losses of the second stage move the proposals;
 * ``refinement``: refinement iterations and gradient ascent on the predicted IoU of detections;
 * ``data``: images, annotations and results in COCO's formats: checks, batches and pictures;
