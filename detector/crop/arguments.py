@@ -15,7 +15,7 @@ from detector.crop.transforms import is_vmapped, makes_graph
 
 @dataclass(frozen=True)
 class Names:
-    """What an operator calls its maps, its RoIs, and the columns of an RoI, for error messages."""
+    """The names of an operator's maps, RoIs and RoI columns in error messages."""
 
     maps: str = "input"
     rois: str = "boxes"

@@ -83,7 +83,7 @@ class Axis(Rows):
 
 @dataclass(frozen=True)
 class Turn(Rows):
-    """What rotated RoIs have besides their axes, which are along the unrotated sides, with 0 at the centre. [K]"""
+    """The rotation of K RoIs, each field [K]. Their axes run along the unrotated sides, with 0 at the centre."""
 
     y_skew: Tensor  # theta's entries off the diagonal
     x_skew: Tensor
@@ -122,7 +122,7 @@ def on_border(position: Tensor, on_map: Tensor, size: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How boxes are placed on maps, and sampled."""
+    """The settings that place boxes on maps and sample them."""
 
     bins: tuple[int, int]
     scales: Sequence[Any]  # map pixels per image pixel, of each level

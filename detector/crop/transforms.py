@@ -1,4 +1,4 @@
-"""What PyTorch does with a call: traces or compiles it, or runs it under ``torch.func`` or ``torch.vmap``."""
+"""Checks whether PyTorch traces or compiles a call, or runs it under ``torch.func`` or ``torch.vmap``."""
 
 from typing import Any
 

@@ -22,7 +22,7 @@ CHANNELS_PER_PROGRAM = {"crop": 32, "maps": 16, "boxes": 16, "both": 16}  # a gr
 
 
 class Flat(NamedTuple):
-    """What :meth:`.Geometry.flat` returns, of types that ``torch.library`` takes."""
+    """The values of :meth:`.Geometry.flat`, in types that ``torch.library`` accepts."""
 
     areas: Sequence[float] | None  # least area of a box on each level but the first, in image pixels; None: one level
     bins: Sequence[int]

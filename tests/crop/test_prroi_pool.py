@@ -19,14 +19,14 @@ MAP = randn(1, 1, *SIZE)
 
 
 def first_gradient(boxes, method, bins=1, maps=MAP, **options):
-    """Of the sum of all means, at boxes [K, 4] on one map."""
+    """The gradient of the sum of all means at boxes [K, 4] on one map."""
     boxes = boxes.detach().requires_grad_()
     pooled = prroi_pool2d(maps, [boxes], bins, bins, method=method)
     return torch.autograd.grad(pooled.sum(), boxes, **options)[0]
 
 
 def differences(boxes, bins=1, maps=MAP):
-    """The same by differences of the reference."""
+    """The same gradient by differences of the reference."""
     boxes = boxes.detach()
     return slopes(lambda b: precise_reference(maps, [b], bins), boxes, torch.ones(len(boxes), 1, bins, bins).to(boxes))
 
