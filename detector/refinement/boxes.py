@@ -20,13 +20,20 @@ def encode(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def decode(deltas: Tensor, boxes: Boxes, image_sizes: Sizes) -> Boxes:
-    """Apply deltas [K, 4] to the boxes [L, 4] of all images, and clip each image's boxes to its (height, width)."""
+    """Apply deltas [K, 4] to the boxes [L, 4] of all images, and clip each image's boxes to its (height, width).
+
+    A box that would be thinner than one pixel, or whose deltas are NaN, stays.
+    """
     centre, size = _centre_and_size(torch.cat(boxes).to(deltas.dtype))
     centre = deltas[:, :2] / CENTRE_WEIGHT * size + centre
     half = 0.5 * (torch.exp((deltas[:, 2:] / SIZE_WEIGHT).clamp(max=MAX_LOG_SCALE)) * size)
     decoded = torch.cat([centre - half, centre + half], dim=1)
     by_image = decoded.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
-    return [clip_boxes_to_image(b, shape) for b, shape in zip(by_image, image_sizes, strict=True)]
+    clipped = [clip_boxes_to_image(b, shape) for b, shape in zip(by_image, image_sizes, strict=True)]
+    return [
+        torch.where((new[:, 2:] - new[:, :2] >= 1).all(dim=1, keepdim=True), new, old.detach().to(new.dtype))
+        for new, old in zip(clipped, boxes)
+    ]
 
 
 def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:

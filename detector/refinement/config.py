@@ -12,17 +12,18 @@ class RefinementConfig:
     """Settings of test-time refinement and of its training. Plain values, saved in every checkpoint.
 
     A small head crops the detector's feature maps at a box, and predicts four deltas, whatever the class, and the IoU
-    of the box with its object. A **refinement iteration** moves the box by the deltas, unless the predicted IoU would
-    fall. **Gradient ascent** then follows the gradient of the predicted IoU through the crop (Jiang et al.,
-    "Acquisition of Localization Confidence for Accurate Object Detection", 2018, section 3.3).
+    of the box with its object. A **refinement iteration** moves the box by the deltas. **Gradient ascent** then follows
+    the gradient of the predicted IoU through the crop (Jiang et al., "Acquisition of Localization Confidence for
+    Accurate Object Detection", 2018, section 3.3).
 
     Args:
         iterations: Number of refinement iterations at test time, 0 to 100.
         train_iterations: Number of refinement iterations in training, 1 to 100. Their losses are summed.
         ascent_steps: Maximum number of gradient ascent steps at test time, 0 to 100.
         iou_power: Power of the predicted IoU in the score, ``score * iou ** iou_power``, 0 to 10.
-        box_gradient: How gradients flow through the boxes between the training iterations. ``crop`` and ``coder`` at 0
-            detach the boxes. ``bound`` limits the gradient of later iterations relative to an iteration's own.
+        box_gradient: How gradients flow through the boxes between the training iterations. By default the boxes are
+            detached, as AP is the same either way. ``BoxGradient.exact()`` is the derivative, and ``bound`` limits the
+            gradient of later iterations relative to an iteration's own.
         boxes_per_image: Maximum number of boxes refined per image, 1 to 10,000.
 
     Raises:
@@ -33,7 +34,7 @@ class RefinementConfig:
     train_iterations: int = 3
     ascent_steps: int = 0
     iou_power: float = 0.5
-    box_gradient: BoxGradient = BoxGradient.exact()
+    box_gradient: BoxGradient = BoxGradient(crop=0, coder=0)
     boxes_per_image: int = 100
 
     def __post_init__(self) -> None:

@@ -8,11 +8,9 @@ from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
 
 from detector.rcnn.forward import Boxes, Features, Found, Sizes
-from detector.refinement.boxes import decode, move, paired_iou
+from detector.refinement.boxes import decode, move
 from detector.refinement.head import Refinement
 
-STEP_SIZE = 0.8  # fraction of the predicted deltas that an iteration applies
-MIN_IOU_WITH_DETECTION = 0.7  # an iteration that would move a box further away has no effect
 ASCENT_STEP_SIZE = 0.1  # times the gradient, in units of the box's sides
 MAX_ASCENT_STEP = 0.05  # in units of the box's sides
 BACKTRACKING = 0.5  # factor of the step size after a step without improvement
@@ -60,25 +58,18 @@ def refine_detections(refinement: Refinement, features: Features, found: Found, 
 
 
 def iterate(refinement: Refinement, features: Features, boxes: Boxes, image_sizes: Sizes) -> tuple[Boxes, list[Tensor]]:
-    """Move boxes [L, 4] per image by the predicted deltas, as long as their predicted IoU does not fall.
+    """Move boxes [L, 4] per image by the predicted deltas, iteration by iteration, as in training.
 
     Returns:
-        The boxes [L, 4] per image, clipped to it, and their predicted IoU [L], 0 to 1.
+        The boxes [L, 4] per image, clipped to it, and the IoU [L], 0 to 1, that the last crop predicts: the crop at the
+        box before the last move. One more crop, at the moved box, would not rank better.
     """
-    counts = [b.shape[0] for b in boxes]
-    start = best = torch.cat(boxes)
-    deltas, logits = refinement(features, boxes, image_sizes)
-    ious = logits.sigmoid()
-    for _ in range(refinement.config.iterations):
-        steps = STEP_SIZE * deltas.nan_to_num()  # the crop raises for boxes that are not finite
-        candidates = decode(steps, best.split(counts), image_sizes)
-        new_deltas, new_logits = refinement(features, candidates, image_sizes)
-        moved, new_ious = torch.cat(candidates), new_logits.sigmoid()
-        better = (new_ious >= ious) & (paired_iou(moved, start) >= MIN_IOU_WITH_DETECTION)  # false for NaN
-        best = torch.where(better[:, None], moved, best)
-        deltas = torch.where(better[:, None], new_deltas, deltas)
-        ious = torch.where(better, new_ious, ious)
-    return list(best.split(counts)), list(ious.split(counts))
+    iterations = refinement.config.iterations
+    for _ in range(max(iterations, 1)):
+        deltas, logits = refinement(features, boxes, image_sizes)
+        if iterations:
+            boxes = decode(deltas, boxes, image_sizes)
+    return boxes, list(logits.sigmoid().split([b.shape[0] for b in boxes]))
 
 
 def ascend(score_of: Callable[[Tensor], Tensor], boxes: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -37,10 +37,7 @@ def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, tr
         box_losses.append((errors * (iou >= MIN_TRAINING_IOU)).sum() / (4 * count))
         iou_losses.append(F.binary_cross_entropy_with_logits(predicted_iou, iou, reduction="sum") / count)
         if remaining:
-            constant = [b.detach() for b in current]
-            moved = decode(bounded[1], current if settings.enabled else constant, sizes)
-            has_size = [(b[:, 2:] - b[:, :2] >= 1).all(dim=1, keepdim=True) for b in moved]
-            current = [torch.where(*one) for one in zip(has_size, moved, constant)]
+            current = decode(bounded[1], current if settings.enabled else [b.detach() for b in current], sizes)
     return {"loss_refinement_box": torch.stack(box_losses).sum(), "loss_refinement_iou": torch.stack(iou_losses).sum()}
 
 

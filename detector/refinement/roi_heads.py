@@ -1,8 +1,12 @@
 """RoI heads that refine their detections."""
 
 import copy
+from typing import Any
 
+import torch
+from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import clip_boxes_to_image
 
 from detector.rcnn.forward import Boxes, Features, HeadOutput, Sizes, Targets
 from detector.rcnn.roi_heads import AttachedRoIHeads
@@ -15,25 +19,51 @@ class RefinedRoIHeads(RoIHeads):
     """torchvision's RoI heads with a refinement.
 
     In eval mode, masks and keypoints are predicted in the refined boxes. In training, the losses of the refinement are
-    added to those of the heads.
+    added to those of the heads. It learns from the boxes that the box head decodes, the kind of box that it refines in
+    testing; these boxes carry no gradient.
     """
 
     mixin_order = 0
     refinement: Refinement
     refined = staticmethod(refine_detections)  # an attribute, so that it can be timed
+    _rois: tuple[Boxes, list[Tensor]] | None = None  # of the current step, and their labels
 
     def forward(self, features: Features, proposals: Boxes, image_shapes: Sizes, targets: Targets = None) -> HeadOutput:
-        heads = self
-        if self.refinement.enabled and not self.training:
+        if not self.refinement.enabled:
+            return super().forward(features, proposals, image_shapes, targets)
+        if not self.training:
             heads = copy.copy(self)  # shares all modules; another thread may call self with other features
             heads.__dict__["postprocess_detections"] = lambda *outputs: self.refined(
                 self.refinement, features, self.postprocess_detections(*outputs), image_shapes
             )
-        result, losses = super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
-        if self.refinement.enabled and self.training and targets is not None:
-            boxes, matched = sample_training_boxes(proposals, [target["boxes"] for target in targets], image_shapes)
-            losses = losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
-        return result, losses
+            return super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
+        outputs: list[Any] = []
+        handle = self.box_predictor.register_forward_hook(lambda module, given, output: outputs.append(output))
+        try:
+            result, losses = super().forward(features, proposals, image_shapes, targets)
+            decoded = self._decoded(outputs[0][1], image_shapes)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_rois", None)
+        assert targets is not None  # checked by torchvision
+        boxes, matched = sample_training_boxes(decoded, [target["boxes"] for target in targets], image_shapes)
+        return result, losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
+
+    def select_training_samples(self, proposals: Boxes, targets: Targets) -> tuple[list[Tensor], ...]:
+        selected = super().select_training_samples(proposals, targets)
+        self._rois = [boxes.detach() for boxes in selected[0]], selected[2]
+        return selected
+
+    def _decoded(self, deltas: Tensor, sizes: Sizes) -> Boxes:
+        """Return the boxes [L, 4] per image that the deltas [K, 4 * classes] make of the positive RoIs."""
+        assert self._rois is not None  # set by select_training_samples
+        positive = [labels > 0 for labels in self._rois[1]]
+        rois = [boxes[mask] for boxes, mask in zip(self._rois[0], positive)]
+        mask, labels = torch.cat(positive), torch.cat(self._rois[1])
+        dtype = torch.promote_types(deltas.dtype, torch.float32)  # 16 bits cannot hold pixel coordinates
+        decoded = self.box_coder.decode(deltas.detach().to(dtype)[mask], rois)  # [P, classes, 4]
+        of_class = decoded[torch.arange(len(decoded)), labels[mask]].reshape(-1, 4).split([len(b) for b in rois])
+        return [clip_boxes_to_image(boxes, size) for boxes, size in zip(of_class, sizes)]
 
 
 class AttachedRefinedRoIHeads(AttachedRoIHeads, RefinedRoIHeads):

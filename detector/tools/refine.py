@@ -32,7 +32,7 @@ def refine(
     iterations: NonNegativeInt = 2,
     train_iterations: PositiveInt = 3,
     ascent_steps: NonNegativeInt = 0,
-    box_gradient: Literal["exact", "bound", "off"] = "exact",
+    box_gradient: Literal["exact", "bound", "off"] = "off",
     max_steps: PositiveInt = 600,
     epochs: PositiveInt | None = None,
     batch_size: PositiveInt = 4,
@@ -80,8 +80,8 @@ def refine(
         iterations: Refinement iterations at test time.
         train_iterations: Refinement iterations in training.
         ascent_steps: Maximum number of gradient ascent steps on the predicted IoU, at test time.
-        box_gradient: Gradient through the boxes between the training iterations. "exact" is the derivative, "bound"
-            limits it to a tenth of each iteration's own gradient, "off" treats boxes as constants, as in a cascade.
+        box_gradient: Gradient through the boxes between the training iterations. "off" treats boxes as constants, as
+            in a cascade, "exact" is the derivative, "bound" limits it to a tenth of each iteration's own gradient.
         max_steps: Number of training steps.
         epochs: Number of passes over the images, instead of max_steps.
         batch_size: Images per step and device.

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from support.refined_models import refined
-from support.tiny_models import assert_bounded, at_the_deltas, batch, copies, losses_of, tiny_rcnn
+from support.tiny_models import SIZE, batch, copies, losses_of, tiny_rcnn
+from torchvision.ops import box_convert, box_iou
 
 from detector import BoxGradient, swap_crop_head
-from detector.refinement import losses, remove_refinement
+from detector.refinement import losses, remove_refinement, roi_heads
 
 ADDED = ("loss_refinement_box", "loss_refinement_iou")
-RPN_LOSS = "loss_rpn_box_reg"
 
 
 @pytest.fixture
@@ -42,22 +42,42 @@ def test_the_usual_call_adds_two_losses_and_changes_no_other(kind, swap):
     assert {"boxes", "labels", "scores"} <= model.eval()(images, copies(targets))[0].keys()
 
 
-def test_its_losses_train_the_backbone_but_not_a_stock_rpn(model):
+@pytest.mark.parametrize("swap", [False, True])
+def test_its_losses_train_the_backbone_but_neither_rpn_nor_box_head(model, swap):
+    if swap:
+        swap_crop_head(model, BoxGradient.exact())
     loss = sum(losses_of(model, torch.float64)[name] for name in ADDED)
-    assert torch.autograd.grad(loss, model.backbone.body["a"][0].weight)[0].any()
-    assert not at_the_deltas(model, ADDED)[0].any()
+    loss.backward()
+    assert model.backbone.body["a"][0].weight.grad.any()
+    for part in (model.rpn, model.roi_heads.box_head, model.roi_heads.box_predictor):
+        assert all(p.grad is None or not p.grad.any() for p in part.parameters())
 
 
-@pytest.mark.parametrize("bound", [0.1, 0.5])
-def test_its_losses_reach_a_swapped_rpn_within_the_bound(model, bound):
-    swap_crop_head(model, BoxGradient.exact())
-    own, others = at_the_deltas(model, (RPN_LOSS,), ADDED)
-    swap_crop_head(model, BoxGradient(bound=bound))
-    found, alone = at_the_deltas(model, (RPN_LOSS, *ADDED), ADDED)
-    assert_bounded(found, own, others, bound)
-    assert not alone.any()  # without the RPN's own loss
-    swap_crop_head(model, BoxGradient(crop=0, coder=0))
-    assert not at_the_deltas(model, ADDED)[0].any()
+@pytest.mark.parametrize("swap", [False, True])
+def test_it_learns_from_the_boxes_that_the_box_head_decodes(model, swap, monkeypatch):
+    """Those of the positive RoIs, by the deltas of their object's class, without a gradient."""
+    if swap:
+        swap_crop_head(model)
+    heads, given, seen = model.roi_heads, [], {}
+    sample = roi_heads.sample_training_boxes
+    monkeypatch.setattr(roi_heads, "sample_training_boxes", lambda *all: (given.append(all[0]), sample(*all))[1])
+    heads.box_roi_pool.register_forward_pre_hook(lambda module, one: (seen.setdefault("rois", one[1]), None)[1])
+    heads.box_predictor.register_forward_hook(lambda module, one, out: (seen.setdefault("deltas", out[1]), None)[1])
+    losses_of(model, torch.float64)
+    (found,) = given
+    rois, targets = seen["rois"], batch(torch.float64)[1]
+    by_image = seen["deltas"].detach().split([len(b) for b in rois])
+    for boxes, own, deltas, target, height in zip(found, rois, by_image, targets, (SIZE, SIZE - 8), strict=True):
+        iou, match = box_iou(own.detach(), target["boxes"]).max(1)
+        rows = torch.where(iou >= 0.5)[0]
+        assert len(rows) >= 3
+        assert not boxes.requires_grad
+        labels = target["labels"][match]
+        x, y, w, h = torch.stack([deltas[row].view(-1, 4)[labels[row]] for row in rows]).unbind(1)
+        start = box_convert(own.detach()[rows], "xyxy", "cxcywh")
+        moved = start[:, :2] + torch.stack([x, y], 1) / 10 * start[:, 2:]
+        wanted = box_convert(torch.cat([moved, start[:, 2:] * (torch.stack([w, h], 1) / 5).exp()], 1), "cxcywh", "xyxy")
+        torch.testing.assert_close(boxes, wanted.clamp(min=0).minimum(wanted.new_tensor([SIZE, height] * 2)))
 
 
 def test_images_without_objects(model):

@@ -1,0 +1,150 @@
+"""Compare ways to train a detector from the same start: stock, cascade, and refinement, on four data sets.
+
+    python .github/assets/comparison.py FOLDER                                  every row
+    python .github/assets/comparison.py FOLDER digits/stock/0 digits/cascade/0   some rows
+    python .github/assets/comparison.py FOLDER --table                          the finished rows as tables
+
+A row is DATA/METHOD/SEED. DATA is digits, bccd, raccoon or deeppcb, which learn from train and are scored on val. To
+choose settings, digits-part, bccd-part, ... learn from three quarters of train and are scored on the rest. All data but
+digits are read from DETECTOR_DATA. FOLDER/results.json gets each row when it is done, and a second start skips it.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from cascade import make_cascade
+from tqdm import tqdm
+
+from detector.data.dataset import CocoDetection
+from detector.data.digits import write_digits
+from detector.data.folder import find_root
+from detector.data.results import Result
+from detector.evaluation.metric import ALL_SIZES, match
+from detector.evaluation.truth import coco_of
+from detector.files import write_json
+from detector.tools.training_cli import parse, training_parser
+from detector.training.task import DetectionTask
+
+SCORES = ("AP", "AP50", "AP75", "AP90")
+SEEDS = (0, 1, 2)
+BCCD = ["--config=configs/bccd.yaml"]
+DATA = {
+    "digits": ["--config=configs/quickstart.yaml"],
+    "bccd": BCCD,
+    "raccoon": [*BCCD, "--model.detector.anchor_sizes=[32,64,128,192,256]"],
+    # 320 of 640 pixels and two epochs, for the time
+    "deeppcb": [*BCCD, "--trainer.max_epochs=2"],
+}
+OFF = ["--model.box_gradient={crop: 0, coder: 0}"]
+DETACHED = ["--model.refinement={box_gradient: {crop: 0, coder: 0}}"]
+THROUGH = ["--model.refinement={box_gradient: {bound: null}}"]
+METHODS = {
+    "stock": ["--model.crop=roi_align", "--model.refinement=null"],
+    "off": [*OFF, "--model.refinement=null"],
+    "bounded": ["--model.refinement=null"],
+    "cascade": [*OFF, "--model.refinement=null"],
+    "detached": [*OFF, *DETACHED],  # refinement from the start
+    "through": [*OFF, *THROUGH],  # and through the boxes of its iterations
+    "proposals": THROUGH,  # and into the proposals, bounded
+}
+
+
+class CascadeTask(DetectionTask):
+    """Trains a Cascade R-CNN."""
+
+    def configure_model(self) -> None:
+        is_new = self.model is None
+        super().configure_model()
+        if is_new:
+            make_cascade(self.model)
+
+
+def folder_of(work: Path, data: str) -> Path:
+    """The folder of a data set, which is written if it is generated or a part."""
+    name, _, part = data.partition("-")
+    root = work / "data" / name if name == "digits" else find_root(None, name).resolve()
+    if not root.exists():
+        write_digits(root)
+    if not part:
+        return root
+    folder = work / "data" / data
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    content = json.loads((root / "annotations" / "instances_train.json").read_text())
+    order = np.random.default_rng(0).permutation([image["id"] for image in content["images"]]).tolist()
+    for split, ids in (("val", {*order[: len(order) // 4]}), ("train", {*order[len(order) // 4 :]})):
+        kept = {
+            "images": [one for one in content["images"] if one["id"] in ids],
+            "annotations": [one for one in content["annotations"] if one["image_id"] in ids],
+        }
+        write_json(folder / "annotations" / f"instances_{split}.json", content | kept)
+        if not (folder / split).exists():
+            (folder / split).symlink_to(root / "train")
+    return folder
+
+
+def train(work: Path, row: str) -> dict[str, float]:
+    """Train a detector, and return its scores, and the minutes of its training."""
+    data, method, seed = row.split("/")
+    settings = [*DATA[data.partition("-")[0]], *METHODS[method], f"--seed_everything={seed}"]
+    settings += [f"--data.root={folder_of(work, data)}", "--data.dataset=null", f"--run_dir={work / 'runs' / row}"]
+    settings += ["--trainer.check_val_every_n_epoch=1000", "--trainer.enable_model_summary=false"]
+    training = parse(training_parser(), settings)
+    if method == "cascade":
+        training.model.__class__ = CascadeTask
+    start = time.perf_counter()
+    training.trainer.fit(training.model, datamodule=training.datamodule)
+    minutes = (time.perf_counter() - start) / 60
+    training.trainer.validate(training.model, datamodule=training.datamodule, verbose=False)
+    metrics = training.trainer.callback_metrics
+    scores = {name: float(metrics[f"val/{name}"]) for name in SCORES}
+    return scores | {"AP33": ap33(training.datamodule.val_set, training.model.results), "minutes": minutes}
+
+
+def ap33(split: CocoDetection, results: list[Result]) -> float:
+    """The mean AP at an IoU of 0.33, as DeepPCB's paper scores."""
+    scorer = match(coco_of(split.annotations), results, iouThrs=np.array([0.33]), **ALL_SIZES)
+    precision = scorer.eval["precision"][0, :, :, 0, -1]
+    return float(precision[precision > -1].mean())
+
+
+def table(results: dict[str, dict[str, float]], data: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    lines = [f"| {data} | {' | '.join(SCORES)} | seeds | minutes |\n{'|---' * (len(SCORES) + 3)}|"]
+    for method in METHODS:
+        rows = [one for row, one in results.items() if row.rpartition("/")[0] == f"{data}/{method}"]
+        if rows:
+            cells = [
+                f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+                for values in ([row[name] for row in rows] for name in SCORES)
+            ]
+            minutes = np.median([row["minutes"] for row in rows])
+            lines.append(f"| {method} | {' | '.join(cells)} | {len(rows)} | {minutes:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="FOLDER")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
+    parser.add_argument("--table", action="store_true", help="only print the finished rows")
+    options = parser.parse_args()
+    work = options.work.resolve()
+    file = work / "results.json"
+    rows = options.rows or [f"{data}/{method}/{seed}" for seed in SEEDS for data in DATA for method in METHODS]
+    for row in () if options.table else tqdm(rows, unit="row"):
+        results = json.loads(file.read_text()) if file.exists() else {}
+        if row not in results:
+            found = train(work, row)
+            results = json.loads(file.read_text()) if file.exists() else {}
+            write_json(file, results | {row: found}, indent=1)
+            print(row, found)
+    results = json.loads(file.read_text())
+    for data in sorted({row.partition("/")[0] for row in results}):
+        print(f"\n{table(results, data)}")
+
+
+if __name__ == "__main__":
+    main()
