@@ -1,5 +1,7 @@
 """Box operations of the refinement. Boxes are (x1, y1, x2, y2) in pixels of the resized image."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.ops import clip_boxes_to_image
@@ -10,6 +12,7 @@ from detector.rcnn.forward import Boxes, Sizes
 # Deltas of nearly correct boxes are small, so the weights are twice the detector's own. Cascade R-CNN (Cai and
 # Vasconcelos, 2018, section 4.1) does the same.
 CENTRE_WEIGHT, SIZE_WEIGHT = 20.0, 10.0
+WEIGHTS = (CENTRE_WEIGHT, CENTRE_WEIGHT, SIZE_WEIGHT, SIZE_WEIGHT)
 
 
 def encode(boxes: Tensor, others: Tensor) -> Tensor:
@@ -19,14 +22,16 @@ def encode(boxes: Tensor, others: Tensor) -> Tensor:
     return torch.cat([offset, SIZE_WEIGHT * torch.log(size / other_size)], dim=1)
 
 
-def decode(deltas: Tensor, boxes: Boxes, image_sizes: Sizes) -> Boxes:
+def decode(deltas: Tensor, boxes: Boxes, image_sizes: Sizes, weights: Sequence[float] = WEIGHTS) -> Boxes:
     """Apply deltas [K, 4] to the boxes [L, 4] of all images, and clip each image's boxes to its (height, width).
 
     A box that would be thinner than one pixel, or whose deltas are NaN, stays.
     """
     centre, size = _centre_and_size(torch.cat(boxes).to(deltas.dtype))
-    centre = deltas[:, :2] / CENTRE_WEIGHT * size + centre
-    half = 0.5 * (torch.exp((deltas[:, 2:] / SIZE_WEIGHT).clamp(max=MAX_LOG_SCALE)) * size)
+    # One number at a time, as a tensor of the weights would be copied to a GPU.
+    scaled = torch.stack([column / weight for column, weight in zip(deltas.unbind(1), weights)], dim=1)
+    centre = scaled[:, :2] * size + centre
+    half = 0.5 * (torch.exp(scaled[:, 2:].clamp(max=MAX_LOG_SCALE)) * size)
     decoded = torch.cat([centre - half, centre + half], dim=1)
     by_image = decoded.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
     clipped = [clip_boxes_to_image(b, shape) for b, shape in zip(by_image, image_sizes, strict=True)]

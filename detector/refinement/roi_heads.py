@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import clip_boxes_to_image
 
 from detector.rcnn.forward import Boxes, Features, HeadOutput, Sizes, Targets
 from detector.rcnn.roi_heads import AttachedRoIHeads
+from detector.refinement.boxes import decode
 from detector.refinement.head import Refinement
 from detector.refinement.inference import refine_detections
 from detector.refinement.losses import sample_training_boxes, unrolled_losses
@@ -55,15 +55,16 @@ class RefinedRoIHeads(RoIHeads):
         return selected
 
     def _decoded(self, deltas: Tensor, sizes: Sizes) -> Boxes:
-        """Return the boxes [L, 4] per image that the deltas [K, 4 * classes] make of the positive RoIs."""
+        """Return the boxes [L, 4] per image that the deltas [K, 4 * classes] make of the RoIs, for the RoI's class.
+
+        Boxes of the background are 0. Leaving them out would wait for the device.
+        """
         assert self._rois is not None  # set by select_training_samples
-        positive = [labels > 0 for labels in self._rois[1]]
-        rois = [boxes[mask] for boxes, mask in zip(self._rois[0], positive)]
-        mask, labels = torch.cat(positive), torch.cat(self._rois[1])
+        rois, labels = self._rois[0], torch.cat(self._rois[1])[:, None]
         dtype = torch.promote_types(deltas.dtype, torch.float32)  # 16 bits cannot hold pixel coordinates
-        decoded = self.box_coder.decode(deltas.detach().to(dtype)[mask], rois)  # [P, classes, 4]
-        of_class = decoded[torch.arange(len(decoded)), labels[mask]].reshape(-1, 4).split([len(b) for b in rois])
-        return [clip_boxes_to_image(boxes, size) for boxes, size in zip(of_class, sizes)]
+        of_class = deltas.detach().to(dtype).unflatten(1, (-1, 4)).gather(1, labels[:, :, None].expand(-1, -1, 4))
+        decoded = decode(of_class[:, 0], rois, sizes, self.box_coder.weights)
+        return [torch.where(label[:, None] > 0, boxes, 0) for label, boxes in zip(self._rois[1], decoded)]
 
 
 class AttachedRefinedRoIHeads(AttachedRoIHeads, RefinedRoIHeads):
