@@ -42,7 +42,7 @@ OTHERS = {"--no-deps", "--wheel-dir", "--nproc-per-node", "--help", "--size", "-
 ON_CPU = ["--workers=0", "--device=cpu"]
 SMALL = {
     "train": [
-        *(flag for flag in TINY if not flag.startswith(("--config", "--data.generate"))),
+        *(flag for flag in TINY if not flag.startswith(("--config", "--data.generate", "--model.refinement"))),
         *("--model.detector.weights=null", "--model.optimizer.milestones=[]", "--trainer.precision=32-true"),
         "--trainer.max_steps=1",
     ],
