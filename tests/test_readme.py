@@ -47,7 +47,6 @@ SMALL = {
         "--trainer.max_steps=1",
     ],
     "eval": ON_CPU,
-    "refine": [*ON_CPU, "--max_steps=1"],
     "predict": ON_CPU,
 }
 
@@ -120,7 +119,7 @@ def test_the_readmes_commands_run_one_after_the_other(tmp_path, monkeypatch, cap
         arguments = [re.sub("^configs/", f"{REPOSITORY}/configs/", argument) for argument in arguments]
         assert run_tool(name, [*arguments, *SMALL.get(name, [])], monkeypatch) == 0, line
         done.append(name)
-    assert done == ["check", "train", "eval", "refine", "predict", "export"]
+    assert done == ["check", "train", "eval", "predict", "export"]
     assert (tmp_path / "runs" / "mine" / "eval-val" / "report.html").is_file()
     assert len(list((tmp_path / "found" / "pictures").iterdir())) == 2
     assert (tmp_path / "detector.onnx").is_file()

@@ -3,6 +3,7 @@
     python .github/assets/comparison.py FOLDER                                  every row
     python .github/assets/comparison.py FOLDER digits/stock/0 digits/cascade/0   some rows
     python .github/assets/comparison.py FOLDER --table                          the finished rows as tables
+    python .github/assets/comparison.py FOLDER --time digits                    time of steps and images
 
 A row is DATA/METHOD/SEED. DATA is digits, bccd, raccoon or deeppcb, which learn from train and are scored on val. To
 choose settings, digits-part, bccd-part, ... learn from three quarters of train and are scored on the rest. All data but
@@ -13,8 +14,10 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from cascade import make_cascade
 from tqdm import tqdm
 
@@ -25,11 +28,12 @@ from detector.data.results import Result
 from detector.evaluation.metric import ALL_SIZES, match
 from detector.evaluation.truth import coco_of
 from detector.files import write_json
-from detector.tools.training_cli import parse, training_parser
+from detector.tools.training_cli import Training, parse, training_parser
 from detector.training.task import DetectionTask
 
 SCORES = ("AP", "AP50", "AP75", "AP90")
 SEEDS = (0, 1, 2)
+ROUNDS = 7  # of the timing
 BCCD = ["--config=configs/bccd.yaml"]
 DATA = {
     "digits": ["--config=configs/quickstart.yaml"],
@@ -85,8 +89,8 @@ def folder_of(work: Path, data: str) -> Path:
     return folder
 
 
-def train(work: Path, row: str) -> dict[str, float]:
-    """Train a detector, and return its scores, and the minutes of its training."""
+def parsed(work: Path, row: str) -> Training:
+    """The task, the data and the trainer of a row."""
     data, method, seed = row.split("/")
     settings = [*DATA[data.partition("-")[0]], *METHODS[method], f"--seed_everything={seed}"]
     settings += [f"--data.root={folder_of(work, data)}", "--data.dataset=null", f"--run_dir={work / 'runs' / row}"]
@@ -94,6 +98,12 @@ def train(work: Path, row: str) -> dict[str, float]:
     training = parse(training_parser(), settings)
     if method == "cascade":
         training.model.__class__ = CascadeTask
+    return training
+
+
+def train(work: Path, row: str) -> dict[str, float]:
+    """Train a detector, and return its scores, and the minutes of its training."""
+    training = parsed(work, row)
     start = time.perf_counter()
     training.trainer.fit(training.model, datamodule=training.datamodule)
     minutes = (time.perf_counter() - start) / 60
@@ -108,6 +118,41 @@ def ap33(split: CocoDetection, results: list[Result]) -> float:
     scorer = match(coco_of(split.annotations), results, iouThrs=np.array([0.33]), **ALL_SIZES)
     precision = scorer.eval["precision"][0, :, :, 0, -1]
     return float(precision[precision > -1].mean())
+
+
+def timing(work: Path, data: str) -> str:
+    """Time training steps and images of the trained detectors in turn, as ratios to the stock model."""
+    models: dict[str, Any] = {}
+    for method in METHODS:
+        weights = work / "runs" / data / ("off" if method == "stock" else method) / "0" / "checkpoints" / "last.ckpt"
+        if weights.exists():
+            training = parsed(work, f"{data}/{method}/0")
+            training.model.trainer = training.trainer
+            training.trainer.datamodule = training.datamodule  # type: ignore[attr-defined]
+            training.datamodule.workers = 0
+            training.datamodule.setup()
+            training.model.configure_model()
+            training.model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
+            models[method] = training.model.model
+    images, targets = training.datamodule.on_after_batch_transfer(next(iter(training.datamodule.train_dataloader())), 0)
+    spent: dict[str, list[tuple[float, float]]] = {method: [] for method in models}
+    for _ in tqdm(range(ROUNDS + 1), unit="round"):
+        for method, model in models.items():
+            start = time.perf_counter()
+            sum(model.train()(images, [dict(target) for target in targets]).values()).backward()
+            between = time.perf_counter()
+            with torch.no_grad():
+                for image in images:
+                    model.eval()([image])
+            spent[method].append((between - start, (time.perf_counter() - between) / len(images)))
+    lines = ["| method | step | image |\n|---|---|---|"]
+    for method, seconds in spent.items():
+        ratios = np.array(seconds[1:]) / np.array(spent["stock"][1:])
+        low, middle, high = np.percentile(ratios, [0, 50, 100], axis=0)
+        cells = [f"{m:.2f} ({a:.2f}-{b:.2f})" for a, m, b in zip(low, middle, high)]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    step, image = np.median(spent["stock"][1:], axis=0)
+    return "\n".join([*lines, f"stock: a step of {len(images)} images {step:.2f} s, an image {1000 * image:.0f} ms"])
 
 
 def table(results: dict[str, dict[str, float]], data: str) -> str:
@@ -130,8 +175,12 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="FOLDER")
     parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
     parser.add_argument("--table", action="store_true", help="only print the finished rows")
+    parser.add_argument("--time", choices=DATA, help="measure the finished rows of seed 0 of this data")
     options = parser.parse_args()
     work = options.work.resolve()
+    if options.time is not None:
+        print(timing(work, options.time))
+        return
     file = work / "results.json"
     rows = options.rows or [f"{data}/{method}/{seed}" for seed in SEEDS for data in DATA for method in METHODS]
     for row in () if options.table else tqdm(rows, unit="row"):

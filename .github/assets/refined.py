@@ -1,6 +1,6 @@
 """Draw the README's picture: boxes moved by refinement iterations, and by gradient ascent.
 
-    python .github/assets/refined.py runs/quickstart-refined data/digits refined.png
+    python .github/assets/refined.py runs/quickstart data/digits refined.png
 
 The objects are the first of the val split, image by image, that the detector found with an IoU of 0.6 to 0.8.
 """
