@@ -17,38 +17,48 @@ BACKTRACKING = 0.5  # factor of the step size after a step without improvement
 MIN_ASCENT_STEP_SIZE = 0.1 * ASCENT_STEP_SIZE  # at which a box has converged
 
 
-def refine_detections(refinement: Refinement, features: Features, found: Found, image_sizes: Sizes) -> Found:
+def refine_detections(
+    refinement: Refinement,
+    features: Features,
+    found: Found,
+    image_sizes: Sizes,
+    classify: Callable[[Tensor], Tensor] | None = None,
+) -> Found:
     """Refine and rescore the detections of all images at once.
 
-    Boxes below the score threshold or beyond ``boxes_per_image`` keep their coordinates and scores.
+    The new score is ``sqrt(score * classify's) * iou ** iou_power``, where ``classify`` sees the last crop of a box: it
+    lies closer to the object than the proposal that the score is from. With ``iou_power`` 0 the scores stay. Boxes
+    below the score threshold or beyond ``boxes_per_image`` keep their coordinates and scores.
+
+    Args:
+        refinement: The refinement.
+        features: Maps [N, C, H, W] by level.
+        found: Detections per image, highest score first.
+        image_sizes: (height, width) of each resized image.
+        classify: The detector's box head, from crops [K, C, h, w] to logits [K, classes]. Default: scores are weighted
+            by the predicted IoU alone.
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
     counts: Any = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in found[1]]
     if not torch.jit.is_tracing():
         counts = torch.stack(counts).tolist()  # one synchronization with the device for all images
-    boxes, ious = iterate(refinement, features, [b[:count] for b, count in zip(found[0], counts)], image_sizes)
+    old_boxes, old_scores, old_labels = ([part[:n] for part, n in zip(parts, counts)] for parts in found)
+    boxes, ious, crops = iterate(refinement, features, old_boxes, image_sizes)
     if config.ascent_steps and not torch.jit.is_tracing() and any(map(len, boxes)):
-        lengths = [len(b) for b in boxes]
-
-        def clipped(moved: Tensor) -> Boxes:
-            return [clip_boxes_to_image(b, size) for b, size in zip(moved.split(lengths), image_sizes)]
-
-        # Inference tensors cannot be saved for backward, but their copies can.
-        with torch.inference_mode(False), torch.no_grad():
-            maps = {name: m.clone() if m.is_inference() else m.detach() for name, m in features.items()}
-            moved, predicted = ascend(
-                lambda moved: refinement(maps, clipped(moved), image_sizes)[1].sigmoid(),
-                torch.cat(boxes).clone(),
-                config.ascent_steps,
-            )
-        boxes, ious = clipped(moved), list(predicted.split(lengths))
+        boxes, ious = _ascended(refinement, features, boxes, image_sizes)
+    scores = old_scores
+    if config.iou_power:
+        if classify is not None:
+            again = classify(crops).float().softmax(1).gather(1, torch.cat(old_labels)[:, None])[:, 0]
+            by_image = again.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
+            scores = [(old * new).sqrt() for old, new in zip(old_scores, by_image)]
+        scores = [score * iou**config.iou_power for score, iou in zip(scores, ious)]
     refined = []
-    for refined_boxes, iou, old_boxes, scores, labels in zip(boxes, ious, *found):
-        count = refined_boxes.shape[0]  # len() would be baked into a traced graph
-        one = [torch.cat([refined_boxes, old_boxes[count:]]), scores, labels]
+    for new_boxes, new_scores, *before in zip(boxes, scores, *found):
+        count = new_boxes.shape[0]
+        one = [*(torch.cat([new, old[count:]]) for new, old in zip((new_boxes, new_scores), before)), before[2]]
         if config.iou_power:
-            one[1] = torch.cat([scores[:count] * iou**config.iou_power, scores[count:]])
             # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
             order = one[1].sort(descending=True, **({} if torch.jit.is_tracing() else {"stable": True}))[1]
             one = [values[order] for values in one]
@@ -57,19 +67,42 @@ def refine_detections(refinement: Refinement, features: Features, found: Found, 
     return all_boxes, all_scores, all_labels
 
 
-def iterate(refinement: Refinement, features: Features, boxes: Boxes, image_sizes: Sizes) -> tuple[Boxes, list[Tensor]]:
+def _ascended(
+    refinement: Refinement, features: Features, boxes: Boxes, image_sizes: Sizes
+) -> tuple[Boxes, list[Tensor]]:
+    """Move boxes [L, 4] per image by gradient ascent on their predicted IoU. Returns them and their predicted IoU."""
+    lengths = [len(b) for b in boxes]
+
+    def clipped(moved: Tensor) -> Boxes:
+        return [clip_boxes_to_image(b, size) for b, size in zip(moved.split(lengths), image_sizes)]
+
+    # Inference tensors cannot be saved for backward, but their copies can.
+    with torch.inference_mode(False), torch.no_grad():
+        maps = {name: m.clone() if m.is_inference() else m.detach() for name, m in features.items()}
+        moved, predicted = ascend(
+            lambda moved: refinement(maps, clipped(moved), image_sizes)[1].sigmoid(),
+            torch.cat(boxes).clone(),
+            refinement.config.ascent_steps,
+        )
+    return clipped(moved), list(predicted.split(lengths))
+
+
+def iterate(
+    refinement: Refinement, features: Features, boxes: Boxes, image_sizes: Sizes
+) -> tuple[Boxes, list[Tensor], Tensor]:
     """Move boxes [L, 4] per image by the predicted deltas, iteration by iteration, as in training.
 
     Returns:
-        The boxes [L, 4] per image, clipped to it, and the IoU [L], 0 to 1, that the last crop predicts: the crop at the
-        box before the last move. One more crop, at the moved box, would not rank better.
+        The boxes [L, 4] per image, clipped to it; the IoU [L], 0 to 1, that the last crop predicts; and the last crops
+        [K, C, h, w] of all images. They are those before the last move. Crops after it would not rank better.
     """
     iterations = refinement.config.iterations
     for _ in range(max(iterations, 1)):
-        deltas, logits = refinement(features, boxes, image_sizes)
+        crops = refinement.pool(features, boxes, image_sizes)
+        deltas, logits = refinement.head(crops)
         if iterations:
             boxes = decode(deltas, boxes, image_sizes)
-    return boxes, list(logits.sigmoid().split([b.shape[0] for b in boxes]))
+    return boxes, list(logits.sigmoid().split([b.shape[0] for b in boxes])), crops
 
 
 def ascend(score_of: Callable[[Tensor], Tensor], boxes: Tensor, steps: int) -> tuple[Tensor, Tensor]:

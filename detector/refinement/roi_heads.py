@@ -34,7 +34,7 @@ class RefinedRoIHeads(RoIHeads):
         if not self.training:
             heads = copy.copy(self)  # shares all modules; another thread may call self with other features
             heads.__dict__["postprocess_detections"] = lambda *outputs: self.refined(
-                self.refinement, features, self.postprocess_detections(*outputs), image_shapes
+                self.refinement, features, self.postprocess_detections(*outputs), image_shapes, self._classify
             )
             return super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
         outputs: list[Any] = []
@@ -53,6 +53,10 @@ class RefinedRoIHeads(RoIHeads):
         selected = super().select_training_samples(proposals, targets)
         self._rois = [boxes.detach() for boxes in selected[0]], selected[2]
         return selected
+
+    def _classify(self, crops: Tensor) -> Tensor:
+        logits: Tensor = self.box_predictor(self.box_head(crops))[0]
+        return logits
 
     def _decoded(self, deltas: Tensor, sizes: Sizes) -> Boxes:
         """Return the boxes [L, 4] per image that the deltas [K, 4 * classes] make of the RoIs, for the RoI's class.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.refined_models import refined
-from support.tiny_models import CHANNELS, batch, copies, tiny_rcnn
+from support.tiny_models import CHANNELS, SIZE, batch, copies, tiny_rcnn
 from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -99,12 +99,22 @@ def test_the_detector_itself_does_not_change(name, swap):
     assert_same(detect(model), expected)
 
 
-def test_the_predicted_iou_is_a_half_before_training():
+def test_scores_of_an_untrained_refinement_are_those_of_the_box_head_at_the_detections():
+    """The predicted IoU is a half, and the second score is that of torchvision's heads with detections as proposals."""
     model = build("box")
-    before = detect(model)
-    add_refinement(model, RefinementConfig(iou_power=2.0)).roi_heads.refinement.score_threshold = 0.0
-    for found, wanted in zip(detect(model), before, strict=True):
-        assert_same([found], [wanted | {"scores": wanted["scores"] / 4}], exact=False)
+    images = batch()[0][:1]  # of 64 pixels, which are not resized
+    with torch.no_grad():
+        (before,) = model(images)
+        add_refinement(model, RefinementConfig(iou_power=2.0)).roi_heads.refinement.score_threshold = 0.0
+        (found,) = model(images)
+        heads, shapes = model.roi_heads, [(SIZE, SIZE)]
+        features = model.backbone(model.transform(images)[0].tensors)
+        crops = heads.box_roi_pool(features, [before["boxes"]], shapes)
+        again = heads.box_predictor(heads.box_head(crops))[0].softmax(1)[torch.arange(len(crops)), before["labels"]]
+    scores, order = (before["scores"] * again).sqrt().div(4).sort(descending=True)
+    torch.testing.assert_close(found["scores"], scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["boxes"], before["boxes"][order], rtol=1e-4, atol=1e-3)
+    assert (order != torch.arange(len(order))).any()
 
 
 @pytest.mark.parametrize("training", [False, True])

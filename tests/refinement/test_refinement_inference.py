@@ -54,7 +54,7 @@ def refined_by(case, found=None, features=None, shapes=SHAPES, **settings):
 
 def iterated(case, iterations):
     with torch.no_grad():
-        return iterate(configured(case, iterations=iterations), case.features, case.boxes, SHAPES)
+        return iterate(configured(case, iterations=iterations), case.features, case.boxes, SHAPES)[:2]
 
 
 def assert_close(found, wanted):
@@ -146,6 +146,29 @@ def test_scores_are_weighted_and_detections_ranked(case, power):
         assert found[1][image].tolist() == pytest.approx(scores, rel=1e-4)
         torch.testing.assert_close(found[0][image], torch.tensor(boxes), rtol=0, atol=1e-3)
         assert found[2][image].tolist() == list(labels)
+
+
+def test_a_classifier_sees_the_last_crops_and_its_score_counts_as_much_as_the_first(case):
+    refinement, seen = configured(case, iterations=2, iou_power=1.0, boxes_per_image=4), []
+    before, logits = detections(case), torch.randn(7, 3)
+
+    def classify(crops):
+        seen.append(crops)
+        return logits
+
+    with torch.no_grad():
+        found = refine_detections(refinement, case.features, before, SHAPES, classify)
+        moved = iterated(case, 1)[0]
+        configured(case, iterations=2, iou_power=1.0, boxes_per_image=4)
+        (crops,) = seen
+        torch.testing.assert_close(crops, refinement.pool(case.features, [b[:4] for b in moved], SHAPES))
+    alone = refined_by(case, iou_power=1.0, boxes_per_image=4)
+    ious = iterated(case, 2)[1]
+    for image, (scores, labels) in enumerate(zip(*before[1:])):
+        again = [float(row.softmax(0)[label]) for row, label in zip(logits[4 * image :], labels[:4])]
+        wanted = [math.sqrt(s * p) * float(i) for s, p, i in zip(scores, again, ious[image])] + scores[4:].tolist()
+        assert found[1][image].tolist() == pytest.approx(sorted(wanted, reverse=True), rel=1e-4)
+        assert sorted(map(tuple, found[0][image].tolist())) == sorted(map(tuple, alone[0][image].tolist()))
 
 
 def test_ties_keep_their_order(free):

@@ -153,7 +153,7 @@ def test_a_tiny_refinement_learns_to_find_painted_rectangles():
     new = rectangles(60)
     near = move(new, 0.12 * torch.randn_like(new)).clamp(0, SIZE)
     with torch.no_grad():
-        refined_boxes, _ = iterate(refinement, painted(new), list(near.split(1)), [SHAPE] * 60)
+        refined_boxes, _, _ = iterate(refinement, painted(new), list(near.split(1)), [SHAPE] * 60)
         _, logits = refinement(painted(new), list(near.split(1)), [SHAPE] * 60)
     before = paired_iou(near, new)
     assert paired_iou(torch.cat(refined_boxes), new).mean() > before.mean() + 0.05
