@@ -38,11 +38,12 @@ EXAMPLES = [
 TOOLS = sorted({*re.findall(r"python tools/(\w+)\.py", "".join(DOCUMENTS.values()))})
 # Of other programs than ours: pip, torchrun, ruff, and scripts beside the documents.
 OTHERS = {"--no-deps", "--wheel-dir", "--nproc-per-node", "--help", "--size", "--batch", "--val_images"}
+OF_OUR_TESTS = ("--config", "--data.generate", "--model.refinement", "--model.box_gradient")
 # The README's commands run in a second each with these.
 ON_CPU = ["--workers=0", "--device=cpu"]
 SMALL = {
     "train": [
-        *(flag for flag in TINY if not flag.startswith(("--config", "--data.generate", "--model.refinement"))),
+        *(flag for flag in TINY if not flag.startswith(OF_OUR_TESTS)),
         *("--model.detector.weights=null", "--model.optimizer.milestones=[]", "--trainer.precision=32-true"),
         "--trainer.max_steps=1",
     ],

@@ -3,7 +3,7 @@
 Cai and Vasconcelos, "Cascade R-CNN: Delving into High Quality Object Detection" (2018), as detectron2 implements it:
 the boxes that a stage decodes are the RoIs of the next one, detached and not sampled again; regressors are
 class-agnostic; the features get a third of each stage's gradient; a detection has the boxes of the last stage, and the
-mean of the stages' scores.
+mean of the stages' scores. The box loss is torchvision's (detectron2's has a beta of 0).
 """
 
 import copy
@@ -73,7 +73,7 @@ class CascadeRoIHeads(RoIHeads):
         matched, labels = [], []
         for own, target in zip(boxes, targets, strict=True):
             if len(target["boxes"]) == 0:
-                match = torch.full((len(own),), Matcher.BELOW_LOW_THRESHOLD)
+                match = torch.full((len(own),), Matcher.BELOW_LOW_THRESHOLD, device=own.device)
                 label = torch.zeros_like(match)
             else:
                 match = stage.matcher(box_iou(target["boxes"], own))

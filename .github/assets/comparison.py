@@ -28,6 +28,7 @@ from detector.data.results import Result
 from detector.evaluation.metric import ALL_SIZES, match
 from detector.evaluation.truth import coco_of
 from detector.files import write_json
+from detector.tools import refine
 from detector.tools.training_cli import Training, parse, training_parser
 from detector.training.task import DetectionTask
 
@@ -45,15 +46,20 @@ DATA = {
 OFF = ["--model.box_gradient={crop: 0, coder: 0}"]
 DETACHED = ["--model.refinement={box_gradient: {crop: 0, coder: 0}}"]
 THROUGH = ["--model.refinement={box_gradient: {bound: null}}"]
+BOUNDED = ["--model.box_gradient={crop: 1, coder: 1, bound: 0.1}"]
+PLAIN = ["--model.refinement=null"]
 METHODS = {
-    "stock": ["--model.crop=roi_align", "--model.refinement=null"],
-    "off": [*OFF, "--model.refinement=null"],
-    "bounded": ["--model.refinement=null"],
-    "cascade": [*OFF, "--model.refinement=null"],
+    "stock": ["--model.crop=roi_align", *OFF, *PLAIN],
+    "off": [*OFF, *PLAIN],  # swapped
+    "bounded": [*BOUNDED, *PLAIN],  # swapped, with the box gradient
+    "longer": ["--model.crop=roi_align", *OFF, *PLAIN],  # stock, for the time that "proposals" takes
+    "cascade": [*OFF, *PLAIN],
+    "afterwards": [],  # "off" of the same seed, then tools/refine.py
     "detached": [*OFF, *DETACHED],  # refinement from the start
     "through": [*OFF, *THROUGH],  # and through the boxes of its iterations
-    "proposals": THROUGH,  # and into the proposals, bounded
+    "proposals": [*BOUNDED, *THROUGH],  # and from the box head's losses into the proposals
 }
+LONGER = {"digits": 6, "bccd": 12, "raccoon": 12, "deeppcb": 3}  # epochs
 
 
 class CascadeTask(DetectionTask):
@@ -94,6 +100,8 @@ def parsed(work: Path, row: str) -> Training:
     data, method, seed = row.split("/")
     settings = [*DATA[data.partition("-")[0]], *METHODS[method], f"--seed_everything={seed}"]
     settings += [f"--data.root={folder_of(work, data)}", "--data.dataset=null", f"--run_dir={work / 'runs' / row}"]
+    if method == "longer":
+        settings.append(f"--trainer.max_epochs={LONGER[data.partition('-')[0]]}")
     settings += ["--trainer.check_val_every_n_epoch=1000", "--trainer.enable_model_summary=false"]
     training = parse(training_parser(), settings)
     if method == "cascade":
@@ -101,8 +109,27 @@ def parsed(work: Path, row: str) -> Training:
     return training
 
 
+def refined_afterwards(work: Path, row: str) -> dict[str, float]:
+    """Train a refinement of the finished row "off" of the same data and seed."""
+    data, _, seed = row.split("/")
+    start = time.perf_counter()
+    scores = refine(
+        checkpoint=work / "runs" / data / "off" / seed,
+        root=folder_of(work, data),
+        train_split="train",
+        split="val",
+        flip=not data.startswith("digits"),
+        seed=int(seed),
+        run_dir=work / "runs" / row,
+    )
+    assert scores is not None
+    return {name: scores[name] for name in SCORES} | {"minutes": (time.perf_counter() - start) / 60}
+
+
 def train(work: Path, row: str) -> dict[str, float]:
     """Train a detector, and return its scores, and the minutes of its training."""
+    if row.split("/")[1] == "afterwards":
+        return refined_afterwards(work, row)
     training = parsed(work, row)
     start = time.perf_counter()
     training.trainer.fit(training.model, datamodule=training.datamodule)
@@ -114,7 +141,7 @@ def train(work: Path, row: str) -> dict[str, float]:
 
 
 def ap33(split: CocoDetection, results: list[Result]) -> float:
-    """The mean AP at an IoU of 0.33, as DeepPCB's paper scores."""
+    """COCO's AP at an IoU of 0.33, the IoU of DeepPCB's paper."""
     scorer = match(coco_of(split.annotations), results, iouThrs=np.array([0.33]), **ALL_SIZES)
     precision = scorer.eval["precision"][0, :, :, 0, -1]
     return float(precision[precision > -1].mean())
@@ -123,7 +150,7 @@ def ap33(split: CocoDetection, results: list[Result]) -> float:
 def timing(work: Path, data: str) -> str:
     """Time training steps and images of the trained detectors in turn, as ratios to the stock model."""
     models: dict[str, Any] = {}
-    for method in METHODS:
+    for method in ("stock", "off", "cascade", "detached", "through", "proposals"):
         weights = work / "runs" / data / ("off" if method == "stock" else method) / "0" / "checkpoints" / "last.ckpt"
         if weights.exists():
             training = parsed(work, f"{data}/{method}/0")
@@ -134,6 +161,8 @@ def timing(work: Path, data: str) -> str:
             training.model.configure_model()
             training.model.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
             models[method] = training.model.model
+    if "stock" not in models:
+        raise SystemExit(f"train {data}/off/0 first")
     images, targets = training.datamodule.on_after_batch_transfer(next(iter(training.datamodule.train_dataloader())), 0)
     spent: dict[str, list[tuple[float, float]]] = {method: [] for method in models}
     for _ in tqdm(range(ROUNDS + 1), unit="round"):
@@ -190,7 +219,7 @@ def main() -> None:
             results = json.loads(file.read_text()) if file.exists() else {}
             write_json(file, results | {row: found}, indent=1)
             print(row, found)
-    results = json.loads(file.read_text())
+    results = json.loads(file.read_text()) if file.exists() else {}
     for data in sorted({row.partition("/")[0] for row in results}):
         print(f"\n{table(results, data)}")
 

@@ -52,16 +52,23 @@ boxes_alone = replace(trained, iou_power=0.0)
 def with_settings(**settings: Any) -> Callable[..., Found]:
     def method(features: Any, found: Found, sizes: Any) -> Found:
         refinement.config = replace(boxes_alone, **settings)
-        return refine_detections(refinement, features, found, sizes)
+        return refine_detections(refinement, features, found, sizes, lambda crops: own_outputs(crops)[0])
 
     return method
+
+
+def own_outputs(crops: Tensor) -> tuple[Tensor, Tensor]:
+    """Class scores and deltas of the detector's own box head."""
+    heads = model.roi_heads
+    outputs: tuple[Tensor, Tensor] = heads.box_predictor(heads.box_head(crops))
+    return outputs
 
 
 def own_head(features: Any, found: Found, sizes: Any) -> Found:
     """The detector's own box head, with its detections as proposals; each box keeps its class."""
     heads = model.roi_heads
     boxes, scores, labels = found
-    _, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
+    _, deltas = own_outputs(heads.box_roi_pool(features, boxes, sizes))
     decoded = heads.box_coder.decode(deltas, boxes)  # [L, classes, 4]
     moved = decoded[torch.arange(len(decoded)), labels[0]]
     return [clip_boxes_to_image(moved, sizes[0])], scores, labels

@@ -21,9 +21,10 @@ def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) 
     """Add a refinement to a torchvision R-CNN, in place.
 
     Boxes are (x1, y1, x2, y2) in pixels. The detector's own parameters, buffers and ``state_dict`` keys do not change;
-    those of the refinement begin with ``roi_heads.refinement.``. An untrained refinement moves no box and predicts an
-    IoU of 0.5, which weights the scores. Train it alone with :func:`refinement_losses`, or together with the detector
-    by calling the model in training mode. ``model.roi_heads.refinement.enabled = False`` switches it off.
+    those of the refinement begin with ``roi_heads.refinement.``. The box head scores each detection a second time, at
+    its last crop. An untrained refinement moves no box and predicts an IoU of 0.5. Train it alone with
+    :func:`refinement_losses`, or together with the detector by calling the model in training mode.
+    ``model.roi_heads.refinement.enabled = False`` switches it off.
 
     Args:
         model: A Faster, Mask or Keypoint R-CNN of ``torchvision.models.detection``, stock or swapped.

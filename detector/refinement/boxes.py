@@ -37,7 +37,7 @@ def decode(deltas: Tensor, boxes: Boxes, image_sizes: Sizes, weights: Sequence[f
     clipped = [clip_boxes_to_image(b, shape) for b, shape in zip(by_image, image_sizes, strict=True)]
     return [
         torch.where((new[:, 2:] - new[:, :2] >= 1).all(dim=1, keepdim=True), new, old.detach().to(new.dtype))
-        for new, old in zip(clipped, boxes)
+        for new, old in zip(clipped, boxes, strict=True)
     ]
 
 

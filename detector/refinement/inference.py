@@ -26,17 +26,18 @@ def refine_detections(
 ) -> Found:
     """Refine and rescore the detections of all images at once.
 
-    The new score is ``sqrt(score * classify's) * iou ** iou_power``, where ``classify`` sees the last crop of a box: it
-    lies closer to the object than the proposal that the score is from. With ``iou_power`` 0 the scores stay. Boxes
-    below the score threshold or beyond ``boxes_per_image`` keep their coordinates and scores.
+    The new score is ``sqrt(score * again) * iou ** iou_power``, where ``again`` is the score that ``classify`` gives
+    the last crop of the iterations. That crop fits the object better than the proposal that the score is from. With
+    ``iou_power`` 0 the scores stay. Boxes below the score threshold or beyond ``boxes_per_image`` keep their
+    coordinates and scores.
 
     Args:
         refinement: The refinement.
         features: Maps [N, C, H, W] by level.
         found: Detections per image, highest score first.
         image_sizes: (height, width) of each resized image.
-        classify: The detector's box head, from crops [K, C, h, w] to logits [K, classes]. Default: scores are weighted
-            by the predicted IoU alone.
+        classify: The detector's box head, from crops [K, C, h, w] to the logits of a softmax [K, classes], the
+            background first. Default: scores are weighted by the predicted IoU alone.
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
@@ -50,21 +51,23 @@ def refine_detections(
     scores = old_scores
     if config.iou_power:
         if classify is not None:
-            again = classify(crops).float().softmax(1).gather(1, torch.cat(old_labels)[:, None])[:, 0]
+            logits = classify(crops)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            again = logits.softmax(1).gather(1, torch.cat(old_labels)[:, None])[:, 0]
             by_image = again.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
             scores = [(old * new).sqrt() for old, new in zip(old_scores, by_image)]
         scores = [score * iou**config.iou_power for score, iou in zip(scores, ious)]
     refined = []
-    for new_boxes, new_scores, *before in zip(boxes, scores, *found):
+    for new_boxes, new_scores, all_boxes, all_scores, labels in zip(boxes, scores, *found):
         count = new_boxes.shape[0]
-        one = [*(torch.cat([new, old[count:]]) for new, old in zip((new_boxes, new_scores), before)), before[2]]
+        one = [torch.cat([new_boxes, all_boxes[count:]]), torch.cat([new_scores, all_scores[count:]]), labels]
         if config.iou_power:
             # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
             order = one[1].sort(descending=True, **({} if torch.jit.is_tracing() else {"stable": True}))[1]
             one = [values[order] for values in one]
         refined.append(one)
-    all_boxes, all_scores, all_labels = map(list, zip(*refined))
-    return all_boxes, all_scores, all_labels
+    by_part = [list(part) for part in zip(*refined)]
+    return by_part[0], by_part[1], by_part[2]
 
 
 def _ascended(
@@ -94,7 +97,7 @@ def iterate(
 
     Returns:
         The boxes [L, 4] per image, clipped to it; the IoU [L], 0 to 1, that the last crop predicts; and the last crops
-        [K, C, h, w] of all images. They are those before the last move. Crops after it would not rank better.
+        [K, C, h, w] of all images, which are those before the last move.
     """
     iterations = refinement.config.iterations
     for _ in range(max(iterations, 1)):

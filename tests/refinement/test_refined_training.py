@@ -9,6 +9,7 @@ from support.tiny_models import SIZE, batch, copies, losses_of, tiny_rcnn
 from torchvision.ops import box_convert, box_iou
 
 from detector import BoxGradient, swap_crop_head
+from detector.evaluation.losses import detect_with_losses
 from detector.refinement import losses, remove_refinement, roi_heads
 
 ADDED = ("loss_refinement_box", "loss_refinement_iou")
@@ -79,6 +80,16 @@ def test_it_learns_from_the_boxes_that_the_box_head_decodes(model, swap, monkeyp
         moved = start[:, :2] + torch.stack([x, y], 1) / 10 * start[:, 2:]
         wanted = box_convert(torch.cat([moved, start[:, 2:] * (torch.stack([w, h], 1) / 5).exp()], 1), "cxcywh", "xyxy")
         torch.testing.assert_close(boxes, wanted.clamp(min=0).minimum(wanted.new_tensor([SIZE, height] * 2)))
+
+
+def test_nothing_of_a_step_stays_in_the_heads(model):
+    heads = model.roi_heads
+    before = {name: set(vars(module)) for name, module in heads.named_modules()}
+    losses_of(model, torch.float64)
+    model.eval()
+    detect_with_losses(model, *batch(torch.float64))
+    assert {name: set(vars(module)) for name, module in heads.named_modules()} == before
+    assert not heads.box_predictor._forward_hooks
 
 
 def test_images_without_objects(model):

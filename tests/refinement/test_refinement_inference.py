@@ -148,27 +148,34 @@ def test_scores_are_weighted_and_detections_ranked(case, power):
         assert found[2][image].tolist() == list(labels)
 
 
-def test_a_classifier_sees_the_last_crops_and_its_score_counts_as_much_as_the_first(case):
-    refinement, seen = configured(case, iterations=2, iou_power=1.0, boxes_per_image=4), []
-    before, logits = detections(case), torch.randn(7, 3)
+@pytest.mark.parametrize("settings", [{"iterations": 0}, {"iterations": 2}, {"iterations": 1, "ascent_steps": 2}])
+def test_a_classifier_scores_the_last_crops_of_the_iterations(settings):
+    case, seen, iterations = RefinementCase(std=0.5), [], settings["iterations"]
+    before, logits = detections(case), torch.randn(7, 3, dtype=torch.float64)
+    before = before[0], [scores.double() for scores in before[1]], before[2]
 
     def classify(crops):
         seen.append(crops)
         return logits
 
     with torch.no_grad():
-        found = refine_detections(refinement, case.features, before, SHAPES, classify)
-        moved = iterated(case, 1)[0]
-        configured(case, iterations=2, iou_power=1.0, boxes_per_image=4)
-        (crops,) = seen
-        torch.testing.assert_close(crops, refinement.pool(case.features, [b[:4] for b in moved], SHAPES))
-    alone = refined_by(case, iou_power=1.0, boxes_per_image=4)
-    ious = iterated(case, 2)[1]
+        cropped_at = [b[:4] for b in iterated(case, max(iterations - 1, 0))[0]]
+        ranked = {"iou_power": 1.0, "boxes_per_image": 4}
+        found = refine_detections(configured(case, **ranked, **settings), case.features, before, SHAPES, classify)
+        torch.testing.assert_close(seen[0], case.refinement.pool(case.features, cropped_at, SHAPES))
+    equal = before[0], [torch.ones_like(scores) for scores in before[1]], before[2]
+    alone = refined_by(case, equal, boxes_per_image=4, **settings)
+    by_iou = refined_by(case, equal, **ranked, **settings)
+    ious = {tuple(box): iou for box, iou in zip(torch.cat(by_iou[0]).tolist(), torch.cat(by_iou[1]).tolist())}
     for image, (scores, labels) in enumerate(zip(*before[1:])):
-        again = [float(row.softmax(0)[label]) for row, label in zip(logits[4 * image :], labels[:4])]
-        wanted = [math.sqrt(s * p) * float(i) for s, p, i in zip(scores, again, ious[image])] + scores[4:].tolist()
-        assert found[1][image].tolist() == pytest.approx(sorted(wanted, reverse=True), rel=1e-4)
-        assert sorted(map(tuple, found[0][image].tolist())) == sorted(map(tuple, alone[0][image].tolist()))
+        wanted = []
+        for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
+            box = alone[0][image][k].tolist() if k < 4 else before[0][image][k].tolist()
+            again = float(logits[4 * image + k].softmax(0)[label]) if k < 4 else score
+            wanted.append((math.sqrt(score * again) * (ious[tuple(box)] if k < 4 else 1), label, *box))
+        rows = torch.cat([found[1][image][:, None], found[2][image][:, None], found[0][image]], 1)
+        assert found[1][image].dtype == torch.float64
+        torch.testing.assert_close(rows, torch.tensor(sorted(wanted, reverse=True), dtype=torch.float64))
 
 
 def test_ties_keep_their_order(free):
