@@ -52,7 +52,7 @@ METHODS = {
     "stock": ["--model.crop=roi_align", *OFF, *PLAIN],
     "off": [*OFF, *PLAIN],  # swapped
     "bounded": [*BOUNDED, *PLAIN],  # swapped, with the box gradient
-    "longer": ["--model.crop=roi_align", *OFF, *PLAIN],  # stock, for the time that "proposals" takes
+    "longer": ["--model.crop=roi_align", *OFF, *PLAIN],  # stock, with a third more epochs or more
     "cascade": [*OFF, *PLAIN],
     "afterwards": [],  # "off" of the same seed, then tools/refine.py
     "detached": [*OFF, *DETACHED],  # refinement from the start

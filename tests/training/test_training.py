@@ -477,5 +477,8 @@ def test_configs_parse(config, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         train(["--config", str(config), "--print_config"])
     assert stop.value.code == 0
-    assert "box_gradient" in capsys.readouterr().out
+    settings = capsys.readouterr().out
+    assert "box_gradient" in settings
+    # Settings of a refinement that is trained with the detector.
+    assert ("train_iterations" in settings) == (config.stem in ("quickstart", "bccd", "coco_r50_fpn_1x_refined"))
     assert f"python tools/train.py --config configs/{config.name}" in config.read_text().split("\nrun_dir")[0]
