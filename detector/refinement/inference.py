@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from detector.rcnn.forward import Boxes, Features, Found, Sizes
 from detector.refinement.boxes import decode, move
@@ -37,7 +37,7 @@ def refine_detections(
         found: Detections per image, highest score first.
         image_sizes: (height, width) of each resized image.
         classify: The detector's box head, from crops [K, C, h, w] to the logits of a softmax [K, classes], the
-            background first. Default: scores are weighted by the predicted IoU alone.
+            background first, in float32 or better. Default: scores are weighted by the predicted IoU alone.
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
@@ -51,9 +51,7 @@ def refine_detections(
     scores = old_scores
     if config.iou_power:
         if classify is not None:
-            logits = classify(crops)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            again = logits.softmax(1).gather(1, torch.cat(old_labels)[:, None])[:, 0]
+            again = classify(crops).softmax(1).gather(1, torch.cat(old_labels)[:, None])[:, 0]
             by_image = again.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
             scores = [(old * new).sqrt() for old, new in zip(old_scores, by_image)]
         scores = [score * iou**config.iou_power for score, iou in zip(scores, ious)]
@@ -67,6 +65,16 @@ def refine_detections(
             one = [values[order] for values in one]
         refined.append(one)
     by_part = [list(part) for part in zip(*refined)]
+    return by_part[0], by_part[1], by_part[2]
+
+
+def suppress(found: Found, threshold: float) -> Found:
+    """Remove the detections that have moved onto a better one of their class, by NMS of each image."""
+    kept: list[list[Tensor]] = []
+    for boxes, scores, labels in zip(*found):
+        best = batched_nms(boxes, scores.to(boxes.dtype), labels, threshold)  # highest score first
+        kept.append([boxes[best], scores[best], labels[best]])
+    by_part = [list(part) for part in zip(*kept)]
     return by_part[0], by_part[1], by_part[2]
 
 

@@ -4,15 +4,16 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.rcnn.forward import Boxes, Features, HeadOutput, Sizes, Targets
+from detector.rcnn.forward import Boxes, Features, Found, HeadOutput, Sizes, Targets
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement.boxes import decode
 from detector.refinement.head import Refinement
-from detector.refinement.inference import refine_detections
-from detector.refinement.losses import sample_training_boxes, unrolled_losses
+from detector.refinement.inference import refine_detections, suppress
+from detector.refinement.losses import labels_of, sample_training_boxes, unrolled_losses
 
 
 class RefinedRoIHeads(RoIHeads):
@@ -20,7 +21,8 @@ class RefinedRoIHeads(RoIHeads):
 
     In eval mode, masks and keypoints are predicted in the refined boxes. In training, the losses of the refinement are
     added to those of the heads. It learns from the boxes that the box head decodes, the kind of box that it refines in
-    testing; these boxes carry no gradient.
+    testing; these boxes carry no gradient. The box head learns to classify them too (``loss_classifier_again``), as it
+    scores refined boxes in testing.
     """
 
     mixin_order = 0
@@ -32,8 +34,8 @@ class RefinedRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes, targets)
         heads = copy.copy(self)  # shares all modules; another thread may call self with other features
         if not self.training:
-            heads.__dict__["postprocess_detections"] = lambda *outputs: self.refined(
-                self.refinement, features, self.postprocess_detections(*outputs), image_shapes, self._classify
+            heads.__dict__["postprocess_detections"] = lambda *outputs: self._refined(
+                features, self.postprocess_detections(*outputs), image_shapes
             )
             return super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
         seen: dict[str, Any] = {}
@@ -45,30 +47,38 @@ class RefinedRoIHeads(RoIHeads):
 
         def predict(crops: Tensor) -> Any:
             output = self.box_predictor(crops)
-            seen.update(deltas=output[1].detach())
+            seen.update(logits=output[0].detach(), deltas=output[1].detach())
             return output
 
         heads.__dict__.update(select_training_samples=select, box_predictor=predict)
         result, losses = super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
         assert targets is not None  # checked by torchvision
         decoded = self._decoded(**seen, sizes=image_shapes)
-        boxes, matched = sample_training_boxes(decoded, [target["boxes"] for target in targets], image_shapes)
+        truth, labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
+        logits = self._classify(self.refinement.pool(features, decoded, image_shapes))
+        losses["loss_classifier_again"] = F.cross_entropy(logits, labels_of(decoded, truth, labels))
+        boxes, matched = sample_training_boxes(decoded, truth, image_shapes)
         return result, losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
 
+    def _refined(self, features: Features, found: Found, sizes: Sizes) -> Found:
+        moved = self.refined(self.refinement, features, found, sizes, self._classify)
+        return suppress(moved, self.nms_thresh)
+
     def _classify(self, crops: Tensor) -> Tensor:
+        """Return the box head's logits [K, classes] of crops [K, C, h, w], in float32 or better."""
         logits: Tensor = self.box_predictor(self.box_head(crops))[0]
-        return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _decoded(self, rois: Boxes, labels: list[Tensor], deltas: Tensor, sizes: Sizes) -> Boxes:
-        """Return the boxes [L, 4] per image that the deltas [K, 4 * classes] make of the RoIs, for the RoI's class.
+    def _decoded(self, rois: Boxes, labels: list[Tensor], logits: Tensor, deltas: Tensor, sizes: Sizes) -> Boxes:
+        """Return the boxes [L, 4] per image that the deltas [K, 4 * classes] make of the RoIs.
 
-        Boxes of the background are 0. Leaving them out would wait for the device.
+        An RoI takes the deltas of its object's class, or, without an object, of the class with the highest score.
         """
         dtype = torch.promote_types(deltas.dtype, torch.float32)  # 16 bits cannot hold pixel coordinates
-        columns = torch.cat(labels)[:, None, None].expand(-1, -1, 4)
-        of_class = deltas.to(dtype).unflatten(1, (-1, 4)).gather(1, columns)[:, 0]
-        decoded = decode(of_class, rois, sizes, self.box_coder.weights)
-        return [torch.where(label[:, None] > 0, boxes, 0) for label, boxes in zip(labels, decoded)]
+        label = torch.cat(labels)
+        label = torch.where(label > 0, label, logits[:, 1:].argmax(dim=1) + 1)
+        of_class = deltas.to(dtype).unflatten(1, (-1, 4)).gather(1, label[:, None, None].expand(-1, -1, 4))[:, 0]
+        return decode(of_class, rois, sizes, self.box_coder.weights)
 
 
 class AttachedRefinedRoIHeads(AttachedRoIHeads, RefinedRoIHeads):

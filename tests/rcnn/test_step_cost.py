@@ -125,9 +125,9 @@ def test_a_selection_by_a_mask_would_be_seen(monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_refinement(number):
-    """It waits for the number of its boxes: once per batch in testing, once per image in training."""
+    """It waits for the number of its boxes, once per batch in testing and once per image in training, and for NMS."""
     models = swap_crop_head(tiny_rcnn()), swap_crop_head(refined(tiny_rcnn()))
-    assert beyond(models, number, training=False)[1].total() == 1
+    assert beyond(models, number, training=False)[1] == Counter(tolist=1, nms=number, lift_fresh=number)
     assert beyond(models, number, training=True)[1].total() == number
 
 

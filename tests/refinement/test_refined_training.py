@@ -6,13 +6,15 @@ import pytest
 import torch
 from support.refined_models import refined
 from support.tiny_models import SIZE, batch, copies, losses_of, tiny_rcnn
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_convert, box_iou
 
 from detector import BoxGradient, swap_crop_head
 from detector.evaluation.losses import detect_with_losses
 from detector.refinement import losses, remove_refinement, roi_heads
 
-ADDED = ("loss_refinement_box", "loss_refinement_iou")
+OF_THE_REFINEMENT = ("loss_refinement_box", "loss_refinement_iou")
+AGAIN = "loss_classifier_again"
+ADDED = (*OF_THE_REFINEMENT, AGAIN)
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def model(monkeypatch):
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("kind", ["box", "mask"])
-def test_the_usual_call_adds_two_losses_and_changes_no_other(kind, swap):
+def test_the_usual_call_adds_three_losses_and_changes_no_other(kind, swap):
     model = refined(tiny_rcnn(kind).train())
     if swap:
         swap_crop_head(model)
@@ -44,42 +46,59 @@ def test_the_usual_call_adds_two_losses_and_changes_no_other(kind, swap):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_its_losses_train_the_backbone_but_neither_rpn_nor_box_head(model, swap):
+def test_which_parts_its_losses_train(model, swap):
     if swap:
         swap_crop_head(model, BoxGradient.exact())
-    loss = sum(losses_of(model, torch.float64)[name] for name in ADDED)
-    loss.backward()
-    assert model.backbone.body["a"][0].weight.grad.any()
-    for part in (model.rpn, model.roi_heads.box_head, model.roi_heads.box_predictor):
-        assert all(p.grad is None or not p.grad.any() for p in part.parameters())
+    heads = model.roi_heads
+    found = losses_of(model, torch.float64)
+    for names, trained in ((OF_THE_REFINEMENT, [heads.refinement]), ((AGAIN,), [heads.box_head])):
+        model.zero_grad()
+        sum(found[name] for name in names).backward(retain_graph=True)
+        assert model.backbone.body["a"][0].weight.grad.any()
+        for part in (model.rpn, heads.box_head, heads.refinement, heads.box_predictor.bbox_pred):
+            reached = any(p.grad is not None and p.grad.any() for p in part.parameters())
+            assert reached == (part in trained)
+    assert heads.box_predictor.cls_score.weight.grad.any()
 
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_it_learns_from_the_boxes_that_the_box_head_decodes(model, swap, monkeypatch):
-    """Those of the positive RoIs, by the deltas of their object's class, without a gradient."""
+    """An RoI takes the deltas of its object's class, or of the class with the highest score; without a gradient."""
     if swap:
         swap_crop_head(model)
     heads, given, seen = model.roi_heads, [], {}
     sample = roi_heads.sample_training_boxes
     monkeypatch.setattr(roi_heads, "sample_training_boxes", lambda *all: (given.append(all[0]), sample(*all))[1])
     heads.box_roi_pool.register_forward_pre_hook(lambda module, one: (seen.setdefault("rois", one[1]), None)[1])
-    heads.box_predictor.register_forward_hook(lambda module, one, out: (seen.setdefault("deltas", out[1]), None)[1])
-    losses_of(model, torch.float64)
+    heads.box_predictor.register_forward_hook(lambda module, one, out: (seen.setdefault("out", out), None)[1])
+    again = losses_of(model, torch.float64)[AGAIN]
     (found,) = given
     rois, targets = seen["rois"], batch(torch.float64)[1]
-    by_image = seen["deltas"].detach().split([len(b) for b in rois])
-    for boxes, own, deltas, target, height in zip(found, rois, by_image, targets, (SIZE, SIZE - 8), strict=True):
-        iou, match = box_iou(own.detach(), target["boxes"]).max(1)
-        rows = torch.where(iou >= 0.5)[0]
-        assert len(rows) >= 3
+    counts = [len(b) for b in rois]
+    scores, deltas = (part.detach().split(counts) for part in seen["out"])
+    sizes, classes = [(SIZE, SIZE), (SIZE - 8, SIZE)], []
+    for image, (boxes, own, (height, width)) in enumerate(zip(found, rois, sizes, strict=True)):
         assert not boxes.requires_grad
-        boxes = boxes[boxes.any(1)]  # those of the background are 0
-        labels = target["labels"][match]
-        x, y, w, h = torch.stack([deltas[row].view(-1, 4)[labels[row]] for row in rows]).unbind(1)
-        start = box_convert(own.detach()[rows], "xyxy", "cxcywh")
+        iou, match = box_iou(own.detach(), targets[image]["boxes"]).max(1)
+        best = scores[image][:, 1:].argmax(1) + 1
+        labels = torch.where(iou >= 0.5, targets[image]["labels"][match], best)
+        assert len(set(labels.tolist())) > 1
+        assert (iou >= 0.5).sum() >= 3
+        x, y, w, h = deltas[image].unflatten(1, (-1, 4))[torch.arange(len(own)), labels].unbind(1)
+        start = box_convert(own.detach(), "xyxy", "cxcywh")
         moved = start[:, :2] + torch.stack([x, y], 1) / 10 * start[:, 2:]
         wanted = box_convert(torch.cat([moved, start[:, 2:] * (torch.stack([w, h], 1) / 5).exp()], 1), "cxcywh", "xyxy")
-        torch.testing.assert_close(boxes, wanted.clamp(min=0).minimum(wanted.new_tensor([SIZE, height] * 2)))
+        wanted = wanted.clamp(min=0).minimum(wanted.new_tensor([width, height] * 2))
+        thin = ((wanted[:, 2:] - wanted[:, :2]) < 1).any(1, keepdim=True)
+        torch.testing.assert_close(boxes, torch.where(thin, own.detach(), wanted))
+        iou, match = box_iou(boxes, targets[image]["boxes"]).max(1)
+        classes.append(torch.where(iou >= losses.MIN_TRAINING_IOU, targets[image]["labels"][match], 0))
+    assert (torch.cat(classes) > 0).any()
+    # The box head classifies these boxes, not its RoIs.
+    maps = model.backbone(model.transform(batch(torch.float64)[0])[0].tensors)
+    crops = MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=32, canonical_level=3)(maps, found, sizes)
+    wanted = torch.nn.functional.cross_entropy(heads.box_predictor(heads.box_head(crops))[0], torch.cat(classes))
+    torch.testing.assert_close(again, wanted)
 
 
 def test_nothing_of_a_step_stays_in_the_heads(model):
@@ -96,7 +115,8 @@ def test_images_without_objects(model):
     images, targets = batch(torch.float64)
     targets = [{key: value[:0] for key, value in target.items()} for target in targets]
     found = swap_crop_head(model)(images, targets)
-    assert not any(found[name].detach() for name in ADDED)
+    assert not any(found[name].detach() for name in OF_THE_REFINEMENT)
+    assert found[AGAIN] > 0
     sum(found.values()).backward()
     assert all(p.grad.isfinite().all() for p in model.roi_heads.refinement.parameters())
 
