@@ -100,7 +100,7 @@ METHODS: dict[str, Callable[..., Found]] = {
     f"ascent without a gradient, {CROPS} crops": random_ascent,
     "gradient ascent, 8 steps": with_settings(iterations=0, ascent_steps=8),
     "2 iterations, then 8 steps": with_settings(iterations=2, ascent_steps=8),
-    "2 iterations, rescored": with_settings(iterations=2, iou_power=trained.iou_power),
+    "2 iterations, rescored, without NMS": with_settings(iterations=2, iou_power=trained.iou_power),
 }
 
 category_ids = match_categories(detector, data)

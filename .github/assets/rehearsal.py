@@ -208,7 +208,7 @@ def tools(root: Path, work: Path) -> None:
     predict = ("tools/predict.py", str(root / "val2017"), *checkpoint, *truth, "--output", str(work / "found"))
     measured("predict.py on 5,000 images", python, *predict, log=log)
     refine = ("tools/refine.py", *checkpoint, "--root", str(small), "--train_split", "train2017", "--split", "small")
-    measured("refine.py, 50 steps", python, *refine, "--max_steps", "50", "--choose", "false", log=log)
+    measured("refine.py, 50 steps", python, *refine, "--max_steps", "50", log=log)
 
 
 def main() -> None:

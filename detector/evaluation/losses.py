@@ -25,7 +25,7 @@ def detect_with_losses(
     """Return the detections of images and their training losses; an R-CNN runs its backbone and its RPN once.
 
     All modules are in eval mode: no dropout, and no statistic of batch norm changes. The losses of an R-CNN are those
-    of the test-time proposals, and a refinement has none.
+    of the test-time proposals, without those that a refinement adds.
 
     Args:
         model: a torchvision detector. Its mode does not change.

@@ -22,9 +22,10 @@ def add_refinement(model: Model, config: RefinementConfig = RefinementConfig()) 
 
     Boxes are (x1, y1, x2, y2) in pixels. The detector's own parameters, buffers and ``state_dict`` keys do not change;
     those of the refinement begin with ``roi_heads.refinement.``. The box head scores each detection a second time, at
-    its last crop. An untrained refinement moves no box and predicts an IoU of 0.5. Train it alone with
-    :func:`refinement_losses`, or together with the detector by calling the model in training mode.
-    ``model.roi_heads.refinement.enabled = False`` switches it off.
+    its last crop, and NMS removes detections that have moved onto a better one. An untrained refinement moves no box
+    and predicts an IoU of 0.5. Train it alone with :func:`refinement_losses`, or together with the detector by calling
+    the model in training mode: then the box head also learns to classify the boxes that it decodes, in
+    ``loss_classifier_again``. ``model.roi_heads.refinement.enabled = False`` switches it off.
 
     Args:
         model: A Faster, Mask or Keypoint R-CNN of ``torchvision.models.detection``, stock or swapped.

@@ -1,4 +1,4 @@
-"""Test-time refinement: refinement iterations, gradient ascent on the predicted IoU, and rescoring."""
+"""Test-time refinement: refinement iterations, gradient ascent on the predicted IoU, rescoring, and NMS."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,9 @@ def refine_detections(
     features: Features,
     found: Found,
     image_sizes: Sizes,
+    *,
     classify: Callable[[Tensor], Tensor] | None = None,
+    nms_thresh: float | None = None,
 ) -> Found:
     """Refine and rescore the detections of all images at once.
 
@@ -38,6 +40,7 @@ def refine_detections(
         image_sizes: (height, width) of each resized image.
         classify: The detector's box head, from crops [K, C, h, w] to the logits of a softmax [K, classes], the
             background first, in float32 or better. Default: scores are weighted by the predicted IoU alone.
+        nms_thresh: IoU above which NMS removes the lower-scoring of two detections of a class. Default: no NMS.
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
@@ -63,18 +66,12 @@ def refine_detections(
             # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
             order = one[1].sort(descending=True, **({} if torch.jit.is_tracing() else {"stable": True}))[1]
             one = [values[order] for values in one]
+        if nms_thresh is not None:  # boxes may have moved onto the same object
+            dtype = torch.promote_types(one[0].dtype, one[1].dtype)  # they differ under autocast
+            kept = batched_nms(one[0].to(dtype), one[1].to(dtype), one[2], nms_thresh)
+            one = [values[kept] for values in one]
         refined.append(one)
     by_part = [list(part) for part in zip(*refined)]
-    return by_part[0], by_part[1], by_part[2]
-
-
-def suppress(found: Found, threshold: float) -> Found:
-    """Remove the detections that have moved onto a better one of their class, by NMS of each image."""
-    kept: list[list[Tensor]] = []
-    for boxes, scores, labels in zip(*found):
-        best = batched_nms(boxes, scores.to(boxes.dtype), labels, threshold)  # highest score first
-        kept.append([boxes[best], scores[best], labels[best]])
-    by_part = [list(part) for part in zip(*kept)]
     return by_part[0], by_part[1], by_part[2]
 
 

@@ -62,16 +62,6 @@ def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -
     return boxes, matched
 
 
-def labels_of(boxes: Boxes, truth: Boxes, labels: list[Tensor]) -> Tensor:
-    """Return the label [K] of the object that each box overlaps most; 0 (background) if their IoU is below 0.5."""
-    found = []
-    for own, true, label in zip(boxes, truth, labels, strict=True):
-        # An object without a size, of the background, for images without objects.
-        overlap, match = box_iou(own, F.pad(true.to(own.dtype), (0, 0, 0, 1))).max(dim=1)
-        found.append(F.pad(label, (0, 1))[match] * (overlap >= MIN_TRAINING_IOU))
-    return torch.cat(found)
-
-
 def check_truth(images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
     """Check the ground-truth boxes [L, 4] of images [3, H, W]. Errors name the image, the field and the value."""
     if len(images) == 0 or len(targets) != len(images):

@@ -8,21 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detector.rcnn.forward import Boxes, Features, Found, HeadOutput, Sizes, Targets
+from detector.rcnn.forward import Boxes, Features, HeadOutput, Sizes, Targets
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement.boxes import decode
 from detector.refinement.head import Refinement
-from detector.refinement.inference import refine_detections, suppress
-from detector.refinement.losses import labels_of, sample_training_boxes, unrolled_losses
+from detector.refinement.inference import refine_detections
+from detector.refinement.losses import sample_training_boxes, unrolled_losses
+
+IGNORED = -1  # torchvision's label of a box whose IoU is between the thresholds of background and object
 
 
 class RefinedRoIHeads(RoIHeads):
     """torchvision's RoI heads with a refinement.
 
     In eval mode, masks and keypoints are predicted in the refined boxes. In training, the losses of the refinement are
-    added to those of the heads. It learns from the boxes that the box head decodes, the kind of box that it refines in
-    testing; these boxes carry no gradient. The box head learns to classify them too (``loss_classifier_again``), as it
-    scores refined boxes in testing.
+    added to those of the heads. It learns from the boxes that the box head decodes, those of background RoIs included,
+    as it refines such boxes in testing. They carry no gradient. The box head learns to classify them, because it scores
+    refined boxes in testing; this loss is ``loss_classifier_again``. Batch norm in the box head sees both kinds of box.
     """
 
     mixin_order = 0
@@ -34,8 +36,13 @@ class RefinedRoIHeads(RoIHeads):
             return super().forward(features, proposals, image_shapes, targets)
         heads = copy.copy(self)  # shares all modules; another thread may call self with other features
         if not self.training:
-            heads.__dict__["postprocess_detections"] = lambda *outputs: self._refined(
-                features, self.postprocess_detections(*outputs), image_shapes
+            heads.__dict__["postprocess_detections"] = lambda *outputs: self.refined(
+                self.refinement,
+                features,
+                self.postprocess_detections(*outputs),
+                image_shapes,
+                classify=self._classify,
+                nms_thresh=self.nms_thresh,
             )
             return super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
         seen: dict[str, Any] = {}
@@ -53,16 +60,14 @@ class RefinedRoIHeads(RoIHeads):
         heads.__dict__.update(select_training_samples=select, box_predictor=predict)
         result, losses = super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
         assert targets is not None  # checked by torchvision
-        decoded = self._decoded(**seen, sizes=image_shapes)
-        truth, labels = ([target[key] for target in targets] for key in ("boxes", "labels"))
+        decoded = self._decoded(seen["rois"], seen["labels"], seen["logits"], seen["deltas"], image_shapes)
+        truth = [target["boxes"].to(boxes.dtype) for target, boxes in zip(targets, decoded)]
+        _, labels = self.assign_targets_to_proposals(decoded, truth, [target["labels"] for target in targets])
+        # Not box_roi_pool: the box gradient has hooks there that expect one call.
         logits = self._classify(self.refinement.pool(features, decoded, image_shapes))
-        losses["loss_classifier_again"] = F.cross_entropy(logits, labels_of(decoded, truth, labels))
+        losses["loss_classifier_again"] = F.cross_entropy(logits, torch.cat(labels), ignore_index=IGNORED)
         boxes, matched = sample_training_boxes(decoded, truth, image_shapes)
         return result, losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
-
-    def _refined(self, features: Features, found: Found, sizes: Sizes) -> Found:
-        moved = self.refined(self.refinement, features, found, sizes, self._classify)
-        return suppress(moved, self.nms_thresh)
 
     def _classify(self, crops: Tensor) -> Tensor:
         """Return the box head's logits [K, classes] of crops [K, C, h, w], in float32 or better."""

@@ -102,12 +102,13 @@ def between_images(model, images):
 
 
 def moved_by(model, images):
-    """Return the distance that the refinement moves each detection, in pixels."""
+    """Return the distance of each refined detection to the nearest unrefined one, in pixels."""
     after = detections(model, images)
     model.roi_heads.refinement.enabled = False
     before = detections(model, images)
     model.roi_heads.refinement.enabled = True
-    return torch.cat([(a["boxes"] - b["boxes"]).abs().amax(1) for a, b in zip(after, before, strict=True)])
+    distances = [torch.cdist(a["boxes"], b["boxes"], p=torch.inf) for a, b in zip(after, before, strict=True)]
+    return torch.cat([one.amin(1) for one in distances])
 
 
 # ---- the same detections
@@ -302,6 +303,14 @@ def test_refinement_iterations_of_more_models(export, kind, swapped, fpn, batch,
             images = noise(*size, batch=batch)
             assert min(assert_detects_alike(run, model, images)) > 5
             assert (moved_by(model, images) > 0.05).any()
+
+
+def test_nms_follows_the_refinement(export):
+    model = refined(tiny(fpn=False), iterations=3)
+    run, images = export(model), noise(130, 141)
+    (kept,) = assert_detects_alike(run, model, images)
+    model.roi_heads.refinement.enabled = False
+    assert kept < len(detections(model, images)[0]["scores"])
 
 
 @pytest.mark.slow
