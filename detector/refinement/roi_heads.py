@@ -15,6 +15,9 @@ from detector.refinement.head import Refinement
 from detector.refinement.inference import refine_detections
 from detector.refinement.losses import sample_training_boxes, unrolled_losses
 
+# Boxes that refinement has moved onto one object are nearly the same. At the box head's threshold, mostly 0.5, NMS also
+# removes neighbours that overlap.
+NMS_THRESHOLD = 0.7
 IGNORED = -1  # torchvision's label of a box whose IoU is between the thresholds of background and object
 
 
@@ -42,7 +45,7 @@ class RefinedRoIHeads(RoIHeads):
                 self.postprocess_detections(*outputs),
                 image_shapes,
                 classify=self._classify,
-                nms_thresh=self.nms_thresh,
+                nms_thresh=max(self.nms_thresh, NMS_THRESHOLD),
             )
             return super(RefinedRoIHeads, heads).forward(features, proposals, image_shapes, targets)
         seen: dict[str, Any] = {}

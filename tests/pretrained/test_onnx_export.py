@@ -18,7 +18,7 @@ from torchvision.ops import MultiScaleRoIAlign
 import detector.rcnn.pooler
 from detector import MultiScaleAffineCrop, swap_crop_head
 from detector.pretrained.onnx_export import ExportError, _detect, _same, compare_speed, export_onnx
-from detector.refinement import add_refinement
+from detector.refinement import add_refinement, roi_heads
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -305,7 +305,8 @@ def test_refinement_iterations_of_more_models(export, kind, swapped, fpn, batch,
             assert (moved_by(model, images) > 0.05).any()
 
 
-def test_nms_follows_the_refinement(export):
+def test_nms_follows_the_refinement(export, monkeypatch):
+    monkeypatch.setattr(roi_heads, "NMS_THRESHOLD", 0.5)
     model = refined(tiny(fpn=False), iterations=3)
     run, images = export(model), noise(130, 141)
     (kept,) = assert_detects_alike(run, model, images)

@@ -13,7 +13,7 @@ from support.tiny_models import SIZE, batch, tiny_rcnn
 from torchvision.ops import nms
 
 from detector import RefinementConfig, swap_crop_head
-from detector.refinement import inference
+from detector.refinement import inference, roi_heads
 from detector.refinement.inference import ascend, iterate, refine_detections
 
 RANKED = {"ascent_steps": 3, "iou_power": 1.0}
@@ -368,11 +368,14 @@ def test_masks_and_keypoints_are_predicted_in_the_refined_boxes(kind):
 
 
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize(("threshold", "iou_power"), [(0.3, 0.0), (0.3, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("of_the_model", "least", "iou_power"), [(0.2, 0.3, 0.0), (0.2, 0.3, 1.0), (0.3, 0.0, 1.0), (1.0, 0.7, 1.0)]
+)
 @torch.no_grad()
-def test_nms_follows_at_the_threshold_of_the_model(threshold, iou_power, swap):
+def test_nms_follows_at_the_larger_threshold(of_the_model, least, iou_power, swap, monkeypatch):
     """Against torchvision's NMS of each class, by the new scores."""
-    model = refined(tiny_rcnn(box_nms_thresh=threshold).eval(), std=0.5, iou_power=iou_power)
+    monkeypatch.setattr(roi_heads, "NMS_THRESHOLD", least)
+    model = refined(tiny_rcnn(box_nms_thresh=of_the_model).eval(), std=0.5, iou_power=iou_power)
     if swap:
         swap_crop_head(model)
     heads, moved = model.roi_heads, []
@@ -382,7 +385,7 @@ def test_nms_follows_at_the_threshold_of_the_model(threshold, iou_power, swap):
         return refine_detections(*given, nms_thresh=nms_thresh, **options)
 
     heads.refined = without_nms
-    removed = 0
+    removed, threshold = 0, {0.2: 0.3, 0.3: 0.3, 1.0: 1.0}[of_the_model]
     for found, boxes, scores, labels in zip(model(batch()[0]), *moved[0], strict=True):
         of_class = (torch.where(labels == label)[0] for label in (1, 2))
         kept = torch.cat([rows[nms(boxes[rows], scores[rows], threshold)] for rows in of_class])
