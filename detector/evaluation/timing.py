@@ -53,9 +53,9 @@ def measure_stages(
         return time.perf_counter()
 
     def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             start, others = now(), sum(spent.values())
-            result = function(*arguments)
+            result = function(*arguments, **options)
             inner = sum(spent.values()) - others  # the refinement calls the box head
             spent[stage] += now() - start - inner
             return result

@@ -265,11 +265,11 @@ def test_a_training_step_and_an_inference(losses):
         with torch.inference_mode(), OperatorCounts() as inference:
             detections = model.eval()(images)[0]
         results.append([*found.values(), *detections.values(), *(g for g in gradients if g is not None)])
-    # The pools of boxes and masks, and the iterations of the refinement, each backward too. The gradient of the box
-    # loss alone is one more.
+    # The pools of boxes and masks, the boxes that are classified again, and the iterations of the refinement, each
+    # backward too. The gradient of the box loss alone is one more.
     config = model.roi_heads.refinement.config
-    assert training.kernels["affine_crop"] == 2 + config.train_iterations
-    assert training.kernels["affine_crop_backward"] == 2 + config.train_iterations + (losses == ("box",))
+    assert training.kernels["affine_crop"] == 3 + config.train_iterations
+    assert training.kernels["affine_crop_backward"] == 3 + config.train_iterations + (losses == ("box",))
     # Both pools, the start and the iterations of the refinement, and the ascent.
     assert inference.kernels["affine_crop"] > 3 + config.iterations
     assert inference.kernels["affine_crop_backward"] > 0

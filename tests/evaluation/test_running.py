@@ -113,10 +113,10 @@ def test_the_refinement_is_a_stage(split, monkeypatch, ticks, iou_power, wanted)
     model = refined(swap_crop_head(tiny_rcnn()), iterations=2, ascent_steps=2, iou_power=iou_power)
     refine = type(model.roi_heads).refined
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         for _ in range(10):
             next(ticks)
-        return refine(*arguments)
+        return refine(*arguments, **options)
 
     monkeypatch.setattr(type(model.roi_heads), "refined", staticmethod(slow))
     rows = {row["stage"]: row["ms"] for row in measure_stages(model, split, images=2)["rows"]}
