@@ -52,7 +52,7 @@ boxes_alone = replace(trained, iou_power=0.0)
 def with_settings(**settings: Any) -> Callable[..., Found]:
     def method(features: Any, found: Found, sizes: Any) -> Found:
         refinement.config = replace(boxes_alone, **settings)
-        return refine_detections(refinement, features, found, sizes, lambda crops: own_outputs(crops)[0])
+        return refine_detections(refinement, features, found, sizes, classify=lambda crops: own_outputs(crops)[0])
 
     return method
 
