@@ -62,15 +62,12 @@ def refine_detections(
     for new_boxes, new_scores, all_boxes, all_scores, labels in zip(boxes, scores, *found):
         count = new_boxes.shape[0]
         one = [torch.cat([new_boxes, all_boxes[count:]]), torch.cat([new_scores, all_scores[count:]]), labels]
-        if config.iou_power:
-            # The ONNX exporter has no stable sort, but onnxruntime's TopK is stable.
-            order = one[1].sort(descending=True, **({} if torch.jit.is_tracing() else {"stable": True}))[1]
-            one = [values[order] for values in one]
         if nms_thresh is not None:  # boxes may have moved onto the same object
             dtype = torch.promote_types(one[0].dtype, one[1].dtype)  # they differ under autocast
-            kept = batched_nms(one[0].to(dtype), one[1].to(dtype), one[2], nms_thresh)
-            one = [values[kept] for values in one]
-        refined.append(one)
+            order = batched_nms(one[0].to(dtype), one[1].to(dtype), labels, nms_thresh)  # by descending score
+        else:
+            order = one[1].sort(descending=True, stable=True)[1]
+        refined.append([values[order] for values in one])
     by_part = [list(part) for part in zip(*refined)]
     return by_part[0], by_part[1], by_part[2]
 

@@ -52,7 +52,7 @@ def sample_training_boxes(candidates: Boxes, truth: Boxes, image_sizes: Sizes) -
         all_boxes, targets = clip_boxes_to_image(move(copies, offsets), size), copies
         overlap = paired_iou(all_boxes, copies)
         if len(true) and len(own):
-            own_overlap, match = box_iou(own.detach(), true).max(dim=1)
+            own_overlap, match = box_iou(own, true).max(dim=1)
             all_boxes, targets = torch.cat([all_boxes, own]), torch.cat([copies, true[match]])
             overlap = torch.cat([overlap, own_overlap])
         near = torch.where(overlap >= MIN_TRAINING_IOU)[0]  # the only synchronization with the device

@@ -380,11 +380,11 @@ def test_nms_follows_at_the_larger_threshold(of_the_model, least, iou_power, swa
         swap_crop_head(model)
     heads, moved = model.roi_heads, []
 
-    def without_nms(*given, nms_thresh, **options):
+    def record_without_nms(*given, nms_thresh, **options):
         moved.append(refine_detections(*given, **options))
         return refine_detections(*given, nms_thresh=nms_thresh, **options)
 
-    heads.refined = without_nms
+    heads.refined = record_without_nms
     removed, threshold = 0, 0.3 if least == 0 else 1.0
     for found, boxes, scores, labels in zip(model(batch()[0]), *moved[0], strict=True):
         of_class = (torch.where(labels == label)[0] for label in (1, 2))

@@ -102,13 +102,6 @@ def test_huge_tiny_and_thin_boxes_have_finite_losses_and_gradients(true, monkeyp
     assert all(loss.isfinite() for loss in found.values())
 
 
-def test_candidates_keep_their_gradient():
-    own = (TRUE + 0.7).requires_grad_()
-    boxes, truth = sample(own, TRUE)
-    assert not truth.requires_grad
-    assert torch.equal(torch.autograd.grad(boxes.sum(), own)[0], torch.ones(2, 4))
-
-
 # --- Learning --------------------------------------------------------------------------------------------------------
 
 
