@@ -1,13 +1,14 @@
 """Compare ways to train a detector from the same start: stock, cascade, and refinement, on four data sets.
 
-    python .github/assets/comparison.py FOLDER                                  every row
+    python .github/assets/comparison.py FOLDER                                  every row of four data sets
     python .github/assets/comparison.py FOLDER digits/stock/0 digits/cascade/0   some rows
     python .github/assets/comparison.py FOLDER --table                          the finished rows as tables
     python .github/assets/comparison.py FOLDER --time digits                    time of steps and images
 
 A row is DATA/METHOD/SEED. DATA is digits, bccd, raccoon or deeppcb, which learn from train and are scored on val. To
-choose settings, digits-part, bccd-part, ... learn from three quarters of train and are scored on the rest. All data but
-digits are read from DETECTOR_DATA. FOLDER/results.json gets each row when it is done, and a second start skips it.
+choose settings, digits-part, bccd-part, ... learn from three quarters of train and are scored on the rest. deeppcb640
+is deeppcb at its full size, for four epochs; it runs only if named. All data but digits are read from DETECTOR_DATA.
+FOLDER/results.json gets each row when it is done, and a second start skips it.
 """
 
 import argparse
@@ -34,14 +35,16 @@ from detector.training.task import DetectionTask
 
 SCORES = ("AP", "AP50", "AP75", "AP90")
 SEEDS = (0, 1, 2)
+SETS = ("digits", "bccd", "raccoon", "deeppcb")
 ROUNDS = 7  # of the timing
 BCCD = ["--config=configs/bccd.yaml"]
+WHOLE = [f"--{section}.{side}_size=640" for section in ("data", "model.detector") for side in ("min", "max")]
 DATA = {
     "digits": ["--config=configs/quickstart.yaml"],
     "bccd": BCCD,
     "raccoon": [*BCCD, "--model.detector.anchor_sizes=[32,64,128,192,256]"],
-    # 320 of 640 pixels and one epoch, for the time
-    "deeppcb": [*BCCD, "--trainer.max_epochs=1"],
+    "deeppcb": [*BCCD, "--trainer.max_epochs=1"],  # at 320 of 640 pixels, to save time
+    "deeppcb640": [*BCCD, "--trainer.max_epochs=4", *WHOLE],
 }
 OFF = ["--model.box_gradient={crop: 0, coder: 0}"]
 DETACHED = ["--model.refinement={box_gradient: {crop: 0, coder: 0}}"]
@@ -52,14 +55,14 @@ METHODS = {
     "stock": ["--model.crop=roi_align", *OFF, *PLAIN],
     "off": [*OFF, *PLAIN],  # swapped
     "bounded": [*BOUNDED, *PLAIN],  # swapped, with the box gradient
-    "longer": ["--model.crop=roi_align", *OFF, *PLAIN],  # stock, with a third more epochs or more
+    "longer": [*OFF, *PLAIN],  # "off" with a third more epochs or more
     "cascade": [*OFF, *PLAIN],
     "afterwards": [],  # "off" of the same seed, then tools/refine.py
     "detached": [*OFF, *DETACHED],  # refinement from the start
     "through": [*OFF, *THROUGH],  # and through the boxes of its iterations
     "proposals": [*BOUNDED, *THROUGH],  # and from the box head's losses into the proposals
 }
-LONGER = {"digits": 6, "bccd": 12, "raccoon": 12, "deeppcb": 2}  # epochs
+LONGER = {"digits": 6, "bccd": 12, "raccoon": 12, "deeppcb": 2, "deeppcb640": 6}  # epochs
 
 
 class CascadeTask(DetectionTask):
@@ -75,7 +78,7 @@ class CascadeTask(DetectionTask):
 def folder_of(work: Path, data: str) -> Path:
     """The folder of a data set, which is written if it is generated or a part."""
     name, _, part = data.partition("-")
-    root = work / "data" / name if name == "digits" else find_root(None, name).resolve()
+    root = work / "data" / name if name == "digits" else find_root(None, name.removesuffix("640")).resolve()
     if not root.exists():
         write_digits(root)
     if not part:
@@ -110,11 +113,14 @@ def parsed(work: Path, row: str) -> Training:
 
 
 def refined_afterwards(work: Path, row: str) -> dict[str, float]:
-    """Train a refinement of the finished row "off" of the same data and seed."""
+    """Train a refinement of the detector of the row "off" of the same data and seed."""
     data, _, seed = row.split("/")
+    detector = work / "runs" / data / "off" / seed
+    if not (detector / "checkpoints" / "last.ckpt").exists():  # results.json may come from another machine
+        train(work, f"{data}/off/{seed}")
     start = time.perf_counter()
     scores = refine(
-        checkpoint=work / "runs" / data / "off" / seed,
+        checkpoint=detector,
         root=folder_of(work, data),
         train_split="train",
         split="val",
@@ -211,7 +217,7 @@ def main() -> None:
         print(timing(work, options.time))
         return
     file = work / "results.json"
-    rows = options.rows or [f"{data}/{method}/{seed}" for seed in SEEDS for data in DATA for method in METHODS]
+    rows = options.rows or [f"{data}/{method}/{seed}" for seed in SEEDS for data in SETS for method in METHODS]
     for row in () if options.table else tqdm(rows, unit="row"):
         results = json.loads(file.read_text()) if file.exists() else {}
         if row not in results:

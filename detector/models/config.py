@@ -54,7 +54,7 @@ class DetectorConfig:
             or "timm/" and a timm backbone with NCHW maps at strides 4, 8, 16 and 32 ("timm/tf_efficientnet_lite0").
         finds: timm only: "masks" builds a Mask R-CNN, "keypoints" a Keypoint R-CNN. Default: boxes only.
         weights: initial weights of the whole detector: a name that torchvision publishes ("COCO_V1", "DEFAULT"), a
-            run's folder, a checkpoint of tools/train.py, a folder of save_pretrained, a name on Hugging Face's hub, or
+            run's folder, a checkpoint of tools/train.py, a folder of Detector.save, a name on Hugging Face's hub, or
             a file with a state_dict. Classes of the same name keep their weights; others start at random.
         weights_backbone: initial weights of the backbone, used without weights: a name that torchvision publishes
             ("IMAGENET1K_V2", "DEFAULT"); for timm "DEFAULT" (from its hub) or "packaged" (tf_efficientnet_lite0 from

@@ -29,7 +29,7 @@ def refine_detections(
     """Refine and rescore the detections of all images at once.
 
     The new score is ``sqrt(score * again) * iou ** iou_power``, where ``again`` is the score that ``classify`` gives
-    the last crop of the iterations. That crop fits the object better than the proposal that the score is from. With
+    the last crop of the iterations. That crop fits the object better than the proposal that gave ``score``. With
     ``iou_power`` 0 the scores stay. Boxes below the score threshold or beyond ``boxes_per_image`` keep their
     coordinates and scores.
 

@@ -89,8 +89,8 @@ def refine(
         weight_decay: Weight decay.
         ema: Decay of an exponential moving average of the weights, such as 0.99. Default: no average.
         flip: Flip half of the images. Switch off where left and right differ, as in digits.
-        cache_gb: Memory for the feature cache. Features of an 800 x 1333 image with 256 channels take 91 MB. Features
-            that do not fit are computed again in each pass.
+        cache_gb: Memory of the training device for the feature cache. Features of an 800 x 1333 image with 256 channels
+            take 91 MB. Features that do not fit are computed again in each pass.
         workers: Number of processes that read images.
         seed: Seed of the weights, the order of the images and the sampling.
         device: cpu, cuda, cuda:1, ... Default: cuda if available.
