@@ -25,7 +25,6 @@ class RefinementConfig:
         box_gradient: How gradients flow through the boxes between the training iterations. By default the boxes are
             detached, as AP is the same either way. ``BoxGradient.exact()`` is the derivative, and ``bound`` limits the
             gradient of later iterations relative to an iteration's own.
-        boxes_per_image: Maximum number of boxes refined per image, 1 to 10,000.
 
     Raises:
         ModelError: A setting is out of its range.
@@ -36,12 +35,11 @@ class RefinementConfig:
     ascent_steps: int = 0
     iou_power: float = 0.5
     box_gradient: BoxGradient = BoxGradient(crop=0, coder=0)
-    boxes_per_image: int = 100
 
     def __post_init__(self) -> None:
         # Maxima, because settings may come from a file of unknown origin.
         limits = {"iterations": (0, 100), "train_iterations": (1, 100), "ascent_steps": (0, 100), "iou_power": (0, 10)}
-        for name, (low, high) in (limits | {"boxes_per_image": (1, 10_000)}).items():
+        for name, (low, high) in limits.items():
             value, whole = getattr(self, name), name != "iou_power"
             if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"

@@ -30,8 +30,7 @@ def refine_detections(
 
     The new score is ``sqrt(score * again) * iou ** iou_power``, where ``again`` is the score that ``classify`` gives
     the last crop of the iterations. That crop fits the object better than the proposal that gave ``score``. With
-    ``iou_power`` 0 the scores stay. Boxes below the score threshold or beyond ``boxes_per_image`` keep their
-    coordinates and scores.
+    ``iou_power`` 0 the scores stay. Boxes below the score threshold keep their coordinates and scores.
 
     Args:
         refinement: The refinement.
@@ -44,7 +43,7 @@ def refine_detections(
     """
     config = refinement.config
     # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
-    counts: Any = [(s >= refinement.score_threshold).sum().clamp(max=config.boxes_per_image) for s in found[1]]
+    counts: Any = [(s >= refinement.score_threshold).sum() for s in found[1]]
     if not torch.jit.is_tracing():
         counts = torch.stack(counts).tolist()  # one synchronization with the device for all images
     old_boxes, old_scores, old_labels = ([part[:n] for part, n in zip(parts, counts)] for parts in found)

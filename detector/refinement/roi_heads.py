@@ -69,7 +69,9 @@ class RefinedRoIHeads(RoIHeads):
         _, labels = self.assign_targets_to_proposals(decoded, truth, [target["labels"] for target in targets])
         # Not box_roi_pool: the box gradient has hooks there that expect one call.
         logits = self._classify(self.refinement.pool(features, decoded, image_shapes))
-        losses["loss_classifier_again"] = F.cross_entropy(logits, torch.cat(labels), ignore_index=IGNORED)
+        label = torch.cat(labels)
+        again = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum")
+        losses["loss_classifier_again"] = again / (label != IGNORED).sum().clamp(min=1)  # the mean, also of no box
         boxes, matched = sample_training_boxes(decoded, truth, image_shapes)
         return result, losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
 

@@ -39,7 +39,7 @@ from detector.training.failures import START_AGAIN, TrainingError, flattened, re
 from detector.training.optimization import OptimizerConfig, WeightEMA, make_optimizer, make_schedule
 
 # Settings of a refinement that may change after training.
-TEST_TIME = {f"refinement.{name}" for name in ("iterations", "ascent_steps", "iou_power", "boxes_per_image")}
+TEST_TIME = {f"refinement.{name}" for name in ("iterations", "ascent_steps", "iou_power")}
 
 
 class DetectionTask(lightning.LightningModule):

@@ -255,7 +255,7 @@ def test_a_training_step_and_an_inference(losses):
     target["masks"] = torch.ones(1, 64, 64, dtype=torch.uint8, device=DEVICE)
     results = []
     for sampler in ("gather", "triton"):
-        model = add_refinement(tiny_rcnn("mask", **few), RefinementConfig(boxes_per_image=3, ascent_steps=1)).to(DEVICE)
+        model = add_refinement(tiny_rcnn("mask", **few), RefinementConfig(ascent_steps=1)).to(DEVICE)
         swap_crop_head(model, BoxGradient(losses=losses), sampler=sampler)
         torch.manual_seed(0)
         with OperatorCounts() as training:

@@ -271,7 +271,7 @@ def test_the_refinement_is_in_the_graph(export):
     images = noise(52, 60)
     before = detections(model, images)
     threshold = float(before[0]["scores"][4] + before[0]["scores"][5]) / 2
-    options = {"iou_power": 2.0, "score_threshold": threshold, "boxes_per_image": 7}
+    options = {"iou_power": 2.0, "score_threshold": threshold}
     refined(model, ascent_steps=5, **options)
     run = export(model)
     assert "ascent" in run.notes[1]

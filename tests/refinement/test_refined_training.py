@@ -122,6 +122,18 @@ def test_images_without_objects(model):
     assert all(p.grad.isfinite().all() for p in model.roi_heads.refinement.parameters())
 
 
+def test_a_step_in_which_every_decoded_box_is_ignored(model, monkeypatch):
+    """Their IoU is between the matcher's thresholds, so none has a label."""
+    heads = model.roi_heads
+    heads.proposal_matcher.low_threshold = 0.0
+    corner = torch.tensor([[0.0, 0.0, 1.5, 1.5]], dtype=torch.float64)
+    monkeypatch.setattr(heads, "_decoded", lambda rois, *_: [corner.repeat(len(boxes), 1) for boxes in rois])
+    found = losses_of(model, torch.float64)
+    assert found[AGAIN] == 0
+    sum(found.values()).backward()
+    assert all(p.grad.isfinite().all() for p in heads.box_predictor.parameters())
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_autocast(swap):
     model = refined(tiny_rcnn().train(), train_iterations=2)

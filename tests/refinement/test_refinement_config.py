@@ -12,8 +12,8 @@ from detector.errors import ModelError
     "config",
     [
         RefinementConfig(),
-        RefinementConfig(0, 1, 100, 0.0, BoxGradient(crop=0.5, losses=["box", "mask"]), 1),
-        RefinementConfig(100, 100, 0, 10, BoxGradient(bound=2.0), 10_000),
+        RefinementConfig(0, 1, 100, 0.0, BoxGradient(crop=0.5, losses=["box", "mask"])),
+        RefinementConfig(100, 100, 0, 10, BoxGradient(bound=2.0)),
     ],
 )
 def test_dict_and_json_give_the_settings_back(config):
@@ -29,7 +29,6 @@ def test_dict_and_json_give_the_settings_back(config):
         ("iterations", (-1, 101, 2.5, True, None, "2")),
         ("train_iterations", (0, 101)),
         ("ascent_steps", (-1, 101)),
-        ("boxes_per_image", (0, 10_001)),
         ("iou_power", (-1e-9, 10.1, math.nan, True, "0.5")),
     ],
 )

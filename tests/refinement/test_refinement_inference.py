@@ -110,22 +110,30 @@ def test_deltas_that_cannot_be_followed_leave_the_box(delta):
     assert torch.cat(ious).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "settings", [{"score_threshold": 0.5}, {"boxes_per_image": 2}, {"ascent_steps": 3, "boxes_per_image": 3}]
-)
+@pytest.mark.parametrize("settings", [{"score_threshold": 0.5}, {"ascent_steps": 3, "score_threshold": 0.4}])
 def test_other_boxes_stay_in_place_and_order(free, settings):
     case = RefinementCase(torch.float32) if "ascent_steps" in settings else free
     whole = refined_by(case, ascent_steps=settings.get("ascent_steps", 0))[0]
     found, before = refined_by(case, **settings), detections(case)
     count = 0
     for image, (boxes, scores) in enumerate(zip(*before[:2])):
-        some = min(int((scores >= settings.get("score_threshold", 0)).sum()), settings.get("boxes_per_image", 100))
+        some = int((scores >= settings["score_threshold"]).sum())
         torch.testing.assert_close(found[0][image][:some], whole[image][:some], rtol=0, atol=1e-4)
         assert not some or not torch.equal(found[0][image][:some], boxes[:some])
         assert torch.equal(found[0][image][some:], boxes[some:])
         count += some
     assert 0 < count < 9
     assert_close(found[1:], before[1:])
+
+
+def test_every_one_of_many_detections_is_refined(case):
+    """A detection that kept its score would outrank those whose scores are weighted."""
+    boxes = [b.repeat(50, 1) for b in case.boxes]
+    found = refined_by(case, (boxes, *([b.new_ones(len(b)) for b in boxes] for _ in range(2))), iou_power=1.0)
+    for image, moved in enumerate(iterated(case, 2)[0]):
+        assert len(found[0][image]) == 50 * len(moved)
+        assert (found[0][image][:, None] - moved).abs().amax(2).amin(1).max() < 1e-3
+        assert found[1][image].max() < 1
 
 
 @pytest.mark.parametrize("settings", [{"ascent_steps": 2}, {"iou_power": 1.0}])
@@ -137,11 +145,11 @@ def test_a_threshold_that_no_score_reaches(case, settings):
 @pytest.mark.parametrize("power", [0.5, 2.0])
 def test_scores_are_weighted_and_detections_ranked(case, power):
     moved, ious = iterated(case, 2)
-    found = refined_by(case, iou_power=power, boxes_per_image=4)
+    found = refined_by(case, iou_power=power, score_threshold=0.4)
     for image, before in enumerate(zip(*detections(case))):
         wanted = []
         for k, (box, score, label) in enumerate(zip(*before)):
-            refined_box, weight = (moved[image][k], float(ious[image][k]) ** power) if k < 4 else (box, 1)
+            refined_box, weight = (moved[image][k], float(ious[image][k]) ** power) if score >= 0.4 else (box, 1)
             wanted.append((float(score) * weight, refined_box.tolist(), int(label)))
         scores, boxes, labels = zip(*sorted(wanted, key=lambda one: -one[0]))
         assert found[1][image].tolist() == pytest.approx(scores, rel=1e-4)
@@ -152,30 +160,31 @@ def test_scores_are_weighted_and_detections_ranked(case, power):
 @pytest.mark.parametrize("settings", [{"iterations": 0}, {"iterations": 2}, {"iterations": 1, "ascent_steps": 2}])
 def test_a_classifier_scores_the_last_crops_of_the_iterations(settings):
     case, seen, iterations = RefinementCase(std=0.5), [], settings["iterations"]
-    before, logits = detections(case), torch.randn(7, 3, dtype=torch.float64)
-    before = before[0], [scores.double() for scores in before[1]], before[2]
+    boxes, scores, labels = detections(case)
+    before = boxes, [of_image.double() for of_image in scores], labels
+    counts = [int((of_image >= 0.4).sum()) for of_image in scores]
+    logits = torch.randn(sum(counts), 3, dtype=torch.float64)
 
     def classify(crops):
         seen.append(crops)
         return logits
 
     with torch.no_grad():
-        cropped_at = [b[:4] for b in iterated(case, max(iterations - 1, 0))[0]]
-        ranked = {"iou_power": 1.0, "boxes_per_image": 4}
-        found = refine_detections(
-            configured(case, **ranked, **settings), case.features, before, SHAPES, classify=classify
-        )
+        cropped_at = [b[:count] for b, count in zip(iterated(case, max(iterations - 1, 0))[0], counts)]
+        some = configured(case, iou_power=1.0, score_threshold=0.4, **settings)
+        found = refine_detections(some, case.features, before, SHAPES, classify=classify)
         torch.testing.assert_close(seen[0], case.refinement.pool(case.features, cropped_at, SHAPES))
     equal = before[0], [torch.ones_like(scores) for scores in before[1]], before[2]
-    alone = refined_by(case, equal, boxes_per_image=4, **settings)
-    by_iou = refined_by(case, equal, **ranked, **settings)
+    alone = refined_by(case, equal, **settings)
+    by_iou = refined_by(case, equal, iou_power=1.0, **settings)
     ious = {tuple(box): iou for box, iou in zip(torch.cat(by_iou[0]).tolist(), torch.cat(by_iou[1]).tolist())}
     for image, (scores, labels) in enumerate(zip(*before[1:])):
         wanted = []
         for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
-            box = alone[0][image][k].tolist() if k < 4 else before[0][image][k].tolist()
-            again = float(logits[4 * image + k].softmax(0)[label]) if k < 4 else score
-            wanted.append((math.sqrt(score * again) * (ious[tuple(box)] if k < 4 else 1), label, *box))
+            is_refined, row = k < counts[image], sum(counts[:image]) + k
+            box = (alone if is_refined else before)[0][image][k].tolist()
+            again = float(logits[row].softmax(0)[label]) if is_refined else score
+            wanted.append((math.sqrt(score * again) * (ious[tuple(box)] if is_refined else 1), label, *box))
         rows = torch.cat([found[1][image][:, None], found[2][image][:, None], found[0][image]], 1)
         assert found[1][image].dtype == torch.float64
         torch.testing.assert_close(rows, torch.tensor(sorted(wanted, reverse=True), dtype=torch.float64))

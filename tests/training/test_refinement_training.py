@@ -173,7 +173,7 @@ def test_an_interrupted_run_goes_on_exactly_and_with_the_settings_of_training(ba
         fit(tmp_path / "other.ckpt", digits, tmp_path / "run", steps=3, ckpt_path="last")
     with pytest.raises(TrainingError, match=r"refinement\.train_iterations 3, this run has 2"):
         fit(base, digits, tmp_path / "run", steps=3, ckpt_path="last", config=RefinementConfig(train_iterations=2))
-    config = RefinementConfig(iterations=3, ascent_steps=1, boxes_per_image=7, iou_power=0.0)  # of test time alone
+    config = RefinementConfig(iterations=3, ascent_steps=1, iou_power=0.0)  # of test time alone
     fit(base, digits, tmp_path / "run", steps=3, config=config, ckpt_path="last")
     assert_equal(weights_of(last), weights_of(tmp_path / "whole" / "checkpoints" / "last.ckpt"))
     assert load_checkpoint(last).refinement.config == config
