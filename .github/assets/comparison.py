@@ -55,7 +55,7 @@ METHODS = {
     "stock": ["--model.crop=roi_align", *OFF, *PLAIN],
     "off": [*OFF, *PLAIN],  # swapped
     "bounded": [*BOUNDED, *PLAIN],  # swapped, with the box gradient
-    "longer": [*OFF, *PLAIN],  # "off" with a third more epochs or more
+    "longer": [*OFF, *PLAIN],  # "off" with 1.33 to 2 times the epochs
     "cascade": [*OFF, *PLAIN],
     "afterwards": [],  # "off" of the same seed, then tools/refine.py
     "detached": [*OFF, *DETACHED],  # refinement from the start
@@ -113,14 +113,11 @@ def parsed(work: Path, row: str) -> Training:
 
 
 def refined_afterwards(work: Path, row: str) -> dict[str, float]:
-    """Train a refinement of the detector of the row "off" of the same data and seed."""
+    """Train a refinement of the finished row "off" of the same data and seed."""
     data, _, seed = row.split("/")
-    detector = work / "runs" / data / "off" / seed
-    if not (detector / "checkpoints" / "last.ckpt").exists():  # results.json may come from another machine
-        train(work, f"{data}/off/{seed}")
     start = time.perf_counter()
     scores = refine(
-        checkpoint=detector,
+        checkpoint=work / "runs" / data / "off" / seed,
         root=folder_of(work, data),
         train_split="train",
         split="val",

@@ -71,7 +71,7 @@ class RefinedRoIHeads(RoIHeads):
         logits = self._classify(self.refinement.pool(features, decoded, image_shapes))
         label = torch.cat(labels)
         again = F.cross_entropy(logits, label, ignore_index=IGNORED, reduction="sum")
-        losses["loss_classifier_again"] = again / (label != IGNORED).sum().clamp(min=1)  # the mean, also of no box
+        losses["loss_classifier_again"] = again / (label != IGNORED).sum().clamp(min=1)  # 0 if all are ignored
         boxes, matched = sample_training_boxes(decoded, truth, image_shapes)
         return result, losses | unrolled_losses(self.refinement, features, boxes, matched, image_shapes)
 
