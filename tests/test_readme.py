@@ -37,7 +37,17 @@ EXAMPLES = [
 ]
 TOOLS = sorted({*re.findall(r"python tools/(\w+)\.py", "".join(DOCUMENTS.values()))})
 # Of other programs than ours: pip, torchrun, ruff, and scripts beside the documents.
-OTHERS = {"--no-deps", "--wheel-dir", "--nproc-per-node", "--help", "--size", "--batch", "--val_images", "--time"}
+OTHERS = {
+    "--no-deps",
+    "--wheel-dir",
+    "--nproc-per-node",
+    "--help",
+    "--size",
+    "--batch",
+    "--val_images",
+    "--time",
+    "--table",
+}
 OF_OUR_TESTS = ("--config", "--data.generate", "--model.refinement", "--model.box_gradient")
 # The README's commands run in a second each with these.
 ON_CPU = ["--workers=0", "--device=cpu"]
