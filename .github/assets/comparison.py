@@ -7,7 +7,7 @@
 
 A row is DATA/METHOD/SEED. DATA is digits, bccd, raccoon or deeppcb, which learn from train and are scored on val. To
 choose settings, digits-part, bccd-part, ... learn from three quarters of train and are scored on the rest. deeppcb640
-is deeppcb at its full size, for four epochs; it runs only if named. All data but digits are read from DETECTOR_DATA.
+is deeppcb at its full size, for eight epochs; it runs only if named. All data but digits are read from DETECTOR_DATA.
 FOLDER/results.json gets each row when it is done, and a second start skips it.
 """
 
@@ -38,13 +38,21 @@ SEEDS = (0, 1, 2)
 SETS = ("digits", "bccd", "raccoon", "deeppcb")
 ROUNDS = 7  # of the timing
 BCCD = ["--config=configs/bccd.yaml"]
-WHOLE = [f"--{section}.{side}_size=640" for section in ("data", "model.detector") for side in ("min", "max")]
+WHOLE = [
+    "--data.augmentation=[RandomHorizontalFlip,RandomVerticalFlip]",  # a circuit board has no upright position
+    "--data.min_size=[320,480,640]",  # in training; 640 in testing
+    "--data.max_size=640",
+    "--data.batch_size=1",  # so that images are not padded to the largest of a batch
+    "--model.optimizer.lr_rule=sqrt",
+    "--model.detector.min_size=640",
+    "--model.detector.max_size=640",
+]
 DATA = {
     "digits": ["--config=configs/quickstart.yaml"],
     "bccd": BCCD,
     "raccoon": [*BCCD, "--model.detector.anchor_sizes=[32,64,128,192,256]"],
     "deeppcb": [*BCCD, "--trainer.max_epochs=1"],  # at 320 of 640 pixels, to save time
-    "deeppcb640": [*BCCD, "--trainer.max_epochs=4", *WHOLE],
+    "deeppcb640": [*BCCD, "--trainer.max_epochs=8", *WHOLE],
 }
 OFF = ["--model.box_gradient={crop: 0, coder: 0}"]
 DETACHED = ["--model.refinement={box_gradient: {crop: 0, coder: 0}}"]
@@ -62,7 +70,7 @@ METHODS = {
     "through": [*OFF, *THROUGH],  # and through the boxes of its iterations
     "proposals": [*BOUNDED, *THROUGH],  # and from the box head's losses into the proposals
 }
-LONGER = {"digits": 6, "bccd": 12, "raccoon": 12, "deeppcb": 2, "deeppcb640": 6}  # epochs
+LONGER = {"digits": 6, "bccd": 12, "raccoon": 12, "deeppcb": 2, "deeppcb640": 12}  # epochs
 
 
 class CascadeTask(DetectionTask):
