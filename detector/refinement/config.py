@@ -23,8 +23,9 @@ class RefinementConfig:
         iou_power: Power of the predicted IoU in the score, 0 to 10: ``sqrt(score * again) * iou ** iou_power``, where
             ``again`` is the box head's softmax score of the last crop. 0 keeps the detector's scores.
         box_gradient: How gradients flow through the boxes between the training iterations. By default the boxes are
-            detached, as AP is the same either way. ``BoxGradient.exact()`` is the derivative, and ``bound`` limits the
-            gradient of later iterations relative to an iteration's own.
+            detached, which is simpler: on three sets AP differed by at most 0.010, with one seed.
+            ``BoxGradient.exact()`` is the derivative, and ``bound`` limits the gradient of later iterations relative to
+            an iteration's own.
 
     Raises:
         ModelError: A setting is out of its range.
