@@ -31,8 +31,8 @@ class Field(NamedTuple):
 
 
 FOUR = "4 finite numbers, x, y, width and height, each 0 or from 1e-100 to 1e9 in size"
-ID = Field(Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], "an integer of 64 bits", "i8")
-SIZE = Field(Annotated[int, Meta(ge=1, le=2**63 - 1)], "an integer of at least 1", "i8")
+ID = Field(Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)], "an integer of 64 bits, without a decimal point", "i8")
+SIZE = Field(Annotated[int, Meta(ge=1, le=2**63 - 1)], "an integer of at least 1, without a decimal point", "i8")
 TEXT = Field(str, "a string", "O", None)
 BOX = Field(tuple[Coordinate, Coordinate, Coordinate, Coordinate], FOUR, "4f8", (nan,) * 4)
 RESULT_BOX = Field(

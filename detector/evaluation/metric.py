@@ -61,6 +61,9 @@ def evaluate(
         DataError: a result is for an image or a category that ``truth`` does not have.
         ModelError: the evaluator's package is not installed.
     """
+    if 0 in truth.anns:  # pycocotools treats 0 as no match
+        annotations = [one | {"id": number} for number, one in enumerate(truth.dataset["annotations"], start=1)]
+        truth = index_coco({**truth.dataset, "annotations": annotations})
     return summary(match(truth, results, image_ids, evaluator=evaluator, iou_type=iou_type))
 
 

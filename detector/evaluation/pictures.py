@@ -154,8 +154,9 @@ def draw_outcomes(
             else:
                 segmentation = segmentation if "masks" in split.annotation_types else None
                 points = points if "keypoints" in split.annotation_types else points[:0]
-            found = kind == "found"
-            color = class_color(split.category_ids.index(shown["category_id"]) + 1) if found else mark.color
+            category, color = shown["category_id"], mark.color
+            if kind == "found" and category in split.category_ids:  # val may have classes that train lacks
+                color = class_color(split.category_ids.index(category) + 1)
             mask = as_rle(segmentation, image.shape[-2], image.shape[-1]) if segmentation else None
             scaled = (points * [factor, factor, 1]).tolist() or None
             boxes.append(Box(corners(shown), _caption(outcome, names), color, mark.stroke, mask, scaled))

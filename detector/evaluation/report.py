@@ -174,18 +174,18 @@ def _mean(values: np.ndarray) -> float | None:
     return float(defined.mean()) if defined.size else None
 
 
-def newest_report(folder: Path, weights: str) -> Report | None:
+def newest_report(folder: Path, **about: Any) -> Report | None:
     """Return the newest report of a detector in a run's folder and the folders in it.
 
     Args:
         folder: the run's folder.
-        weights: the digest of the detector's weights.
+        about: required values of ``Report.about``: ``weights``, the digest of the detector's weights, and others.
     """
     reports = []
     for path in (*folder.glob("report.json"), *folder.glob("*/report.json")):
         try:
             report = Report.from_dict(read_json(path))
-            if report.about["weights"] == weights:
+            if all(report.about[name] == value for name, value in about.items()):
                 reports.append(report)
         except (DataError, KeyError, TypeError):  # another program's file
             continue

@@ -15,7 +15,7 @@ from detector.choices import Orientation
 from detector.data.annotation_types import AnnotationType
 from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_categories, match_notes
-from detector.data.checks import FAR_FROM_BOX, IGNORED
+from detector.data.checks import CENTRES, CORNERS, FAR_FROM_BOX, IGNORED
 from detector.data.dataset import CocoDetection
 from detector.data.folder import DataFolder
 from detector.data.keypoints import KeypointLayout
@@ -41,6 +41,11 @@ EFFECTS_ON: dict[str, dict[str, str]] = {
     "boxes": {
         FAR_FROM_BOX: "AP by size and the errors of keypoints use these areas.",
         IGNORED: "They are scored as all others.",
+        "empty boxes": "They count as missed.",
+        "boxes outside their image": "They count as missed.",
+        "duplicate boxes": "An object counts twice, and is found once.",
+        CORNERS: "All scores are too low. Run tools/check.py.",
+        CENTRES: "All scores are too low. Run tools/check.py.",
     },
     "masks": {
         "masks without a pixel": "They count as missed in segm scores.",
@@ -202,12 +207,9 @@ def evaluate_predictions(
         split, options, detector, model, root, split_name: see :func:`evaluate_detector`.
         notes: remarks for the report.
     """
-    found_types, refinement = annotation_types_of(detector.model), None
+    found_types = annotation_types_of(detector.model)
     annotation_types, type_notes = scored_types(found_types, detector.keypoints, split.annotations)
-    if detector.refinement is not None:
-        config = detector.refinement.config
-        iterations = f"{config.iterations} iterations, {config.ascent_steps} ascent steps"
-        refinement = iterations if detector.refinement.enabled else "off"
+    refinement = None if detector.refinement is None else detector.refinement.description
     made = {"model": model, "crop": detector.crop, "refinement": refinement}
     made["weights"] = detector.digest()  # by which a model card recognizes its scores
     return evaluate_coco(
@@ -255,16 +257,15 @@ def evaluate_results(
     image_ids = truth.image_ids[: options.limit].tolist()
     if options.limit is not None:
         notes.append(f"Limited to the first {len(image_ids):,} of {len(truth):,} images.")
+    kept = set(image_ids)
+    listed = [result for result in listed if result["image_id"] in kept]
     counts = Counter((result["image_id"], result["category_id"]) for result in listed)
     if crowded := len({image for (image, _), count in counts.items() if count > MAX_PER_CLASS}):
-        notes.append(
-            f"{crowded:,} images have more than {MAX_PER_CLASS} results of one class; the metric uses the best."
-        )
+        notes.append(f"Images with more than {MAX_PER_CLASS} results of one class: {crowded:,}. Only the best count.")
     made = {"model": results, **dict.fromkeys(("crop", "refinement", "weights"))}
-    kept = set(image_ids)
     return evaluate_coco(
         coco_of(truth, image_ids),
-        Predictions(image_ids, [result for result in listed if result["image_id"] in kept]),
+        Predictions(image_ids, listed),
         about={**made, "data": str(annotations), "split": split_name, **circumstances(None)},
         annotation_types=annotation_types,
         options=options,

@@ -132,6 +132,7 @@ class Detector(nn.Module):
         Raises:
             DataError: an image cannot be read or used.
             ModelError: the weights are not float32.
+            ValueError: min_score is not in 0..1.
         """
         several = isinstance(image, list | tuple)
         images: list[Tensor] = []
@@ -152,8 +153,13 @@ class Detector(nn.Module):
             pixels: [3, H, W], uint8.
             found: one output of :meth:`detect_batch`.
             min_score: minimum score of a detection; one for all labels, or one for each.
+
+        Raises:
+            ValueError: a minimum score is not in 0..1.
         """
         least = torch.tensor(min_score, dtype=torch.float64).expand(len(self.category_names))
+        if not ((least >= 0) & (least <= 1)).all():
+            raise ValueError(f"min_score must be from 0 to 1, got {min_score}")
         shown = select(found, found["scores"].double() >= least[found["labels"] - 1])
         return Detections(pixels, category_names=self.category_names, layout=self.keypoints, **shown)
 

@@ -1,5 +1,6 @@
 """The model card of a saved detector."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def _scores(report: dict[str, Any]) -> tuple[str, list[EvalResult]]:
     title = f"By {_code(about['evaluator'])} on {int(about['images'])} images with {int(about['objects'])} objects of"
     title += f" {_code(split)}, {_code(about['time'][:10])}{unrefined}:"
     notes = [f"- {_code(note)}\n" for note in report["notes"]]
-    command = " ".join(about["command"].split()).replace("`", "'")
+    # Without private folders: --root=/home/me/bccd becomes --root=bccd.
+    words = [one if one.startswith("tools/") else re.sub("[^=]*/(?=.)", "", one) for one in about["command"].split()]
+    command = " ".join(words).replace("`", "'")
     lines = [title, "", "| | | |", "|---|---|---|", *rows, "", *notes, "```sh", command, "```"]
     return "\n".join(lines), results
 

@@ -83,10 +83,15 @@ def export_onnx(
         Notes: whether the graph was compared with PyTorch, and what it lacks.
 
     Raises:
-        ExportError: a package is missing, the model cannot be exported, or the graph is wrong.
+        ExportError: a package is missing, an argument is out of its range, the model cannot be exported, or the graph
+            is wrong.
         OSError: the file cannot be written.
     """
     onnx = _import("onnx")
+    if not 16 <= opset <= 20:  # PyTorch would print the whole graph
+        raise ExportError(f"opset must be 16 to 20, got {opset}")
+    if batch_size < 1:
+        raise ExportError(f"batch_size must be at least 1, got {batch_size}")
     _check_model(model)
     side, refinement = _example_side(model), refinement_of(model)
     graph = onnx.load_from_string(_trace(model, torch.rand(batch_size, 3, side, side), opset))

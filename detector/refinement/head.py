@@ -49,5 +49,11 @@ class Refinement(nn.Module):
         self.pool.size_divisible = size_divisible
         self.head = RefinementHead(heads)
 
+    @property
+    def description(self) -> str:
+        """The iterations and the ascent steps of a box, or "off"."""
+        steps = f"{self.config.iterations} iterations, {self.config.ascent_steps} ascent steps"
+        return steps if self.enabled else "off"
+
     def forward(self, features: Features, boxes: Boxes, image_sizes: Sizes) -> tuple[Tensor, Tensor]:
         return self.head(self.pool(features, boxes, image_sizes))

@@ -99,7 +99,7 @@ def _save(detector: "Detector", folder: Path, home: Path) -> None:
         replaced = False
     if not replaced:
         raise DataError("holds other files; give another folder", setting="output", value=str(folder))
-    report, generated = newest_report(home, detector.digest()), is_generated(folder / CARD)
+    report, generated = newest_report(home, weights=detector.digest()), is_generated(folder / CARD)
     detector.save(folder, report=None if report is None else report.to_dict())
     card = "the model card, without scores: tools/eval.py has not scored these weights in this run folder"
     if report is not None:

@@ -132,10 +132,12 @@ def _best_scores(detector: "Detector", called: str) -> list[float]:
 
     auto: Any = {"setting": "min_score", "value": "auto"}
     folders = [run_folder(Path(called)), Path("runs")] if Path(called).exists() else [Path("runs")]
-    reports = [report for folder in folders if (report := newest_report(folder, detector.digest())) is not None]
+    made = {"weights": detector.digest(), "refinement": detector.refinement and detector.refinement.description}
+    reports = [report for folder in folders if (report := newest_report(folder, **made)) is not None]
     if not reports:
         places = " or ".join(f"{folder}/" for folder in folders)
-        raise ModelError(f"no report.json in {places} is on these weights; run tools/eval.py, or give a score", **auto)
+        which = f"these weights with this refinement ({made['refinement']})" if made["refinement"] else "these weights"
+        raise ModelError(f"no report.json in {places} is on {which}; run tools/eval.py, or give a score", **auto)
     report = max(reports, key=lambda report: str(report.about.get("time", "")))
     about = " on ".join(clean(str(report.about[name])) for name in ("time", "data") if name in report.about)
     points = report.operating_points

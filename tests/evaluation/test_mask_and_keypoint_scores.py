@@ -14,6 +14,7 @@ from support.scored import annotations_of
 from support.tiny_models import batch, tiny_rcnn
 
 from detector.data.annotations import read_annotations
+from detector.data.checks import CENTRES, CORNERS
 from detector.data.keypoints import PERSON, KeypointLayout
 from detector.data.masks import as_rle, decode_masks
 from detector.data.results import to_results
@@ -282,6 +283,27 @@ def test_warnings_about_the_annotations_are_notes(evaluation_of):
         "Objects without keypoints: 1",
     ]
     assert len(evaluation_of(only(results, "bbox"), content).report.notes) == 2
+
+
+def test_boxes_that_change_ap_are_noted(evaluation_of):
+    content = truth(5)
+    given = [one for one in content["annotations"] if not one["iscrowd"]]
+    results = only(detections(content), "bbox")
+    given[0]["bbox"][2] = 0
+    given[1]["bbox"][0] = 1e6
+    content["annotations"].append(given[2] | {"id": 10_000})
+    notes = [note.partition(".")[0] for note in evaluation_of(results, content).report.notes]
+    assert {"Empty boxes: 1", "Boxes outside their image: 1", "Duplicate boxes: 1"} <= {*notes}
+
+
+@pytest.mark.parametrize(("kind", "box"), [(CORNERS, [60, 40, 110, 85]), (CENTRES, [70, 50, 60, 60])])
+def test_boxes_in_another_format_are_noted(evaluation_of, kind, box):
+    content = truth(5)
+    results = only(detections(content), "bbox")
+    for annotation in content["annotations"]:
+        annotation["bbox"] = box
+    (note,) = [note for note in evaluation_of(results, content).report.notes if kind[1:] in note]
+    assert "tools/check.py" in note
 
 
 def test_images_that_cannot_be_drawn_are_noted_in_all_files(evaluation_of, tmp_path):

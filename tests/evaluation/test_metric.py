@@ -17,7 +17,7 @@ from detector.data.masks import MaskLayers, encode_masks
 from detector.errors import DataError, ModelError
 from detector.evaluation import SUMMARY, detect_with_losses, evaluate, to_results
 from detector.evaluation.running import predict
-from detector.evaluation.truth import coco_of
+from detector.evaluation.truth import coco_of, index_coco
 from detector.rcnn.sampling import seed_sampling
 from detector.rcnn.swap import swap_crop_head
 
@@ -34,6 +34,14 @@ def test_perfect_half_nothing_and_no_truth():
     scores, _ = evaluate(coco, [])
     assert scores["AP"] == scores["AP90"] == scores["AR100"] == 0
     assert evaluate(truth([]), [])[0]["AP"] == -1
+
+
+def test_an_annotation_with_id_0():
+    coco = truth([(1, 5, [10, 10, 40, 40]), (2, 5, [0, 0, 50, 50])])
+    for annotation in coco.dataset["annotations"]:
+        annotation["id"] -= 1
+    coco = index_coco(coco.dataset)
+    assert evaluate(coco, [result(1, [10, 10, 40, 40]), result(2, [0, 0, 50, 50])])[0]["AP"] == pytest.approx(1)
 
 
 def test_iou_thresholds():

@@ -113,6 +113,15 @@ def test_ground_truth_beside_detections(tmp_path):
         assert not changed(drawn.crop((496, 28, 976, 268))).any()
 
 
+def test_classes_that_the_detector_lacks_are_drawn(tmp_path, monkeypatch):
+    split = write_split(tmp_path)
+    truth = coco_of(split.annotations).anns[1]
+    monkeypatch.setattr(split, "category_ids", [one for one in split.category_ids if one != truth["category_id"]])
+    ((_, color, _, _),) = drawn_boxes(split, monkeypatch, BoxOutcome("found", truth, None))
+    assert color == MARKS["found"].color
+    draw_examples(split, {1: [BoxOutcome("missed", truth, None)]}, tmp_path / "a.png")
+
+
 def test_pictures_show_what_was_counted(tmp_path, monkeypatch):
     """The boxes that are drawn are those of the counts beside them."""
     root, least = write_shapes(tmp_path / "shapes"), 0.5

@@ -418,5 +418,6 @@ def test_the_newest_report_of_the_same_weights(tmp_path):
     for name, content in (("list", "[1]"), ("other", '{"a": 1}'), ("text", "x")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(content)
-    assert newest_report(tmp_path, "w").about["time"] == "2026-01-03"
-    assert newest_report(tmp_path, "u") is None
+    assert newest_report(tmp_path, weights="w").about["time"] == "2026-01-03"
+    assert newest_report(tmp_path, weights="u") is None
+    assert newest_report(tmp_path, weights="w", refinement="off") is None

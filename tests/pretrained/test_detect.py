@@ -218,6 +218,9 @@ def test_min_score(detector):
     assert (len(nothing), nothing.names, list(nothing)) == (0, [], [])
     assert repr(nothing).startswith("0 detections in an image of 64 x 48")
     nothing._repr_png_()
+    for score in (-0.1, 50, float("nan")):
+        with pytest.raises(ValueError, match="min_score"):
+            detector.detect(scene(), min_score=score)
 
 
 def test_every_module_keeps_its_mode():

@@ -615,7 +615,7 @@ def test_a_refinement_is_on_unless_it_is_switched_off(checkpoint, photos, run):
 
 
 def write_report(path, points, weights, **about):
-    about = {"weights": weights, "time": "2030-01-02T03:04:05+00:00"} | about
+    about = {"weights": weights, "refinement": None, "time": "2030-01-02T03:04:05+00:00"} | about
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about} | ({} if points is None else {"operating_points": points})))
 
@@ -649,6 +649,7 @@ def test_auto_takes_the_scores_of_the_last_report_on_these_weights(photos, train
     write_report(home / "eval-val" / "report.json", points_of(least.values(), overall), digest)
     write_report(home / "eval-old" / "report.json", points_of([0, 0, 0]), digest, time="2029-12-31")
     write_report(home / "eval-other" / "report.json", points_of([0, 0, 0]), "sha256:0", time="2031")
+    write_report(home / "eval-refined" / "report.json", points_of([0, 0, 0]), digest, time="2031", refinement="off")
     capsys.readouterr()
     run(photos, checkpoint=trained, min_score="auto")
     assert "2030-01-02" in capsys.readouterr().out
