@@ -91,7 +91,7 @@ def check_dataset(
     pairs = [(first.setdefault(alike(name), name), name) for name in names]
     findings += [_alike(file.path, *pair) for pair in pairs if pair[0] != pair[1]]
     if not any(finding.level == "error" for finding in findings):
-        is_moved = any(finding.kind in (checks.CORNERS, checks.CENTRES) for finding in findings)
+        is_moved = any(finding.kind == checks.CENTRES for finding in findings)
         findings += _check_anchors(file, is_moved, anchor_advice)
         for annotation_type in get_args(AnnotationType):
             findings += check_annotation_type(file, annotation_type, broken="warning")

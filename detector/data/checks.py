@@ -57,10 +57,10 @@ def check_results(entries: Entries, image_ids: np.ndarray, category_ids: np.ndar
         yield from _unknown(entries, field, np.isin(entries[field], known), "which the annotations do not have")
 
 
-def no_box(path: str | Path) -> Finding:
-    """Return the error for a file without a box to train on."""
+def no_box(path: str | Path, use: str = "train on") -> Finding:
+    """Return the error for a file without a box to train on, or to score."""
     what = "there are no annotations, or each is a crowd or has a bbox that is empty or outside its image"
-    return Finding("no box to train on", "error", f"{path}: no box to train on: {what}")
+    return Finding(f"no box to {use}", "error", f"{path}: no box to {use}: {what}")
 
 
 def _wrong_fields(entries: Entries) -> Iterator[Finding]:
@@ -189,7 +189,7 @@ def _check_convention(path: Any, boxes: np.ndarray) -> Iterator[Finding]:
         yield Finding(NORMALISED, "error", f"{begin}; {coco}: multiply by the image's width and height")
     elif outside >= 10 and corners >= 0.99 * count and outside > count / 2:
         begin += f" {corners:,} would not as corners x1, y1, x2, y2"
-        yield Finding(CORNERS, "warning", f"{begin}; {coco}: subtract x1 from x2, and y1 from y2")
+        yield Finding(CORNERS, "error", f"{begin}; {coco}: subtract x1 from x2, and y1 from y2")
     elif outside >= 10 and centres >= 0.99 * count and outside > count / 20:
         begin += f" {centres:,} would not if x and y were their centres"
         yield Finding(CENTRES, "warning", f"{begin}; {coco}: subtract half of width and height from x and y")

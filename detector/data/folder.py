@@ -36,7 +36,12 @@ class DataFolder:
 
     def dataset(self, split: str, **options: Any) -> CocoDetection:
         """Read a split, with options of :class:`~detector.data.dataset.CocoDetection`."""
+        if not self.root.is_dir():
+            raise DataError("no such folder", setting="root", value=str(self.root))
         images, annotations = self.image_folder(split), self.annotation_file(split)
+        others = [path.name for path in self.root.glob(self.annotations.replace("{split}", "*"))]
+        if others and annotations.name not in others and not annotations.exists():
+            raise DataError(f"{annotations}: no such file; split {split!r} is not among {', '.join(sorted(others))}")
         return CocoDetection(images, annotations, orientation=self.orientation, **options)
 
 

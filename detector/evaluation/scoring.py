@@ -15,7 +15,7 @@ from detector.choices import Orientation
 from detector.data.annotation_types import AnnotationType
 from detector.data.annotations import Annotations, read_annotations
 from detector.data.categories import match_categories, match_notes
-from detector.data.checks import CENTRES, CORNERS, FAR_FROM_BOX, IGNORED
+from detector.data.checks import CENTRES, FAR_FROM_BOX, IGNORED, no_box
 from detector.data.dataset import CocoDetection
 from detector.data.folder import DataFolder
 from detector.data.keypoints import KeypointLayout
@@ -44,7 +44,6 @@ EFFECTS_ON: dict[str, dict[str, str]] = {
         "empty boxes": "They count as missed.",
         "boxes outside their image": "They count as missed.",
         "duplicate boxes": "An object counts twice, and is found once.",
-        CORNERS: "All scores are too low. Run tools/check.py.",
         CENTRES: "All scores are too low. Run tools/check.py.",
     },
     "masks": {
@@ -115,11 +114,18 @@ class Evaluation:
 
 
 def split_for(detector: Detector, folder: DataFolder, split: str, *, skip_missing: bool = False) -> CocoDetection:
-    """Return a split with the masks and keypoints that the detector finds, if the split has them."""
+    """Return a split with the masks and keypoints that the detector finds, if the split has them.
+
+    Raises:
+        DataError: the split cannot be read, or has no box.
+    """
     try:
-        return folder.dataset(split, annotation_types=annotation_types_of(detector.model), skip_missing=skip_missing)
+        data = folder.dataset(split, annotation_types=annotation_types_of(detector.model), skip_missing=skip_missing)
     except MissingAnnotationsError:  # the report says so
-        return folder.dataset(split, skip_missing=skip_missing)
+        data = folder.dataset(split, skip_missing=skip_missing)
+    if not data.counts().any():
+        raise DataError(no_box(folder.annotation_file(split), "score").message)
+    return data
 
 
 def evaluate_detector(

@@ -49,7 +49,8 @@ def read_weights(path: str | Path, *, legacy: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except Exception as error:  # torch.load raises errors of any type for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # After the first sentence, PyTorch advises to read untrusted pickles.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise ModelError(f"{path}: cannot be read as weights (cut off, or not a weights file?): {reason}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: must hold a dict, not a {type(content).__name__}")

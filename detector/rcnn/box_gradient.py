@@ -27,9 +27,9 @@ class BoxGradient:
     Args:
         crop: Scale of the crop path's gradient, 0 to 1.
         coder: Scale of the coder path's gradient, 0 to 1. Only the box loss takes this path.
-        losses: The losses that move proposals: "box", "classification", "mask", "keypoint".
-        bound: Maximum norm of this gradient at an anchor's four deltas, relative to the norm of the gradient of the
-            RPN's own box loss there. ``None`` sets no limit.
+        losses: The losses that move proposals: "box", "classification", "mask", "keypoint". A refinement has only one.
+        bound: Maximum norm of this gradient at a box's four deltas, relative to the norm of the gradient of their own
+            box loss: that of the RPN, or of a refinement iteration. ``None`` (null in a file) sets no limit.
 
     Raises:
         ValueError: A scale is outside [0, 1], a loss is unknown, or the bound is not positive.

@@ -21,7 +21,8 @@ class RefinementConfig:
         train_iterations: Number of refinement iterations in training, 1 to 100. Their losses are summed.
         ascent_steps: Maximum number of gradient ascent steps at test time, 0 to 100.
         iou_power: Power of the predicted IoU in the score, 0 to 10: ``sqrt(score * again) * iou ** iou_power``, where
-            ``again`` is the box head's softmax score of the last crop. 0 keeps the detector's scores.
+            ``again`` is the box head's softmax score of the last crop. 0 keeps the detector's scores,
+            without ``again``.
         box_gradient: How gradients flow through the boxes between the training iterations. By default the boxes are
             detached, which is simpler: on three sets AP differed by at most 0.010, with one seed.
             ``BoxGradient.exact()`` is the derivative, and ``bound`` limits the gradient of later iterations relative to

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse.typing import PositiveInt
 
-from detector.errors import exit_on_user_error
+from detector.errors import UsageError, exit_on_user_error
 from detector.tools.cli import flag_names, given_arguments
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--epochs", type=PositiveInt, default=3, help="Number of epochs to show each image in.")
         with exit_on_user_error(flag_names(parser)):
             config = read_settings(parser, given)
+            if Path(config.output).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+                raise UsageError("must end in .png or .jpg", setting="output", value=config.output)
             made = instantiated(lambda: parser.instantiate(config))
             data, types = made.data, made.model.annotation_types
             data.prepare_data()

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 import yaml  # type: ignore[import-untyped]
@@ -108,12 +109,34 @@ def parse_arguments(parser: ArgumentParser, arguments: Sequence[str]) -> Namespa
     try:
         return parser.parse_args(underscored(arguments, switches))
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
-        # The first line is the key; the others are reasons, one for each type that the value could have had.
-        key, *lines = str(error).splitlines()
-        reasons = [line.strip()[2:] for line in lines if line.strip()[:2] == "- " and "NoneType" not in line] or lines
-        given = [line.replace("Given value:", "got") for line in lines if "Given value:" in line]
-        message = " ".join(" ".join([key, *reasons, *given]).split())
-        raise UsageError(_readable(message)) from None
+        raise UsageError(_unknown_name(str(error), parser) or _wrong_value(str(error))) from None
+
+
+def _unknown_name(text: str, parser: ArgumentParser) -> str | None:
+    """Name the flag, setting or class that does not exist, or return ``None`` for other errors of jsonargparse."""
+    if text.startswith("unrecognized arguments:"):
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flag = next((word.partition("=")[0] for word in text.split() if word.startswith("--")), "")
+        close = get_close_matches(flag, flags, n=1)
+        return f"{text}; did you mean {close[0]}?" if close else text
+    name = ".".join(re.findall('Parser key "(.+?)":', text))
+    if unknown := re.search("Option '(.+?)' is not accepted", text):
+        return f"--{name}: has no setting {unknown[1]!r}"
+    if unknown := re.search("dot import path string: (.+?)(\\. Got value.*)?$", text, re.MULTILINE):
+        return f"--{name}: there is no class {unknown[1]!r}"
+    return None
+
+
+def _wrong_value(text: str) -> str:
+    """Say in one line which value is wrong, from jsonargparse's message of several lines."""
+    *outer, inner = text.split('Parser key "')[1:] or [text]
+    if outer:  # a setting of a class: the innermost message says it
+        text = f'Parser key "{".".join(one.partition(chr(34))[0] for one in outer)}.{inner.partition("    - ")[0]}'
+    # The first line is the key; the others are reasons, one for each type that the value could have had.
+    key, *lines = text.splitlines()
+    reasons = [line.strip()[2:] for line in lines if line.strip()[:2] == "- " and "NoneType" not in line] or lines
+    given = [line.replace("Given value:", "got") for line in lines if "Given value:" in line]
+    return _readable(" ".join(" ".join([key, *reasons, *given]).split()))
 
 
 def _readable(message: str) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from detector.choices import Crop, Orientation
+from detector.errors import ModelError
 from detector.run_folders import run_folder
 from detector.tools.cli import run_tool
 
@@ -50,13 +51,14 @@ def refine(
 ) -> dict[str, float] | None:
     """Train a refinement of a detector's boxes: a small head on top of the frozen detector.
 
-    The detector's weights do not change. The head crops the detector's feature maps at a box, and predicts the object's
-    box and the IoU of the two. It learns from the boxes of the train split, whatever their classes. Then the split is
-    scored without and with the refinement. The run folder gets checkpoints/last.ckpt, which the other tools and
-    load_detector read like any other checkpoint, scores.json, detections.json, report.json and report.html.
+    The detector's weights do not change. It must not have a refinement: tools/train.py with --model.refinement null
+    trains such a detector. The head crops the detector's feature maps at a box, and predicts the object's box and the
+    IoU of the two. It learns from the boxes of the train split, whatever their classes. Then the split is scored
+    without and with the refinement. The run folder gets checkpoints/last.ckpt, which the other tools and load_detector
+    read like any other checkpoint, scores.json, detections.json, report.json and report.html.
 
     Examples:
-        python tools/refine.py --checkpoint runs/bccd --root BCCD --train_split train --split val
+        python tools/refine.py --checkpoint runs/stock --root BCCD --train_split train --split val
         python tools/refine.py --model fasterrcnn_resnet50_fpn --weights DEFAULT --crop affine --root COCO_FOLDER
 
     Args:
@@ -118,6 +120,9 @@ def refine(
     place = pick_device(device)
     folder = data_folder(root, dataset, annotations, images, orientation)
     detector, name = load_source(checkpoint, model, weights, crop)
+    if detector.refinement is not None:
+        hints = ["score it with tools/eval.py --refine both", "give a detector without one"]
+        raise ModelError("has a refinement already", setting="checkpoint", value=str(checkpoint), hints=hints)
     score_on = split_for(detector, folder, split)
     match_categories(detector, score_on)  # fails before the training
     gradients = {"exact": BoxGradient.exact(), "bound": BoxGradient(), "off": BoxGradient(crop=0, coder=0)}

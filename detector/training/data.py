@@ -86,6 +86,10 @@ class CocoDataModule(lightning.LightningDataModule):
         for name, (value, least) in minimum.items():
             if value < least:
                 raise DataError(f"must be {least} or more", setting=name, value=value)
+        sizes = [] if min_size is None else [min_size] if isinstance(min_size, int) else list(min_size)
+        for name, side in [*(("min_size", side) for side in sizes), ("max_size", max_size)]:
+            if not 1 <= side <= 10_000:
+                raise DataError("must be from 1 to 10000", setting=name, value=side)
         self.root = find_root(root, dataset)
         self.folder = DataFolder(self.root, annotations, images, orientation)
         self.train_split, self.val_split = train_split, val_split
@@ -95,8 +99,7 @@ class CocoDataModule(lightning.LightningDataModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.skip_broken, self.generate = skip_broken, generate
         transforms = [v2.RandomHorizontalFlip()] if augmentation is None else list(augmentation)
-        if min_size is not None:  # without antialiasing, as the detector resizes images in testing
-            sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+        if sizes:  # without antialiasing, as the detector resizes images in testing
             transforms.append(RandomShortestSize(sizes, max_size, antialias=False))
         self.train_transform = v2.Compose(transforms) if transforms else None
         self.notes: list[str] = []  # on the splits, for the report
@@ -118,8 +121,9 @@ class CocoDataModule(lightning.LightningDataModule):
         notes += [f"{train}: {note}" for note in split_checks.leave_out_without_keypoints(self.train_set)]
         for note in notes:
             rank_zero_info(note)
-        if not self.train_set.counts().any():
-            raise DataError(no_box(self.folder.annotation_file(train)).message)
+        for name, data, use in ((train, self.train_set, "train on"), (val, self.val_set, "score")):
+            if not data.counts().any():
+                raise DataError(no_box(self.folder.annotation_file(name), use).message)
         for note in split_checks.shared_images(self.train_set, self.val_set) if self._ranks()[1] == 0 else ():
             rank_zero_info(f"{val}: {note}")
         self.notes = notes

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from detector.data import split_checks
 from detector.data.annotation_types import AnnotationType
 from detector.data.batches import Item, TrainingBatches
 from detector.data.categories import match_categories, match_notes
@@ -132,6 +133,8 @@ class RefinementData(CocoDataModule):
         if not data.counts().any():
             raise DataError(no_box(self.folder.annotation_file(self.train_split)).message)
         data.keep([image_id for image_id, boxes in zip(data.image_ids, data.counts(), strict=True) if boxes])
+        shared = split_checks.shared_images(data, self.val_set) if self._ranks()[1] == 0 else ()
+        self.notes += [f"{self.val_split}: {note}" for note in shared]
         for note in (*self.notes, f"{self.train_split}: {len(data):,} images with boxes to learn from"):
             rank_zero_info(note)
 

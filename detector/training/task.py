@@ -178,6 +178,8 @@ class DetectionTask(lightning.LightningModule):
         than a batch is one batch, and Lightning steps at an epoch's end.
         """
         trainer = self.trainer
+        if trainer.limit_train_batches == 0:
+            raise TrainingError("there is no batch to train on", hints=("raise {limit_train_batches}",))
         trainer.fit_loop.setup_data()  # counts the batches
         batches, accumulated = int(trainer.num_training_batches), trainer.accumulate_grad_batches
         images = min(trainer.world_size * self.data.batch_size, len(self.data.train_set)) * min(accumulated, batches)

@@ -332,7 +332,7 @@ def normalised(convention):
 
 
 NORMALISED = ("error", "annotation file whose boxes look normalised (0..1)")
-CORNERS = ("warning", "annotation file whose boxes look like corners (x1, y1, x2, y2)")
+CORNERS = ("error", "annotation file whose boxes look like corners (x1, y1, x2, y2)")
 CENTRES = ("warning", "annotation file whose boxes look like centres (cx, cy, width, height)")
 
 

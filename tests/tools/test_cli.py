@@ -18,6 +18,7 @@ from support.tiny_training import REPOSITORY
 from detector import tools
 from detector.errors import ModelError, exit_on_user_error
 from detector.tools.cli import flag_names, make_parser, run_tool, underscored
+from detector.tools.training_cli import main as train
 from detector.training.failures import Interrupted
 
 TOOLS = {"check": tools.check, "eval": tools.evaluate, "export": tools.export, "predict": tools.predict}
@@ -219,6 +220,20 @@ def test_a_training_refuses_before_torch(name, without_torch):
     done = run(name, **without_torch)
     assert done.returncode == 2
     assert f"python tools/{name}.py --config" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--data.rooot", "x", "did you mean --data.root"),
+        ("--data.augmentation", "[RandomHorizontalFlop]", "--data.augmentation: .*RandomHorizontalFlop'$"),
+        ("--model.refinement", "{iteration: 3}", "--model.refinement: .*iteration'$"),
+        ("--model.refinement.iterations", "two", "--model.refinement.iterations: .*integer, got two$"),
+    ],
+)
+def test_wrong_settings_of_a_training_are_named(flag, value, words):
+    with refused(words):
+        train(["--config", str(REPOSITORY / "configs" / "bccd.yaml"), flag, value])
 
 
 @pytest.mark.slow

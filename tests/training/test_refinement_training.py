@@ -213,7 +213,14 @@ def test_one_image_with_another_class_is_enough(base, digits, tmp_path):
     assert weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")[LEARNED].abs().max() > 0
 
 
-def test_mistakes(base, digits, tmp_path):
+def test_shared_images_are_noted(digits):
+    val = CocoDetection(digits / "val", digits / "annotations" / "instances_val.json")
+    data = RefinementData(val, root=str(digits), train_split="val", val_split="val", workers=0)
+    data.setup()
+    assert [note for note in data.notes if "byte for byte" in note]
+
+
+def test_mistakes(base, refined, digits, tmp_path):
     empty = changed_copy(digits, tmp_path / "empty", "train", lambda content: content["annotations"].clear())
     with pytest.raises(DataError, match=r"instances_train\.json"):
         fit(base, empty, tmp_path / "run")
@@ -222,6 +229,7 @@ def test_mistakes(base, digits, tmp_path):
         (r"instances_nosuch\.json", 1, {"split": "nosuch"}),
         ("checkpoint", 2, {"model": "fasterrcnn_resnet50_fpn"}),
         ("nosuch.ckpt", 1, {"checkpoint": "nosuch.ckpt"}),
+        ("--checkpoint .*refinement", 1, {"checkpoint": refined}),
         ("lr", 2, {"lr": 0}),
         ("iterations", 1, {"iterations": 101}),
     ):

@@ -162,6 +162,23 @@ def test_browse_shows_the_augmentation_of_the_seed(digits, tmp_path):
         assert browse([*settings, f"--output={output}", f"--seed_everything={seed}"]) == 0
         sheets.append(output.read_bytes())
     assert sheets[0] == sheets[1] != sheets[2]
+    with refused("--output 'sheet'"):
+        browse([*settings, "--output=sheet"])
+
+
+@pytest.mark.parametrize("setting", [{"min_size": 0}, {"min_size": [64, -5]}, {"max_size": 10_001}])
+def test_sizes_out_of_range_are_refused(digits, setting):
+    with pytest.raises(DataError) as error:
+        CocoDataModule(str(digits), **setting)
+    assert error.value.setting == next(iter(setting))
+
+
+def test_folders_and_splits_that_do_not_exist_are_named(digits, tmp_path):
+    with pytest.raises(DataError) as error:
+        set_up(tmp_path / "none")
+    assert (error.value.setting, error.value.value) == ("root", str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"val2017.* instances_train.json, instances_val.json"):
+        set_up(digits, val_split="val2017")
 
 
 def test_ctrl_c_while_scoring_stops_at_once(digits, tmp_path, monkeypatch, ctrl_c):
@@ -197,6 +214,8 @@ def test_a_finished_run_is_only_scored_again(digits, tmp_path):
 def test_a_run_without_a_step_is_refused(digits, tmp_path):
     with refused("first step.*max_time", code=1):
         tiny_run(digits, tmp_path / "run", "--trainer.max_time=00:00:00:00")
+    with refused("--trainer.limit_train_batches", code=1):
+        tiny_run(digits, tmp_path / "run", "--trainer.limit_train_batches=0")
     assert not (tmp_path / "run").exists()
 
 
@@ -313,6 +332,9 @@ def test_data_without_a_box_or_a_common_category_is_refused(digits, tmp_path):
 
     empty = changed_copy(digits, tmp_path / "empty", "train", lambda content: content["annotations"].clear())
     with pytest.raises(DataError, match=r"instances_train\.json"):
+        set_up(empty)
+    empty = changed_copy(digits, tmp_path / "no-val", "val", lambda content: content["annotations"].clear())
+    with pytest.raises(DataError, match=r"instances_val\.json"):
         set_up(empty)
     with pytest.raises(DataError, match=r"val: .*number 0"):
         set_up(changed_copy(digits, tmp_path / "other", "train", rename))
