@@ -88,6 +88,8 @@ def short_repr(value: Any) -> str:
 def one_line(error: BaseException, flag_of: FlagOf = str) -> str:
     """Return an error's message as one line, without the traceback that a loader's worker prepends."""
     text = error.describe(flag_of) if isinstance(error, UserError) else str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"  # without the number of the error
     if "Original Traceback" in text:
         text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
     return " ".join(text.split()) or type(error).__name__

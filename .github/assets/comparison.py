@@ -56,7 +56,7 @@ DATA = {
 }
 OFF = ["--model.box_gradient={crop: 0, coder: 0}"]
 DETACHED = ["--model.refinement={box_gradient: {crop: 0, coder: 0}}"]
-THROUGH = ["--model.refinement={box_gradient: {bound: null}}"]
+THROUGH = ["--model.refinement={box_gradient: {crop: 1, coder: 1, bound: null}}"]
 BOUNDED = ["--model.box_gradient={crop: 1, coder: 1, bound: 0.1}"]
 PLAIN = ["--model.refinement=null"]
 METHODS = {
@@ -68,7 +68,7 @@ METHODS = {
     "afterwards": [],  # "off" of the same seed, then tools/refine.py
     "detached": [*OFF, *DETACHED],  # refinement from the start
     "through": [*OFF, *THROUGH],  # and through the boxes of its iterations
-    "proposals": [*BOUNDED, *THROUGH],  # and from the box head's losses into the proposals
+    "proposals": [*BOUNDED, *DETACHED],  # "detached", and from the box head's losses into the proposals
 }
 LONGER = {"digits": 6, "bccd": 12, "raccoon": 12, "deeppcb": 2, "deeppcb640": 12}  # epochs
 

@@ -131,6 +131,12 @@ def test_errors_name_the_flags_of_the_tool():
     assert str(error) == "limit 3: wrong: lower workers"
 
 
+def test_errors_of_the_system_name_the_file(tmp_path):
+    (tmp_path / "file").touch()
+    with refused(f"{tmp_path}/file: file exists$", code=1), exit_on_user_error():
+        (tmp_path / "file").mkdir()
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         called("--help")
