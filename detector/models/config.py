@@ -78,7 +78,7 @@ class DetectorConfig:
         box_bg_iou_threshold: IoU below which an RoI is negative.
         rois_per_image: number of sampled RoIs per image that train the box head.
         detections_per_image: maximum number of detections per image.
-        score_threshold: minimum score of a detection.
+        score_threshold: minimum score of a detection, before a refinement changes it.
 
     Raises:
         ModelError: a value has the wrong type or is out of range.

@@ -40,6 +40,7 @@ OUTPUTS = {  # for an image, by annotation type
     "keypoints": {"keypoints": "(x, y, 1) in pixels", "keypoints_scores": "logits"},
 }
 INPUT = {"name": "images", "dtype": "float32", "layout": "NCHW", "colors": "RGB", "range": [0, 1], "size": "any"}
+THRESHOLD = "score_threshold"  # an input of the graph until it has been compared
 # Tolerances of the comparison with PyTorch. They allow for the rounding errors of deep networks with random weights.
 BOX_TOLERANCE = 3e-4  # times the longer side of the image
 SCORE_TOLERANCE = 2e-3
@@ -103,10 +104,10 @@ def export_onnx(
     if importlib.util.find_spec("onnxruntime") is not None:
         _compare(model, graph.SerializeToString(), batch_size)
         notes = ["onnxruntime's detections equal PyTorch's"]
-    for name, threshold in _thresholds(model).items():  # the inputs of the comparison become constants
-        (given,) = (value for value in graph.graph.input if value.name == name)
-        graph.graph.input.remove(given)
-        graph.graph.initializer.append(onnx.numpy_helper.from_array(threshold.numpy(), name))
+    (given,) = (value for value in graph.graph.input if value.name == THRESHOLD)  # the comparison's becomes a constant
+    graph.graph.input.remove(given)
+    threshold = torch.as_tensor(model.roi_heads.score_thresh).numpy()
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(threshold, THRESHOLD))
     write_atomically(Path(path), graph.SerializeToString())
     if refinement is not None and refinement.enabled and refinement.config.ascent_steps:
         notes.append("the graph refines boxes without the gradient ascent, which needs gradients")
@@ -172,16 +173,8 @@ def _example_side(model: GeneralizedRCNN) -> int:
     return min(model.transform.min_size[-1], model.transform.max_size)
 
 
-def _thresholds(model: GeneralizedRCNN) -> dict[str, Tensor]:
-    """Return the model's score thresholds, which are inputs of the graph until it has been compared."""
-    refinement, thresholds = refinement_of(model), {"score_threshold": model.roi_heads.score_thresh}
-    if refinement is not None and refinement.enabled:
-        thresholds["refinement_threshold"] = refinement.score_threshold
-    return {name: torch.as_tensor(value) for name, value in thresholds.items()}
-
-
 def _without_ascent(model: GeneralizedRCNN) -> GeneralizedRCNN:
-    """Return a shallow copy that shares the weights, without gradient ascent. Its thresholds may be changed."""
+    """Return a shallow copy that shares the weights, without gradient ascent. Its threshold may be changed."""
     model = copy.copy(model)
     model._modules = dict(model._modules)
     model.roi_heads = heads = copy.copy(model.roi_heads)
@@ -209,7 +202,7 @@ class _TracedTransform(GeneralizedRCNNTransform):
 
 
 class _Traced(nn.Module):
-    """A detector from tensors to tensors, with the score thresholds among its inputs."""
+    """A detector from tensors to tensors, with the score threshold among its inputs."""
 
     def __init__(self, model: GeneralizedRCNN) -> None:
         super().__init__()
@@ -219,17 +212,14 @@ class _Traced(nn.Module):
             self.detector.transform.__class__ = _TracedTransform
         self.training = False
 
-    def forward(self, images: Tensor, score_threshold: Tensor, *refinement_threshold: Tensor) -> tuple[Tensor, ...]:
-        heads = self.detector.roi_heads
-        heads.score_thresh = score_threshold
-        for threshold in refinement_threshold:
-            heads.refinement.score_threshold = threshold
+    def forward(self, images: Tensor, score_threshold: Tensor) -> tuple[Tensor, ...]:
+        self.detector.roi_heads.score_thresh = score_threshold
         return tuple(found[name] for found in self.detector(list(images.unbind(0))) for name in self.names)
 
 
 def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
     suffixes = [""] if len(images) == 1 else [f"_{i}" for i in range(len(images))]
-    size, content, thresholds = {2: "height", 3: "width"}, io.BytesIO(), _thresholds(model)
+    size, content = {2: "height", 3: "width"}, io.BytesIO()
     names = [(name, suffix) for suffix in suffixes for name in _outputs(model)]
     axes = {name + end: {0: f"detections{end}"} | (size if name == "masks" else {}) for name, end in names}
     # The exporter is deprecated, and warns of each branch that it follows; torchvision's are meant to be followed.
@@ -237,9 +227,9 @@ def _trace(model: GeneralizedRCNN, images: Tensor, opset: int) -> bytes:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Traced(model),
-            (images, *(torch.tensor(0.5) for _ in thresholds)),
+            (images, torch.tensor(0.5)),
             content,  # type: ignore[arg-type]
-            input_names=["images", *thresholds],
+            input_names=["images", THRESHOLD],
             output_names=list(axes),
             dynamic_axes=axes | {"images": size},
             opset_version=opset,
@@ -264,8 +254,8 @@ def _compare(model: GeneralizedRCNN, content: bytes, batch_size: int) -> None:
     # A stock model derives the same strides from these sizes as from the example.
     for height, width in ((side * 4 // 5 + 1, side + 3), (side + 5, side * 9 // 10)):
         images = torch.rand(batch_size, 3, height, width, generator=generator)
-        expected, thresholds = _detect(_without_ascent(model), images)
-        inputs = {name: value.numpy() for name, value in ({"images": images} | thresholds).items()}
+        expected, threshold = _detect(_without_ascent(model), images)
+        inputs = {"images": images.numpy(), THRESHOLD: threshold.numpy()}
         with _as_export_error("onnxruntime cannot run the graph"):
             results = map(torch.from_numpy, session.run(None, inputs))
         for wanted in expected:
@@ -278,17 +268,15 @@ def _compare(model: GeneralizedRCNN, content: bytes, batch_size: int) -> None:
                     )
 
 
-def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Return detections in noise, all of them refined, and the thresholds. Those of the model are lowered for it."""
+def _detect(model: GeneralizedRCNN, images: Tensor) -> tuple[list[dict[str, Tensor]], Tensor]:
+    """Return detections in noise, and the score threshold. The model's is lowered for it."""
     heads, threshold = model.roi_heads, model.roi_heads.score_thresh
-    if (refinement := refinement_of(model)) is not None:
-        refinement.score_threshold = 0.0
     with torch.no_grad():
         heads.score_thresh = -1.0
         scores = [image["scores"] for image in model(list(images))]
         lowered = min((float(of_image[:MIN_COMPARED][-1]) for of_image in scores if len(of_image)), default=threshold)
         heads.score_thresh = lowered * (1 - 1e-3)
-        return model(list(images)), _thresholds(model)
+        return model(list(images)), torch.as_tensor(heads.score_thresh)
 
 
 def _same(wanted: dict[str, Tensor], given: dict[str, Tensor], pixels: float) -> Tensor:

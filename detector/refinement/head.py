@@ -11,8 +11,6 @@ from detector.rcnn.forward import Boxes, Features, Sizes
 from detector.rcnn.pooler import MultiScaleAffineCrop
 from detector.refinement.config import RefinementConfig
 
-SCORE_THRESHOLD = 0.05
-
 
 class RefinementHead(nn.Module):
     """A copy of the detector's box head with two outputs: class-agnostic deltas and the IoU with the object."""
@@ -40,8 +38,6 @@ class Refinement(nn.Module):
     def __init__(self, heads: RoIHeads, config: RefinementConfig, size_divisible: int | None) -> None:
         super().__init__()
         self.config, self.enabled = config, True
-        # Minimum score of the boxes that are refined. The ONNX export sets a tensor, an input of the graph.
-        self.score_threshold: float | Tensor = SCORE_THRESHOLD
         pool = heads.box_roi_pool
         same = ("canonical_scale", "canonical_level", "aligned", "sampler")
         options: Any = {name: getattr(pool, name) for name in same if hasattr(pool, name)}

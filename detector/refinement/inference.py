@@ -1,7 +1,6 @@
 """Test-time refinement: refinement iterations, gradient ascent on the predicted IoU, rescoring, and NMS."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ def refine_detections(
 
     The new score is ``sqrt(score * again) * iou ** iou_power``, where ``again`` is the score that ``classify`` gives
     the last crop of the iterations. That crop fits the object better than the proposal that gave ``score``. With
-    ``iou_power`` 0 the scores stay. Boxes below the score threshold keep their coordinates and scores.
+    ``iou_power`` 0 the scores stay. New scores may be below the detector's score threshold, which selects before.
 
     Args:
         refinement: The refinement.
@@ -41,34 +40,28 @@ def refine_detections(
             background first, in float32 or better. Default: scores are weighted by the predicted IoU alone.
         nms_thresh: IoU above which NMS removes the lower-scoring of two detections of a class. Default: no NMS.
     """
-    config = refinement.config
-    # Slices of the sorted detections instead of a mask: the remaining ones stay in order.
-    counts: Any = [(s >= refinement.score_threshold).sum() for s in found[1]]
-    if not torch.jit.is_tracing():
-        counts = torch.stack(counts).tolist()  # one synchronization with the device for all images
-    old_boxes, old_scores, old_labels = ([part[:n] for part, n in zip(parts, counts)] for parts in found)
-    boxes, ious, crops = iterate(refinement, features, old_boxes, image_sizes)
+    config, (boxes, scores, labels) = refinement.config, found
+    boxes, ious, crops = iterate(refinement, features, boxes, image_sizes)
     if config.ascent_steps and not torch.jit.is_tracing() and any(map(len, boxes)):
         boxes, ious = _ascended(refinement, features, boxes, image_sizes)
-    scores = old_scores
     if config.iou_power:
         if classify is not None:
-            again = classify(crops).softmax(1).gather(1, torch.cat(old_labels)[:, None])[:, 0]
+            again = classify(crops).softmax(1).gather(1, torch.cat(labels)[:, None])[:, 0]
             by_image = again.split([b.shape[0] for b in boxes])  # len() would be baked into a traced graph
-            scores = [(old * new).sqrt() for old, new in zip(old_scores, by_image)]
+            scores = [(old * new).sqrt() for old, new in zip(scores, by_image)]
         scores = [score * iou**config.iou_power for score, iou in zip(scores, ious)]
-    refined = []
-    for new_boxes, new_scores, all_boxes, all_scores, labels in zip(boxes, scores, *found):
-        count = new_boxes.shape[0]
-        one = [torch.cat([new_boxes, all_boxes[count:]]), torch.cat([new_scores, all_scores[count:]]), labels]
+    orders = []
+    for one, score, label in zip(boxes, scores, labels):
         if nms_thresh is not None:  # boxes may have moved onto the same object
-            dtype = torch.promote_types(one[0].dtype, one[1].dtype)  # they differ under autocast
-            order = batched_nms(one[0].to(dtype), one[1].to(dtype), labels, nms_thresh)  # by descending score
+            dtype = torch.promote_types(one.dtype, score.dtype)  # they differ under autocast
+            orders.append(batched_nms(one.to(dtype), score.to(dtype), label, nms_thresh))  # by descending score
         else:
-            order = one[1].sort(descending=True, stable=True)[1]
-        refined.append([values[order] for values in one])
-    by_part = [list(part) for part in zip(*refined)]
-    return by_part[0], by_part[1], by_part[2]
+            orders.append(score.sort(descending=True, stable=True)[1])
+
+    def ordered(values: list[Tensor]) -> list[Tensor]:
+        return [of_image[order] for of_image, order in zip(values, orders)]
+
+    return ordered(boxes), ordered(scores), ordered(labels)
 
 
 def _ascended(

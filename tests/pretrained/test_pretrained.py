@@ -26,7 +26,6 @@ from detector.pretrained import description, hub
 from detector.pretrained.detector import Detector, digest_of
 from detector.pretrained.loading import CHECKPOINT_KEY, load_checkpoint, load_detector, load_published
 from detector.pretrained.model_card import model_card
-from detector.refinement.head import SCORE_THRESHOLD
 from detector.tools.export import export, main
 
 FILES = {"model.safetensors", "config.json", "README.md"}
@@ -571,7 +570,7 @@ def test_a_detector_without_a_second_stage_is_neither_swapped_nor_saved(tmp_path
 @pytest.fixture
 def refining(checkpoint):
     detector = load_checkpoint(checkpoint)
-    refined(detector.model, iterations=3, ascent_steps=4, score_threshold=SCORE_THRESHOLD)
+    refined(detector.model, iterations=3, ascent_steps=4)
     return detector
 
 

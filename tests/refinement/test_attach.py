@@ -31,9 +31,8 @@ def build(name):
 
 
 def added(model):
-    """Add a refinement that has not been trained, and refines all detections."""
-    add_refinement(model, KEEPS_SCORES).roi_heads.refinement.score_threshold = 0.0
-    return model
+    """Add a refinement that has not been trained."""
+    return add_refinement(model, KEEPS_SCORES)
 
 
 def detect(model):
@@ -105,7 +104,7 @@ def test_scores_of_an_untrained_refinement_are_those_of_the_box_head_at_the_dete
     images = batch()[0][:1]  # of 64 pixels, which are not resized
     with torch.no_grad():
         (before,) = model(images)
-        add_refinement(model, RefinementConfig(iou_power=2.0)).roi_heads.refinement.score_threshold = 0.0
+        add_refinement(model, RefinementConfig(iou_power=2.0))
         (found,) = model(images)
         heads, shapes = model.roi_heads, [(SIZE, SIZE)]
         features = model.backbone(model.transform(images)[0].tensors)

@@ -41,11 +41,9 @@ def detections(case):
     return case.boxes, scores, [torch.randint(1, 3, (len(b),), generator=generator) for b in case.boxes]
 
 
-def configured(case, score_threshold=0.0, **settings):
-    refinement = case.refinement
-    refinement.config = RefinementConfig(**{"iou_power": 0.0} | settings)
-    refinement.score_threshold = score_threshold
-    return refinement
+def configured(case, **settings):
+    case.refinement.config = RefinementConfig(**{"iou_power": 0.0} | settings)
+    return case.refinement
 
 
 @torch.no_grad()
@@ -110,22 +108,6 @@ def test_deltas_that_cannot_be_followed_leave_the_box(delta):
     assert torch.cat(ious).isfinite().all()
 
 
-@pytest.mark.parametrize("settings", [{"score_threshold": 0.5}, {"ascent_steps": 3, "score_threshold": 0.4}])
-def test_other_boxes_stay_in_place_and_order(free, settings):
-    case = RefinementCase(torch.float32) if "ascent_steps" in settings else free
-    whole = refined_by(case, ascent_steps=settings.get("ascent_steps", 0))[0]
-    found, before = refined_by(case, **settings), detections(case)
-    count = 0
-    for image, (boxes, scores) in enumerate(zip(*before[:2])):
-        some = int((scores >= settings["score_threshold"]).sum())
-        torch.testing.assert_close(found[0][image][:some], whole[image][:some], rtol=0, atol=1e-4)
-        assert not some or not torch.equal(found[0][image][:some], boxes[:some])
-        assert torch.equal(found[0][image][some:], boxes[some:])
-        count += some
-    assert 0 < count < 9
-    assert_close(found[1:], before[1:])
-
-
 def test_every_one_of_many_detections_is_refined(case):
     """A detection that kept its score would outrank those whose scores are weighted."""
     boxes = [b.repeat(50, 1) for b in case.boxes]
@@ -136,21 +118,14 @@ def test_every_one_of_many_detections_is_refined(case):
         assert found[1][image].max() < 1
 
 
-@pytest.mark.parametrize("settings", [{"ascent_steps": 2}, {"iou_power": 1.0}])
-def test_a_threshold_that_no_score_reaches(case, settings):
-    for ours, theirs in zip(refined_by(case, score_threshold=1.0, **settings), detections(case)):
-        assert all(map(torch.equal, ours, theirs))
-
-
 @pytest.mark.parametrize("power", [0.5, 2.0])
 def test_scores_are_weighted_and_detections_ranked(case, power):
     moved, ious = iterated(case, 2)
-    found = refined_by(case, iou_power=power, score_threshold=0.4)
-    for image, before in enumerate(zip(*detections(case))):
+    found = refined_by(case, iou_power=power)
+    for image, (_, before, classes) in enumerate(zip(*detections(case))):
         wanted = []
-        for k, (box, score, label) in enumerate(zip(*before)):
-            refined_box, weight = (moved[image][k], float(ious[image][k]) ** power) if score >= 0.4 else (box, 1)
-            wanted.append((float(score) * weight, refined_box.tolist(), int(label)))
+        for k, (score, label) in enumerate(zip(before, classes)):
+            wanted.append((float(score) * float(ious[image][k]) ** power, moved[image][k].tolist(), int(label)))
         scores, boxes, labels = zip(*sorted(wanted, key=lambda one: -one[0]))
         assert found[1][image].tolist() == pytest.approx(scores, rel=1e-4)
         torch.testing.assert_close(found[0][image], torch.tensor(boxes), rtol=0, atol=1e-3)
@@ -162,7 +137,7 @@ def test_a_classifier_scores_the_last_crops_of_the_iterations(settings):
     case, seen, iterations = RefinementCase(std=0.5), [], settings["iterations"]
     boxes, scores, labels = detections(case)
     before = boxes, [of_image.double() for of_image in scores], labels
-    counts = [int((of_image >= 0.4).sum()) for of_image in scores]
+    counts = [len(of_image) for of_image in scores]
     logits = torch.randn(sum(counts), 3, dtype=torch.float64)
 
     def classify(crops):
@@ -170,9 +145,10 @@ def test_a_classifier_scores_the_last_crops_of_the_iterations(settings):
         return logits
 
     with torch.no_grad():
-        cropped_at = [b[:count] for b, count in zip(iterated(case, max(iterations - 1, 0))[0], counts)]
-        some = configured(case, iou_power=1.0, score_threshold=0.4, **settings)
-        found = refine_detections(some, case.features, before, SHAPES, classify=classify)
+        cropped_at = iterated(case, max(iterations - 1, 0))[0]
+        found = refine_detections(
+            configured(case, iou_power=1.0, **settings), case.features, before, SHAPES, classify=classify
+        )
         torch.testing.assert_close(seen[0], case.refinement.pool(case.features, cropped_at, SHAPES))
     equal = before[0], [torch.ones_like(scores) for scores in before[1]], before[2]
     alone = refined_by(case, equal, **settings)
@@ -181,10 +157,9 @@ def test_a_classifier_scores_the_last_crops_of_the_iterations(settings):
     for image, (scores, labels) in enumerate(zip(*before[1:])):
         wanted = []
         for k, (score, label) in enumerate(zip(scores.tolist(), labels.tolist())):
-            is_refined, row = k < counts[image], sum(counts[:image]) + k
-            box = (alone if is_refined else before)[0][image][k].tolist()
-            again = float(logits[row].softmax(0)[label]) if is_refined else score
-            wanted.append((math.sqrt(score * again) * (ious[tuple(box)] if is_refined else 1), label, *box))
+            box = alone[0][image][k].tolist()
+            again = float(logits[sum(counts[:image]) + k].softmax(0)[label])
+            wanted.append((math.sqrt(score * again) * ious[tuple(box)], label, *box))
         rows = torch.cat([found[1][image][:, None], found[2][image][:, None], found[0][image]], 1)
         assert found[1][image].dtype == torch.float64
         torch.testing.assert_close(rows, torch.tensor(sorted(wanted, reverse=True), dtype=torch.float64))

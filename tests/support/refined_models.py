@@ -6,11 +6,10 @@ from torch import nn
 from detector.refinement import RefinementConfig, add_refinement
 
 
-def refined(model, *, std=0.2, score_threshold=0.0, **settings):
-    """Add a refinement of random weights, which by default refines all detections and keeps their scores."""
+def refined(model, *, std=0.2, **settings):
+    """Add a refinement of random weights, which by default keeps the scores of the detections."""
     add_refinement(model, RefinementConfig(**{"iou_power": 0.0} | settings))
     refinement = model.roi_heads.refinement
-    refinement.score_threshold = score_threshold
     generator = torch.Generator().manual_seed(0)
     nn.init.normal_(refinement.head.deltas.weight, std=std, generator=generator)
     nn.init.normal_(refinement.head.iou.weight, std=std, generator=generator)
