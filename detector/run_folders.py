@@ -20,6 +20,7 @@ def newest_folder(folder: Path) -> Path:
 
 
 def _numbered(folder: Path, more: int) -> Path:
+    folder = folder if folder.name not in ("", "..") else folder.resolve()  # "." has no name
     siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
     named = [path for path in siblings if re.fullmatch(rf"{re.escape(folder.name)}(-\d{{1,6}})?", path.name)]
     used = [path.name for path in named if path.is_dir() and any(path.iterdir())]

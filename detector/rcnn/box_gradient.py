@@ -43,11 +43,15 @@ class BoxGradient:
     def __post_init__(self) -> None:
         for name, scale in (("crop", self.crop), ("coder", self.coder)):
             if not 0 <= scale <= 1:
-                raise ValueError(f"{name} must be a scale from 0 to 1, got {scale}")
+                raise ValueError(f"box_gradient.{name} must be a scale from 0 to 1, got {scale}")
         if self.bound is not None and not 0 < self.bound < math.inf:
-            raise ValueError(f"bound must be positive, such as 0.1, or None (null in a file), got {self.bound}")
+            raise ValueError(
+                f"box_gradient.bound must be positive, such as 0.1, or None (null in a file), got {self.bound}"
+            )
         if not set(self.losses) <= set(get_args(LossName)):
-            raise ValueError(f"losses must be a list of {', '.join(get_args(LossName))}, got {self.losses!r}")
+            raise ValueError(
+                f"box_gradient.losses must be a list of {', '.join(get_args(LossName))}, got {self.losses!r}"
+            )
         object.__setattr__(self, "losses", tuple(self.losses))  # hashable also from a configuration file's list
 
     @classmethod

@@ -41,6 +41,8 @@ class RefinementConfig:
     def __post_init__(self) -> None:
         # Maxima, because settings may come from a file of unknown origin.
         limits = {"iterations": (0, 100), "train_iterations": (1, 100), "ascent_steps": (0, 100), "iou_power": (0, 10)}
+        if not isinstance(self.box_gradient, BoxGradient):
+            raise ModelError("must be a BoxGradient", setting="refinement.box_gradient", value=self.box_gradient)
         for name, (low, high) in limits.items():
             value, whole = getattr(self, name), name != "iou_power"
             if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:

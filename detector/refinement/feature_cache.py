@@ -22,15 +22,16 @@ class ImageFeatures(NamedTuple):
 class FeatureCache:
     """Runs the detector once per image, and keeps at most ``max_bytes`` of features on the model's device.
 
-    Images are identified by their pixels, so a flipped image is a different image.
+    A cache serves one model. Images are identified by their pixels, so a flipped image is a different image.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.nbytes = max_bytes, 0
-        self._features: dict[bytes, ImageFeatures] = {}
+        self._features: dict[tuple[torch.Size, bytes], ImageFeatures] = {}
 
     def __call__(self, model: Any, image: Tensor) -> ImageFeatures:
-        key = hashlib.blake2b(image.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).digest()
+        pixels = image.detach().cpu().contiguous().numpy().tobytes()
+        key = image.shape, hashlib.blake2b(pixels, digest_size=16).digest()
         if key in self._features:
             return self._features[key]
         extracted = extract_features(model, image)

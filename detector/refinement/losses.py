@@ -21,7 +21,15 @@ REFUSED_DTYPES = (torch.bool, torch.bfloat16, torch.float16)  # 16-bit floats ca
 
 
 def unrolled_losses(refinement: Refinement, features: Features, boxes: Boxes, truth: Boxes, sizes: Sizes) -> Losses:
-    """Return the losses of boxes and their ground-truth boxes, as means over the boxes summed over the iterations."""
+    """Return the losses of all iterations, summed. Each is a mean over the boxes of the batch.
+
+    Args:
+        refinement: the refinement.
+        features: maps [N, C, H, W] by level.
+        boxes: [L, 4] per image, in pixels of the resized image.
+        truth: the object of each box, likewise. The box loss of a box whose IoU with it is below 0.5 is 0.
+        sizes: (height, width) of each resized image.
+    """
     settings = refinement.config.box_gradient
     target = torch.cat(truth)
     count = max(len(target), 1)

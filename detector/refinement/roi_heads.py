@@ -25,10 +25,11 @@ class RefinedRoIHeads(RoIHeads):
     """torchvision's RoI heads with a refinement.
 
     In eval mode, masks and keypoints are predicted in the refined boxes. In training, the losses of the refinement are
-    added to those of the heads. It learns from jittered ground truth, and from the boxes that the box head decodes,
-    because it refines such boxes in testing. They carry no gradient. Boxes decoded from background RoIs count too,
-    where they overlap an object. The box head learns to classify all decoded boxes, because it scores refined boxes in
-    testing; this loss is ``loss_classifier_again``. Batch norm in the box head sees RoIs and decoded boxes.
+    added to those of the heads. The refinement learns from jittered ground truth, and from the boxes that the box head
+    decodes, because it refines such boxes in testing. These boxes carry no gradient. Boxes decoded from background RoIs
+    count too, where they overlap an object. The box head learns to classify all decoded boxes, because it scores
+    refined boxes in testing; this loss is ``loss_classifier_again``. Batch norm in the box head sees RoIs and decoded
+    boxes.
     """
 
     mixin_order = 0

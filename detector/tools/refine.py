@@ -38,7 +38,7 @@ def refine(
     epochs: PositiveInt | None = None,
     batch_size: PositiveInt = 4,
     lr: PositiveFloat = 1e-3,
-    weight_decay: float = 1e-4,
+    weight_decay: NonNegativeFloat = 1e-4,
     ema: float | None = None,
     flip: bool = True,
     cache_gb: NonNegativeFloat = 2.0,
@@ -176,4 +176,5 @@ def _run_dir(name: str, model: str | None) -> Path:
     if model is not None or not source.exists():
         return Path("runs") / f"refined-{model or source.name}"
     run = run_folder(source) if source.is_file() else source
+    run = run if run.name not in ("", "..") else run.resolve()  # "." has no name
     return run.with_name(f"{run.name}-refined")

@@ -93,6 +93,8 @@ def instantiated(make: Callable[[], T]) -> T:
         cause: BaseException = error
         while cause.__cause__ is not None:  # jsonargparse's own message is a page long
             cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
         raise UserError(f"a setting cannot be used: {one_line(cause)}") from error
 
 

@@ -46,7 +46,7 @@ def explain(error: BaseException, task: Any, data: Any, last: Path | None) -> Tr
     if is_out_of_memory(error):
         ids = upcoming if of_worker else task.image_ids  # a worker prefetches
         where = f"on images {ids}" if ids else "while scoring"
-        smaller = [f"lower {{{name}}}" for name in ("batch_size", "max_size", "workers", "rois_per_image")]
+        smaller = [f"lower {{{name}}}" for name in ("batch_size", "max_size", "cache_gb", "workers", "rois_per_image")]
         more = "set {accumulate_grad_batches} to keep the number of images per step"
         known = TrainingError(f"out of memory in step {task.global_step}, {where}", hints=[*smaller, more])
     elif "DataLoader worker (pid" in text:

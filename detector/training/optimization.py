@@ -1,5 +1,6 @@
 """Optimizer, learning rate, schedule, and averaging of the weights."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,8 +48,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name, valid, words in (
-            ("lr", self.lr > 0, "above 0"),
+            ("lr", 0 < self.lr < math.inf, "above 0"),
             ("lr_batch", self.lr_batch >= 1, "1 or more"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("momentum", 0 <= self.momentum < 1, "0 or more, and below 1"),
+            ("warmup_steps", self.warmup_steps >= 0, "0 or more"),
             ("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1, such as 0.9998"),
         ):
             if not valid:

@@ -18,7 +18,7 @@ from detector import BoxGradient, MultiScaleAffineCrop, restore_roi_align, swap_
 from detector.rcnn.roi_heads import AttachedRoIHeads
 from detector.refinement import RefinementConfig, add_refinement, refinement_losses, remove_refinement
 from detector.refinement.attach import refinement_of
-from detector.refinement.feature_cache import FeatureCache
+from detector.refinement.feature_cache import FeatureCache, extract_features
 from detector.refinement.losses import sample_training_boxes, unrolled_losses
 from detector.refinement.roi_heads import AttachedRefinedRoIHeads, RefinedRoIHeads
 
@@ -395,6 +395,9 @@ def test_the_cache_keeps_features_by_the_pixels_of_the_image():
     assert len(calls) == 2 + 2 + 0 + 2 + 1
     assert found[0] == found[1] == found[2]
     assert found[3] == found[4] != found[0]
+    model.eval()
+    for blank in (torch.zeros(3, 48, 64), torch.zeros(3, 64, 48)):
+        assert cache(model, blank).size == extract_features(model, blank).size
     # Memory for the first image only.
     one = FeatureCache(10**7)
     refinement_losses(model, images[:1], targets[:1], cache=one)

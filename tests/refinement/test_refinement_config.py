@@ -30,6 +30,7 @@ def test_dict_and_json_give_the_settings_back(config):
         ("train_iterations", (0, 101)),
         ("ascent_steps", (-1, 101)),
         ("iou_power", (-1e-9, 10.1, math.nan, True, "0.5")),
+        ("box_gradient", (None, {"crop": 1})),
     ],
 )
 def test_invalid_values_are_named(name, values):

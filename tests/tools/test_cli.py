@@ -235,11 +235,22 @@ def test_a_training_refuses_before_torch(name, without_torch):
         ("--data.augmentation", "[RandomHorizontalFlop]", "--data.augmentation: .*RandomHorizontalFlop'$"),
         ("--model.refinement", "{iteration: 3}", "--model.refinement: .*iteration'$"),
         ("--model.refinement.iterations", "two", "--model.refinement.iterations: .*integer, got two$"),
+        ("--model.refinement.iterations", "101", "refinement.iterations 101"),
+        ("--model.refinement.box_gradient", "{crop: 2}", "box_gradient.crop"),
     ],
 )
-def test_wrong_settings_of_a_training_are_named(flag, value, words):
-    with refused(words):
-        train(["--config", str(REPOSITORY / "configs" / "bccd.yaml"), flag, value])
+def test_wrong_settings_of_a_training_are_named(tmp_path, flag, value, words):
+    with refused(words, code=1 if value in ("101", "{crop: 2}") else 2):
+        train(
+            [
+                f"--data.root={tmp_path}",
+                f"--run_dir={tmp_path / 'run'}",
+                "--config",
+                str(REPOSITORY / "configs" / "bccd.yaml"),
+                flag,
+                value,
+            ]
+        )
 
 
 @pytest.mark.slow

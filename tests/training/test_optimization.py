@@ -202,7 +202,18 @@ def test_lightning_scores_and_keeps_the_average(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("ema", 0), ("ema", 1.0), ("ema", math.nan), ("lr", 0.0), ("lr", math.nan), ("lr_batch", 0)],
+    [
+        ("ema", 0),
+        ("ema", 1.0),
+        ("ema", math.nan),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("lr_batch", 0),
+        ("lr", math.inf),
+        ("weight_decay", -1),
+        ("momentum", 1),
+        ("warmup_steps", -1),
+    ],
 )
 def test_values_out_of_range(name, value):
     with pytest.raises(TrainingError) as refusal:

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -106,7 +107,7 @@ def test_a_run_is_repeated_from_its_folder_alone(trained, tmp_path, monkeypatch)
     assert_equal(last_checkpoint(tmp_path / "again")["state_dict"], last_checkpoint(trained)["state_dict"])
 
 
-def test_folders_are_numbered(tmp_path):
+def test_folders_are_numbered(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     assert unused_folder(folder) == newest_folder(folder) == folder  # an empty one counts as unused
@@ -115,6 +116,8 @@ def test_folders_are_numbered(tmp_path):
     for name in ("run-2", "run-10", "run-x", "runs-11"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
     (tmp_path / "run-12").write_text("a file")
+    monkeypatch.chdir(tmp_path / "run-2")
+    assert unused_folder(Path(".")) == unused_folder(Path("checkpoints", "..")).resolve() == tmp_path / "run-2-2"
     assert (unused_folder(folder), newest_folder(folder)) == (tmp_path / "run-11", tmp_path / "run-10")
 
 
@@ -446,6 +449,7 @@ def test_the_images_a_step_are_those_that_it_sees(images, batch_size, ranks, acc
     steps = [set().union(*together[i : i + accumulate]) for i in range(0, len(together), accumulate)]
     task = DetectionTask()
     task.trainer = SimpleNamespace(
+        limit_train_batches=1.0,
         world_size=ranks,
         accumulate_grad_batches=accumulate,
         num_training_batches=len(together),
