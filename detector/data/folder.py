@@ -8,6 +8,7 @@ from typing import Any
 from detector.choices import Orientation
 from detector.data.dataset import CocoDetection
 from detector.errors import DataError
+from detector.text import clean
 
 ROOT_VARIABLE = "DETECTOR_DATA"
 
@@ -36,12 +37,11 @@ class DataFolder:
 
     def dataset(self, split: str, **options: Any) -> CocoDetection:
         """Read a split, with options of :class:`~detector.data.dataset.CocoDetection`."""
-        if not self.root.is_dir():
-            raise DataError("no such folder", setting="root", value=str(self.root))
         images, annotations = self.image_folder(split), self.annotation_file(split)
-        others = [path.name for path in self.root.glob(self.annotations.replace("{split}", "*"))]
-        if others and annotations.name not in others and not annotations.exists():
-            raise DataError(f"{annotations}: no such file; split {split!r} is not among {', '.join(sorted(others))}")
+        if not annotations.exists() and not self.root.is_dir():
+            raise DataError("no such folder", setting="root", value=str(self.root))
+        if not annotations.exists() and (others := sorted(path.name for path in annotations.parent.glob("*.json"))):
+            raise DataError(f"{annotations}: no such file; the folder has {', '.join(map(clean, others[:10]))}")
         return CocoDetection(images, annotations, orientation=self.orientation, **options)
 
 
