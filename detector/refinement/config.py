@@ -24,7 +24,7 @@ class RefinementConfig:
             ``again`` is the box head's softmax score of the last crop. 0 keeps the detector's scores,
             without ``again``.
         box_gradient: How gradients flow through the boxes between the training iterations. By default the boxes are
-            detached, which is simpler: on three sets AP differed by at most 0.010, with one seed.
+            detached, which is simpler: on four sets AP differed by at most 0.010, over three seeds.
             ``BoxGradient.exact()`` is the derivative, and ``bound`` limits the gradient of later iterations relative to
             an iteration's own.
 

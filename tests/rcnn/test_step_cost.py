@@ -125,9 +125,9 @@ def test_a_selection_by_a_mask_would_be_seen(monkeypatch):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_refinement(number):
-    """It waits for the number of its boxes, once per batch in testing and once per image in training, and for NMS."""
+    """It waits for NMS in testing, and once per image for the number of its boxes in training."""
     models = swap_crop_head(tiny_rcnn()), swap_crop_head(refined(tiny_rcnn()))
-    assert beyond(models, number, training=False)[1] == Counter(tolist=1, nms=number, lift_fresh=number)
+    assert beyond(models, number, training=False)[1] == Counter(nms=number, lift_fresh=number)
     # A fill by a mask counts as index_put_, but does not wait: PyTorch fills a GPU's tensor by masked_fill_.
     fills = Counter(index_put_=4 * number, lift_fresh=4 * number)
     assert beyond(models, number, training=True)[1] == Counter(nonzero=number) + fills
