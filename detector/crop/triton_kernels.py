@@ -48,7 +48,7 @@ def _axis(low, high, scale, ALIGNED: tl.constexpr, RATIO: tl.constexpr):
 
 @triton.jit
 def _steps(start, extent, size, bin, BINS: tl.constexpr, RATIO: tl.constexpr):
-    """Return for one axis: samples per bin (a precise bin's last pixel), each bin's first, and the largest number.
+    """Return for one axis: samples per bin (a precise bin's last pixel), each bin's first, and the most of a bin.
 
     Only samples that may be on the map are counted, with two to spare, so that huge boxes take no longer.
     """

@@ -1,6 +1,7 @@
 """The model card of a saved detector."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,8 @@ def _scores(report: dict[str, Any]) -> tuple[str, list[EvalResult]]:
     title += f" {_code(split)}, {_code(about['time'][:10])}{unrefined}:"
     notes = [f"- {_code(note)}\n" for note in report["notes"]]
     # Without private folders: --root=/home/me/bccd becomes --root=bccd.
-    words = [one if one.startswith("tools/") else re.sub("[^=]*/(?=.)", "", one) for one in about["command"].split()]
-    command = " ".join(words).replace("`", "'")
+    words = [re.sub(r"^(--?\w+=)?(/|~|\.\.).*/(?=.)", r"\1", word) for word in shlex.split(about["command"])]
+    command = " ".join(shlex.join(words).split()).replace("`", "'")
     lines = [title, "", "| | | |", "|---|---|---|", *rows, "", *notes, "```sh", command, "```"]
     return "\n".join(lines), results
 

@@ -27,7 +27,8 @@ class BoxGradient:
     Args:
         crop: Scale of the crop path's gradient, 0 to 1.
         coder: Scale of the coder path's gradient, 0 to 1. Only the box loss takes this path.
-        losses: The losses that move proposals: "box", "classification", "mask", "keypoint". A refinement has only one.
+        losses: The losses that move proposals: "box", "classification", "mask", "keypoint". A refinement has only
+            its box loss.
         bound: Maximum norm of this gradient at a box's four deltas, relative to the norm of the gradient of their own
             box loss: that of the RPN, or of a refinement iteration. ``None`` (null in a file) sets no limit.
 

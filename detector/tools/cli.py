@@ -122,6 +122,8 @@ def _unknown_name(text: str, parser: ArgumentParser) -> str | None:
     name = ".".join(re.findall('Parser key "(.+?)":', text))
     if unknown := re.search("Option '(.+?)' is not accepted", text):
         return f"--{name}: has no setting {unknown[1]!r}"
+    if unknown := re.search("Group '(.+?)' does not accept option '(.+?)'", text):
+        return f"--{f'{name}.' if name else ''}{unknown[1]}: has no setting {unknown[2]!r}"
     if unknown := re.search("dot import path string: (.+?)(\\. Got value.*)?$", text, re.MULTILINE):
         return f"--{name}: there is no class {unknown[1]!r}"
     return None

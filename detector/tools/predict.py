@@ -136,7 +136,7 @@ def _best_scores(detector: "Detector", called: str) -> list[float]:
     reports = [report for folder in folders if (report := newest_report(folder, **made)) is not None]
     if not reports:
         places = " or ".join(f"{folder}/" for folder in folders)
-        which = f"these weights with this refinement ({made['refinement']})" if made["refinement"] else "these weights"
+        which = f"these weights (refinement: {made['refinement']})" if made["refinement"] else "these weights"
         raise ModelError(f"no report.json in {places} is on {which}; run tools/eval.py, or give a score", **auto)
     report = max(reports, key=lambda report: str(report.about.get("time", "")))
     about = " on ".join(clean(str(report.about[name])) for name in ("time", "data") if name in report.about)

@@ -48,7 +48,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name, valid, words in (
-            ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("lr", 0 < self.lr < math.inf, "above 0, and finite"),
             ("lr_batch", self.lr_batch >= 1, "1 or more"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "0 or more, and below 1"),

@@ -78,7 +78,7 @@ class Run:
         self.checkpoint: Path | None = None
         if ckpt_path is None:
             self.folder = unused_folder(Path(run_dir))
-            if self.folder != Path(run_dir):
+            if self.folder.resolve() != Path(run_dir).resolve():
                 rank_zero_info(f"{run_dir} holds a run, so this one is written to {self.folder}")
         elif ckpt_path == "last":
             self.folder = newest_folder(Path(run_dir))

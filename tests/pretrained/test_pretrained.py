@@ -38,7 +38,7 @@ REPORT = {
         "images": 73,
         "objects": 967,
         "time": "2030-01-02T03:04:05+00:00",
-        "command": "python tools/eval.py --checkpoint last.ckpt --root=/home/somebody/secret/bccd --output secret/a/",
+        "command": "python tools/eval.py --checkpoint last.ckpt --root='/home/my secret/bccd' --output ../secret/a/",
     },
     "scores": {"AP": 0.57712, "AP50": 0.9, "AP75": 0.6, "AP90": None},
     "notes": ["Limited: 73 images."],

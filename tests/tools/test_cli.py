@@ -234,6 +234,8 @@ def test_a_training_refuses_before_torch(name, without_torch):
         ("--data.rooot", "x", "did you mean --data.root"),
         ("--data.augmentation", "[RandomHorizontalFlop]", "--data.augmentation: .*RandomHorizontalFlop'$"),
         ("--model.refinement", "{iteration: 3}", "--model.refinement: .*iteration'$"),
+        ("--model.refinement", "{box_gradient: {crap: 1}}", "--model.refinement.box_gradient: .*crap'$"),
+        ("--model.optimizer", "{lrr: 3}", "--model: .*optimizer.lrr'$"),
         ("--model.refinement.iterations", "two", "--model.refinement.iterations: .*integer, got two$"),
         ("--model.refinement.iterations", "101", "refinement.iterations 101"),
         ("--model.refinement.box_gradient", "{crop: 2}", "box_gradient.crop"),

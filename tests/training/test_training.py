@@ -38,6 +38,7 @@ from detector.tools.browse import main as browse
 from detector.tools.training_cli import main as train
 from detector.training.data import CocoDataModule
 from detector.training.failures import TrainingError
+from detector.training.run import Run
 from detector.training.task import DetectionTask
 
 SPLITS = {"train_split": "train", "val_split": "val"}
@@ -119,6 +120,19 @@ def test_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "run-2")
     assert unused_folder(Path(".")) == unused_folder(Path("checkpoints", "..")).resolve() == tmp_path / "run-2-2"
     assert (unused_folder(folder), newest_folder(folder)) == (tmp_path / "run-11", tmp_path / "run-10")
+
+
+def test_a_second_run_says_where_it_is_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO"):
+        Run(".")
+        Run("runs/new")
+    assert "holds a run" not in caplog.text
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.json").write_text("{}")
+    with caplog.at_level("INFO"):
+        assert Run("run").folder == Path("run-2")
+    assert caplog.text.count("run-2") == 1
 
 
 # Stopping and resuming
