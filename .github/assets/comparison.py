@@ -197,7 +197,7 @@ def timing(work: Path, data: str) -> str:
 
 def table(results: dict[str, dict[str, float]], data: str) -> str:
     """Mean and standard deviation over the seeds."""
-    lines = [f"| {data} | {' | '.join(SCORES)} | seeds | minutes |\n{'|---' * (len(SCORES) + 3)}|"]
+    lines = [f"| {data} | {' | '.join(SCORES)} | runs | minutes |\n{'|---' * (len(SCORES) + 3)}|"]
     for method in METHODS:
         rows = [one for row, one in results.items() if row.rpartition("/")[0] == f"{data}/{method}"]
         if rows:

@@ -48,7 +48,7 @@ class Axis(Rows):
         return (self.extent / self.bins).ceil().clamp(min=0)
 
     def windows(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each bin's first sample between two places, [K, bins], and the most of a bin, [K]; int64."""
+        """Return the bins' first samples that may lie between two places, [K, bins], and their largest number, [K]."""
         # Limits the cost of huge RoIs, with two samples of slack.
         given = (self.extent, self.adaptive_counts(), low, high)
         extent, counts, low, high = (values.double()[:, None] for values in given)

@@ -70,5 +70,9 @@ def test_the_format_before_checksums_is_read_only_on_request(tmp_path):
     path = tmp_path / "old.pth"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     assert read_weights(path, legacy=True)["a"].tolist() == [1, 1]
+    path.write_text("# no weights")
+    with pytest.raises(ModelError) as error:
+        read_weights(path, legacy=True)
+    assert "weights_only" not in str(error.value)
     with pytest.raises(ModelError, match=r"old\.pth"):
         read_weights(path)

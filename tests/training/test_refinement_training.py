@@ -26,7 +26,7 @@ from detector.pretrained.initial_weights import load_initial_weights
 from detector.pretrained.loading import load_checkpoint, load_detector
 from detector.rcnn.box_gradient import BoxGradient
 from detector.refinement import RefinementConfig, add_refinement
-from detector.tools.refine import main
+from detector.tools.refine import _run_dir, main
 from detector.tools.training_cli import main as train
 from detector.training.failures import Interrupted, TrainingError
 from detector.training.refinement import RefinementData, RefinementTask, RepeatedBatches
@@ -211,6 +211,13 @@ def test_one_image_with_another_class_is_enough(base, digits, tmp_path):
 
     fit(base, changed_copy(digits, tmp_path / "data", "train", change), tmp_path / "run")
     assert weights_of(tmp_path / "run" / "checkpoints" / "last.ckpt")[LEARNED].abs().max() > 0
+
+
+def test_a_run_folder_is_found_from_inside_of_it(refined, monkeypatch):
+    monkeypatch.chdir(refined)
+    wanted = refined.with_name(f"{refined.name}-refined")
+    for name in (".", "checkpoints/last.ckpt", "checkpoints/.."):
+        assert _run_dir(name, None).resolve() == wanted
 
 
 def test_shared_images_are_noted(digits):
